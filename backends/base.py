@@ -1,0 +1,141 @@
+"""What a backend is, and how one is found and chosen."""
+
+import platform
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from importlib.metadata import entry_points
+from typing import Protocol
+
+import numpy as np
+
+from llmrs.core.batch import Batch
+from llmrs.core.errors import BackendError, GraphError, did_you_mean
+from llmrs.core.ir import Graph
+from llmrs.core.passes import fuse
+from llmrs.core.sampling import SamplingArrays
+from llmrs.quant.tensor import Tensor
+
+GROUP = "llmrs.backends"  # entry points; a third party registers a backend here
+DTYPE_BYTES = {"bf16": 2, "f16": 2, "f32": 4}
+
+
+class Ticket(Protocol):
+    """A launched step."""
+
+    def tokens(self) -> np.ndarray:
+        """Waits; the sampled token of each sequence, int32 (S,)."""
+        ...
+
+
+class Backend(ABC):
+    """Runs a model's graph on a device. Used by one thread: the one that makes it.
+
+    Life: `__init__`, `load`, `allocate`, any number of `launch`, `close`. Subclasses list the fused ops that they
+    have rules for; `load` gives them a graph rewritten to those.
+    """
+
+    name: str
+    fused_ops: frozenset[str] = frozenset()
+    max_in_flight = 1  # steps that may be launched before the first one's tokens are read
+    block_size = 16  # tokens of a KV block, where the user does not say
+
+    def __init__(self, device: str, dtype: str, kv_dtype: str) -> None:
+        """`device` is "auto" or one of `devices()`. Raises BackendError when it is not there."""
+        self.device, self.dtype, self.kv_dtype = device, dtype, kv_dtype
+        self.graph: Graph
+
+    @classmethod
+    @abstractmethod
+    def devices(cls) -> list[str]:
+        """The devices of this machine that the backend can use, the best first."""
+
+    @classmethod
+    @abstractmethod
+    def ops(cls) -> frozenset[str]:
+        """The ops, fused ones included, that it has a rule for."""
+
+    @abstractmethod
+    def free_memory(self) -> int:
+        """Bytes that could still be allocated on the device."""
+
+    def load(self, graph: Graph, weights: Mapping[str, Tensor], progress: Callable[[int], None]) -> None:
+        """Takes in the weights, by canonical name; `progress` is given the bytes of each as it is taken.
+
+        Raises GraphError, which names op, backend and model, when the graph has an op without a rule.
+        """
+        self.graph = fuse(graph, self.fused_ops)
+        functions = (*self.graph.functions.values(), self.graph.main)
+        missing = {e.op for f in functions for e in f.equations} - self.ops() - {"call"}
+        if missing:
+            raise GraphError(f"backend {self.name} has no rule for {', '.join(sorted(missing))} of {graph.name}")
+        self.load_weights(weights, progress)
+
+    @abstractmethod
+    def load_weights(self, weights: Mapping[str, Tensor], progress: Callable[[int], None]) -> None:
+        """Takes in the weights of `self.graph`."""
+
+    def token_bytes(self) -> int:
+        """Bytes of KV cache per token, all layers."""
+        elements = sum(int(h) * int(d) for h, d in (t.shape for t in self.graph.kv_types()))
+        return 2 * elements * DTYPE_BYTES[self.kv_dtype]
+
+    @abstractmethod
+    def allocate(self, blocks: int, block_size: int, slots: int) -> None:
+        """Makes the KV cache and the state of each slot."""
+
+    @abstractmethod
+    def launch(self, batch: Batch) -> Ticket:
+        """Starts a step, forward and sample, and returns at once where the device allows it."""
+
+    @abstractmethod
+    def logits(self, batch: Batch) -> np.ndarray:
+        """The forward part of a step alone: logits float32 (S, V) of each sequence's last token. For tests."""
+
+    @abstractmethod
+    def sample(self, logits: np.ndarray, params: SamplingArrays) -> np.ndarray:
+        """The sampling part of a step alone: int32 (S,) from logits float32 (S, V). For tests."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Gives the memory back. A second call does nothing."""
+
+
+def names() -> list[str]:
+    """The registered backends."""
+    return sorted(e.name for e in entry_points(group=GROUP))
+
+
+def choose(name: str) -> str:
+    """The name itself, or for "auto" MLX on Apple silicon and Torch elsewhere."""
+    if name != "auto":
+        return name
+    apple = sys.platform == "darwin" and platform.machine() == "arm64" and "mlx" in names()
+    return "mlx" if apple else "torch"
+
+
+def find(name: str) -> type[Backend]:
+    """The class of a backend. Raises BackendError that says what is there or what to install."""
+    found = list(entry_points(group=GROUP, name=name))
+    if not found:
+        raise BackendError(f"backend {name!r} is not there", did_you_mean(name, ("auto", *names())))
+    try:
+        backend = found[0].load()
+    except ImportError as error:
+        raise BackendError(f"backend {name!r} can't be loaded: {error}", f"pip install 'llmrs[{name}]'") from error
+    if not (isinstance(backend, type) and issubclass(backend, Backend)):
+        raise BackendError(f"backend {name!r}: {found[0].value} is not a Backend class", "see llmrs.backends.base")
+    return backend
+
+
+def pick_device(backend: type[Backend], device: str) -> str:
+    """The device that the user's word stands for: "auto" and "gpu" mean the best one (that is no CPU)."""
+    devices = backend.devices()
+    wanted = [d for d in devices if d != "cpu"] if device == "gpu" else devices
+    if device in ("auto", "gpu") and wanted:
+        return wanted[0]
+    numbered = f"cuda:{device}" if device.isdigit() else f"{device}:0"  # "0" and "cuda" are what people write
+    for candidate in (device, numbered):
+        if candidate in devices:
+            return candidate
+    raise BackendError(f"device {device!r} is not there", f"backend {backend.name} has: {', '.join(devices)}")

@@ -1,0 +1,95 @@
+"""Interprets a model's graph equation by equation."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from llmrs.backends.base import Backend
+from llmrs.backends.memory import free_host_memory
+from llmrs.backends.reference.ops import KV, OPS, Context
+from llmrs.core.batch import Batch
+from llmrs.core.ir import Equation, Function, Value, at_layer
+from llmrs.core.sampling import SamplingArrays, sample
+from llmrs.quant.tensor import Tensor
+
+
+@dataclass(frozen=True)
+class DoneTicket:
+    """A step that is done already."""
+
+    result: np.ndarray
+
+    def tokens(self) -> np.ndarray:
+        return self.result
+
+
+class ReferenceBackend(Backend):
+    """NumPy on the CPU, in float32 whatever `dtype` says. Slow on purpose: it is the specification."""
+
+    name = "reference"
+    block_size = 4  # small, so that short prompts cross blocks in tests
+
+    def __init__(self, device: str, dtype: str, kv_dtype: str) -> None:
+        super().__init__(device, "f32", "f32")
+        self.weights: dict[str, np.ndarray] = {}
+        self.kv: list[KV] = []
+        self.last_token = np.zeros(0, np.int32)  # of each slot
+
+    @classmethod
+    def devices(cls) -> list[str]:
+        return ["cpu"]
+
+    @classmethod
+    def ops(cls) -> frozenset[str]:
+        return frozenset(OPS)
+
+    def free_memory(self) -> int:
+        return free_host_memory()
+
+    def load_weights(self, weights: Mapping[str, Tensor], progress: Callable[[int], None]) -> None:
+        for segment in (s for w in self.graph.weights() for s in w.segments):
+            if segment.tensor not in self.weights:
+                self.weights[segment.tensor] = weights[segment.tensor].float32()
+                progress(weights[segment.tensor].nbytes)
+
+    def allocate(self, blocks: int, block_size: int, slots: int) -> None:
+        shapes = [(blocks, block_size, *t.shape) for t in self.graph.kv_types()]
+        self.kv = [KV(np.zeros(s, np.float32), np.zeros(s, np.float32)) for s in shapes]
+        self.block_size, self.last_token = block_size, np.zeros(slots, np.int32)
+
+    def launch(self, batch: Batch) -> DoneTicket:
+        tokens = self.sample(self.logits(batch), batch.sampling)
+        self.last_token[batch.slots[batch.sampled]] = tokens[batch.sampled]
+        return DoneTicket(tokens)
+
+    def logits(self, batch: Batch) -> np.ndarray:
+        known = batch.tokens >= 0
+        tokens = np.where(known, batch.tokens, self.last_token[np.where(known, 0, -1 - batch.tokens)])
+        context = Context(batch, self.block_size)
+        logits: np.ndarray = self._run(self.graph.main, [tokens, batch.positions, *self.kv], context, 0)[0]
+        return logits
+
+    def sample(self, logits: np.ndarray, params: SamplingArrays) -> np.ndarray:
+        return sample(logits, params)
+
+    def close(self) -> None:
+        self.weights, self.kv = {}, []
+
+    def _run(self, function: Function, inputs: list[Any], context: Context, layer: int) -> list[Any]:
+        values = dict(zip(function.inputs, inputs, strict=True))
+        for e in function.equations:
+            for out, result in zip(e.outs, self._equation(e, values, context, layer), strict=True):
+                values[out] = result
+        return [values[v] for v in function.outs]
+
+    def _equation(self, e: Equation, values: dict[Value, Any], context: Context, layer: int) -> list[Any]:
+        inputs = [values[o] if isinstance(o, Value) else self._weight(at_layer(o, layer)) for o in e.inputs]
+        if e.op == "call":
+            return self._run(self.graph.functions[e.params["function"]], inputs, context, e.params["index"])
+        return [OPS[e.op](context, *inputs, **e.params)]
+
+    def _weight(self, weight: Any) -> np.ndarray:
+        rows = [self.weights[s.tensor] for s in weight.segments]
+        return rows[0] if len(rows) == 1 else np.concatenate(rows)

@@ -1,0 +1,108 @@
+"""What each op of the IR computes, in NumPy and float32, plain enough to be read as the specification.
+
+T tokens of S sequences; D hidden size; H query heads, Hk KV heads, d head size; V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from llmrs.core.batch import Batch
+from llmrs.core.ir import Frequencies
+
+Array = np.ndarray
+
+
+@dataclass
+class KV:
+    """The KV cache of one layer: keys and values (blocks, block_size, Hk, d)."""
+
+    keys: Array
+    values: Array
+
+
+@dataclass
+class Context:
+    """What `store`, `attend` and `last` know beside their inputs."""
+
+    batch: Batch
+    block_size: int
+
+
+def embed(_: Context, tokens: Array, table: Array) -> Array:  # (T,), (V, D) -> (T, D)
+    return table[tokens]
+
+
+def linear(_: Context, x: Array, w: Array, bias: Array | None = None, *, shard: str) -> Array:  # (n, K), (N, K)
+    del shard  # one device
+    y = x @ w.T
+    return y if bias is None else y + bias
+
+
+def rms_norm(_: Context, x: Array, w: Array, *, eps: float) -> Array:  # (..., n), (n,)
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(eps)) * w
+
+
+def heads(_: Context, x: Array, *, size: int) -> Array:  # (T, H * d) -> (T, H, d)
+    return x.reshape(len(x), -1, size)
+
+
+def rope(_: Context, x: Array, positions: Array, *, frequencies: Frequencies) -> Array:  # (T, H, d), (T,)
+    angles = positions[:, None].astype(np.float32) * np.array(frequencies.values, np.float32)  # (T, d/2)
+    cos, sin = (f(angles)[:, None, :] * np.float32(frequencies.scale) for f in (np.cos, np.sin))
+    a, b = np.split(x, 2, axis=-1)
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def store(c: Context, k: Array, v: Array, kv: KV) -> KV:  # (T, Hk, d) each
+    """Token t of sequence s goes to row positions[t] % block_size of block blocks[s, positions[t] // block_size]."""
+    for s, rows in enumerate(sequences(c.batch)):
+        positions = c.batch.positions[rows]
+        blocks = c.batch.blocks[s, positions // c.block_size]
+        kv.keys[blocks, positions % c.block_size] = k[rows]
+        kv.values[blocks, positions % c.block_size] = v[rows]
+    return kv
+
+
+def attend(c: Context, q: Array, kv: KV, *, scale: float) -> Array:  # (T, H, d) -> (T, H * d)
+    """softmax(q k^T * scale) v over the positions up to the token's own; H / Hk query heads share a KV head."""
+    y = np.empty_like(q)
+    for s, rows in enumerate(sequences(c.batch)):
+        length = c.batch.lengths[s]
+        blocks = c.batch.blocks[s, : -(-length // c.block_size)]
+        group = q.shape[1] // kv.keys.shape[2]
+        k, v = (np.repeat(np.concatenate(x[blocks])[:length], group, axis=1) for x in (kv.keys, kv.values))
+        scores = np.einsum("thd,khd->htk", q[rows], k) * np.float32(scale)
+        future = np.arange(length) > c.batch.positions[rows][:, None]  # (t, k)
+        scores = np.where(future, np.float32(-np.inf), scores)
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        y[rows] = np.einsum("htk,khd->thd", weights / weights.sum(axis=-1, keepdims=True), v)
+    return y.reshape(len(y), -1)
+
+
+def silu_mul(_: Context, gate: Array, up: Array) -> Array:
+    return gate / (1 + np.exp(-gate)) * up
+
+
+def add(_: Context, x: Array, y: Array) -> Array:
+    return x + y
+
+
+def last(c: Context, x: Array) -> Array:  # (T, D) -> (S, D)
+    return x[c.batch.starts[1:] - 1]
+
+
+def head(_: Context, x: Array, w: Array) -> Array:  # (S, D), (V, D) -> (S, V)
+    return x @ w.T
+
+
+def sequences(batch: Batch) -> list[slice]:
+    """The rows of each sequence."""
+    return [slice(a, b) for a, b in zip(batch.starts[:-1], batch.starts[1:], strict=True)]
+
+
+OPS: dict[str, Callable[..., Any]] = {
+    f.__name__: f for f in (embed, linear, rms_norm, heads, rope, store, attend, silu_mul, add, last, head)
+}

@@ -1,0 +1,79 @@
+"""Paged attention in plain torch ops, for one ragged batch.
+
+Sequences that feed one token are padded to the longest of them and run at once; a part of a prompt runs alone.
+Letters: n rows, Hk KV heads, G query heads per KV head, d head size, L keys.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from llmrs.core.batch import Batch
+
+
+@dataclass(frozen=True)
+class Part:
+    """Sequences that run in one call of the attention function, each with `n` rows."""
+
+    rows: torch.Tensor  # int64 (s * n,): where their rows lie in the batch
+    blocks: torch.Tensor  # int64 (s, b)
+    mask: torch.Tensor  # bool (s, 1, n, L): True where a row sees a key
+
+
+@dataclass(frozen=True)
+class Context:
+    """What `store`, `attend` and `last` need of a step, on the device and made once for all layers."""
+
+    cells: torch.Tensor  # int64 (T,): where each token's KV goes: block * block_size + offset
+    parts: list[Part]
+    ends: torch.Tensor  # int64 (S,): the last row of each sequence
+
+
+def context(batch: Batch, block_size: int, device: torch.device) -> Context:
+    counts = np.diff(batch.starts)
+    row_of = np.repeat(np.arange(len(counts)), counts)
+    blocks = batch.blocks[row_of, batch.positions // block_size].astype(np.int64)
+    singles = np.flatnonzero(counts == 1)
+    groups = ([singles] if len(singles) else []) + [np.array([s]) for s in np.flatnonzero(counts > 1)]
+    return Context(
+        on_device(blocks * block_size + batch.positions % block_size, device),
+        [_part(batch, group, block_size, device) for group in groups],
+        on_device(batch.starts[1:].astype(np.int64) - 1, device),
+    )
+
+
+def _part(batch: Batch, group: np.ndarray, block_size: int, device: torch.device) -> Part:
+    rows = np.concatenate([np.arange(batch.starts[s], batch.starts[s + 1]) for s in group])
+    width = -(-int(batch.lengths[group].max()) // block_size)
+    positions = on_device(batch.positions[rows].reshape(len(group), 1, -1, 1), device)
+    mask = torch.arange(width * block_size, device=device, dtype=torch.int32) <= positions
+    return Part(on_device(rows, device), on_device(batch.blocks[group, :width].astype(np.int64), device), mask)
+
+
+def on_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A copy on the device; from pinned memory to a GPU, so that the host need not wait for it."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def attend(c: Context, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
+    """q (T, H, d), keys and values (blocks, block_size, Hk, d) -> (T, H * d)."""
+    if len(c.parts) == 1:
+        return _attend_part(c.parts[0], q, keys, values, scale)
+    y = torch.empty(len(q), q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
+    for part in c.parts:
+        y[part.rows] = _attend_part(part, q[part.rows], keys, values, scale)
+    return y
+
+
+def _attend_part(p: Part, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
+    s, n, kv_heads, size = len(p.blocks), p.mask.shape[2], keys.shape[2], keys.shape[3]
+    k, v = (x[p.blocks].view(s, -1, kv_heads, size).transpose(1, 2).to(q.dtype) for x in (keys, values))  # (s, Hk, L, d)
+    rows = q.view(s, n, kv_heads, -1, size).permute(0, 2, 3, 1, 4)  # (s, Hk, G, n, d)
+    group = rows.shape[2]  # query heads of one KV head become rows of one attention
+    mask = p.mask if n == 1 else p.mask.repeat(1, 1, group, 1)
+    y = torch.nn.functional.scaled_dot_product_attention(
+        rows.reshape(s, kv_heads, group * n, size), k, v, attn_mask=mask, scale=scale
+    )
+    return y.view(s, kv_heads, group, n, size).permute(0, 3, 1, 2, 4).reshape(s * n, -1)

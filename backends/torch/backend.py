@@ -1,0 +1,214 @@
+"""Lowers a model's graph to a list of torch calls and runs it step by step, on the CPU or an NVIDIA GPU."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from llmrs.backends.base import Backend
+from llmrs.backends.memory import free_host_memory
+from llmrs.backends.torch import ops
+from llmrs.backends.torch.attention import Context, context, on_device
+from llmrs.backends.torch.linear import prepare
+from llmrs.backends.torch.sampling import sample
+from llmrs.core.batch import Batch
+from llmrs.core.errors import MemoryLimitError
+from llmrs.core.ir import Equation, Function, Value, Weight, at_layer
+from llmrs.core.sampling import SamplingArrays
+from llmrs.quant.tensor import Tensor
+
+DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+
+
+class TorchTicket:
+    """A step whose tokens are on their way to the host."""
+
+    def __init__(self, tokens: torch.Tensor) -> None:
+        self.event = None
+        if tokens.is_cuda:
+            self.host = torch.empty(len(tokens), dtype=tokens.dtype, pin_memory=True)
+            self.host.copy_(tokens, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+        else:
+            self.host = tokens
+
+    def tokens(self) -> np.ndarray:
+        if self.event is not None:
+            self.event.synchronize()
+        return self.host.numpy().astype(np.int32)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One lowered equation: results at `outs` from the values at `inputs`. Values are numbered within a program."""
+
+    run: Callable[..., Any]
+    inputs: list[int]
+    outs: list[int]
+
+
+class TorchBackend(Backend):
+    """Plain torch ops. On the CPU weights are packed for oneDNN; tied embeddings are read from the mapped file."""
+
+    name = "torch"
+    fused_ops = ops.FUSED
+
+    def __init__(self, device: str, dtype: str, kv_dtype: str) -> None:
+        super().__init__(device, dtype, kv_dtype)
+        self.at = torch.device(device)
+        self.type = DTYPES[dtype]
+        self.max_in_flight = 2 if self.at.type == "cuda" else 1  # on the CPU a launch computes
+        self.program: list[Call] = []
+        self.kv: list[ops.KV] = []
+        self.last_token = torch.zeros(0, dtype=torch.int64)
+
+    @classmethod
+    def devices(cls) -> list[str]:
+        return [f"cuda:{n}" for n in range(torch.cuda.device_count())] + ["cpu"]
+
+    @classmethod
+    def ops(cls) -> frozenset[str]:
+        return frozenset(ops.OPS)
+
+    def free_memory(self) -> int:
+        return torch.cuda.mem_get_info(self.at)[0] if self.at.type == "cuda" else free_host_memory()
+
+    # Loading: every equation becomes a call with its weights bound.
+
+    def load_weights(self, weights: Mapping[str, Tensor], progress: Callable[[int], None]) -> None:
+        lowering = _Lowering(self, weights, progress)
+        main = self.graph.main
+        numbers = {v: lowering.number() for v in main.inputs}
+        self.results = lowering.function(main, numbers, 0)
+        self.program, self.value_count = lowering.calls, lowering.count
+
+    def allocate(self, blocks: int, block_size: int, slots: int) -> None:
+        dtype = DTYPES[self.kv_dtype]
+        self.block_size = block_size
+        try:
+            self.kv = [
+                ops.KV(*(torch.zeros(blocks, block_size, *t.shape, dtype=dtype, device=self.at) for _ in range(2)))
+                for t in self.graph.kv_types()
+            ]
+        except RuntimeError as error:  # torch.OutOfMemoryError, or the CPU allocator's own
+            raise MemoryLimitError(f"no memory for {blocks} KV blocks: {error}", "lower max_model_len") from error
+        self.last_token = torch.zeros(slots, dtype=torch.int64, device=self.at)
+
+    # Running
+
+    @torch.inference_mode()
+    def launch(self, batch: Batch) -> TorchTicket:
+        tokens = sample(self._forward(batch), batch.sampling)
+        kept = np.flatnonzero(batch.sampled)
+        slots = on_device(batch.slots[kept].astype(np.int64), self.at)
+        self.last_token[slots] = tokens[on_device(kept, self.at)]
+        return TorchTicket(tokens)
+
+    @torch.inference_mode()
+    def logits(self, batch: Batch) -> np.ndarray:
+        return self._forward(batch).cpu().numpy()
+
+    def sample(self, logits: np.ndarray, params: SamplingArrays) -> np.ndarray:
+        return sample(on_device(logits, self.at), params).cpu().numpy().astype(np.int32)
+
+    def close(self) -> None:
+        self.program, self.kv = [], []
+        self.last_token = torch.zeros(0, dtype=torch.int64)
+        if self.at.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _forward(self, batch: Batch) -> torch.Tensor:
+        values: list[Any] = [None] * self.value_count
+        inputs = [self._tokens(batch), on_device(batch.positions, self.at), *self.kv]
+        values[: len(inputs)] = inputs
+        step = context(batch, self.block_size, self.at)
+        for call in self.program:
+            result = call.run(step, *[values[n] for n in call.inputs])
+            if len(call.outs) == 1:
+                values[call.outs[0]] = result
+            else:
+                for n, one in zip(call.outs, result, strict=True):
+                    values[n] = one
+        logits: torch.Tensor = values[self.results[0]]
+        return logits
+
+    def _tokens(self, batch: Batch) -> torch.Tensor:
+        """int64 (T,), with the slots' last tokens filled in."""
+        tokens = on_device(batch.tokens.astype(np.int64), self.at)
+        if (batch.tokens >= 0).all():
+            return tokens
+        return torch.where(tokens < 0, self.last_token[(-1 - tokens).clamp(min=0)], tokens)
+
+
+class _Lowering:
+    """Turns equations into calls, layer by layer, and weights into what the calls need."""
+
+    def __init__(self, backend: TorchBackend, weights: Mapping[str, Tensor], progress: Callable[[int], None]) -> None:
+        self.backend, self.weights, self.progress = backend, weights, progress
+        self.calls: list[Call] = []
+        self.loaded: dict[Weight, torch.Tensor] = {}  # a tied head shares the embeddings
+        self.count = 0
+
+    def number(self) -> int:
+        self.count += 1
+        return self.count - 1
+
+    def function(self, function: Function, numbers: dict[Value, int], layer: int) -> list[int]:
+        for e in function.equations:
+            if e.op == "call":
+                callee = self.backend.graph.functions[e.params["function"]]
+                inputs = {v: numbers[o] for v, o in zip(callee.inputs, e.inputs, strict=True) if isinstance(o, Value)}
+                outs = self.function(callee, inputs, e.params["index"])
+                numbers.update(zip(e.outs, outs, strict=True))
+            else:
+                numbers.update((v, self.number()) for v in e.outs)
+                self.calls.append(self._equation(e, numbers, layer))
+        return [numbers[v] for v in function.outs]
+
+    def _equation(self, e: Equation, numbers: dict[Value, int], layer: int) -> Call:
+        values = [numbers[o] for o in e.inputs if isinstance(o, Value)]
+        weights = [at_layer(o, layer) for o in e.inputs if isinstance(o, Weight)]
+        params = {k: v for k, v in e.params.items() if k != "shard"}  # one device
+        if e.op == "linears":
+            params["rows"] = [v.type.shape[1] for v in e.outs]
+        run = partial(ops.OPS[e.op], **params)
+        if weights:  # every rule takes its weights, as one argument, after its values
+            run = partial(_with_weight, run, self._bound(e.op, weights))
+        return Call(run, values, [numbers[v] for v in e.outs])
+
+    def _bound(self, op: str, weights: list[Weight]) -> Any:
+        """What the rule of `op` takes for its weights: a function for matrices and tables, a tensor for vectors."""
+        if op == "embed":
+            return self._table(weights[0])
+        tensors = [self._tensor(w) for w in weights]
+        return tensors[0] if op == "rms_norm" else prepare(tensors[0], *tensors[1:])
+
+    def _table(self, weight: Weight) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Rows by number. On the CPU they are read from the file, so that a packed head needs no second copy."""
+        if self.backend.at.type == "cpu" and len(weight.segments) == 1:
+            rows, dtype = _torch_view(self.weights[weight.segments[0].tensor]), self.backend.type
+            return lambda tokens: rows[tokens].to(dtype)
+        table = self._tensor(weight)
+        return lambda tokens: table[tokens]
+
+    def _tensor(self, weight: Weight) -> torch.Tensor:
+        if weight not in self.loaded:
+            found = [self.weights[s.tensor] for s in weight.segments]
+            parts = [_torch_view(t).to(self.backend.at, self.backend.type) for t in found]
+            self.loaded[weight] = parts[0] if len(parts) == 1 else torch.cat(parts)
+            self.progress(sum(t.nbytes for t in found))
+        return self.loaded[weight]
+
+
+def _with_weight(run: Callable[..., Any], weight: Any, context: Context, *values: Any) -> Any:
+    return run(context, *values, weight)
+
+
+def _torch_view(tensor: Tensor) -> torch.Tensor:
+    """The file's own memory as a torch tensor."""
+    data = torch.from_numpy(tensor.data)
+    return data.view(torch.bfloat16) if tensor.format == "bf16" else data

@@ -1,0 +1,88 @@
+"""The rule of each op in torch. A rule gets the step's context, the inputs and the params, and gives the results."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+from llmrs.backends.torch import attention
+from llmrs.backends.torch.attention import Context
+from llmrs.backends.torch.linear import Linear
+from llmrs.core.ir import Frequencies
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class KV:
+    """The KV cache of one layer: keys and values (blocks, block_size, Hk, d)."""
+
+    keys: Tensor
+    values: Tensor
+
+
+def embed(_: Context, tokens: Tensor, table: Callable[[Tensor], Tensor]) -> Tensor:
+    return table(tokens)
+
+
+def linear(_: Context, x: Tensor, matrix: Linear) -> Tensor:
+    return matrix(x)
+
+
+def linears(_: Context, x: Tensor, matrix: Linear, *, rows: list[int]) -> tuple[Tensor, ...]:
+    return matrix(x).split(rows, dim=-1)
+
+
+def rms_norm(_: Context, x: Tensor, w: Tensor, *, eps: float) -> Tensor:
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)).to(x.dtype) * w
+
+
+def heads(_: Context, x: Tensor, *, size: int) -> Tensor:  # (T, H * d) -> (T, H, d)
+    return x.unflatten(-1, (-1, size))
+
+
+def rope(_: Context, x: Tensor, positions: Tensor, *, frequencies: Frequencies) -> Tensor:  # (T, H, d), (T,)
+    angles = positions[:, None].float() * _on_device(frequencies, x.device)  # (T, d/2)
+    cos, sin = (f(angles)[:, None, :] * frequencies.scale for f in (torch.cos, torch.sin))
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+@cache
+def _on_device(frequencies: Frequencies, device: torch.device) -> Tensor:
+    return torch.tensor(frequencies.values, dtype=torch.float32, device=device)
+
+
+def store(c: Context, k: Tensor, v: Tensor, kv: KV) -> KV:  # (T, Hk, d) each
+    for cache_, new in ((kv.keys, k), (kv.values, v)):
+        cache_.flatten(0, 1)[c.cells] = new.to(cache_.dtype)
+    return kv
+
+
+def attend(c: Context, q: Tensor, kv: KV, *, scale: float) -> Tensor:
+    return attention.attend(c, q, kv.keys, kv.values, scale)
+
+
+def silu_mul(_: Context, gate: Tensor, up: Tensor) -> Tensor:
+    return torch.nn.functional.silu(gate) * up
+
+
+def add(_: Context, x: Tensor, y: Tensor) -> Tensor:
+    return x + y
+
+
+def last(c: Context, x: Tensor) -> Tensor:
+    return x[c.ends]
+
+
+def head(_: Context, x: Tensor, matrix: Linear) -> Tensor:
+    return matrix(x).float()
+
+
+OPS: dict[str, Callable[..., Any]] = {
+    f.__name__: f for f in (embed, linear, linears, rms_norm, heads, rope, store, attend, silu_mul, add, last, head)
+}
+FUSED = frozenset({"linears"})

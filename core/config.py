@@ -1,0 +1,160 @@
+"""Every option, defined once: YAML keys, flags, Python arguments and the docs derive from here.
+
+An option is a dataclass field made by `option(...)`; `options(cls)` lists them as `Option` records, and
+`build(mapping, *classes)` turns one flat mapping (a YAML file, the flags) into checked instances.
+"""
+
+import dataclasses
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+from llmrs.core.errors import ConfigError, did_you_mean
+
+DTYPES = ("bf16", "f16", "f32")
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option. `kind` is its Python type (bool, int, float, str or list, of `element`); `optional` allows None."""
+
+    name: str
+    kind: type
+    element: type
+    optional: bool
+    default: Any
+    help: str
+    aliases: tuple[str, ...]
+    choices: tuple[str, ...]
+    low: int | float
+    high: int | float
+
+    def check(self, value: Any) -> Any:
+        """The value as `kind`. Raises ConfigError that names the value and what is allowed."""
+        if value is None and self.optional:
+            return None
+        if self.kind is float and type(value) is int:
+            value = float(value) if abs(value) < 2**1000 else math.inf
+        if type(value) is not self.kind:
+            raise self.error(value)
+        for v in value if self.kind is list else (value,):
+            if type(v) is not self.element or (self.element in (int, float) and not self.low <= v <= self.high):
+                raise self.error(v)  # NaN fails both comparisons
+        if self.choices and value not in self.choices:
+            raise self.error(value, did_you_mean(str(value), self.choices))
+        return value
+
+    def error(self, value: Any, hint: str = "") -> ConfigError:
+        shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
+        return ConfigError(f"{self.name}: {shown} is not allowed; it must be {self.allowed()}", hint or self.help)
+
+    def allowed(self) -> str:
+        """What the option accepts, in words."""
+        if self.choices:
+            return "one of " + ", ".join(self.choices)
+        words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+        text = ("a list, each " if self.kind is list else "") + words[self.element]
+        if self.high < math.inf:
+            return f"{text} from {self.low} to {self.high}"
+        return f"{text} of at least {self.low}" if self.low > -math.inf else text
+
+
+def option(
+    default: Any,
+    help: str,
+    aliases: tuple[str, ...] = (),
+    choices: tuple[str, ...] = (),
+    low: int | float = -math.inf,
+    high: int | float = math.inf,
+) -> Any:
+    """A dataclass field that is an option; `aliases` are further YAML keys and flags for it."""
+    metadata = {"help": help, "aliases": aliases, "choices": choices, "low": low, "high": high}
+    return field(default=default, metadata=metadata)
+
+
+def options(cls: type) -> Iterator[Option]:
+    """The options of a dataclass, in the order in which they are written."""
+    hints = get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        union = get_args(hints[f.name]) if isinstance(hints[f.name], UnionType) else (hints[f.name],)
+        kind = next(k for k in union if k is not type(None))
+        element = next(iter(get_args(kind)), kind)
+        yield Option(f.name, get_origin(kind) or kind, element, type(None) in union, f.default, **f.metadata)
+
+
+class Checked:
+    """Base of the option classes: every field is checked when an instance is made."""
+
+    def __post_init__(self) -> None:
+        for o in options(type(self)):
+            object.__setattr__(self, o.name, o.check(getattr(self, o.name)))
+
+
+@dataclass(frozen=True)
+class EngineConfig(Checked):
+    """What is loaded, where it runs, and how much of it at once."""
+
+    model_path: str = option(
+        "demo", "bundled name, folder, .gguf file or Hugging Face id", ("model", "w", "m", "weight_path")
+    )
+    backend: str = option("auto", "auto, mlx, torch, reference, or one that a package registers")
+    device: str = option("auto", "auto, cpu, cuda:0, gpu", ("d", "device_ids"))
+    dtype: str = option("bf16", "type of computation and of the KV cache", choices=DTYPES)
+    kv_cache_dtype: str = option("auto", "type of the KV cache; auto is that of dtype", choices=("auto", *DTYPES))
+    quant: str | None = option(None, "quantize while loading: q4k, q8_0, ...", ("isq",))
+    max_model_len: int | None = option(
+        None, "longest prompt plus answer, in tokens; null: what the model allows, at most 4096", low=2, high=2**24
+    )
+    max_num_seqs: int = option(
+        8 if sys.platform == "darwin" else 32, "requests that run at once (8 on macOS, else 32)", low=1, high=4096
+    )
+    max_num_batched_tokens: int = option(2048, "tokens of one step; long prompts are split", low=1, high=2**20)
+    block_size: int | None = option(None, "tokens of a KV block; null: what suits the backend", low=1, high=1024)
+    kv_cache_memory: int | None = option(None, "bytes for the KV cache; null: by need and free memory", low=1)
+    memory_fraction: float = option(0.9, "part of the free memory that may be used", low=0.01, high=1.0)
+    prefix_cache: bool = option(True, "reuse the KV of equal beginnings of prompts")
+
+
+@dataclass(frozen=True)
+class SamplingParams(Checked):
+    """How one request's tokens are chosen, and when it ends.
+
+    A value left at None comes from the engine's defaults (the YAML file), else from the model's
+    generation_config, else from BUILT_IN.
+    """
+
+    temperature: float | None = option(None, "0 is greedy; higher is more random", low=0.0, high=100.0)
+    max_tokens: int | None = option(None, "most tokens of an answer (4096)", low=1, high=2**24)
+    top_k: int | None = option(None, "keep the k likeliest tokens; 0 keeps all", low=0, high=2**31 - 1)
+    top_p: float | None = option(None, "keep the likeliest tokens that make up this probability", low=0.0, high=1.0)
+    min_p: float | None = option(None, "drop tokens below this part of the likeliest's probability", low=0.0, high=1.0)
+    seed: int | None = option(None, "the same seed gives the same answer; null: random", low=0, high=2**64 - 1)
+    ignore_eos: bool = option(False, "go on after the end-of-sequence token")
+    stop: list[str] | None = option(None, "end the answer before any of these texts")
+    stop_token_ids: list[int] | None = option(None, "end the answer at any of these tokens", low=0, high=2**31 - 1)
+
+    def over(self, *defaults: "SamplingParams") -> "SamplingParams":
+        """These values, with those left at None taken from the first of `defaults` that has one."""
+        unset = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) is None]
+        found = {n: next((getattr(d, n) for d in defaults if getattr(d, n) is not None), None) for n in unset}
+        return dataclasses.replace(self, **found)
+
+
+BUILT_IN = SamplingParams(temperature=1.0, max_tokens=4096, top_k=0, top_p=1.0, min_p=0.0)
+
+
+def build(values: Mapping[str, Any], *classes: type) -> list[Any]:
+    """One instance of each class from a flat mapping. Raises ConfigError for a key that none of them knows."""
+    owners = {name: (cls, o) for cls in classes for o in options(cls) for name in (o.name, *o.aliases)}
+    chosen: dict[type, dict[str, Any]] = {cls: {} for cls in classes}
+    for key, value in values.items():
+        if key not in owners:
+            raise ConfigError(f"unknown option {key!r}", did_you_mean(str(key), owners))
+        cls, o = owners[key]
+        if o.name in chosen[cls]:
+            raise ConfigError(f"{key!r} sets {o.name!r}, which is set already", "keep one of the two")
+        chosen[cls][o.name] = value
+    return [cls(**chosen[cls]) for cls in classes]

@@ -1,0 +1,118 @@
+"""The engine's core: requests in, tokens out, one step after the other. It knows no text, no files, no threads.
+
+    submit -> waiting -> schedule -> launch -> (one step ahead) -> tokens -> commit -> on_update
+
+Up to `backend.max_in_flight` steps are launched before the oldest one's tokens are read, so that the host prepares
+step N + 1 while the device computes step N. That a request has ended is then found out one step late; what that
+step gives it is dropped.
+"""
+
+from collections import deque
+from collections.abc import Collection
+from typing import Protocol
+
+import numpy as np
+
+from llmrs.core.batch import MAX_STOPS, Batch
+from llmrs.core.blocks import BlockPool
+from llmrs.core.config import EngineConfig
+from llmrs.core.errors import BackendError, ConfigError, ContextLengthError, LlmrsError, RequestError
+from llmrs.core.request import Request
+from llmrs.core.scheduler import Scheduler, Step
+
+
+class Ticket(Protocol):
+    """A launched step."""
+
+    def tokens(self) -> np.ndarray:
+        """Waits; the sampled tokens, int32 (S,). Raises what went wrong on the device."""
+        ...
+
+
+class Launcher(Protocol):
+    """What the engine needs of a backend."""
+
+    max_in_flight: int
+
+    def launch(self, batch: Batch) -> Ticket:
+        """Starts a step and returns at once; steps run in the order of their launch."""
+        ...
+
+
+class EngineCore:
+    """Steps requests through a backend. Used by one thread."""
+
+    def __init__(self, backend: Launcher, config: EngineConfig, vocabulary: int, max_model_len: int, pool: BlockPool):
+        if config.max_num_batched_tokens < config.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens {config.max_num_batched_tokens} is below max_num_seqs {config.max_num_seqs}",
+                "every running request needs room for a token in each step",
+            )
+        self.backend, self.vocabulary, self.max_model_len = backend, vocabulary, max_model_len
+        self.scheduler = Scheduler(config.max_num_seqs, config.max_num_batched_tokens, max_model_len, pool)
+        self.in_flight: deque[tuple[Step, Ticket]] = deque()
+
+    @property
+    def idle(self) -> bool:
+        return not (self.in_flight or self.scheduler.running or self.scheduler.waiting)
+
+    def submit(self, request: Request) -> None:
+        """Queues a request. Raises RequestError when it can never be served as asked."""
+        self.check(request)
+        assert request.params.max_tokens is not None, "params are complete when they come here"
+        request.limit = min(len(request.prompt) + request.params.max_tokens, self.max_model_len)
+        self.scheduler.submit(request)
+
+    def check(self, request: Request) -> None:
+        """Raises RequestError for an empty or too long prompt, unknown token ids, too many stops."""
+        length, ids = len(request.prompt), (*request.prompt, *request.stops)
+        if not length:
+            raise RequestError("the prompt is empty", "give at least one token")
+        for bad in (t for t in ids if type(t) is not int or not 0 <= t < self.vocabulary):
+            raise RequestError(f"token id {bad!r} is not in the vocabulary", f"ids are 0 to {self.vocabulary - 1}")
+        if length >= self.max_model_len:
+            raise ContextLengthError(
+                f"the prompt has {length} tokens, and max_model_len {self.max_model_len} leaves no room for an answer",
+                "shorten the prompt or raise max_model_len",
+            )
+        if len(request.stops) > MAX_STOPS:
+            raise RequestError(f"{len(request.stops)} stop tokens, at most {MAX_STOPS} are allowed", "give fewer")
+
+    def cancel(self, request: Request, reason: str = "cancelled") -> None:
+        """Ends a request at once; its blocks are free for the next step. Does nothing when it has ended."""
+        self.finish([request], reason)
+
+    def step(self) -> None:
+        """Launches the next step if there is one, and commits the oldest when enough are in flight."""
+        try:
+            step = self.scheduler.schedule()
+            if step is not None:
+                self.in_flight.append((step, self.backend.launch(step.batch)))
+            if self.in_flight and (step is None or len(self.in_flight) >= self.backend.max_in_flight):
+                self._commit(*self.in_flight.popleft())
+        except LlmrsError as error:
+            self.fail(error)
+        except (RuntimeError, MemoryError, ValueError, ArithmeticError, LookupError, TypeError) as error:
+            cause = BackendError(f"a step failed: {error}", "the requests in it ended; others can go on")
+            cause.__cause__ = error
+            self.fail(cause)
+
+    def fail(self, error: Exception) -> None:
+        """Ends every running request with `error`. Those that wait go on: none of their state was on the device."""
+        self.in_flight.clear()
+        self.finish(list(self.scheduler.running), "error", error)
+
+    def finish(self, requests: Collection[Request], reason: str, error: Exception | None = None) -> None:
+        for request in requests:
+            if request.finish_reason is None:
+                self.scheduler.finish(request, reason, error)
+                request.on_update(request, [])
+
+    def close(self, error: Exception) -> None:
+        """Ends everything with `error`."""
+        self.fail(error)
+        self.finish(list(self.scheduler.waiting), "error", error)
+
+    def _commit(self, step: Step, ticket: Ticket) -> None:
+        for request, token in self.scheduler.commit(step, ticket.tokens()):
+            request.on_update(request, [token])

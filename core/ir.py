@@ -1,0 +1,315 @@
+"""The model graph: what a model computes in one step, described once and lowered by every backend.
+
+    graph    ::= function* main
+    function ::= name(value, ...) -> (value, ...) { equation* }     a kind of layer, called once per layer
+    equation ::= value, ... = op[params](operand, ...)              single assignment
+    operand  ::= value | weight                                     a weight is a list of row segments
+    type     ::= dtype[dim, ...]     dtype ::= act | f32 | i32 | kv | weight
+    dim      ::= int | T | S         T: tokens of the step, S: sequences of the step
+
+`act` is the type of computation that the user chose. The KV cache of a layer is a value: `store` takes one and
+gives the next, so order and effects are visible in single assignment. `store`, `attend` and `last` also read the
+step's Batch (block tables, lengths); nothing else does. `backends/reference` defines what each op computes.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from llmrs.core.errors import GraphError
+
+Dim = int | str
+T, S = "T", "S"
+
+
+@dataclass(frozen=True)
+class Type:
+    """An element type and a shape. For `kv` the shape is (kv heads, head size); how it is paged is the backend's."""
+
+    dtype: str
+    shape: tuple[Dim, ...]
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True)
+class Value:
+    """A name that one equation, or the function's signature, assigns once."""
+
+    name: str
+    type: Type
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows of a weight that come from one tensor of the file; each may have a format of its own there."""
+
+    tensor: str  # canonical name; "{i}" stands for the layer's index
+    rows: int
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A matrix (rows, columns) or a vector (rows,), as segments stacked along the rows."""
+
+    segments: tuple[Segment, ...]
+    columns: tuple[int, ...] = ()
+
+    @property
+    def type(self) -> Type:
+        return Type("weight", (sum(s.rows for s in self.segments), *self.columns))
+
+    def __str__(self) -> str:
+        names = "+".join(s.tensor.removeprefix("layers.{i}.") for s in self.segments)
+        return f"@{names}{list(self.type.shape)}".replace(" ", "")
+
+
+Operand = Value | Weight
+
+
+@dataclass(frozen=True)
+class Equation:
+    """`outs = op[params](inputs)`. A fused op carries the equations that it replaces, which define it."""
+
+    op: str
+    inputs: tuple[Operand, ...]
+    outs: tuple[Value, ...]
+    params: dict[str, Any] = field(default_factory=dict)
+    body: tuple["Equation", ...] = ()
+
+    def __str__(self) -> str:
+        params = ", ".join(f"{k}={v}" for k, v in self.params.items())
+        outs = ", ".join(f"{v}: {v.type}" for v in self.outs)
+        return f"{outs} = {self.op}{f'[{params}]' if params else ''}({', '.join(map(str, self.inputs))})"
+
+
+@dataclass(frozen=True)
+class Function:
+    """Equations with a signature."""
+
+    name: str
+    inputs: tuple[Value, ...]
+    outs: tuple[Value, ...]
+    equations: tuple[Equation, ...]
+
+    def __str__(self) -> str:
+        head = f"{self.name}({', '.join(f'{v}: {v.type}' for v in self.inputs)}) -> ({', '.join(map(str, self.outs))}):"
+        return "\n  ".join([head, *map(str, self.equations)])
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A model: `main` calls each layer's function once per layer, with `index` and that layer's KV."""
+
+    name: str
+    functions: dict[str, Function]
+    main: Function
+
+    def calls(self) -> Iterator[Equation]:
+        """The calls of `main`, one per layer, in order."""
+        return (e for e in self.main.equations if e.op == "call")
+
+    def weights(self) -> Iterator[Weight]:
+        """Every weight with its layer index filled in, in order of use; a weight used twice comes twice."""
+        for e in self.main.equations:
+            body = self.functions[e.params["function"]].equations if e.op == "call" else (e,)
+            for operand in (o for b in body for o in b.inputs if isinstance(o, Weight)):
+                yield at_layer(operand, e.params.get("index", 0))
+
+    def kv_types(self) -> list[Type]:
+        """The type of each layer's KV cache."""
+        return [v.type for v in self.main.inputs if v.type.dtype == "kv"]
+
+    def __str__(self) -> str:
+        main = Function("main", tuple(v for v in self.main.inputs if v.type.dtype != "kv"), self.main.outs[:1], ())
+        lines = [str(e) for e in self.main.equations]
+        for start, e in enumerate(self.main.equations):  # one line for a run of calls
+            run = [c for c in self.main.equations[start:] if c.op == "call"]
+            if e.op == "call" and (start == 0 or not _same_function(self.main.equations[start - 1], e)):
+                count = next((n for n, c in enumerate(run) if not _same_function(c, e)), len(run))
+                first, last = e.params["index"], e.params["index"] + count - 1
+                text = f"{e.outs[0]} .. {run[count - 1].outs[0]}, kv = {e.params['function']}[{first}..{last}]"
+                lines[start : start + count] = [f"{text}({', '.join(map(str, e.inputs[:-1]))}, kv)"] + [""] * (count - 1)
+        return "\n\n".join([*map(str, self.functions.values()), "\n  ".join([str(main), *filter(None, lines)])])
+
+
+def _same_function(a: Equation, b: Equation) -> bool:
+    return a.op == b.op == "call" and a.params["function"] == b.params["function"]
+
+
+def at_layer(weight: Weight, index: int) -> Weight:
+    """The weight with `{i}` in its tensors' names replaced by the layer's index."""
+    return Weight(tuple(Segment(s.tensor.replace("{i}", str(index)), s.rows) for s in weight.segments), weight.columns)
+
+
+# The type rules: from the types of the inputs and the params to the types of the results.
+
+Rule = Callable[..., tuple[Type, ...]]
+RULES: dict[str, Rule] = {}
+
+
+def rule(op: str) -> Callable[[Rule], Rule]:
+    """Registers the type rule of an op."""
+    return lambda function: RULES.setdefault(op, function)
+
+
+def _expect(true: bool, message: str) -> None:
+    if not true:
+        raise GraphError(message)
+
+
+@rule("embed")  # rows of the table: tokens i32[T], table (V, D) -> act[T, D]
+def _embed(tokens: Type, table: Type) -> tuple[Type, ...]:
+    _expect(tokens == Type("i32", (T,)), f"tokens are {tokens}, not i32[T]")
+    return (Type("act", (T, table.shape[1])),)
+
+
+@rule("linear")  # x w^T (+ bias): act[n, K], (N, K) -> act[n, N]; shard: how it may be split over devices
+def _linear(x: Type, w: Type, bias: Type | None = None, *, shard: str) -> tuple[Type, ...]:
+    _expect(shard in ("rows", "columns", "none"), f"shard={shard}")
+    _expect(len(w.shape) == len(x.shape) == 2 and x.shape[1] == w.shape[1], f"{x} does not fit {w}")
+    _expect(bias is None or bias.shape == w.shape[:1], f"bias {bias} does not fit {w}")
+    return (Type("act", (x.shape[0], w.shape[0])),)
+
+
+@rule("rms_norm")  # x / rms(x) * w over the last dimension, in float32
+def _rms_norm(x: Type, w: Type, *, eps: float) -> tuple[Type, ...]:
+    _expect(x.shape[-1:] == w.shape and eps > 0, f"{x} does not fit {w}")
+    return (x,)
+
+
+@rule("heads")  # act[T, H*D] -> act[T, H, D], the same bytes
+def _heads(x: Type, *, size: int) -> tuple[Type, ...]:
+    _expect(len(x.shape) == 2 and isinstance(x.shape[1], int) and x.shape[1] % size == 0, f"{x} has no heads of {size}")
+    return (Type("act", (x.shape[0], int(x.shape[1]) // size, size)),)
+
+
+@rule("rope")  # rotates the halves (x[d], x[d + D/2]) by positions * frequencies[d]
+def _rope(x: Type, positions: Type, *, frequencies: "Frequencies") -> tuple[Type, ...]:
+    _expect(x.shape[-1] == 2 * len(frequencies.values), f"{x} does not fit {len(frequencies.values)} frequencies")
+    _expect(positions == Type("i32", (T,)), f"positions are {positions}, not i32[T]")
+    return (x,)
+
+
+@rule("store")  # writes keys and values act[T, H, D] of the step's tokens into the KV cache kv[H, D]
+def _store(k: Type, v: Type, kv: Type) -> tuple[Type, ...]:
+    _expect(k == v and k.shape[1:] == kv.shape and kv.dtype == "kv", f"{k}, {v} do not fit {kv}")
+    return (kv,)
+
+
+@rule("attend")  # causal attention of act[T, Hq, D] over each token's own sequence -> act[T, Hq * D]
+def _attend(q: Type, kv: Type, *, scale: float) -> tuple[Type, ...]:
+    _expect(len(q.shape) == 3 and q.shape[2] == kv.shape[1] and scale > 0, f"{q} does not fit {kv}")
+    _expect(int(q.shape[1]) % int(kv.shape[0]) == 0, f"{q.shape[1]} heads do not share {kv.shape[0]} KV heads")
+    return (Type("act", (q.shape[0], int(q.shape[1]) * int(q.shape[2]))),)
+
+
+@rule("silu_mul")  # silu(gate) * up
+def _silu_mul(gate: Type, up: Type) -> tuple[Type, ...]:
+    _expect(gate == up, f"{gate} is not {up}")
+    return (gate,)
+
+
+@rule("add")
+def _add(x: Type, y: Type) -> tuple[Type, ...]:
+    _expect(x == y, f"{x} is not {y}")
+    return (x,)
+
+
+@rule("last")  # the row of each sequence's last token of the step: act[T, D] -> act[S, D]
+def _last(x: Type) -> tuple[Type, ...]:
+    _expect(len(x.shape) == 2 and x.shape[0] == T, f"{x} is not act[T, D]")
+    return (Type("act", (S, x.shape[1])),)
+
+
+@rule("head")  # logits: act[S, D], (V, D) -> f32[S, V]
+def _head(x: Type, w: Type) -> tuple[Type, ...]:
+    _expect(len(x.shape) == 2 and x.shape[1] == w.shape[1], f"{x} does not fit {w}")
+    return (Type("f32", (x.shape[0], w.shape[0])),)
+
+
+@dataclass(frozen=True)
+class Frequencies:
+    """Rotary frequencies in radians per position, one per pair of a head's elements; `scale` multiplies cos and sin."""
+
+    label: str
+    values: tuple[float, ...]
+    scale: float = 1.0
+
+    def __str__(self) -> str:
+        return f"<{self.label}>"
+
+
+class Builder:
+    """Writes a function equation by equation: `build("linear", x, w, shard="rows", to="q")` gives the value q."""
+
+    def __init__(self, name: str, **inputs: Type) -> None:
+        self.name = name
+        self.names: set[str] = set()
+        self.equations: list[Equation] = []
+        self.inputs = tuple(Value(self._fresh(n), t) for n, t in inputs.items())
+
+    def _fresh(self, name: str) -> str:
+        fresh = next(n for i in itertools.count() if (n := f"{name}{i or ''}") not in self.names)
+        self.names.add(fresh)
+        return fresh
+
+    def __call__(self, op: str, *operands: Operand, to: str, **params: Any) -> Value:
+        types = infer(Equation(op, operands, (), params))
+        out = Value(self._fresh(to), types[0])
+        self.equations.append(Equation(op, operands, (out,), params))
+        return out
+
+    def call(self, function: Function, index: int, *operands: Operand) -> tuple[Value, ...]:
+        """Calls a layer's function; the results take the names of the function's results."""
+        outs = tuple(Value(self._fresh(v.name.rstrip("0123456789")), v.type) for v in function.outs)
+        self.equations.append(Equation("call", operands, outs, {"function": function.name, "index": index}))
+        return outs
+
+    def done(self, *outs: Value) -> Function:
+        return Function(self.name, self.inputs, outs, tuple(self.equations))
+
+
+def infer(e: Equation) -> tuple[Type, ...]:
+    """The types of an equation's results. Raises GraphError for an unknown op or inputs that do not fit."""
+    if e.body:  # a fused op: the types of the values that its definition assigns
+        assigned = {v: t for b in e.body for v, t in zip(b.outs, infer(b), strict=True)}
+        return tuple(assigned[v] for v in e.outs)
+    _expect(e.op in RULES, f"unknown op {e.op!r}")
+    try:
+        return RULES[e.op](*(o.type for o in e.inputs), **e.params)
+    except TypeError as error:
+        raise GraphError(f"{e.op}: {error}") from error
+    except GraphError as error:
+        raise GraphError(f"{e.op}: {error.message}") from error
+
+
+def check(graph: Graph) -> None:
+    """Raises GraphError unless every value is assigned once, before its use, with the type that its rule gives."""
+    for function in (*graph.functions.values(), graph.main):
+        known = set(function.inputs)
+        names = {v.name for v in function.inputs}
+        _expect(len(names) == len(known) == len(function.inputs), f"{function.name}: two inputs have one name")
+        for e in function.equations:
+            unknown = [str(o) for o in e.inputs if isinstance(o, Value) and o not in known]
+            _expect(not unknown, f"{function.name}: {', '.join(unknown)} used before it is assigned in: {e}")
+            types = _check_call(graph, e) if e.op == "call" else infer(e)
+            _expect(types == tuple(v.type for v in e.outs), f"{function.name}: wrong type in: {e}")
+            _expect(not names & {v.name for v in e.outs}, f"{function.name}: assigned twice in: {e}")
+            known.update(e.outs)
+            names.update(v.name for v in e.outs)
+        _expect(known >= set(function.outs), f"{function.name}: a result is never assigned")
+
+
+def _check_call(graph: Graph, e: Equation) -> tuple[Type, ...]:
+    function = graph.functions.get(e.params["function"])
+    if function is None:
+        raise GraphError(f"call of an unknown function: {e}")
+    wanted, given = [v.type for v in function.inputs], [o.type for o in e.inputs]
+    _expect(wanted == given, f"call does not fit the signature: {e}")
+    return tuple(v.type for v in function.outs)

@@ -1,0 +1,58 @@
+"""llmrs: a small, fast inference engine for language models.
+
+    from llmrs import Engine, EngineConfig, SamplingParams
+    with Engine(EngineConfig("demo")) as engine:
+        print(engine.generate_sync([SamplingParams(max_tokens=32)], ["llmrs is"])[0].text)
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from llmrs.core.config import EngineConfig, SamplingParams
+from llmrs.core.errors import (
+    BackendError,
+    ConfigError,
+    ContextLengthError,
+    EngineClosedError,
+    GraphError,
+    LlmrsError,
+    MemoryLimitError,
+    ModelError,
+    RequestError,
+)
+from llmrs.core.request import GenerationOutput, Message
+
+if TYPE_CHECKING:
+    from llmrs.engine import Engine
+    from llmrs.models.template import ChatPrompt
+    from llmrs.stream import Stream
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendError",
+    "ChatPrompt",
+    "ConfigError",
+    "ContextLengthError",
+    "Engine",
+    "EngineClosedError",
+    "EngineConfig",
+    "GenerationOutput",
+    "GraphError",
+    "LlmrsError",
+    "MemoryLimitError",
+    "Message",
+    "ModelError",
+    "RequestError",
+    "SamplingParams",
+    "Stream",
+]
+
+_LATER = {"Engine": "llmrs.engine", "Stream": "llmrs.stream", "ChatPrompt": "llmrs.models.template"}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports the engine when it is first asked for, so that `import llmrs` and `import llmrs.core` stay light."""
+    if name in _LATER:
+        return getattr(import_module(_LATER[name]), name)
+    raise AttributeError(f"module 'llmrs' has no attribute {name!r}")

@@ -1,0 +1,60 @@
+"""Finds each weight of a graph in a model's files, by the family's names, and checks that all fit."""
+
+import re
+from collections.abc import Iterator, Mapping
+
+from llmrs.core.errors import ModelError
+from llmrs.core.ir import Graph, Weight
+from llmrs.quant.tensor import Tensor, WeightSource
+
+IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")  # old checkpoints carry what the config says anyway
+
+
+class Weights(Mapping[str, Tensor]):
+    """Canonical name -> tensor, read from the source when asked for."""
+
+    def __init__(self, graph: Graph, names: Mapping[str, str], source: WeightSource, *, tied: bool) -> None:
+        """Raises ModelError that names what is missing, superfluous or of the wrong shape."""
+        self.source = source
+        self.wanted = {s.tensor: (s.rows, *w.columns) for w in graph.weights() for s in w.segments}
+        self.names = {canonical: _translate(canonical, names) for canonical in self.wanted}
+        there, used = set(source.names()), set(self.names.values())
+        extra = {n for n in there - used if not IGNORED.fullmatch(n)} - ({names["head"]} if tied else set())
+        for problem, found in (("lacks", used - there), ("holds unexpected", extra)):
+            if found:
+                listed = ", ".join(sorted(found)[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+                raise ModelError(f"the checkpoint {problem} {listed}", "do config.json and the weights belong together?")
+        for canonical, name in self.names.items():
+            if source.shape(name) != self.wanted[canonical]:
+                raise ModelError(
+                    f"{name} has the shape {source.shape(name)}; the config asks for {self.wanted[canonical]}",
+                    "do config.json and the weights belong together?",
+                )
+
+    def __getitem__(self, canonical: str) -> Tensor:
+        return self.source.tensor(self.names[canonical])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def parameters(graph: Graph) -> int:
+    """Numbers in the weights; a weight that is used twice counts once."""
+    return sum(_size(w) for w in set(graph.weights()))
+
+
+def _size(weight: Weight) -> int:
+    size = 1
+    for n in weight.type.shape:
+        size *= int(n)
+    return size
+
+
+def _translate(canonical: str, names: Mapping[str, str]) -> str:
+    index = re.search(r"\d+", canonical)
+    if index is None:
+        return names[canonical]
+    return names[canonical.replace(index[0], "{i}", 1)].replace("{i}", index[0])
