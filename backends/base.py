@@ -77,7 +77,7 @@ class Backend(ABC):
 
     def token_bytes(self) -> int:
         """Bytes of KV cache per token, all layers."""
-        elements = sum(int(h) * int(d) for h, d in (t.shape for t in self.graph.kv_types()))
+        elements = sum(heads * size for heads, size in (t.sizes for t in self.graph.kv_types()))
         return 2 * elements * DTYPE_BYTES[self.kv_dtype]
 
     @abstractmethod

@@ -40,7 +40,8 @@ class Option:
             value = float(value) if abs(value) < 2**1000 else math.inf
         if type(value) is not self.kind:
             raise self.error(value)
-        for v in value if self.kind is list else (value,):
+        elements: list[Any] = value if isinstance(value, list) else [value]
+        for v in elements:
             if type(v) is not self.element or (self.element in (int, float) and not self.low <= v <= self.high):
                 raise self.error(v)  # NaN fails both comparisons
         if self.choices and value not in self.choices:
@@ -139,7 +140,9 @@ class SamplingParams(Checked):
     def over(self, *defaults: "SamplingParams") -> "SamplingParams":
         """These values, with those left at None taken from the first of `defaults` that has one."""
         unset = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) is None]
-        found = {n: next((getattr(d, n) for d in defaults if getattr(d, n) is not None), None) for n in unset}
+        found: dict[str, Any] = {}
+        for name in unset:
+            found[name] = next((getattr(d, name) for d in defaults if getattr(d, name) is not None), None)
         return dataclasses.replace(self, **found)
 
 

@@ -30,6 +30,11 @@ class Type:
     dtype: str
     shape: tuple[Dim, ...]
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The shape without the step's own dimensions T and S."""
+        return tuple(d for d in self.shape if isinstance(d, int))
+
     def __str__(self) -> str:
         return f"{self.dtype}[{','.join(map(str, self.shape))}]"
 
@@ -126,20 +131,19 @@ class Graph:
         return [v.type for v in self.main.inputs if v.type.dtype == "kv"]
 
     def __str__(self) -> str:
-        main = Function("main", tuple(v for v in self.main.inputs if v.type.dtype != "kv"), self.main.outs[:1], ())
-        lines = [str(e) for e in self.main.equations]
-        for start, e in enumerate(self.main.equations):  # one line for a run of calls
-            run = [c for c in self.main.equations[start:] if c.op == "call"]
-            if e.op == "call" and (start == 0 or not _same_function(self.main.equations[start - 1], e)):
-                count = next((n for n, c in enumerate(run) if not _same_function(c, e)), len(run))
-                first, last = e.params["index"], e.params["index"] + count - 1
-                text = f"{e.outs[0]} .. {run[count - 1].outs[0]}, kv = {e.params['function']}[{first}..{last}]"
-                lines[start : start + count] = [f"{text}({', '.join(map(str, e.inputs[:-1]))}, kv)"] + [""] * (count - 1)
-        return "\n\n".join([*map(str, self.functions.values()), "\n  ".join([str(main), *filter(None, lines)])])
+        inputs = tuple(v for v in self.main.inputs if v.type.dtype != "kv")
+        lines = [str(Function("main", inputs, self.main.outs[:1], ()))]
+        for _, group in itertools.groupby(self.main.equations, lambda e: e.params.get("function", id(e))):
+            first, *rest = group
+            lines.append(_call_line(first, rest[-1] if rest else first) if first.op == "call" else str(first))
+        return "\n\n".join([*map(str, self.functions.values()), "\n  ".join(lines)])
 
 
-def _same_function(a: Equation, b: Equation) -> bool:
-    return a.op == b.op == "call" and a.params["function"] == b.params["function"]
+def _call_line(first: Equation, last: Equation) -> str:
+    """One line for a run of calls of the same function."""
+    indices = f"{first.params['index']}..{last.params['index']}"
+    inputs = ", ".join(map(str, first.inputs[:-1]))
+    return f"{first.outs[0]} .. {last.outs[0]}, kv = {first.params['function']}[{indices}]({inputs}, kv)"
 
 
 def at_layer(weight: Weight, index: int) -> Weight:
@@ -185,8 +189,8 @@ def _rms_norm(x: Type, w: Type, *, eps: float) -> tuple[Type, ...]:
 
 @rule("heads")  # act[T, H*D] -> act[T, H, D], the same bytes
 def _heads(x: Type, *, size: int) -> tuple[Type, ...]:
-    _expect(len(x.shape) == 2 and isinstance(x.shape[1], int) and x.shape[1] % size == 0, f"{x} has no heads of {size}")
-    return (Type("act", (x.shape[0], int(x.shape[1]) // size, size)),)
+    _expect(len(x.shape) == 2 and len(x.sizes) == 1 and x.sizes[0] % size == 0, f"{x} has no heads of {size}")
+    return (Type("act", (x.shape[0], x.sizes[0] // size, size)),)
 
 
 @rule("rope")  # rotates the halves (x[d], x[d + D/2]) by positions * frequencies[d]
@@ -204,9 +208,9 @@ def _store(k: Type, v: Type, kv: Type) -> tuple[Type, ...]:
 
 @rule("attend")  # causal attention of act[T, Hq, D] over each token's own sequence -> act[T, Hq * D]
 def _attend(q: Type, kv: Type, *, scale: float) -> tuple[Type, ...]:
-    _expect(len(q.shape) == 3 and q.shape[2] == kv.shape[1] and scale > 0, f"{q} does not fit {kv}")
-    _expect(int(q.shape[1]) % int(kv.shape[0]) == 0, f"{q.shape[1]} heads do not share {kv.shape[0]} KV heads")
-    return (Type("act", (q.shape[0], int(q.shape[1]) * int(q.shape[2]))),)
+    _expect(len(q.sizes) == 2 and q.sizes[1] == kv.sizes[1] and scale > 0, f"{q} does not fit {kv}")
+    _expect(q.sizes[0] % kv.sizes[0] == 0, f"{q.sizes[0]} heads do not share {kv.sizes[0]} KV heads")
+    return (Type("act", (q.shape[0], q.sizes[0] * q.sizes[1])),)
 
 
 @rule("silu_mul")  # silu(gate) * up

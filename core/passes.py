@@ -14,7 +14,8 @@ from llmrs.core.ir import Equation, Function, Graph, Operand, Value, Weight, che
 # pattern ::= line* "-> results";  line ::= result "=" op operand*. Names bind to operands where they first appear.
 PATTERNS = {
     "add_norm": "s = add x y; n = rms_norm s w -> s n",
-    "norm_rope_store": "qn = rms_norm q qw; qr = rope qn p; kn = rms_norm k kw; kr = rope kn p; c = store kr v kv -> qr c",
+    "norm_rope_store": "qn = rms_norm q qw; qr = rope qn p; kn = rms_norm k kw; kr = rope kn p; "
+    "c = store kr v kv -> qr c",
     "rope_store": "qr = rope q p; kr = rope k p; c = store kr v kv -> qr c",
 }
 FUSED_OPS = ("linears", *PATTERNS)

@@ -1,8 +1,9 @@
 """llmrs: a small, fast inference engine for language models.
 
-    from llmrs import Engine, EngineConfig, SamplingParams
-    with Engine(EngineConfig("demo")) as engine:
-        print(engine.generate_sync([SamplingParams(max_tokens=32)], ["llmrs is"])[0].text)
+from llmrs import Engine, EngineConfig, SamplingParams
+
+with Engine(EngineConfig("demo")) as engine:
+    print(engine.generate_sync([SamplingParams(max_tokens=32)], ["llmrs is"])[0].text)
 """
 
 from importlib import import_module

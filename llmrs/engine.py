@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from llmrs.core.config import BUILT_IN, EngineConfig, SamplingParams
 from llmrs.core.errors import ConfigError, LlmrsError, RequestError
 from llmrs.core.request import GenerationOutput, Message, Request
-from llmrs.loading import Progress, read_model, require_template
+from llmrs.loading import Progress, ignore_progress, read_model, require_template
 from llmrs.models.detokenize import Detokenizer
 from llmrs.models.template import ChatPrompt, encode_chat
 from llmrs.stream import Sink, Stream
@@ -28,7 +30,7 @@ class Engine:
         dtype: str | None = None,
         *,
         defaults: SamplingParams | None = None,
-        progress: Progress = lambda done, total: None,
+        progress: Progress = ignore_progress,
     ) -> None:
         """Loads the model; `progress` is given the bytes of weights that are done and of all.
 
@@ -105,8 +107,8 @@ class Engine:
             return list(prompt.token_ids)
         if isinstance(prompt, str):
             return self.model.tokenizer.encode(prompt)
-        if isinstance(prompt, Sequence) and not isinstance(prompt, bytes):
-            return list(prompt)
+        if isinstance(prompt, list | tuple | np.ndarray):
+            return [int(t) if isinstance(t, np.integer) else t for t in prompt]
         raise RequestError(f"a prompt can't be a {type(prompt).__name__}", "give text or a list of token ids")
 
     def _start(self, request: Request) -> Stream:

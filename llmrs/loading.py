@@ -23,6 +23,10 @@ DEFAULT_CONTEXT = 4096  # tokens of prompt and answer, where the user does not s
 Progress = Callable[[int, int], None]  # bytes of weights done, bytes of all
 
 
+def ignore_progress(done: int, total: int) -> None:
+    """Nobody wants to know."""
+
+
 @dataclass(frozen=True)
 class Model:
     """A model folder as read: everything but its weights."""

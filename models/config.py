@@ -3,7 +3,6 @@ not implemented, is refused by name.
 """
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +58,7 @@ class Fields:
     def number(self, name: str, default: float | None = None) -> float:
         value = self.data.get(name)
         value = default if value is None else value
-        if type(value) not in (int, float) or not 0 < value < LARGE or math.isnan(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < LARGE:  # NaN fails
             raise self.error(name, "a positive number")
         return float(value)
 

@@ -23,8 +23,9 @@ def read_generation(folder: Path, vocabulary: int, tokenizer_eos: tuple[int, ...
     """From generation_config.json, else config.json, and the tokenizer; raises ModelError where none names an end."""
     path = folder / "generation_config.json"
     data = read_json(path) if path.exists() else {}
-    main = folder / "config.json"
-    eos = _ids(path, data.get("eos_token_id"), vocabulary) or _ids(main, read_json(main).get("eos_token_id"), vocabulary)
+    main, fallback = folder / "config.json", read_json(folder / "config.json")
+    eos = _ids(path, data.get("eos_token_id"), vocabulary)
+    eos = eos or _ids(main, fallback.get("eos_token_id"), vocabulary)
     ids = tuple(dict.fromkeys((*eos, *tokenizer_eos)))
     if not ids:
         raise ModelError(f"{folder} names no end-of-sequence token", "set eos_token_id in generation_config.json")

@@ -33,13 +33,13 @@ def matrix(name: str, rows: int, columns: int) -> Weight:
 
 def linear(b: Builder, x: Value, name: str, rows: int, *, bias: bool, shard: str = "rows") -> Value:
     """x w^T: weight `name` (rows, columns of x), and `name`.bias if there is one."""
-    weights = [matrix(LAYER + name, rows, int(x.type.shape[1]))]
+    weights = [matrix(LAYER + name, rows, x.type.sizes[-1])]
     weights += [vector(f"{LAYER}{name}.bias", rows)] if bias else []
     return b("linear", x, *weights, shard=shard, to=name)
 
 
 def norm(b: Builder, x: Value, name: str, eps: float, to: str) -> Value:
-    return b("rms_norm", x, vector(name, int(x.type.shape[-1])), eps=eps, to=to)
+    return b("rms_norm", x, vector(name, x.type.sizes[-1]), eps=eps, to=to)
 
 
 def attention(

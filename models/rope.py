@@ -36,6 +36,6 @@ def _llama3(frequency: float, scaling: Mapping[str, Any]) -> float:
 
 def _number(scaling: Mapping[str, Any], name: str) -> float:
     value = scaling.get(name)
-    if type(value) not in (int, float) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ModelError(f"rope scaling: {name} is {value!r}; it must be a positive number", "is config.json complete?")
     return float(value)

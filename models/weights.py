@@ -1,12 +1,14 @@
 """Finds each weight of a graph in a model's files, by the family's names, and checks that all fit."""
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 
 from llmrs.core.errors import ModelError
-from llmrs.core.ir import Graph, Weight
+from llmrs.core.ir import Graph
 from llmrs.quant.tensor import Tensor, WeightSource
 
+HINT = "do config.json and the weights belong together?"
 IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")  # old checkpoints carry what the config says anyway
 
 
@@ -23,13 +25,11 @@ class Weights(Mapping[str, Tensor]):
         for problem, found in (("lacks", used - there), ("holds unexpected", extra)):
             if found:
                 listed = ", ".join(sorted(found)[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
-                raise ModelError(f"the checkpoint {problem} {listed}", "do config.json and the weights belong together?")
+                raise ModelError(f"the checkpoint {problem} {listed}", HINT)
         for canonical, name in self.names.items():
-            if source.shape(name) != self.wanted[canonical]:
-                raise ModelError(
-                    f"{name} has the shape {source.shape(name)}; the config asks for {self.wanted[canonical]}",
-                    "do config.json and the weights belong together?",
-                )
+            shape, wanted = source.shape(name), self.wanted[canonical]
+            if shape != wanted:
+                raise ModelError(f"{name} has the shape {shape}; the config asks for {wanted}", HINT)
 
     def __getitem__(self, canonical: str) -> Tensor:
         return self.source.tensor(self.names[canonical])
@@ -43,14 +43,7 @@ class Weights(Mapping[str, Tensor]):
 
 def parameters(graph: Graph) -> int:
     """Numbers in the weights; a weight that is used twice counts once."""
-    return sum(_size(w) for w in set(graph.weights()))
-
-
-def _size(weight: Weight) -> int:
-    size = 1
-    for n in weight.type.shape:
-        size *= int(n)
-    return size
+    return sum(math.prod(w.type.sizes) for w in set(graph.weights()))
 
 
 def _translate(canonical: str, names: Mapping[str, str]) -> str:

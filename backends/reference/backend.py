@@ -32,7 +32,8 @@ class ReferenceBackend(Backend):
     block_size = 4  # small, so that short prompts cross blocks in tests
 
     def __init__(self, device: str, dtype: str, kv_dtype: str) -> None:
-        super().__init__(device, "f32", "f32")
+        super().__init__(device, dtype, kv_dtype)
+        self.dtype = self.kv_dtype = "f32"
         self.weights: dict[str, np.ndarray] = {}
         self.kv: list[KV] = []
         self.last_token = np.zeros(0, np.int32)  # of each slot
@@ -55,7 +56,7 @@ class ReferenceBackend(Backend):
                 progress(weights[segment.tensor].nbytes)
 
     def allocate(self, blocks: int, block_size: int, slots: int) -> None:
-        shapes = [(blocks, block_size, *t.shape) for t in self.graph.kv_types()]
+        shapes = [(blocks, block_size, *t.sizes) for t in self.graph.kv_types()]
         self.kv = [KV(np.zeros(s, np.float32), np.zeros(s, np.float32)) for s in shapes]
         self.block_size, self.last_token = block_size, np.zeros(slots, np.int32)
 

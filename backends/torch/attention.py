@@ -69,7 +69,8 @@ def attend(c: Context, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
 
 def _attend_part(p: Part, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
     s, n, kv_heads, size = len(p.blocks), p.mask.shape[2], keys.shape[2], keys.shape[3]
-    k, v = (x[p.blocks].view(s, -1, kv_heads, size).transpose(1, 2).to(q.dtype) for x in (keys, values))  # (s, Hk, L, d)
+    gathered = (x[p.blocks].view(s, -1, kv_heads, size) for x in (keys, values))
+    k, v = (x.transpose(1, 2).to(q.dtype) for x in gathered)  # (s, Hk, L, d)
     rows = q.view(s, n, kv_heads, -1, size).permute(0, 2, 3, 1, 4)  # (s, Hk, G, n, d)
     group = rows.shape[2]  # query heads of one KV head become rows of one attention
     mask = p.mask if n == 1 else p.mask.repeat(1, 1, group, 1)

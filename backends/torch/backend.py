@@ -91,7 +91,7 @@ class TorchBackend(Backend):
         self.block_size = block_size
         try:
             self.kv = [
-                ops.KV(*(torch.zeros(blocks, block_size, *t.shape, dtype=dtype, device=self.at) for _ in range(2)))
+                ops.KV(*(torch.zeros(blocks, block_size, *t.sizes, dtype=dtype, device=self.at) for _ in range(2)))
                 for t in self.graph.kv_types()
             ]
         except RuntimeError as error:  # torch.OutOfMemoryError, or the CPU allocator's own

@@ -27,7 +27,7 @@ def _has_instructions(dtype: torch.dtype) -> bool:
 def _packed(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
     """oneDNN's own layout, which reads at the speed of the memory; a hint of 8 rows also suits 1 to 32."""
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 8)
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")  # type: ignore[no-any-return]
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
 def _expanded(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:

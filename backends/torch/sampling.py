@@ -40,7 +40,8 @@ def _kept_counts(logits: torch.Tensor, params: SamplingArrays) -> torch.Tensor |
     top_k = np.where(params.top_k > 0, np.minimum(params.top_k, vocabulary), vocabulary).astype(np.int64)
     if (top_k == vocabulary).all() and (params.top_p >= 1).all() and (params.min_p <= 0).all():
         return None
-    ranked = logits.topk(int(top_k.max()), dim=-1).values if top_k.max() < vocabulary else logits.sort(descending=True)[0]
+    widest = int(top_k.max())
+    ranked = logits.topk(widest, dim=-1).values if widest < vocabulary else logits.sort(descending=True).values
     weights = torch.exp(ranked - ranked[:, :1])
     k, top_p, min_p = (on_device(a, device)[:, None] for a in (top_k, params.top_p, params.min_p))
     weights = torch.where(torch.arange(weights.shape[1], device=device) < k, weights, 0.0)

@@ -1,0 +1,39 @@
+"""Shared fixtures. Tests are imported by path (importlib mode), so helper modules beside them are put on sys.path."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for the network
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Checkpoints]":
+    """Tiny checkpoints by name, each written once a session, with transformers' model of it."""
+    yield Checkpoints(tmp_path_factory)
+
+
+class Checkpoints:
+    """`folder(name)` and `model(name)` of tests.tiny.CHECKPOINTS."""
+
+    def __init__(self, factory: pytest.TempPathFactory) -> None:
+        self.factory, self.made = factory, {}
+
+    def folder(self, name: str) -> Path:
+        return self._made(name)[0]
+
+    def model(self, name: str) -> object:
+        return self._made(name)[1]
+
+    def _made(self, name: str) -> tuple[Path, object]:
+        if name not in self.made:
+            import tiny
+
+            folder = self.factory.mktemp(name)
+            self.made[name] = folder, tiny.write_checkpoint(name, folder)
+        return self.made[name]

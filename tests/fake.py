@@ -1,0 +1,61 @@
+"""A backend without a model, for the tests of the core: it checks what a step may hold, and its next token is a
+function of the whole sequence before it, so that any mistake in feeding tokens changes the answer.
+"""
+
+import numpy as np
+
+from llmrs.core.batch import Batch
+
+
+def next_token(sequence, vocabulary):
+    """What the fake model answers to a sequence of token ids."""
+    value = 17
+    for token in sequence:
+        value = (value * 31 + token + 1) % 1_000_003
+    return value % vocabulary
+
+
+class FakeTicket:
+    def __init__(self, backend, tokens):
+        self.backend, self.result = backend, tokens
+
+    def tokens(self):
+        self.backend.unread -= 1
+        return self.result
+
+
+class FakeBackend:
+    """Its KV cache holds (token, position) in each cell; attention reads the whole sequence back from it."""
+
+    def __init__(self, blocks, block_size, slots, vocabulary=50, max_in_flight=1):
+        self.cells = np.full((blocks, block_size, 2), -1, np.int64)
+        self.last_token = np.full(slots, -1, np.int64)
+        self.block_size, self.vocabulary, self.max_in_flight = block_size, vocabulary, max_in_flight
+        self.unread = 0
+        self.steps: list[Batch] = []
+        self.fail_at: int | None = None
+
+    def launch(self, batch):
+        self.steps.append(batch)
+        if self.fail_at == len(self.steps):
+            raise RuntimeError("the device caught fire")
+        tokens = np.where(batch.tokens >= 0, batch.tokens, self.last_token[-1 - np.minimum(batch.tokens, -1)])
+        assert len(batch.tokens) == len(batch.positions) == batch.starts[-1]
+        assert len(set(batch.slots.tolist())) == len(batch.slots)
+        result = np.array([self._sequence(batch, tokens, s) for s in range(len(batch.slots))], np.int32)
+        self.last_token[batch.slots[batch.sampled]] = result[batch.sampled]
+        self.unread += 1
+        assert self.unread <= self.max_in_flight
+        return FakeTicket(self, result)
+
+    def _sequence(self, batch, tokens, s):
+        rows = slice(batch.starts[s], batch.starts[s + 1])
+        positions, length = batch.positions[rows], batch.lengths[s]
+        assert positions[-1] == length - 1
+        assert (np.diff(positions) == 1).all()
+        blocks = batch.blocks[s, positions // self.block_size]
+        self.cells[blocks, positions % self.block_size] = np.stack([tokens[rows], positions], axis=1)
+        every = np.arange(length)
+        held = self.cells[batch.blocks[s, every // self.block_size], every % self.block_size]
+        assert (held[:, 1] == every).all(), "a block holds another sequence's positions"
+        return next_token(held[:, 0].tolist(), self.vocabulary)

@@ -1,0 +1,55 @@
+"""Every family against transformers: logits in float32, and greedy tokens, on every backend."""
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+BACKENDS = ["reference", "torch"]
+BLOCK = 4
+
+
+def expected_logits(model, sequences):
+    with torch.inference_mode():
+        return np.stack([model(torch.tensor([s])).logits[0, -1].numpy() for s in sequences])
+
+
+def expected_tokens(model, prompt, count):
+    tokens = torch.tensor([prompt])
+    greedy = {"do_sample": False, "max_new_tokens": count, "eos_token_id": None, "pad_token_id": 0}
+    with torch.inference_mode():
+        return model.generate(tokens, attention_mask=torch.ones_like(tokens), **greedy)[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("backend_name", BACKENDS)
+@pytest.mark.parametrize("name", tiny.CHECKPOINTS)
+def test_logits_equal_transformers(name, backend_name, checkpoints):
+    backend, _ = tiny.backend_on(backend_name, checkpoints.folder(name))
+    sequences = tiny.prompts(1, BLOCK, BLOCK + 1, 23, 64)
+    backend.allocate(200, BLOCK, 8)
+    logits = backend.logits(tiny.prefill_batch(sequences, BLOCK))
+    expected = expected_logits(checkpoints.model(name), sequences)
+    assert np.abs(logits - expected).max() < 1e-4
+    assert np.abs(expected).max() > 1  # the comparison means something
+
+
+@pytest.mark.parametrize("backend_name", BACKENDS)
+@pytest.mark.parametrize("name", tiny.CHECKPOINTS)
+def test_greedy_tokens_equal_transformers(name, backend_name, checkpoints):
+    backend, _ = tiny.backend_on(backend_name, checkpoints.folder(name))
+    sequences = tiny.prompts(1, 9, 40)
+    requests = [tiny.request(s, max_tokens=64) for s in sequences]
+    answers = tiny.run(tiny.core_on(backend, max_num_batched_tokens=16), requests)
+    assert answers == [expected_tokens(checkpoints.model(name), s, 64) for s in sequences]
+
+
+def test_bf16_follows_float32(checkpoints):
+    """In bf16 logits agree as far as 8 bits of mantissa carry; a wrong dtype somewhere would not."""
+    sequences = tiny.prompts(30, 7)
+    logits = []
+    for dtype in ("f32", "bf16"):
+        backend, _ = tiny.backend_on("torch", checkpoints.folder("qwen3"), dtype)
+        backend.allocate(64, BLOCK, 4)
+        logits.append(backend.logits(tiny.prefill_batch(sequences, BLOCK)))
+    error = np.linalg.norm(logits[0] - logits[1]) / np.linalg.norm(logits[0])
+    assert 0 < error < 0.05

@@ -1,0 +1,113 @@
+"""Sampling against its definition: the noise, the transforms, the distribution, and every backend alike."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmrs.backends.base import find
+from llmrs.core.sampling import SamplingArrays, gumbel, keep, mix, noise_keys, sample
+
+BACKENDS = ["reference", "torch"]
+
+
+def arrays(count, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, keys=None):
+    """Parameters for `count` rows, each with a key of its own."""
+    keys = noise_keys(np.zeros((count, 2), np.uint32), np.arange(count)) if keys is None else keys
+    full = [np.full(count, v, np.float32) for v in (temperature, top_p, min_p)]
+    return SamplingArrays(full[0], np.full(count, top_k, np.int32), full[1], full[2], keys)
+
+
+def lowbias32(x):
+    """The same in Python's own integers."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
+        x = (x ^ x >> shift) * factor % 2**32
+    return x
+
+
+def test_mix_is_a_bijection_with_good_bits():
+    x = np.arange(2**16, dtype=np.uint32)
+    assert len(np.unique(mix(x))) == len(x)
+    flips = np.unpackbits((mix(x) ^ mix(x ^ np.uint32(1))).view(np.uint8)).mean()
+    assert abs(flips - 0.5) < 0.01  # one input bit changes half of the output bits
+    assert [lowbias32(i) for i in (0, 1, 77, 2**32 - 1)] == mix(np.array([0, 1, 77, 2**32 - 1], np.uint32)).tolist()
+
+
+def test_noise_is_gumbel_and_finite():
+    g = gumbel(noise_keys(np.array([[1, 2]], np.uint32), np.array([7])), np.arange(200_000))[0]
+    assert np.isfinite(g).all()
+    assert abs(g.mean() - np.euler_gamma) < 0.01
+    assert abs(g.var() - np.pi**2 / 6) < 0.03
+
+
+def test_noise_depends_on_seed_position_and_token():
+    tokens = np.arange(50)
+    keys = noise_keys(np.array([[1, 0], [2, 0], [1, 1], [1, 0]], np.uint32), np.array([5, 5, 5, 6]))
+    g = gumbel(keys, tokens)
+    assert len(np.unique(g)) == g.size
+    np.testing.assert_array_equal(gumbel(keys[2:3], tokens), g[2:3])  # and not on the batch
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.integers(-6, 6), min_size=1, max_size=12),
+    st.integers(0, 14),
+    st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]),
+    st.sampled_from([0.0, 0.05, 0.5, 1.0]),
+)
+def test_keep_is_what_it_says(values, top_k, top_p, min_p):
+    """Against a direct statement of top-k, top-p and min-p in float64, where no sum lies on the edge."""
+    logits = np.array(values, np.float32) * np.float32(0.37)
+    order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))[: top_k or None]
+    p = np.exp(logits[order].astype(np.float64))
+    p /= p.sum()
+    before = np.concatenate([[0], np.cumsum(p)[:-1]])
+    if np.abs(before - top_p).min() < 1e-5 or np.abs(p / p[0] - min_p).min() < 1e-5 < min_p < 1:
+        return
+    expected = {i for i, b, q in zip(order, before, p, strict=True) if b < top_p and q >= min_p * p[0]} | {order[0]}
+    assert set(np.flatnonzero(np.isfinite(keep(logits, top_k, top_p, min_p))).tolist()) == expected
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_backends_draw_the_same_tokens(data):
+    """With ties among the logits, and every mix of parameters within one batch."""
+    count, vocabulary = data.draw(st.integers(1, 5)), data.draw(st.sampled_from([2, 33, 211]))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    logits = np.round(rng.normal(size=(count, vocabulary)) * 4).astype(np.float32) / 2
+    choice = {"temperature": [0.0, 0.7, 1.0, 3.0], "top_k": [0, 1, 5, 10**6], "top_p": [0.0, 0.3, 0.95, 1.0]}
+    params = arrays(count, keys=rng.integers(0, 2**32, count, dtype=np.uint32))
+    for name, values in {**choice, "min_p": [0.0, 0.02, 0.3]}.items():
+        getattr(params, name)[:] = rng.choice(values, count)
+    expected = sample(logits, params)
+    for name in BACKENDS:
+        backend = find(name)("cpu", "f32", "f32")
+        np.testing.assert_array_equal(backend.sample(logits, params), expected, err_msg=name)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.1}, {"temperature": 0.5}])
+def test_distribution(name, options):
+    """Chi-square of 40,000 draws, each at another position, against the probabilities computed directly."""
+    logits = np.random.default_rng(1).normal(size=20).astype(np.float32) * 1.5
+    count = 40_000
+    scaled = keep(
+        logits / options.get("temperature", 1.0),
+        *(options.get(k, d) for k, d in zip(("top_k", "top_p", "min_p"), (0, 1.0, 0.0), strict=True)),
+    )
+    p = np.exp(scaled - scaled.max(), dtype=np.float64)
+    p /= p.sum()
+    backend = find(name)("cpu", "f32", "f32")
+    drawn = backend.sample(np.tile(logits, (count, 1)), arrays(count, **options))
+    observed = np.bincount(drawn, minlength=20)
+    assert observed[p == 0].sum() == 0
+    expected = (count * p)[p > 0]
+    chi2 = ((observed[p > 0] - expected) ** 2 / expected).sum()
+    degrees = (p > 0).sum() - 1
+    assert chi2 < degrees + 5 * np.sqrt(2 * degrees) + 5  # about one in 10^6 for a fair draw, and the draw is fixed
+
+
+def test_greedy_takes_the_lowest_of_equal_logits():
+    logits = np.array([[0, 3, 3, 1]], np.float32)
+    for name in BACKENDS:
+        assert find(name)("cpu", "f32", "f32").sample(logits, arrays(1, temperature=0.0)).tolist() == [1]
