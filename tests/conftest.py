@@ -2,7 +2,6 @@
 
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,9 +12,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 @pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Checkpoints]":
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> "Checkpoints":
     """Tiny checkpoints by name, each written once a session, with transformers' model of it."""
-    yield Checkpoints(tmp_path_factory)
+    return Checkpoints(tmp_path_factory)
 
 
 class Checkpoints:
