@@ -42,8 +42,11 @@ class Option:
             raise self.error(value)
         elements: list[Any] = value if isinstance(value, list) else [value]
         for v in elements:
-            if type(v) is not self.element or (self.element in (int, float) and not self.low <= v <= self.high):
+            wrong = type(v) is not self.element
+            if wrong or (self.element in (int, float) and not self.low <= v <= self.high):
                 raise self.error(v)  # NaN fails both comparisons
+        if self.kind is list and "" in elements:
+            raise self.error(value)
         if self.choices and value not in self.choices:
             raise self.error(value, did_you_mean(str(value), self.choices))
         return value
@@ -57,7 +60,7 @@ class Option:
         if self.choices:
             return "one of " + ", ".join(self.choices)
         words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-        text = ("a list, each " if self.kind is list else "") + words[self.element]
+        text = ("a list, none empty, each " if self.kind is list else "") + words[self.element]
         if self.high < math.inf:
             return f"{text} from {self.low} to {self.high}"
         return f"{text} of at least {self.low}" if self.low > -math.inf else text

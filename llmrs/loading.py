@@ -47,12 +47,17 @@ def read_model(path: str) -> Model:
     graph = graph_of(config)
     tokenizer = Tokenizer.load(folder)
     generation = read_generation(folder, config.vocabulary, tokenizer.eos_ids)
+    if not any(tokenizer.has(i) for i in generation.eos_ids):
+        raise ModelError(
+            f"{folder}: the tokenizer has no token for the end-of-sequence id {generation.eos_ids[0]}",
+            "do tokenizer.json and config.json belong together?",
+        )
     return Model(
         folder,
         config,
         graph,
         tokenizer,
-        ChatTemplate.load(folder),
+        ChatTemplate.load(folder, tokenizer.specials),
         SamplingParams(**generation.sampling),
         generation.eos_ids,
     )

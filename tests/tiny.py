@@ -45,6 +45,7 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
     "qwen3-untied-bias": ("Qwen3", {"head_dim": 16, "attention_bias": True, "tie_word_embeddings": False}),
     "llama": ("Llama", {"tie_word_embeddings": False}),
+    "chat": ("Qwen3", {"vocab_size": 320, "head_dim": 16, "tie_word_embeddings": True, "max_position_embeddings": 512}),
     "llama-3.1-bias": ("Llama", {"rope_parameters": LLAMA3_ROPE, "attention_bias": True, "mlp_bias": True}),
 }
 

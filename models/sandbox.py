@@ -1,0 +1,213 @@
+"""Where chat templates run: no access to Python, and a bound on the work that one rendering may do.
+
+Jinja's sandbox keeps a template from the interpreter's insides but bounds no work. Here every turn of a loop, every
+call, and every text and list that is made costs something, and is paid for before or while it is made. A rendering
+that spends too much, or takes too long, is ended. So no single operation is large, and their number is bounded.
+"""
+
+import json
+import re
+import time
+from collections.abc import Callable
+from datetime import datetime
+from functools import wraps
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+STEP = 50  # cost of a loop's turn or a call, in characters of text made
+WIDEST = 10_000  # no number that a template gives to a filter or method needs to be larger
+RANGE = 100_000  # as long as Jinja's own limit for range()
+SECONDS = 10.0  # of one rendering; a real one takes milliseconds
+FILTERS = (
+    "abs", "attr", "batch", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float",
+    "groupby", "indent", "int", "items", "join", "last", "length", "list", "lower", "map", "max", "min", "reject",
+    "rejectattr", "replace", "reverse", "round", "safe", "select", "selectattr", "slice", "sort", "string", "sum",
+    "title", "trim", "unique", "upper", "wordcount",
+)  # fmt: skip
+
+
+RENDERING = ("tojson", "do_string", "do_join", "join")  # these write out whole collections
+WIDE_PERCENT = re.compile(r"%[^a-zA-Z%]*(\*|\d{3})")
+WIDE_FIELD = re.compile(r"\{[^{}]*(\d{3}|\{)")
+
+
+class Refused(jinja2.TemplateError):
+    """The template itself refuses the messages, through `raise_exception`."""
+
+
+class Exhausted(jinja2.TemplateError):
+    """The template does more work than any conversation needs."""
+
+
+class Sandbox(ImmutableSandboxedEnvironment):
+    """Compiles and runs templates as transformers does: the same tags, filters, globals and white space.
+
+    Not for several threads at once: `allow` says what the rendering that follows may spend.
+    """
+
+    intercepted_binops = frozenset(["+", "*", "**", "%"])
+
+    def __init__(self) -> None:
+        extensions = ["jinja2.ext.loopcontrols", Generation]
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions, finalize=self._measured)
+        self.allow(0)
+        self.filters = {name: self._charged(self.filters[name]) for name in FILTERS} | {"tojson": self._charged(tojson)}
+        known = {name: self.globals[name] for name in ("range", "dict", "namespace", "cycler", "joiner")}
+        self.globals = {**known, "raise_exception": refuse, "strftime_now": strftime_now}
+
+    def allow(self, budget: int) -> None:
+        """Lets the next rendering spend so much, in characters made, and SECONDS."""
+        self.budget, self.deadline = budget, time.monotonic() + SECONDS
+
+    def spend(self, cost: int) -> None:
+        """Raises Exhausted when nothing is left."""
+        self.budget -= cost
+        if self.budget < 0 or time.monotonic() > self.deadline:
+            raise Exhausted("it does more work than a conversation needs")
+
+    def compiled(self, source: str) -> jinja2.Template:
+        """A template whose loops and macros, `~`, lists, tuples and dicts are paid for."""
+        tree = self.parse(source)
+        turn = nodes.ExprStmt(_hook("spend", [nodes.Const(STEP)]))
+        for node in tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
+            node.body.insert(0, turn)  # type: ignore[attr-defined]
+        _pay_for_literals(tree)
+        return self.from_string(tree)
+
+    def concatenate(self, *parts: Any) -> str:
+        """`a ~ b`."""
+        return "".join(str(self._measured(p)) for p in parts)
+
+    def made(self, value: Any) -> Any:
+        """A list, tuple or dict that the template writes."""
+        return self._measured(value)
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        self.spend(self._cost(operator, left, right))
+        return super().call_binop(context, operator, left, right)
+
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        """Every call in a template. The names leave all others to the template's keyword arguments."""
+        if __obj in (__self.spend, __self.concatenate, __self.made):
+            return __obj(*args)
+        owner = getattr(__obj, "__self__", None)
+        largest = RANGE if __obj is __self.globals["range"] else WIDEST
+        __self._prepare(getattr(__obj, "__name__", ""), (owner, *args, *kwargs.values()), largest)
+        result = super().call(__context, __obj, *args, **kwargs)
+        return result if isinstance(result, Namespace) else __self._measured(result)
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """`"{:5}".format(x)`, whose fields may have a width."""
+        if isinstance(text := getattr(value, "__self__", None), str) and WIDE_FIELD.search(text):
+            raise Exhausted("it formats to a width that is too large")
+        return super().wrap_str_format(value)
+
+    def _charged(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)  # Jinja's mark that it wants the context or environment first comes along
+        def charged(*args: Any, **kwargs: Any) -> Any:
+            self._prepare(function.__name__, (*args, *kwargs.values()), WIDEST)
+            return self._measured(function(*args, **kwargs))
+
+        return charged
+
+    def _prepare(self, name: str, values: tuple[Any, ...], largest: int) -> None:
+        """Pays for what is about to happen: joins and replacements grow like products."""
+        sizes = [self._weight(v) if name in RENDERING else _size(v) for v in values]
+        self.spend(STEP + sum(sizes))
+        if any(isinstance(v, int) and abs(v) > largest for v in values):
+            raise Exhausted(f"it gives {name} a number over {largest}")
+        if name.removeprefix("do_") in ("replace", "join"):
+            longest = sorted(sizes)[-2:]
+            self.spend(longest[0] * longest[-1] if len(longest) > 1 else 0)
+
+    def _measured(self, value: Any) -> Any:
+        self.spend(self._weight(value))
+        return value
+
+    def _cost(self, operator: str, left: Any, right: Any) -> int:
+        """What an operation makes, before it is made."""
+        numbers = isinstance(left, int) and isinstance(right, int)
+        if operator == "**":
+            return left.bit_length() * abs(right) if numbers else 1
+        if operator == "*" and not numbers:
+            value, count = (right, left) if isinstance(left, int) else (left, right)
+            return self._weight(value) * max(count, 0) if isinstance(count, int) else 1
+        if operator == "%" and isinstance(left, str) and WIDE_PERCENT.search(left):
+            raise Exhausted("it formats to a width that is too large")
+        return self._weight(left) + self._weight(right)
+
+    def _weight(self, value: Any) -> int:
+        """Characters that it would take to write the value, about; not counted further than the budget goes."""
+        total, left = 0, [value]
+        while left and total <= self.budget:
+            v = left.pop()
+            total += _size(v)
+            if isinstance(v, dict):
+                left += [*v.keys(), *v.values()]
+            elif isinstance(v, list | tuple):
+                left += v
+            elif isinstance(v, Namespace):  # opaque, and nobody writes one out
+                total += self.budget + 1
+        return total
+
+
+class Generation(Extension):
+    """{% generation %} marks what the model said, for training; here it is what it encloses."""
+
+    tags = {"generation"}  # noqa: RUF012  as Jinja has it
+
+    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def tojson(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """JSON that is not escaped for HTML, as transformers has it."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def strftime_now(format: str) -> str:
+    """The local time."""
+    if len(format) > 200 or re.search(r"\d{3}", format):
+        raise Exhausted("it asks for a date that is too wide")
+    return datetime.now().strftime(format)
+
+
+def refuse(message: str) -> None:
+    raise Refused(str(message))
+
+
+def _size(value: Any) -> int:
+    """Characters of a text, digits of a number (about), items of a collection; 1 for the rest."""
+    if isinstance(value, int):
+        return 1 + value.bit_length() // 3
+    return len(value) if isinstance(value, str | bytes | list | tuple | dict) else 1
+
+
+def _hook(method: str, arguments: list[nodes.Expr]) -> nodes.Call:
+    """A call of a method of the environment, which no name in a template can shadow."""
+    return nodes.Call(nodes.EnvironmentAttribute(method), arguments, [], None, None)
+
+
+def _pay_for_literals(tree: nodes.Node) -> None:
+    for node in [tree, *tree.find_all(nodes.Node)]:
+        for name, value in node.iter_fields():
+            if isinstance(value, nodes.Node):
+                setattr(node, name, _paid(value))
+            elif isinstance(value, list):
+                value[:] = map(_paid, value)
+
+
+def _paid(node: Any) -> Any:
+    if isinstance(node, nodes.Concat):
+        return _hook("concatenate", node.nodes)
+    literal = isinstance(node, nodes.List | nodes.Dict) or (isinstance(node, nodes.Tuple) and node.ctx == "load")
+    return _hook("made", [node]) if literal else node

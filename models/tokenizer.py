@@ -1,0 +1,156 @@
+"""Text to token ids and back, through the `tokenizers` library."""
+
+import json
+import re
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from llmrs.core.errors import ModelError, RequestError
+from llmrs.models.config import read_json
+from llmrs.models.files import inside
+
+HINT = "is the file complete? It is what `tokenizers` writes"
+SPACE = "▁"  # SentencePiece's mark for a space
+BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+def _byte_letters() -> dict[str, int]:
+    """The letters that stand for bytes in byte-level vocabularies: printable ones for themselves, others from 256 on.
+
+    Source: GPT-2's vocabulary.
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
+
+
+LETTERS = _byte_letters()
+
+
+class Tokenizer:
+    """A model's tokenizer. Its bytes are those of the text: `token_bytes` of an answer's ids, joined, is the answer."""
+
+    def __init__(self, inner: tokenizers.Tokenizer, settings: dict[str, Any], path: Path) -> None:
+        """`settings` is what tokenizer_config.json holds. Raises ModelError."""
+        inner.no_truncation()  # a file may ask for it, and a prompt would lose its end without a word
+        inner.no_padding()
+        self.inner = inner
+        self.added = inner.get_added_tokens_decoder()
+        self.specials = {n: c for n in ("bos", "eos", "pad", "unk") if (c := _content(settings, f"{n}_token"))}
+        eos = self.specials.get("eos")
+        eos_id = self.id_of(eos) if eos is not None else None
+        if eos is not None and eos_id is None:
+            raise ModelError(f"{path}: the end-of-sequence token {eos!r} is not in the vocabulary", HINT)
+        self.eos_ids = () if eos_id is None else (eos_id,)
+        self._byte_level = _is_byte_level(inner, path)
+        self._bytes: dict[int, bytes] = {}
+
+    @classmethod
+    def load(cls, folder: Path) -> "Tokenizer":
+        """From tokenizer.json, and tokenizer_config.json where there is one. Raises ModelError."""
+        path, settings = inside(folder, "tokenizer.json"), inside(folder, "tokenizer_config.json")
+        try:
+            text = path.read_text("utf-8")
+        except OSError as error:
+            raise ModelError(f"{path} can't be read: {error.strerror}", "the folder needs a tokenizer.json") from error
+        except ValueError as error:
+            raise ModelError(f"{path} is not text: {error}", HINT) from error
+        return cls(_parse(text, path), read_json(settings) if settings.exists() else {}, path)
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids run from 0 to less than this; the model may have a few more that stand for nothing."""
+        return self.inner.get_vocab_size()
+
+    def id_of(self, token: str) -> int | None:
+        return self.inner.token_to_id(token)
+
+    def has(self, token: int) -> bool:
+        return self.inner.id_to_token(token) is not None
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a prompt, in which control tokens are parsed, and one beginning-of-sequence if the model wants it.
+
+        Raises RequestError for text that is not Unicode (a lone surrogate).
+        """
+        ids = self.inner.encode(checked(text), add_special_tokens=True).ids
+        doubled = len(ids) > 1 and ids[0] == ids[1] == self.inner.token_to_id(self.specials.get("bos", ""))
+        return ids[1:] if doubled else ids
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Ids of text that holds all its control tokens, as chat templates write it."""
+        return self.inner.encode(checked(text), add_special_tokens=False).ids
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Ids of text in which nothing is a control token."""
+        return self._plain.encode(checked(text), add_special_tokens=False).ids
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token adds to the text; nothing for control tokens and for ids that are none."""
+        if token not in self._bytes:
+            self._bytes[token] = self._token_bytes(token)
+        return self._bytes[token]
+
+    def _token_bytes(self, token: int) -> bytes:
+        if token in self.added:
+            return b"" if self.added[token].special else self.added[token].content.encode()
+        word = self.inner.id_to_token(token) or ""
+        if self._byte_level:
+            whole = all(c in LETTERS for c in word)
+            return bytes(LETTERS[c] for c in word) if whole else word.encode()
+        byte = BYTE.fullmatch(word)
+        return bytes([int(byte[1], 16)]) if byte else word.replace(SPACE, " ").encode()
+
+    @cached_property
+    def _plain(self) -> tokenizers.Tokenizer:
+        """The same without added tokens. Runs of white space stay: they are text, which some models add this way."""
+        data = json.loads(self.inner.to_str())
+        data["added_tokens"] = [t for t in data["added_tokens"] if not t["content"].strip(f"{SPACE} \n\t")]
+        return tokenizers.Tokenizer.from_str(json.dumps(data))
+
+
+def checked(text: str) -> str:
+    """The text, if it can be encoded. Raises RequestError."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        shown = ascii(text[error.start])
+        raise RequestError(f"the text holds {shown}, a lone surrogate", "text must be valid Unicode") from error
+    return text
+
+
+def _parse(text: str, path: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_str(text)
+    except Exception as error:
+        raise ModelError(f"{path} holds no tokenizer: {error}", HINT) from error
+
+
+def _content(settings: dict[str, Any], name: str) -> str | None:
+    """A special token's text, which files write as text or as an object."""
+    value = settings.get(name)
+    value = value.get("content") if isinstance(value, dict) else value
+    return value if isinstance(value, str) else None
+
+
+def _is_byte_level(inner: tokenizers.Tokenizer, path: Path) -> bool:
+    """Whether words are spelled in LETTERS, or as SentencePiece does. Raises ModelError for other ways."""
+    kinds = set(_types(json.loads(inner.decoder.__getstate__()) if inner.decoder else {}))
+    if "ByteLevel" in kinds:
+        return True
+    if kinds & {"ByteFallback", "Metaspace"}:
+        return False
+    shown = ", ".join(sorted(kinds)) or "none"
+    raise ModelError(f"{path}: its decoder ({shown}) is not supported", "byte-level and SentencePiece are")
+
+
+def _types(decoder: dict[str, Any]) -> Iterator[str]:
+    """The decoder's type, and those of its parts."""
+    if "type" in decoder:
+        yield decoder["type"]
+    for part in decoder.get("decoders", ()):
+        yield from _types(part)
