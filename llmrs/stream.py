@@ -25,7 +25,9 @@ class Sink:
         for token in tokens:
             self._put(self.detokenizer.push(token))
         if self.detokenizer.stopped is not None:
-            self.stop(request, "stop")  # comes back here with no tokens
+            if request.finish_reason == "length":  # on the token that completes the stop string
+                request.finish_reason = "stop"
+            self.stop(request, "stop")  # unless it has ended, comes back here with no tokens
         elif request.finish_reason is not None:
             self._put(self.detokenizer.flush())
         if request.finish_reason is not None and not self.ended:

@@ -1,0 +1,5 @@
+"""The command line: `llmrs run`, `chat`, `graph`."""
+
+from llmrs.cli.app import main
+
+__all__ = ["main"]

@@ -1,0 +1,48 @@
+"""`llmrs graph`: a model's graph, without its weights and without a device."""
+
+import typer
+
+from llmrs.cli.terminal import guarded
+from llmrs.core.ir import Graph
+
+
+def graph(
+    model: str = typer.Argument("demo", help="bundled name or model folder"),
+    fused: str | None = typer.Option(None, help="rewrite it to the fused ops of this backend; `all` for every one"),
+) -> int:
+    """Prints the model's graph, as described or as a backend runs it."""
+    return guarded(lambda: show(model, fused))
+
+
+def show(model: str, fused: str | None) -> int:
+    # here, since `llmrs --help` should not wait for them
+    from llmrs.core.passes import fuse
+    from llmrs.models.config import read_config
+    from llmrs.models.families import graph_of
+    from llmrs.models.locate import locate
+
+    config = read_config(locate(model))
+    plain = graph_of(config)
+    print(header(config.architecture, plain))
+    print()
+    print(fuse(plain, fused_ops(fused)) if fused else plain)
+    return 0
+
+
+def header(architecture: str, plain: Graph) -> str:
+    """One line: what is in the graph, in numbers."""
+    from llmrs.models.weights import parameters
+
+    cells = sum(heads * size for heads, size in (t.sizes for t in plain.kv_types()))
+    kv_bytes = 2 * cells * 2  # keys and values, two bytes each in bf16
+    layers = len(plain.kv_types())
+    return (
+        f"{architecture}: {layers} layers, {parameters(plain):,} parameters, {kv_bytes:,} bytes of KV per token in bf16"
+    )
+
+
+def fused_ops(backend: str) -> frozenset[str]:
+    from llmrs.backends.base import choose, find
+    from llmrs.core.passes import FUSED_OPS
+
+    return frozenset(FUSED_OPS) if backend == "all" else find(choose(backend)).fused_ops

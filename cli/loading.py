@@ -1,0 +1,25 @@
+"""An engine for a command, with its progress on the terminal."""
+
+from typing import TYPE_CHECKING
+
+from llmrs.cli.settings import Settings
+from llmrs.cli.terminal import StatusLine
+
+if TYPE_CHECKING:
+    from llmrs.engine import Engine
+
+
+def load_engine(settings: Settings) -> "Engine":
+    """Loads the model; the caller closes the engine. Raises LlmrsError."""
+    line, name = StatusLine(), settings.engine.model_path
+    line.show(lambda: f"loading {name}")
+
+    def show(done: int, total: int) -> None:
+        line.show(lambda: f"loading {name}: {100 * done // max(total, 1)} % of {total / 1e6:.1f} MB")
+
+    try:
+        from llmrs.engine import Engine  # here, since it imports what `llmrs --help` should not wait for
+
+        return Engine(settings.engine, progress=show)
+    finally:
+        line.clear()

@@ -1,0 +1,47 @@
+"""What `llmrs run` and `llmrs chat` know beyond the engine and sampling: defined as in core/config.py."""
+
+from dataclasses import dataclass
+
+from llmrs.core.config import Checked, EngineConfig, SamplingParams, option
+from llmrs.core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RunOptions(Checked):
+    """Which prompts are answered, and how the answers are shown."""
+
+    prompts: list[str] | None = option(
+        None, "what to answer: a list, one text split at '|', a file with one prompt a line, or '-' for standard input"
+    )
+    chat: bool = option(True, "put each prompt through the model's chat template; false: complete it as plain text")
+    system: str | None = option(None, "system message before each prompt or conversation")
+    interactive: bool = option(False, "talk to the model, as `llmrs chat` does", ("i",))
+    output: str | None = option(None, "also write one JSON object per request to this file", ("o",))
+    json: bool = option(False, "print one JSON object per request instead of text")
+    flash: bool | None = option(None, "accepted for vllm.rs; no effect, the backend chooses its attention kernel")
+
+
+@dataclass(frozen=True)
+class LaterOptions(Checked):
+    """Options of parts that are not there yet. They are known, so that they can be refused by name."""
+
+    batch: int | None = option(None, "benchmark with this many requests (not there yet)", low=1, high=2**20)
+    host: str | None = option(None, "address of the server (not there yet)")
+    port: int | None = option(None, "port of the server (not there yet)", low=0, high=65535)
+
+    def refuse(self) -> None:
+        """Raises ConfigError for the first option that is set."""
+        hints = {"batch": "time real prompts: `llmrs run` ends with tokens per second"}
+        for name, value in vars(self).items():
+            if value is not None:
+                hint = hints.get(name, "leave it out; there is no server to set it for")
+                raise ConfigError(f"{name} is not there yet", hint)
+
+
+# What a config file and the flags may hold, with the headings for help and docs.
+SECTIONS: dict[str, type] = {
+    "Prompts and output": RunOptions,
+    "Model and memory": EngineConfig,
+    "Sampling": SamplingParams,
+    "Not there yet": LaterOptions,
+}
