@@ -23,9 +23,8 @@ def show(model: str, fused: str | None) -> int:
 
     config = read_config(locate(model))
     plain = graph_of(config)
-    print(header(config.architecture, plain))
-    print()
-    print(fuse(plain, fused_ops(fused)) if fused else plain)
+    shown = fuse(plain, fused_ops(fused)) if fused else plain
+    print(f"{header(config.architecture, plain)}\n\n{shown}")
     return 0
 
 

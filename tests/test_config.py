@@ -1,0 +1,175 @@
+"""Options: one definition, from which YAML keys, flags, help and docs come; and every way to get one wrong."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmrs.cli import table
+from llmrs.cli.flags import hidden, visible
+from llmrs.cli.options import SECTIONS, RunOptions
+from llmrs.cli.settings import load_settings
+from llmrs.core.config import BUILT_IN, EngineConfig, SamplingParams, build, options
+from llmrs.core.errors import ConfigError
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def from_yaml(tmp_path, text, **flags):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return load_settings(str(path), flags)
+
+
+def refused(tmp_path, text, *words, **flags):
+    with pytest.raises(ConfigError) as caught:
+        from_yaml(tmp_path, text, **flags)
+    shown = f"{caught.value.message} {caught.value.hint}"
+    for word in words:
+        assert word in shown
+    assert caught.value.hint
+
+
+def test_the_docs_tables_are_those_of_the_options():
+    page = (DOCS / "config.md").read_text("utf-8")
+    assert table.renewed(page) == page, "run: python -m llmrs.cli.table docs/config.md"
+
+
+def test_no_two_options_share_a_name_or_flag():
+    flags = [f for cls in SECTIONS.values() for o in options(cls) for f in dict.fromkeys(visible(o) + hidden(o))]
+    assert len(flags) == len(set(flags))
+
+
+def test_the_file_of_the_docs(tmp_path):
+    page = (DOCS / "config.md").read_text("utf-8")
+    settings = from_yaml(tmp_path, page.split("```yaml\n")[1].split("```")[0])
+    assert settings.run.prompts == ["How are you?", "What is 7 + 5?"]
+    assert settings.engine == EngineConfig("demo", max_model_len=4096, max_num_seqs=32)
+    assert settings.sampling == SamplingParams(temperature=0.6, max_tokens=256)
+
+
+def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
+    settings = from_yaml(tmp_path, "temperature: 0.5\nmax_tokens: 9\nmodel: here", temperature=0.7)
+    assert (settings.sampling.temperature, settings.sampling.max_tokens) == (0.7, 9)
+    assert settings.engine.model_path == "here"
+    assert settings.engine.dtype == "bf16"
+
+
+def test_without_a_file_config_yaml_is_read_if_it_is_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_settings(None, {}).engine == EngineConfig()
+    Path("config.yaml").write_text("dtype: f32")
+    assert load_settings(None, {}).engine.dtype == "f32"
+
+
+def test_aliases(tmp_path):
+    assert from_yaml(tmp_path, "w: somewhere\nisq: null").engine.model_path == "somewhere"
+    refused(tmp_path, "w: a\nmodel: b", "set already")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("prompts: a | b|  | c ", ["a", "b", "c"]),
+        ('prompts: ["a | b", c]', ["a | b", "c"]),
+        ("prompts: one.txt", ["first", "second line"]),
+        ("prompts: two.jsonl", ["x", "y\nz"]),
+    ],
+)
+def test_prompts(tmp_path, text, expected):
+    (tmp_path / "one.txt").write_text("\ufefffirst\n\n  second line\n", "utf-8")
+    (tmp_path / "two.jsonl").write_text('"x"\n{"prompt": "y\\nz", "id": 3}\n')
+    assert from_yaml(tmp_path, text).run.prompts == expected
+
+
+def test_prompts_from_a_pipe(monkeypatch):
+    import io
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\n\nb\n"))
+    assert load_settings(None, {"prompts": ["-"]}).run.prompts == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("prompts: |", "no text"),
+        ('prompts: " | "', "no text"),
+        ("prompts: nowhere.txt", "no file"),
+        ("prompts: bad.jsonl", "line 2"),
+        ("prompts: binary.txt", "UTF-8"),
+        ("prompts: empty.txt", "no prompts"),
+        ("prompts: 3", "a list"),
+        ("prompts: [a, 3]", "3 is not allowed"),
+        ("prompts: ['']", "none empty"),
+        ("max_tokens: 0", "from 1"),
+        ("max_tokens: -3", "-3"),
+        ("max_tokens: 1.5", "1.5"),
+        ("max_tokens: '7'", "'7'"),
+        ("max_tokens: true", "True"),
+        ("temperature: .nan", "nan"),
+        ("temperature: .inf", "inf"),
+        ("temperature: -0.1", "-0.1"),
+        ("temperature: warm", "'warm'"),
+        ("seed: 18446744073709551616", "18446744073709551616"),
+        ("seed: -1", "-1"),
+        ("top_p: 1.5", "1.5"),
+        ("min_p: 2", "2"),
+        ("top_k: -1", "-1"),
+        ("dtype: fp8", "bf16, f16, f32"),
+        ("max_num_seqs: 0", "from 1"),
+        ("max_model_len: 1", "from 2"),
+        ("stop: text", "a list"),
+        ("stop: ['']", "none empty"),
+        ("stop_token_ids: [a]", "'a'"),
+        ("model: [a]", "text"),
+        ("model: null", "None"),
+        ("modle: demo", "did you mean model"),
+        ("max-tokens: 3", "did you mean max_tokens"),
+        ("3: x", "unknown option 3"),
+        ("batch: 3", "batch is not there yet"),
+        ("port: 80", "port is not there yet"),
+        ("a: &x [1]\nb: *x", "aliases"),
+        ("dtype: f32\ndtype: f32", "comes twice"),
+        ("- a", "no mapping"),
+        ("just text", "no mapping"),
+        ("", "empty"),
+        ("a: [", "not YAML"),
+        ("a: 2020-99-99", "not YAML"),
+        (b"\xff\xfe\xff", "not YAML"),
+        (b"a: \x00", "not YAML"),
+        ("!!python/object/apply:os.system ['true']", "not YAML"),
+        ("[" * 5000, "not YAML"),
+        ("chat: false\nsystem: Hi", "chat template"),
+        ("x: " + "a" * 5_000_000, "larger"),
+    ],
+)
+def test_files_that_are_wrong(tmp_path, text, words):
+    (tmp_path / "bad.jsonl").write_text('"x"\n3\n')
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xff")
+    (tmp_path / "empty.txt").write_text("\n")
+    refused(tmp_path, text, words)
+
+
+def test_files_that_are_not_there(tmp_path):
+    for path in (tmp_path / "none.yaml", tmp_path):
+        with pytest.raises(ConfigError, match=path.name):
+            load_settings(str(path), {})
+
+
+@given(value=st.one_of(st.integers(), st.floats(), st.text(max_size=5), st.booleans(), st.lists(st.integers())))
+@pytest.mark.parametrize("cls", [EngineConfig, SamplingParams, RunOptions])
+def test_any_value_is_taken_as_it_is_or_refused_by_name(cls, value):
+    for o in options(cls):
+        try:
+            (made,) = build({o.name: value}, cls)
+        except ConfigError as error:
+            assert o.name in error.message  # noqa: PT017
+        else:
+            assert getattr(made, o.name) == value
+
+
+def test_sampling_values_come_from_the_first_that_has_one():
+    request, yaml = SamplingParams(top_k=3), SamplingParams(top_k=5, temperature=0.5)
+    merged = request.over(yaml, BUILT_IN)
+    assert (merged.top_k, merged.temperature, merged.top_p, merged.seed) == (3, 0.5, 1.0, None)
