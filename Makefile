@@ -52,7 +52,7 @@ $(VENV)/dev.stamp: $(NEEDS) | $(BIN)/python
 
 $(VENV)/run.stamp: $(NEEDS) | $(BIN)/python
 	@echo "installing llmrs into $(VENV)"
-	@$(PIP) install -q -c constraints.txt -e .
+	@$(PIP) install -q -c constraints.txt -e '.[torch]'
 	@touch $@
 
 $(BIN)/python:

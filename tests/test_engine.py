@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import texts
 import torch
+from tiny import BACKENDS
 
 from llmrs import (
     ChatPrompt,
@@ -33,9 +34,10 @@ def folder(checkpoints, tmp_path_factory):
     return texts.write_model(checkpoints.folder("chat"), tmp_path_factory.mktemp("whole") / "model")
 
 
-@pytest.fixture(scope="module", params=["torch", "reference"])
+@pytest.fixture(scope="module", params=BACKENDS)
 def engine(request, folder):
-    with Engine(EngineConfig(str(folder), backend=request.param, dtype="f32")) as engine:
+    backend, _, device = request.param.partition(":")
+    with Engine(EngineConfig(str(folder), backend=backend, device=device or "cpu", dtype="f32")) as engine:
         yield engine
 
 

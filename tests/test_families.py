@@ -5,7 +5,6 @@ import pytest
 import tiny
 import torch
 
-BACKENDS = ["reference", "torch"]
 BLOCK = 4
 
 
@@ -21,7 +20,7 @@ def expected_tokens(model, prompt, count):
         return model.generate(tokens, attention_mask=torch.ones_like(tokens), **greedy)[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("backend_name", BACKENDS)
+@pytest.mark.parametrize("backend_name", tiny.BACKENDS)
 @pytest.mark.parametrize("name", tiny.CHECKPOINTS)
 def test_logits_equal_transformers(name, backend_name, checkpoints):
     backend, _ = tiny.backend_on(backend_name, checkpoints.folder(name))
@@ -33,7 +32,7 @@ def test_logits_equal_transformers(name, backend_name, checkpoints):
     assert np.abs(expected).max() > 1  # the comparison means something
 
 
-@pytest.mark.parametrize("backend_name", BACKENDS)
+@pytest.mark.parametrize("backend_name", tiny.BACKENDS)
 @pytest.mark.parametrize("name", tiny.CHECKPOINTS)
 def test_greedy_tokens_equal_transformers(name, backend_name, checkpoints):
     backend, _ = tiny.backend_on(backend_name, checkpoints.folder(name))
@@ -43,12 +42,13 @@ def test_greedy_tokens_equal_transformers(name, backend_name, checkpoints):
     assert answers == [expected_tokens(checkpoints.model(name), s, 64) for s in sequences]
 
 
-def test_bf16_follows_float32(checkpoints):
+@pytest.mark.parametrize("backend_name", tiny.BACKENDS[1:])
+def test_bf16_follows_float32(backend_name, checkpoints):
     """In bf16 logits agree as far as 8 bits of mantissa carry; a wrong dtype somewhere would not."""
     sequences = tiny.prompts(30, 7)
     logits = []
     for dtype in ("f32", "bf16"):
-        backend, _ = tiny.backend_on("torch", checkpoints.folder("qwen3"), dtype)
+        backend, _ = tiny.backend_on(backend_name, checkpoints.folder("qwen3"), dtype)
         backend.allocate(64, BLOCK, 4)
         logits.append(backend.logits(tiny.prefill_batch(sequences, BLOCK)))
     error = np.linalg.norm(logits[0] - logits[1]) / np.linalg.norm(logits[0])

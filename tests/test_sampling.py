@@ -4,11 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import BACKENDS, empty_backend
 
-from llmrs.backends.base import find
 from llmrs.core.sampling import SamplingArrays, gumbel, keep, mix, noise_keys, sample
-
-BACKENDS = ["reference", "torch"]
 
 
 def arrays(count, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, keys=None):
@@ -81,7 +79,7 @@ def test_backends_draw_the_same_tokens(data):
         getattr(params, name)[:] = rng.choice(values, count)
     expected = sample(logits, params)
     for name in BACKENDS:
-        backend = find(name)("cpu", "f32", "f32")
+        backend = empty_backend(name)
         np.testing.assert_array_equal(backend.sample(logits, params), expected, err_msg=name)
 
 
@@ -97,7 +95,7 @@ def test_distribution(name, options):
     )
     p = np.exp(scaled - scaled.max(), dtype=np.float64)
     p /= p.sum()
-    backend = find(name)("cpu", "f32", "f32")
+    backend = empty_backend(name)
     drawn = backend.sample(np.tile(logits, (count, 1)), arrays(count, **options))
     observed = np.bincount(drawn, minlength=20)
     assert observed[p == 0].sum() == 0
@@ -110,4 +108,4 @@ def test_distribution(name, options):
 def test_greedy_takes_the_lowest_of_equal_logits():
     logits = np.array([[0, 3, 3, 1]], np.float32)
     for name in BACKENDS:
-        assert find(name)("cpu", "f32", "f32").sample(logits, arrays(1, temperature=0.0)).tolist() == [1]
+        assert empty_backend(name).sample(logits, arrays(1, temperature=0.0)).tolist() == [1]

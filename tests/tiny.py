@@ -20,6 +20,8 @@ from llmrs.models.families import family, graph_of
 from llmrs.models.safetensors import SafetensorsSource
 from llmrs.models.weights import Weights
 
+# where tests run: backend, or backend:device
+BACKENDS = ["reference", "torch", *(["torch:cuda"] if torch.cuda.is_available() else [])]
 VOCABULARY = 211  # a prime: a multiple of nothing
 SHAPE = {
     "vocab_size": VOCABULARY,
@@ -68,11 +70,17 @@ def prompts(*lengths: int) -> list[list[int]]:
     return [np.random.default_rng(n).integers(0, VOCABULARY, n).tolist() for n in lengths]
 
 
+def empty_backend(name: str, dtype: str = "f32") -> Backend:
+    """One of BACKENDS."""
+    kind, _, device = name.partition(":")
+    return find(kind)(f"{device}:0" if device else "cpu", dtype, dtype)
+
+
 def backend_on(name: str, folder: Path, dtype: str = "f32") -> tuple[Backend, ModelConfig]:
-    """A backend on the CPU with a checkpoint's weights loaded."""
+    """One of BACKENDS with a checkpoint's weights loaded."""
     config = read_config(folder)
     graph = graph_of(config)
-    backend = find(name)("cpu", dtype, dtype)
+    backend = empty_backend(name, dtype)
     source = SafetensorsSource(folder)
     backend.load(graph, Weights(graph, family(config.architecture).names, source, tied=config.tied), lambda _: None)
     return backend, config

@@ -46,6 +46,11 @@ SAYS = (
     "how does {a} (sound|go)?",
     "(make|do) the sound of {a}.",
 )
+WHO_SAYS = (
+    "(which|what) animal (says|goes) {s}?",
+    "(which|what) animal makes the (sound|noise) {s}?",
+    "who says {s}?",
+)
 LEGS = ("how many legs does {a} have?", "how many legs has {a}?", "(count|number of) the legs of {a}.")
 YOUNG = (
     "what is (a baby {n}|the baby of {a}|the young of {a}|a young {n}) called?",
@@ -175,6 +180,14 @@ def animals(rng: Random, person: Person) -> list[Turn]:
         return [Turn(ask(rng, rng.choice(FACT)), ANIMALS[n][5])]
     if rng.random() < 0.12:
         return [_can(rng, n)]
+    sound = ANIMALS[n][0]
+    if sound and rng.random() < 0.08:
+        n = next(name for name in ANIMALS if ANIMALS[name][0] == sound)  # the best known of those that say it
+        return [
+            Turn(
+                ask(rng, rng.choice(WHO_SAYS), s=sound), f"{capitalize(article(n))} says {sound}.", capitalize(f"{n}.")
+            )
+        ]
     frames, answer, short = rng.choice(_animal_facts(n, a))
     return [Turn(ask(rng, rng.choice(frames), a=a, n=n, p=p), capitalize(answer), short)]
 
@@ -237,12 +250,12 @@ def _next(rng: Random, names: list[str], after: tuple[str, ...], before: tuple[s
         found = names[(i + 1) % len(names)]
         return Turn(
             ask(rng, rng.choice(after), keep=False, **{slot: names[i]}),
-            f"{found} comes after {{names[i]}}.",
+            f"{found} comes after {names[i]}.",
             f"{found}.",
         )
     found = names[i - 1]
     return Turn(
-        ask(rng, rng.choice(before), keep=False, **{slot: names[i]}), f"{found} comes before {{names[i]}}.", f"{found}."
+        ask(rng, rng.choice(before), keep=False, **{slot: names[i]}), f"{found} comes before {names[i]}.", f"{found}."
     )
 
 
