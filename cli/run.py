@@ -20,6 +20,8 @@ from llmrs.core.errors import ConfigError
 if TYPE_CHECKING:
     from llmrs.engine import Engine
 
+STREAMED = 8  # most answers of a run that are shown as they grow
+
 
 def run(config: str | None, flags: Values) -> int:
     """Answers the prompts of a config file, or of --prompts."""
@@ -61,10 +63,12 @@ def check_template(engine: "Engine", options: RunOptions) -> None:
 
 
 def follow(answers: Sequence[Answer], options: RunOptions, results: TextIO | None) -> None:
-    """Waits for each answer in turn and shows it; a lone text answer is shown as it grows."""
-    streaming = len(answers) == 1 and not options.json
+    """Waits for each answer in turn. A few are shown as they grow; of many, the state is, and each when complete."""
+    streaming = len(answers) <= STREAMED and not options.json
     line, since = StatusLine(), time.monotonic()
     for answer in answers:
+        if streaming and len(answers) > 1 and answer.stream is not None:
+            print(quoted(answer.prompt), flush=True)
         for piece in answer.pieces():
             if streaming:
                 print(piece, end="", flush=True)
@@ -75,16 +79,17 @@ def follow(answers: Sequence[Answer], options: RunOptions, results: TextIO | Non
             write_record(results, answer)
         if options.json:
             write_record(sys.stdout, answer)
-        elif answer.output().text or not answer.error:
-            print("" if streaming else quoted(answer), flush=True)
+        elif answer.stream is not None:
+            print("" if streaming else f"{quoted(answer.prompt)}\n{answer.output().text}", flush=True)
+            if len(answers) > 1:
+                print(flush=True)
         if answer.error is not None:
             report(answer.error, f"prompt {answer.number}: " if len(answers) > 1 else "")
 
 
-def quoted(answer: Answer) -> str:
-    """An answer below its prompt, which is marked as in an e-mail."""
-    prompt = "\n".join(f"> {line}" for line in answer.prompt.splitlines())
-    return f"{prompt}\n{answer.output().text}\n"
+def quoted(prompt: str) -> str:
+    """A prompt, marked as in an e-mail."""
+    return "\n".join(f"> {line}" for line in prompt.splitlines())
 
 
 def write_record(file: TextIO, answer: Answer) -> None:

@@ -261,6 +261,21 @@ def test_ctrl_c_keeps_what_was_answered(folder, tmp_path, count):
     assert records[0]["text"]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals on Windows")
+def test_a_live_line_for_many_prompts_on_a_terminal(folder):
+    ours, theirs = os.openpty()
+    prompts = " | ".join(["Hello"] * 20)
+    command = [sys.executable, "-m", "llmrs.cli", "run", "--w", folder, "--prompts", prompts, *LONG]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, text=True) as process:
+        out = process.stdout.read()
+    os.close(theirs)
+    shown = os.read(ours, 100_000).decode()
+    os.close(ours)
+    assert re.search(r"\r\d+ of 20 answered, \d+ tokens, [\d.]+ tokens/s", shown)
+    assert out.count("> Hello\n") == 20
+    assert "answered" not in out
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no such pipes on Windows")
 def test_a_reader_that_goes_away(folder):
     with start("run", "--w", folder, "--prompts", "Hello", *LONG) as process:
