@@ -17,8 +17,7 @@ def graph(
 def show(model: str, fused: str | None) -> int:
     # here, since `llmrs --help` should not wait for them
     from llmrs.core.passes import fuse
-    from llmrs.models.config import read_config
-    from llmrs.models.families import graph_of
+    from llmrs.models.families import graph_of, read_config
     from llmrs.models.locate import locate
 
     config = read_config(locate(model))

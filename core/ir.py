@@ -70,8 +70,9 @@ class Weight:
         return Type("weight", (sum(s.rows for s in self.segments), *self.columns))
 
     def __str__(self) -> str:
-        names = "+".join(s.tensor.removeprefix("layers.{i}.") for s in self.segments)
-        return f"@{names}{list(self.type.shape)}".replace(" ", "")
+        names = [s.tensor.removeprefix("layers.{i}.") for s in self.segments]
+        shown = "+".join(names) if len(names) < 4 else f"{names[0]}..{names[-1]}"
+        return f"@{shown}{list(self.type.shape)}".replace(" ", "")
 
 
 Operand = Value | Weight
@@ -181,8 +182,14 @@ def _linear(x: Type, w: Type, bias: Type | None = None, *, shard: str) -> tuple[
     return (Type("act", (x.shape[0], w.shape[0])),)
 
 
-@rule("rms_norm")  # x / rms(x) * w over the last dimension, in float32
-def _rms_norm(x: Type, w: Type, *, eps: float) -> tuple[Type, ...]:
+@rule("scale")  # x * by, with `by` rounded to x's own precision
+def _scale(x: Type, *, by: float) -> tuple[Type, ...]:
+    _expect(by > 0, f"by={by}")
+    return (x,)
+
+
+@rule("rms_norm")  # x / rms(x) * (w + offset) over the last dimension, in float32
+def _rms_norm(x: Type, w: Type, *, eps: float, offset: float = 0.0) -> tuple[Type, ...]:
     _expect(x.shape[-1:] == w.shape and eps > 0, f"{x} does not fit {w}")
     return (x,)
 
@@ -206,8 +213,9 @@ def _store(k: Type, v: Type, kv: Type) -> tuple[Type, ...]:
     return (kv,)
 
 
-@rule("attend")  # causal attention of act[T, Hq, D] over each token's own sequence -> act[T, Hq * D]
-def _attend(q: Type, kv: Type, *, scale: float) -> tuple[Type, ...]:
+@rule("attend")  # causal attention of act[T, Hq, D] over the last `window` tokens (0: all) -> act[T, Hq * D]
+def _attend(q: Type, kv: Type, *, scale: float, window: int = 0) -> tuple[Type, ...]:
+    _expect(window >= 0, f"window={window}")
     _expect(len(q.sizes) == 2 and q.sizes[1] == kv.sizes[1] and scale > 0, f"{q} does not fit {kv}")
     _expect(q.sizes[0] % kv.sizes[0] == 0, f"{q.sizes[0]} heads do not share {kv.sizes[0]} KV heads")
     return (Type("act", (q.shape[0], q.sizes[0] * q.sizes[1])),)
@@ -217,6 +225,22 @@ def _attend(q: Type, kv: Type, *, scale: float) -> tuple[Type, ...]:
 def _silu_mul(gate: Type, up: Type) -> tuple[Type, ...]:
     _expect(gate == up, f"{gate} is not {up}")
     return (gate,)
+
+
+@rule("gelu_mul")  # gelu(gate) * up, with tanh's approximation of gelu
+def _gelu_mul(gate: Type, up: Type) -> tuple[Type, ...]:
+    return _silu_mul(gate, up)
+
+
+@rule("moe")  # each token through its `per_token` likeliest experts: router (E, D), gate, up (E*I, D), down (E*D, I)
+def _moe(
+    x: Type, router: Type, gate: Type, up: Type, down: Type, *, per_token: int, normalize: bool
+) -> tuple[Type, ...]:
+    (count, width), inner = router.sizes, down.sizes[1]
+    _expect(x.shape == (T, width) and 0 < per_token <= count, f"{x} does not fit router {router}")
+    _expect(gate == up and gate.sizes == (count * inner, width), f"{gate}, {up} are not {count} experts")
+    _expect(down.sizes[0] == count * width, f"{down} is not {count} experts")
+    return (x,)
 
 
 @rule("add")

@@ -10,8 +10,8 @@ from llmrs.core.config import EngineConfig, SamplingParams
 from llmrs.core.engine import EngineCore
 from llmrs.core.errors import ConfigError, MemoryLimitError, ModelError
 from llmrs.core.ir import Graph
-from llmrs.models.config import ModelConfig, read_config
-from llmrs.models.families import family, graph_of
+from llmrs.models.config import ModelConfig
+from llmrs.models.families import family, graph_of, read_config
 from llmrs.models.generation import read_generation
 from llmrs.models.locate import locate
 from llmrs.models.safetensors import SafetensorsSource

@@ -1,4 +1,4 @@
-"""Llama 3: pre-norm layers of grouped-query attention and a gated MLP."""
+"""Llama 2 and 3, Mistral, Qwen2: pre-norm layers of grouped-query attention and a gated MLP."""
 
 from llmrs.core.ir import Graph
 from llmrs.models.config import ModelConfig
@@ -6,5 +6,4 @@ from llmrs.models.layers import decoder, pre_norm_layer
 
 
 def graph(c: ModelConfig) -> Graph:
-    layer = pre_norm_layer(c, qk_norm=False)
-    return decoder(c, "llama", lambda _: layer)
+    return decoder(c, lambda kind, name: pre_norm_layer(c, kind, name, qk_norm=False))

@@ -47,7 +47,11 @@ def parameters(graph: Graph) -> int:
 
 
 def _translate(canonical: str, names: Mapping[str, str]) -> str:
-    index = re.search(r"\d+", canonical)
-    if index is None:
-        return names[canonical]
-    return names[canonical.replace(index[0], "{i}", 1)].replace("{i}", index[0])
+    """The file's name; the first number in a name is the layer's, the second the expert's."""
+    numbers = dict(zip(("{i}", "{e}"), re.findall(r"\d+", canonical), strict=False))
+    for mark, number in numbers.items():
+        canonical = canonical.replace(f".{number}.", f".{mark}.", 1)
+    name = names[canonical]
+    for mark, number in numbers.items():
+        name = name.replace(mark, number)
+    return name

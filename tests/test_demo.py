@@ -11,8 +11,8 @@ import pytest
 
 from llmrs import Engine, EngineConfig, Message, SamplingParams
 from llmrs.models import demo
-from llmrs.models.config import read_config
 from llmrs.models.demo import arithmetic, corpus
+from llmrs.models.families import read_config
 
 ROOT = Path(__file__).parent.parent
 GREEDY = SamplingParams(temperature=0.0, max_tokens=96)

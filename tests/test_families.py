@@ -20,26 +20,22 @@ def expected_tokens(model, prompt, count):
         return model.generate(tokens, attention_mask=torch.ones_like(tokens), **greedy)[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("backend_name", tiny.BACKENDS)
 @pytest.mark.parametrize("name", tiny.CHECKPOINTS)
-def test_logits_equal_transformers(name, backend_name, checkpoints):
-    backend, _ = tiny.backend_on(backend_name, checkpoints.folder(name))
+def test_logits_and_greedy_tokens_equal_transformers(name, checkpoints):
+    """On prompts of one token, of a block and one more, of several blocks, and longer than any window."""
+    model = checkpoints.model(name)
     sequences = tiny.prompts(1, BLOCK, BLOCK + 1, 23, 64)
-    backend.allocate(200, BLOCK, 8)
-    logits = backend.logits(tiny.prefill_batch(sequences, BLOCK))
-    expected = expected_logits(checkpoints.model(name), sequences)
-    assert np.abs(logits - expected).max() < 1e-4
-    assert np.abs(expected).max() > 1  # the comparison means something
-
-
-@pytest.mark.parametrize("backend_name", tiny.BACKENDS)
-@pytest.mark.parametrize("name", tiny.CHECKPOINTS)
-def test_greedy_tokens_equal_transformers(name, backend_name, checkpoints):
-    backend, _ = tiny.backend_on(backend_name, checkpoints.folder(name))
-    sequences = tiny.prompts(1, 9, 40)
-    requests = [tiny.request(s, max_tokens=64) for s in sequences]
-    answers = tiny.run(tiny.core_on(backend, max_num_batched_tokens=16), requests)
-    assert answers == [expected_tokens(checkpoints.model(name), s, 64) for s in sequences]
+    logits = expected_logits(model, sequences)
+    assert np.abs(logits).max() > 1  # the comparison means something
+    prompts = tiny.prompts(1, 9, 40)
+    tokens = [expected_tokens(model, s, 64) for s in prompts]
+    for backend_name in tiny.BACKENDS:
+        backend, _ = tiny.backend_on(backend_name, checkpoints.folder(name))
+        backend.allocate(200, BLOCK, 8)
+        ours = backend.logits(tiny.prefill_batch(sequences, BLOCK))
+        assert np.abs(ours - logits).max() < 1e-4, backend_name
+        requests = [tiny.request(s, max_tokens=64) for s in prompts]
+        assert tiny.run(tiny.core_on(backend, max_num_batched_tokens=16), requests) == tokens, backend_name
 
 
 @pytest.mark.parametrize("backend_name", tiny.BACKENDS[1:])

@@ -9,8 +9,7 @@ import tiny
 from llmrs.core.errors import GraphError
 from llmrs.core.ir import Builder, Graph, S, T, Type, Weight, check
 from llmrs.core.passes import FUSED_OPS, expand, fuse
-from llmrs.models.config import read_config
-from llmrs.models.families import graph_of
+from llmrs.models.families import graph_of, read_config
 from llmrs.models.layers import matrix, vector
 
 X = Type("act", (T, 8))

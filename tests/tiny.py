@@ -15,8 +15,8 @@ from llmrs.core.config import BUILT_IN, EngineConfig, SamplingParams
 from llmrs.core.engine import EngineCore
 from llmrs.core.request import Request
 from llmrs.core.sampling import SamplingArrays
-from llmrs.models.config import ModelConfig, read_config
-from llmrs.models.families import family, graph_of
+from llmrs.models.config import ModelConfig
+from llmrs.models.families import family, graph_of, read_config
 from llmrs.models.safetensors import SafetensorsSource
 from llmrs.models.weights import Weights
 
@@ -42,14 +42,32 @@ LLAMA3_ROPE = {
     "rope_theta": 500000.0,
 }
 
-# name -> transformers' classes and what differs from SHAPE
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
+MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 16}
+
+# name -> transformers' classes and what differs from SHAPE; windows are shorter than the tests' prompts
 CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
     "qwen3-untied-bias": ("Qwen3", {"head_dim": 16, "attention_bias": True, "tie_word_embeddings": False}),
-    "llama": ("Llama", {"tie_word_embeddings": False}),
+    "qwen3-yarn": ("Qwen3", {"head_dim": 32, "rope_parameters": YARN}),
     "chat": ("Qwen3", {"vocab_size": 320, "head_dim": 16, "tie_word_embeddings": True, "max_position_embeddings": 512}),
+    "llama": ("Llama", {"tie_word_embeddings": False}),
+    "llama-2": ("Llama", {"num_key_value_heads": 4, "rope_parameters": {"rope_type": "linear", "factor": 4.0}}),
+    "llama-dynamic": ("Llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}),
     "llama-3.1-bias": ("Llama", {"rope_parameters": LLAMA3_ROPE, "attention_bias": True, "mlp_bias": True}),
+    "llama-yarn": ("Llama", {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.3, "beta_fast": 8.0}}),
+    "mistral": ("Mistral", {"sliding_window": 9, "rms_norm_eps": 1e-5}),
+    "mistral-nemo": ("Mistral", {"sliding_window": None, "head_dim": 32, "hidden_size": 80}),
+    "mistral-small-3": ("Mistral", {"sliding_window": None, "num_key_value_heads": 1, "head_dim": 8}),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen2-window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
+    "qwen3-moe": ("Qwen3Moe", {**MOE, "norm_topk_prob": True}),
+    "qwen3-moe-mixed": ("Qwen3Moe", {**MOE, "decoder_sparse_step": 2, "tie_word_embeddings": True}),
+    "qwen3-moe-dense-first": ("Qwen3Moe", {**MOE, "mlp_only_layers": [0], "num_experts_per_tok": 5}),
+    "gemma3": ("Gemma3Text", {"head_dim": 24, "query_pre_attn_scalar": 20, "sliding_window": 6, "layer_types": None}),
+    "gemma3-untied": ("Gemma3Text", {"tie_word_embeddings": False, "sliding_window": 6, "num_hidden_layers": 7}),
 }
+MODELS = {"Gemma3Text": "Gemma3"}  # whose model's class has another name than its config's
 
 
 def write_checkpoint(name: str, folder: Path) -> Any:
@@ -57,7 +75,7 @@ def write_checkpoint(name: str, folder: Path) -> Any:
     family_name, changes = CHECKPOINTS[name]
     config = getattr(transformers, f"{family_name}Config")(**{**SHAPE, **changes})
     torch.manual_seed(0)
-    model = getattr(transformers, f"{family_name}ForCausalLM")(config).float().eval()
+    model = getattr(transformers, f"{MODELS.get(family_name, family_name)}ForCausalLM")(config).float().eval()
     for parameter_name, parameter in model.named_parameters():  # else biases are 0 and norms are 1
         if parameter_name.endswith("bias") or "norm" in parameter_name:
             torch.nn.init.normal_(parameter, mean=float("norm" in parameter_name), std=0.2)

@@ -41,8 +41,12 @@ def linear(_: Context, x: Array, w: Array, bias: Array | None = None, *, shard: 
     return y if bias is None else y + bias
 
 
-def rms_norm(_: Context, x: Array, w: Array, *, eps: float) -> Array:  # (..., n), (n,)
-    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(eps)) * w
+def scale(_: Context, x: Array, *, by: float) -> Array:
+    return x * np.float32(by)
+
+
+def rms_norm(_: Context, x: Array, w: Array, *, eps: float, offset: float = 0.0) -> Array:  # (..., n), (n,)
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(eps)) * (w + np.float32(offset))
 
 
 def heads(_: Context, x: Array, *, size: int) -> Array:  # (T, H * d) -> (T, H, d)
@@ -66,8 +70,11 @@ def store(c: Context, k: Array, v: Array, kv: KV) -> KV:  # (T, Hk, d) each
     return kv
 
 
-def attend(c: Context, q: Array, kv: KV, *, scale: float) -> Array:  # (T, H, d) -> (T, H * d)
-    """softmax(q k^T * scale) v over the positions up to the token's own; H / Hk query heads share a KV head."""
+def attend(c: Context, q: Array, kv: KV, *, scale: float, window: int = 0) -> Array:  # (T, H, d) -> (T, H * d)
+    """softmax(q k^T * scale) v over the positions up to the token's own; H / Hk query heads share a KV head.
+
+    With a window, over the last `window` of them.
+    """
     y = np.empty_like(q)
     for s, rows in enumerate(sequences(c.batch)):
         length = c.batch.lengths[s]
@@ -75,8 +82,9 @@ def attend(c: Context, q: Array, kv: KV, *, scale: float) -> Array:  # (T, H, d)
         group = q.shape[1] // kv.keys.shape[2]
         k, v = (np.repeat(np.concatenate(x[blocks])[:length], group, axis=1) for x in (kv.keys, kv.values))
         scores = np.einsum("thd,khd->htk", q[rows], k) * np.float32(scale)
-        future = np.arange(length) > c.batch.positions[rows][:, None]  # (t, k)
-        scores = np.where(future, np.float32(-np.inf), scores)
+        distance = c.batch.positions[rows][:, None] - np.arange(length)  # (t, k)
+        hidden = (distance < 0) | (distance >= (window or length))
+        scores = np.where(hidden, np.float32(-np.inf), scores)
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
         y[rows] = np.einsum("htk,khd->thd", weights / weights.sum(axis=-1, keepdims=True), v)
     return y.reshape(len(y), -1)
@@ -84,6 +92,28 @@ def attend(c: Context, q: Array, kv: KV, *, scale: float) -> Array:  # (T, H, d)
 
 def silu_mul(_: Context, gate: Array, up: Array) -> Array:
     return gate / (1 + np.exp(-gate)) * up
+
+
+def gelu_mul(_: Context, gate: Array, up: Array) -> Array:
+    inner = np.float32(np.sqrt(2 / np.pi)) * (gate + np.float32(0.044715) * gate**3)
+    return np.float32(0.5) * gate * (1 + np.tanh(inner)) * up
+
+
+def moe(
+    c: Context, x: Array, router: Array, gate: Array, up: Array, down: Array, *, per_token: int, normalize: bool
+) -> Array:
+    """Softmax over all experts; a token's result is that of its likeliest ones, each times its probability."""
+    scores = x @ router.T  # (T, E)
+    p = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    p /= p.sum(axis=-1, keepdims=True)
+    chosen = np.argsort(-p, axis=-1, kind="stable")[:, :per_token]  # of equal ones, the first
+    total = np.take_along_axis(p, chosen, axis=-1).sum(axis=-1) if normalize else np.ones(len(x), np.float32)
+    gates, ups, downs = (w.reshape(len(router), -1, w.shape[1]) for w in (gate, up, down))
+    y = np.zeros_like(x)
+    for t, experts in enumerate(chosen):
+        for e in experts:
+            y[t] += downs[e] @ silu_mul(c, gates[e] @ x[t], ups[e] @ x[t]) * (p[t, e] / total[t])
+    return y
 
 
 def add(_: Context, x: Array, y: Array) -> Array:
@@ -104,5 +134,6 @@ def sequences(batch: Batch) -> list[slice]:
 
 
 OPS: dict[str, Callable[..., Any]] = {
-    f.__name__: f for f in (embed, linear, rms_norm, heads, rope, store, attend, silu_mul, add, last, head)
+    f.__name__: f
+    for f in (embed, scale, linear, rms_norm, heads, rope, store, attend, silu_mul, gelu_mul, moe, add, last, head)
 }

@@ -18,7 +18,15 @@ class Part:
 
     rows: torch.Tensor  # int64 (s * n,): where their rows lie in the batch
     blocks: torch.Tensor  # int64 (s, b)
-    mask: torch.Tensor  # bool (s, 1, n, L): True where a row sees a key
+    distance: torch.Tensor  # int32 (s, 1, n, L): how far before a row's position a key lies
+    masks: dict[int, torch.Tensor]  # by window, as they are asked for
+
+    def mask(self, window: int) -> torch.Tensor:
+        """bool (s, 1, n, L): True where a row sees a key, which is one of the last `window` (0: any) up to its own."""
+        if window not in self.masks:
+            seen = self.distance >= 0
+            self.masks[window] = seen & (self.distance < window) if window else seen
+        return self.masks[window]
 
 
 @dataclass(frozen=True)
@@ -47,8 +55,8 @@ def _part(batch: Batch, group: np.ndarray, block_size: int, device: torch.device
     rows = np.concatenate([np.arange(batch.starts[s], batch.starts[s + 1]) for s in group])
     width = -(-int(batch.lengths[group].max()) // block_size)
     positions = on_device(batch.positions[rows].reshape(len(group), 1, -1, 1), device)
-    mask = torch.arange(width * block_size, device=device, dtype=torch.int32) <= positions
-    return Part(on_device(rows, device), on_device(batch.blocks[group, :width].astype(np.int64), device), mask)
+    distance = positions - torch.arange(width * block_size, device=device, dtype=torch.int32)
+    return Part(on_device(rows, device), on_device(batch.blocks[group, :width].astype(np.int64), device), distance, {})
 
 
 def on_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -57,23 +65,27 @@ def on_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def attend(c: Context, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
+def attend(
+    c: Context, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, window: int
+) -> torch.Tensor:
     """q (T, H, d), keys and values (blocks, block_size, Hk, d) -> (T, H * d)."""
     if len(c.parts) == 1:
-        return _attend_part(c.parts[0], q, keys, values, scale)
+        return _attend_part(c.parts[0], q, keys, values, scale, window)
     y = torch.empty(len(q), q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
     for part in c.parts:
-        y[part.rows] = _attend_part(part, q[part.rows], keys, values, scale)
+        y[part.rows] = _attend_part(part, q[part.rows], keys, values, scale, window)
     return y
 
 
-def _attend_part(p: Part, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
-    s, n, kv_heads, size = len(p.blocks), p.mask.shape[2], keys.shape[2], keys.shape[3]
+def _attend_part(
+    p: Part, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, window: int
+) -> torch.Tensor:
+    s, n, kv_heads, size = len(p.blocks), p.distance.shape[2], keys.shape[2], keys.shape[3]
     gathered = (x[p.blocks].view(s, -1, kv_heads, size) for x in (keys, values))
     k, v = (x.transpose(1, 2).to(q.dtype) for x in gathered)  # (s, Hk, L, d)
     rows = q.view(s, n, kv_heads, -1, size).permute(0, 2, 3, 1, 4)  # (s, Hk, G, n, d)
     group = rows.shape[2]  # query heads of one KV head become rows of one attention
-    mask = p.mask if n == 1 else p.mask.repeat(1, 1, group, 1)
+    mask = p.mask(window) if n == 1 else p.mask(window).repeat(1, 1, group, 1)
     y = torch.nn.functional.scaled_dot_product_attention(
         rows.reshape(s, kv_heads, group * n, size), k, v, attn_mask=mask, scale=scale
     )

@@ -1,5 +1,6 @@
 """Lowers a model's graph to a list of torch calls and runs it step by step, on the CPU or an NVIDIA GPU."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -150,7 +151,9 @@ class _Lowering:
     def __init__(self, backend: TorchBackend, weights: Mapping[str, Tensor], progress: Callable[[int], None]) -> None:
         self.backend, self.weights, self.progress = backend, weights, progress
         self.calls: list[Call] = []
-        self.loaded: dict[Weight, torch.Tensor] = {}  # a tied head shares the embeddings
+        # a tied head shares the embeddings; the rest must not be kept, since a packed copy takes its place
+        self.shared = {w for w, uses in Counter(backend.graph.weights()).items() if uses > 1}
+        self.loaded: dict[Weight, torch.Tensor] = {}
         self.count = 0
 
     def number(self) -> int:
@@ -184,6 +187,8 @@ class _Lowering:
         """What the rule of `op` takes for its weights: a function for matrices and tables, a tensor for vectors."""
         if op == "embed":
             return self._table(weights[0])
+        if op == "moe":
+            return self._experts(*weights)
         tensors = [self._tensor(w) for w in weights]
         return tensors[0] if op == "rms_norm" else prepare(tensors[0], *tensors[1:])
 
@@ -195,13 +200,28 @@ class _Lowering:
         table = self._tensor(weight)
         return lambda tokens: table[tokens]
 
+    def _experts(self, router: Weight, *stacks: Weight) -> ops.Experts:
+        """Every expert's matrices by themselves; a segment holds one expert, or several."""
+        count = router.type.sizes[0]
+        split = [[m for w in _segments(s) for m in self._tensor(w).split(s.type.sizes[0] // count)] for s in stacks]
+        return ops.Experts(
+            self._tensor(router), [(prepare(g), prepare(u), prepare(d)) for g, u, d in zip(*split, strict=True)]
+        )
+
     def _tensor(self, weight: Weight) -> torch.Tensor:
-        if weight not in self.loaded:
-            found = [self.weights[s.tensor] for s in weight.segments]
-            parts = [_torch_view(t).to(self.backend.at, self.backend.type) for t in found]
-            self.loaded[weight] = parts[0] if len(parts) == 1 else torch.cat(parts)
-            self.progress(sum(t.nbytes for t in found))
-        return self.loaded[weight]
+        if weight in self.loaded:
+            return self.loaded[weight]
+        found = [self.weights[s.tensor] for s in weight.segments]
+        parts = [_torch_view(t).to(self.backend.at, self.backend.type) for t in found]
+        tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+        self.progress(sum(t.nbytes for t in found))
+        if weight in self.shared:
+            self.loaded[weight] = tensor
+        return tensor
+
+
+def _segments(weight: Weight) -> list[Weight]:
+    return [Weight((segment,), weight.columns) for segment in weight.segments]
 
 
 def _with_weight(run: Callable[..., Any], weight: Any, context: Context, *values: Any) -> Any:

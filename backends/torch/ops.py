@@ -35,9 +35,15 @@ def linears(_: Context, x: Tensor, matrix: Linear, *, rows: list[int]) -> tuple[
     return matrix(x).split(rows, dim=-1)
 
 
-def rms_norm(_: Context, x: Tensor, w: Tensor, *, eps: float) -> Tensor:
+def scale(_: Context, x: Tensor, *, by: float) -> Tensor:
+    return x * torch.tensor(by, dtype=x.dtype).item()
+
+
+def rms_norm(_: Context, x: Tensor, w: Tensor, *, eps: float, offset: float = 0.0) -> Tensor:
     wide = x.float()
-    return (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)).to(x.dtype) * w
+    normal = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+    # 1 + w would lose w's last bits in bf16
+    return (normal * (w.float() + offset)).to(x.dtype) if offset else normal.to(x.dtype) * w
 
 
 def heads(_: Context, x: Tensor, *, size: int) -> Tensor:  # (T, H * d) -> (T, H, d)
@@ -62,12 +68,39 @@ def store(c: Context, k: Tensor, v: Tensor, kv: KV) -> KV:  # (T, Hk, d) each
     return kv
 
 
-def attend(c: Context, q: Tensor, kv: KV, *, scale: float) -> Tensor:
-    return attention.attend(c, q, kv.keys, kv.values, scale)
+def attend(c: Context, q: Tensor, kv: KV, *, scale: float, window: int = 0) -> Tensor:
+    return attention.attend(c, q, kv.keys, kv.values, scale, window)
 
 
 def silu_mul(_: Context, gate: Tensor, up: Tensor) -> Tensor:
     return torch.nn.functional.silu(gate) * up
+
+
+def gelu_mul(_: Context, gate: Tensor, up: Tensor) -> Tensor:
+    return torch.nn.functional.gelu(gate, approximate="tanh") * up
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The weights of a mixture of experts: the router, and gate, up and down of each expert."""
+
+    router: Tensor  # (E, D)
+    each: list[tuple[Linear, Linear, Linear]]
+
+
+def moe(c: Context, x: Tensor, experts: Experts, *, per_token: int, normalize: bool) -> Tensor:
+    """Expert by expert, each with the rows of the tokens that chose it."""
+    p = torch.nn.functional.linear(x, experts.router).softmax(dim=-1, dtype=torch.float32)
+    weights, chosen = p.topk(per_token, dim=-1)  # (T, per_token)
+    if normalize:
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    y = torch.zeros_like(x)
+    for e in chosen.unique().tolist():
+        rows, places = (chosen == e).nonzero(as_tuple=True)
+        gate, up, down = experts.each[e]
+        h = silu_mul(c, gate(x[rows]), up(x[rows]))
+        y.index_add_(0, rows, down(h) * weights[rows, places, None].to(x.dtype))
+    return y
 
 
 def add(_: Context, x: Tensor, y: Tensor) -> Tensor:
@@ -83,6 +116,23 @@ def head(_: Context, x: Tensor, matrix: Linear) -> Tensor:
 
 
 OPS: dict[str, Callable[..., Any]] = {
-    f.__name__: f for f in (embed, linear, linears, rms_norm, heads, rope, store, attend, silu_mul, add, last, head)
+    f.__name__: f
+    for f in (
+        embed,
+        scale,
+        linear,
+        linears,
+        rms_norm,
+        heads,
+        rope,
+        store,
+        attend,
+        silu_mul,
+        gelu_mul,
+        moe,
+        add,
+        last,
+        head,
+    )
 }
 FUSED = frozenset({"linears"})
