@@ -264,7 +264,8 @@ def _rope(f: Fields, given: Mapping[str, Any], theta: str) -> Rope:
     if base <= 1:
         raise f.error(theta, "a number above 1")
     trained = f.integer("max_position_embeddings", 2048)
-    return Rope(base, {"original_max_position_embeddings": trained, **given, "rope_type": kind})
+    scaling = {name: value for name, value in given.items() if name not in ("type", "rope_theta")}
+    return Rope(base, {"original_max_position_embeddings": trained, **scaling, "rope_type": kind})
 
 
 def windows(f: Fields, layers: int) -> list[int]:

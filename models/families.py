@@ -25,7 +25,12 @@ class Family:
 
 
 # Qwen2 and 3 carry the fields of a window also where they don't use it.
-QWEN = {"use_sliding_window": False, "sliding_window": 4096, "max_position_embeddings": 32768}
+QWEN = {
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_position_embeddings": 32768,
+    "num_key_value_heads": 32,
+}
 FAMILIES = {
     "LlamaForCausalLM": Family(llama.graph, HF_NAMES),
     "MistralForCausalLM": Family(
@@ -42,7 +47,13 @@ FAMILIES = {
     "Qwen3MoeForCausalLM": Family(
         qwen3.graph,
         HF_NAMES,
-        {**QWEN, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
+        {
+            **QWEN,
+            "num_key_value_heads": 4,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+        },
     ),
     "Gemma3ForCausalLM": Family(gemma3.graph, gemma3.HF_NAMES, gemma3.DEFAULTS),
 }
