@@ -1,0 +1,85 @@
+"""What loading costs: memory at its peak, and progress on the way."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from llmrs.models.families import family, graph_of, read_config
+from llmrs.models.layers import LAYER
+from llmrs.models.weights import _translate, parameters
+
+SHAPE = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "vocab_size": 6000,
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "tie_word_embeddings": True,
+}
+LARGEST = 2 * 1536 * 512  # elements: gate and up, merged
+SCRIPT = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[3])
+import tiny
+from llmrs.models.families import family, graph_of, read_config
+from llmrs.models.safetensors import SafetensorsSource
+from llmrs.models.weights import Weights
+
+def anonymous():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
+
+folder, dtype = Path(sys.argv[1]), sys.argv[2]
+config = read_config(folder)
+graph = graph_of(config)
+backend = tiny.empty_backend("torch", dtype)
+weights = Weights(graph, family(config.architecture).names, SafetensorsSource(folder), tied=config.tied)
+before, seen, done = anonymous(), [], []
+backend.load(graph, weights, lambda count: (seen.append(anonymous() - before), done.append(count)))
+print(json.dumps({"peak": max(seen), "end": anonymous() - before, "done": sum(done)}))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """About 24 million weights in float32, without transformers' help."""
+    folder = tmp_path_factory.mktemp("large")
+    (folder / "config.json").write_text(json.dumps(SHAPE))
+    config = read_config(folder)
+    names = family(config.architecture).names
+    rng = np.random.default_rng(0)
+    tensors = {
+        _translate(s.tensor, names): rng.standard_normal((s.rows, *w.columns), np.float32)
+        for w in graph_of(config).weights()
+        for s in w.segments
+    }
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(("dtype", "size"), [("bf16", 2), ("f32", 4)])
+def test_peak_memory_is_the_weights_and_two_tensors(folder, dtype, size):
+    command = [sys.executable, "-c", SCRIPT, str(folder), dtype, str(Path(__file__).parent)]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    count = parameters(graph_of(read_config(folder)))
+    slack = 10_000_000  # what the allocator keeps
+    assert found["peak"] <= size * (count + 2 * LARGEST) + slack
+    assert found["end"] <= size * count + slack
+    assert found["done"] == 4 * count  # progress counts bytes of the file
+
+
+def test_canonical_names_become_those_of_the_file():
+    names = {f"{LAYER}q": "model.layers.{i}.q", f"{LAYER}experts.{{e}}.up": "m.{i}.e.{e}.up", "head": "lm_head"}
+    assert _translate("layers.12.q", names) == "model.layers.12.q"
+    assert _translate("layers.3.experts.3.up", names) == "m.3.e.3.up"
+    assert _translate("head", names) == "lm_head"
