@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from llmrs.backends.base import Backend
-from llmrs.backends.memory import free_host_memory
+from llmrs.backends.memory import free_host_memory, trim_host_memory
 from llmrs.backends.torch import ops
 from llmrs.backends.torch.attention import Context, context, on_device
 from llmrs.backends.torch.linear import prepare
@@ -86,6 +86,8 @@ class TorchBackend(Backend):
         numbers = {v: lowering.number() for v in main.inputs}
         self.results = lowering.function(main, numbers, 0)
         self.program, self.value_count = lowering.calls, lowering.count
+        lowering.loaded.clear()
+        trim_host_memory()
 
     def allocate(self, blocks: int, block_size: int, slots: int) -> None:
         dtype = DTYPES[self.kv_dtype]
@@ -121,6 +123,7 @@ class TorchBackend(Backend):
         self.last_token = torch.zeros(0, dtype=torch.int64)
         if self.at.type == "cuda":
             torch.cuda.empty_cache()
+        trim_host_memory()
 
     def _forward(self, batch: Batch) -> torch.Tensor:
         values: list[Any] = [None] * self.value_count
