@@ -5,27 +5,19 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 
 from llmrs.core.batch import Batch
+from llmrs.core.engine import Ticket
 from llmrs.core.errors import BackendError, GraphError, did_you_mean
 from llmrs.core.ir import Graph
 from llmrs.core.passes import fuse
-from llmrs.core.sampling import SamplingArrays
 from llmrs.quant.tensor import Tensor
 
 GROUP = "llmrs.backends"  # entry points; a third party registers a backend here
 DTYPE_BYTES = {"bf16": 2, "f16": 2, "f32": 4}
-
-
-class Ticket(Protocol):
-    """A launched step."""
-
-    def tokens(self) -> np.ndarray:
-        """Waits; the sampled token of each sequence, int32 (S,)."""
-        ...
 
 
 class Backend(ABC):
@@ -81,20 +73,31 @@ class Backend(ABC):
         return 2 * elements * DTYPE_BYTES[self.kv_dtype]
 
     @abstractmethod
-    def allocate(self, blocks: int, block_size: int, slots: int) -> None:
-        """Makes the KV cache and the state of each slot."""
+    def allocate(self, blocks: int, block_size: int, slots: int, max_tokens: int) -> None:
+        """Makes the KV cache and the state of each slot, whose sequences have at most `max_tokens` tokens."""
 
-    @abstractmethod
     def launch(self, batch: Batch) -> Ticket:
         """Starts a step, forward and sample, and returns at once where the device allows it."""
+        return self.sample(self.forward(batch), batch)
 
     @abstractmethod
-    def logits(self, batch: Batch) -> np.ndarray:
-        """The forward part of a step alone: logits float32 (S, V) of each sequence's last token. For tests."""
+    def forward(self, batch: Batch) -> Any:
+        """Starts the first part of a step: logits float32 (R, V) of `batch.rows`, as the device holds them."""
 
     @abstractmethod
-    def sample(self, logits: np.ndarray, params: SamplingArrays) -> np.ndarray:
-        """The sampling part of a step alone: int32 (S,) from logits float32 (S, V). For tests."""
+    def sample(self, logits: Any, batch: Batch, mask: np.ndarray | None = None) -> Ticket:
+        """Starts the second part, as `llmrs.core.sampling` defines it, and keeps the tokens for the next step.
+
+        `mask` are the tokens that may be sampled, bits uint32 (S, ceil(V / 32)), the lowest bit of a word first.
+        """
+
+    @abstractmethod
+    def to_host(self, logits: Any) -> np.ndarray:
+        """What `forward` gives, as float32 (R, V). For tests."""
+
+    @abstractmethod
+    def to_device(self, logits: np.ndarray) -> Any:
+        """What `forward` would give. For tests."""
 
     @abstractmethod
     def close(self) -> None:

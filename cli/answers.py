@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from llmrs.cli.options import RunOptions
 from llmrs.core.config import SamplingParams
 from llmrs.core.errors import LlmrsError, RequestError
-from llmrs.core.request import GenerationOutput, Message
+from llmrs.core.request import Message
+from llmrs.output import GenerationOutput
 
 if TYPE_CHECKING:
     from llmrs.engine import Engine, Prompt
@@ -18,21 +19,13 @@ NOTHING = GenerationOutput(-1, "", [], "cancelled", 0, 0, 0, 0.0, 0.0, 0.0)  # o
 
 
 class Answer:
-    """One prompt and what comes of it: a stream that may end in an error, or an error at once."""
+    """An answer to one prompt: a stream that may end in an error, or an error at once."""
 
     def __init__(self, number: int, prompt: str) -> None:
-        self.number, self.prompt = number, prompt  # numbers count from 1
+        self.number, self.prompt = number, prompt  # of the prompt; numbers count from 1
         self.stream: Stream | None = None
         self.error: LlmrsError | None = None
         self.submitted = 0.0
-
-    def start(self, engine: "Engine", params: SamplingParams, run: RunOptions) -> None:
-        """A request that can't be served keeps its error; other errors concern every request and are raised."""
-        try:
-            self.stream = engine.generate_stream(params, render(engine, run, self.prompt))
-        except RequestError as error:
-            self.error = error
-        self.submitted = time.monotonic()
 
     def pieces(self) -> Iterator[str]:
         """The text as it comes. What ends it early is kept in `error`."""
@@ -61,13 +54,30 @@ class Answer:
     def record(self) -> dict[str, Any]:
         """The request as a JSON object; times are seconds."""
         fields = asdict(self.output())
-        del fields["seq_id"]
+        asked = {"logprobs", "prompt_logprobs"}
+        fields = {n: v for n, v in fields.items() if n != "seq_id" and not (n in asked and v is None)}
         error = self.error and {
             "type": type(self.error).__name__,
             "message": self.error.message,
             "hint": self.error.hint,
         }
         return {"prompt": self.prompt, **fields, "error": error}
+
+
+def start(answers: Sequence[Answer], engine: "Engine", params: SamplingParams, run: RunOptions) -> None:
+    """Starts the `params.n` answers to one prompt.
+
+    A request that can't be served keeps its error; other errors concern every request and are raised.
+    """
+    try:
+        streams = engine.generate_streams(params, render(engine, run, answers[0].prompt))
+        for answer, stream in zip(answers, streams, strict=True):
+            answer.stream = stream
+    except RequestError as error:
+        for answer in answers:
+            answer.error = error
+    for answer in answers:
+        answer.submitted = time.monotonic()
 
 
 def render(engine: "Engine", run: RunOptions, text: str) -> "Prompt":
@@ -106,7 +116,7 @@ def figures(answers: Sequence[Answer]) -> list[str]:
         prompts.append((started, first))
         decodes.append((first, first + o.decode_time))
     return [
-        figure("Prompt tokens", sum(o.prompt_length for _, o in outputs), union(prompts)),
+        figure("Prompt tokens", sum(o.prompt_length for _, o in outputs if o.index == 0), union(prompts)),
         figure("Decoded tokens", sum(o.decoded_length for _, o in outputs), union(decodes)),
     ]
 

@@ -15,7 +15,11 @@ Values = dict[str, Any]  # option name -> value, for the flags that were given
 Body = Callable[[str | None, Values], int]  # config file, flags -> exit status
 
 PREFIX = "alias_"  # parameters that hold the further flags of an option
-TYPES = {bool: bool | None, list: list[str] | None}  # of the parameter; other kinds are read as text
+TYPES = {
+    bool: bool | None,
+    list: list[str] | None,
+    dict: list[str] | None,
+}  # of the parameter; other kinds are read as text
 CONTEXT = {"token_normalize_func": lambda name: name.replace("_", "-"), "help_option_names": ["-h", "--help"]}
 
 
@@ -59,8 +63,23 @@ def given(values: Mapping[str, Any]) -> Values:
                 continue
             if o.name in found:
                 raise ConfigError(f"two flags set {o.name!r}", "keep one: " + ", ".join([*visible(o), *hidden(o)]))
-            found[o.name] = [read(o, v) for v in value] if o.kind is list else read(o, value)
+            found[o.name] = read_any(o, value)
     return found
+
+
+def read_any(o: Option, value: Any) -> Any:
+    return read_table(o, value) if o.kind is dict else read_list(o, value) if o.kind is list else read(o, value)
+
+
+def read_list(o: Option, texts: list[str]) -> list[Any]:
+    return [read(o, text) for text in texts]
+
+
+def read_table(o: Option, texts: list[str]) -> Any:
+    """TOKEN=VALUE, each; the first that has another form as it is, for the option's own error."""
+    pairs = [text.partition("=") for text in texts]
+    wrong = next((text for text, (key, _, _) in zip(texts, pairs, strict=True) if not key.isdecimal()), None)
+    return {int(key): read(o, value) for key, _, value in pairs} if wrong is None else wrong
 
 
 def read(o: Option, text: str | bool) -> Any:
@@ -88,7 +107,7 @@ def _parameters(title: str, cls: type) -> Iterator[inspect.Parameter]:
 
 
 def _parameter(name: str, o: Option, flags: list[str], title: str, *, hide: bool) -> inspect.Parameter:
-    metavars = {int: "INT", float: "NUMBER", str: "|".join(o.choices) or "TEXT"}
+    metavars = {int: "INT", float: "TOKEN=NUMBER" if o.kind is dict else "NUMBER", str: "|".join(o.choices) or "TEXT"}
     info = typer.Option(
         None,
         *flags,

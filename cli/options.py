@@ -18,6 +18,7 @@ class RunOptions(Checked):
     interactive: bool = option(False, "talk to the model, as `llmrs chat` does", ("i",))
     output: str | None = option(None, "also write one JSON object per request to this file", ("o",))
     json: bool = option(False, "print one JSON object per request instead of text")
+    trace: str | None = option(None, "write what each step spends its time on to this file, in Chrome's trace format")
     flash: bool | None = option(None, "accepted for vllm.rs; no effect, the backend chooses its attention kernel")
 
 

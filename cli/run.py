@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from llmrs.cli.answers import Answer, figures, progress
+from llmrs.cli.answers import Answer, figures, progress, start
 from llmrs.cli.chat import converse
 from llmrs.cli.flags import Values
 from llmrs.cli.loading import load_engine
@@ -31,14 +31,16 @@ def run(config: str | None, flags: Values) -> int:
     prompts = settings.run.prompts
     if not prompts:
         raise ConfigError("there are no prompts", 'give --prompts "Hi | Bye", or talk to the model with `llmrs chat`')
-    check_output(settings.run.output)
-    answers = [Answer(n, prompt) for n, prompt in enumerate(prompts, 1)]
+    check_output("output", settings.run.output)
+    check_output("trace", settings.run.trace)
+    groups = [[Answer(n, prompt) for _ in range(settings.sampling.n)] for n, prompt in enumerate(prompts, 1)]
+    answers = [answer for group in groups for answer in group]
     with load_engine(settings) as engine, results_file(settings.run.output) as results:
         check_template(engine, settings.run)
-        with on_interrupt(lambda: cancel(answers)) as interrupted:
-            for answer in answers:
+        with traced(engine, settings.run.trace), on_interrupt(lambda: cancel(answers)) as interrupted:
+            for group in groups:
                 if not interrupted.is_set():
-                    answer.start(engine, settings.sampling, settings.run)
+                    start(group, engine, settings.sampling, settings.run)
             if interrupted.is_set():
                 cancel(answers)  # again: Ctrl-C may have come in the middle of a start
             follow(answers, settings.run, results)
@@ -102,10 +104,19 @@ def write_record(file: TextIO, answer: Answer) -> None:
         raise ConfigError(f"{file.name} can't be written: {error.strerror}", "is the disk full?") from error
 
 
-def check_output(path: str | None) -> None:
+def check_output(option: str, path: str | None) -> None:
     """Raises ConfigError for a place where no file can be, before a model is loaded for it."""
     if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
-        raise ConfigError(f"output: {path} can't be written", "give a file in a folder that is there")
+        raise ConfigError(f"{option}: {path} can't be written", "give a file in a folder that is there")
+
+
+@contextmanager
+def traced(engine: "Engine", path: str | None) -> Iterator[None]:
+    """Writes a trace of the steps meanwhile, where one is asked for."""
+    trace = None if path is None else engine.start_trace()
+    yield
+    if trace is not None and path is not None:
+        trace.write(Path(path))
 
 
 @contextmanager

@@ -1,12 +1,28 @@
 """The contract between core and backends: the arrays of one step, and the slots that they are made from."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
+from llmrs.core.request import Request
 from llmrs.core.sampling import SamplingArrays, noise_keys
 
 MAX_STOPS = 32  # token ids that end one request's answer
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A slot whose request begins in this step, where its sampling has biases or looks at the tokens so far.
+
+    The device keeps them until the slot begins anew, and appends to a slot's tokens what it samples for it.
+    """
+
+    slot: int
+    tokens: np.ndarray  # int32 (n,): all that are known, those in the KV cache already too
+    bias_ids: np.ndarray  # int32 (b,): token ids
+    bias: np.ndarray  # float32 (b,): added to their logits
 
 
 @dataclass(frozen=True)
@@ -16,6 +32,8 @@ class Batch:
     The device holds the last token of every slot, because the host may not have read it yet when it schedules:
     a negative entry in `tokens`, -1 - slot, stands for it. After the step the token sampled for sequence s becomes
     slots[s]'s last token where `sampled[s]`; elsewhere (a part of a prompt) it means nothing.
+    Logits are computed for R rows: the last one of each sequence, from which its token is sampled, and those of
+    prompts whose log probabilities are asked for.
     """
 
     tokens: np.ndarray  # int32 (T,): token id, or -1 - slot
@@ -26,6 +44,11 @@ class Batch:
     slots: np.ndarray  # int32 (S,)
     sampled: np.ndarray  # bool (S,)
     sampling: SamplingArrays  # (S,) each
+    rows: np.ndarray  # int32 (R,): starts[1:] - 1, then rows of prompts
+    targets: np.ndarray  # int32 (R - S,): the prompt's token that follows each of the latter
+    logprobs: int = -1  # how many likeliest tokens of each row are asked for; -1: no log probabilities at all
+    banned: np.ndarray | None = None  # int32 (S, MAX_STOPS): token ids that may not be sampled; padded with -1
+    begun: Sequence[Begun] = field(default_factory=list)
 
 
 class Slots:
@@ -45,6 +68,32 @@ class Slots:
         self.owner = np.full(count, -1, np.int64)  # number of the admission that holds the row, -1: nobody
         self.sampling = SamplingArrays.zeros(count)
         self.seed = np.zeros((count, 2), np.uint32)  # low and high half
+        self.minimum = np.zeros(count, np.int32)  # length before which no stop is sampled
+        self.logprobs, self.prompt_logprobs = np.full((2, count), -1, np.int32)
+        self.special: set[int] = set()  # rows that use one of the latter three
+        self.masked: set[int] = set()  # rows whose request has a mask
+        self.biased: set[int] = set()  # rows for which the device may keep biases
+        self.begun: list[Begun] = []  # of the next batch
+
+    def write_params(self, slot: int, request: Request) -> None:
+        """Fills a row with how its request is sampled."""
+        p = request.params
+        self.sampling.write(slot, p, len(request.prompt))
+        self.seed[slot] = request.seed & 0xFFFFFFFF, request.seed >> 32
+        self.stops[slot] = -1
+        self.stops[slot, : len(request.stops)] = request.stops
+        self.minimum[slot] = len(request.prompt) + p.min_tokens
+        self.logprobs[slot] = -1 if p.logprobs is None else p.logprobs
+        self.prompt_logprobs[slot] = -1 if p.prompt_logprobs is None else p.prompt_logprobs
+        used = p.min_tokens or p.logprobs is not None or p.prompt_logprobs is not None
+        (self.special.add if used else self.special.discard)(slot)
+        (self.masked.add if request.mask else self.masked.discard)(slot)
+        bias = p.logit_bias or {}
+        if bias or slot in self.biased or self.sampling.looks_back(slot):
+            values = np.array(list(bias.values()), np.float32)
+            self.begun.append(Begun(slot, request.tokens, np.array(list(bias), np.int32), values))
+        if bias:
+            self.biased.add(slot)
 
     def batch(self, slots: np.ndarray, counts: np.ndarray) -> Batch:
         """The step that feeds the next counts[s] >= 1 tokens of each slot; `computed` and `pending` move on."""
@@ -55,13 +104,30 @@ class Slots:
         starts = np.zeros(len(slots) + 1, np.int32)
         np.cumsum(counts, out=starts[1:])
         row = np.repeat(np.arange(len(slots), dtype=np.int32), counts)
-        positions = (np.arange(starts[-1], dtype=np.int32) - starts[row] + begin[row]).astype(np.int32)
+        positions = np.arange(starts[-1], dtype=np.int32) - (starts[:-1] - begin)[row]
         tokens = np.where(positions < known[row], self.tokens[slots[row], positions], -1 - slots[row])
         self.computed[slots] = end
         self.pending[slots] += sampled
-        width = int(self.block_count[slots].max())
         sampling = self.sampling.take(slots)
         sampling.key = noise_keys(self.seed[slots], end)
+        ends, targets = starts[1:] - 1, np.zeros(0, np.int32)
+        special: dict[str, Any] = {}
+        if not self.special.isdisjoint(slots.tolist()):
+            ends, targets = self._with_prompt_rows(slots, row, positions, ends)
+            early = end < self.minimum[slots]
+            banned = np.where(early[:, None], self.stops[slots], np.int32(-1)) if early.any() else None
+            asked = np.where(sampled, self.logprobs[slots], -1)
+            special = {"banned": banned, "logprobs": int(max(asked.max(), self.prompt_logprobs[slots].max()))}
+        begun, self.begun = self.begun, []
+        blocks = self.blocks[slots, : int(self.block_count[slots].max())]
         return Batch(
-            tokens.astype(np.int32), positions, starts, end, self.blocks[slots, :width], slots, sampled, sampling
+            tokens, positions, starts, end, blocks, slots, sampled, sampling, ends, targets, begun=begun, **special
         )
+
+    def _with_prompt_rows(
+        self, slots: np.ndarray, row: np.ndarray, positions: np.ndarray, ends: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and targets: also the rows whose next token is the prompt's, where its log probabilities are wanted."""
+        within = positions + 1 < self.sampling.prompt[slots][row]
+        extra = np.flatnonzero(within & (self.prompt_logprobs[slots] >= 0)[row]).astype(np.int32)
+        return np.concatenate([ends, extra]), self.tokens[slots[row[extra]], positions[extra] + 1]

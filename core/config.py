@@ -19,7 +19,9 @@ DTYPES = ("bf16", "f16", "f32")
 
 @dataclass(frozen=True)
 class Option:
-    """One option. `kind` is its Python type (bool, int, float, str or list, of `element`); `optional` allows None."""
+    """One option. `kind` is its Python type: bool, int, float, str, a list of `element`, or a dict from token ids to
+    `element`. `optional` allows None; `most` is how many entries a list or dict may have.
+    """
 
     name: str
     kind: type
@@ -31,24 +33,33 @@ class Option:
     choices: tuple[str, ...]
     low: int | float
     high: int | float
+    most: int
 
     def check(self, value: Any) -> Any:
         """The value as `kind`. Raises ConfigError that names the value and what is allowed."""
         if value is None and self.optional:
             return None
-        if self.kind is float and type(value) is int:
-            value = float(value) if abs(value) < 2**1000 else math.inf
-        if type(value) is not self.kind:
+        if self.kind is dict and type(value) is dict:
+            value = {k: self._number(v) for k, v in value.items()}
+        value = self._number(value)
+        elements: list[Any] = [*value.values()] if type(value) is dict else value if type(value) is list else [value]
+        keys = value if type(value) is dict else ()
+        if type(value) is not self.kind or any(type(k) is not int or not 0 <= k < 2**31 for k in keys):
             raise self.error(value)
-        elements: list[Any] = value if isinstance(value, list) else [value]
         for v in elements:
-            wrong = type(v) is not self.element
+            wrong = type(v) is not self.element or (v == "" and self.kind is list)
             if wrong or (self.element in (int, float) and not self.low <= v <= self.high):
                 raise self.error(v)  # NaN fails both comparisons
-        if self.kind is list and "" in elements:
-            raise self.error(value)
+        if len(elements) > self.most:
+            raise ConfigError(f"{self.name}: {len(elements)} entries are too many; at most {self.most} are allowed")
         if self.choices and value not in self.choices:
             raise self.error(value, did_you_mean(str(value), self.choices))
+        return value
+
+    def _number(self, value: Any) -> Any:
+        """A whole number where a float is wanted, as a float."""
+        if self.element is float and type(value) is int:
+            return float(value) if abs(value) < 2**1000 else math.inf
         return value
 
     def error(self, value: Any, hint: str = "") -> ConfigError:
@@ -60,7 +71,8 @@ class Option:
         if self.choices:
             return "one of " + ", ".join(self.choices)
         words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-        text = ("a list, none empty, each " if self.kind is list else "") + words[self.element]
+        shapes: dict[type, str] = {list: "a list, none empty, each ", dict: "a table from token ids to "}
+        text = shapes.get(self.kind, "") + words[self.element]
         if self.high < math.inf:
             return f"{text} from {self.low} to {self.high}"
         return f"{text} of at least {self.low}" if self.low > -math.inf else text
@@ -73,9 +85,10 @@ def option(
     choices: tuple[str, ...] = (),
     low: int | float = -math.inf,
     high: int | float = math.inf,
+    most: int = 2**20,
 ) -> Any:
     """A dataclass field that is an option; `aliases` are further YAML keys and flags for it."""
-    metadata = {"help": help, "aliases": aliases, "choices": choices, "low": low, "high": high}
+    metadata = {"help": help, "aliases": aliases, "choices": choices, "low": low, "high": high, "most": most}
     return field(default=default, metadata=metadata)
 
 
@@ -85,7 +98,7 @@ def options(cls: type) -> Iterator[Option]:
     for f in dataclasses.fields(cls):
         union = get_args(hints[f.name]) if isinstance(hints[f.name], UnionType) else (hints[f.name],)
         kind = next(k for k in union if k is not type(None))
-        element = next(iter(get_args(kind)), kind)
+        element = (get_args(kind) or (kind,))[-1]
         yield Option(f.name, get_origin(kind) or kind, element, type(None) in union, f.default, **f.metadata)
 
 
@@ -135,10 +148,32 @@ class SamplingParams(Checked):
     top_k: int | None = option(None, "keep the k likeliest tokens; 0 keeps all", low=0, high=2**31 - 1)
     top_p: float | None = option(None, "keep the likeliest tokens that make up this probability", low=0.0, high=1.0)
     min_p: float | None = option(None, "drop tokens below this part of the likeliest's probability", low=0.0, high=1.0)
+    repetition_penalty: float | None = option(
+        None, "above 1 makes tokens of prompt and answer less likely; 1 is none", low=0.01, high=100.0
+    )
+    presence_penalty: float | None = option(None, "taken off the logits of the answer's tokens", low=-2.0, high=2.0)
+    frequency_penalty: float | None = option(
+        None, "taken off the logits of the answer's tokens for each time they came", low=-2.0, high=2.0
+    )
+    logit_bias: dict[int, float] | None = option(
+        None, "added to the logits of these tokens", low=-100.0, high=100.0, most=1024
+    )
+    allowed_token_ids: list[int] | None = option(None, "answer with these tokens only", low=0, high=2**31 - 1)
     seed: int | None = option(None, "the same seed gives the same answer; null: random", low=0, high=2**64 - 1)
+    n: int = option(
+        1, "answers to the prompt; answer 0 has the seed itself, the others one mixed from it", low=1, high=16
+    )
     ignore_eos: bool = option(False, "go on after the end-of-sequence token")
-    stop: list[str] | None = option(None, "end the answer before any of these texts")
-    stop_token_ids: list[int] | None = option(None, "end the answer at any of these tokens", low=0, high=2**31 - 1)
+    min_tokens: int = option(0, "no end-of-sequence, stop token or stop text before so many tokens", low=0, high=2**24)
+    stop: list[str] | None = option(None, "end the answer before any of these texts", most=16)
+    stop_token_ids: list[int] | None = option(
+        None, "end the answer at any of these tokens", low=0, high=2**31 - 1, most=16
+    )
+    logprobs: int | None = option(
+        None, "log probabilities of the answer's tokens, and of so many likelier ones; null: none", low=0, high=20
+    )
+    prompt_logprobs: int | None = option(None, "the same for the prompt's tokens", low=0, high=20)
+    priority: int = option(0, "lower runs first; one more is as good as 10 s of waiting", low=-1000, high=1000)
 
     def over(self, *defaults: "SamplingParams") -> "SamplingParams":
         """These values, with those left at None taken from the first of `defaults` that has one."""
@@ -149,7 +184,16 @@ class SamplingParams(Checked):
         return dataclasses.replace(self, **found)
 
 
-BUILT_IN = SamplingParams(temperature=1.0, max_tokens=4096, top_k=0, top_p=1.0, min_p=0.0)
+BUILT_IN = SamplingParams(
+    temperature=1.0,
+    max_tokens=4096,
+    top_k=0,
+    top_p=1.0,
+    min_p=0.0,
+    repetition_penalty=1.0,
+    presence_penalty=0.0,
+    frequency_penalty=0.0,
+)
 
 
 def build(values: Mapping[str, Any], *classes: type) -> list[Any]:

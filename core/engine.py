@@ -8,8 +8,9 @@ step gives it is dropped.
 """
 
 from collections import deque
-from collections.abc import Collection
-from typing import Protocol
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from llmrs.core.blocks import BlockPool
 from llmrs.core.config import EngineConfig
 from llmrs.core.errors import BackendError, ConfigError, ContextLengthError, LlmrsError, RequestError
 from llmrs.core.request import Request
+from llmrs.core.sampling import Logprobs
 from llmrs.core.scheduler import Scheduler, Step
 
 
@@ -26,7 +28,9 @@ class Ticket(Protocol):
 
     def tokens(self) -> np.ndarray:
         """Waits; the sampled tokens, int32 (S,). Raises what went wrong on the device."""
-        ...
+
+    def logprobs(self) -> Logprobs | None:
+        """After `tokens`: of the batch's R rows, for the tokens that came and `targets`; None: not asked for."""
 
 
 class Launcher(Protocol):
@@ -36,7 +40,12 @@ class Launcher(Protocol):
 
     def launch(self, batch: Batch) -> Ticket:
         """Starts a step and returns at once; steps run in the order of their launch."""
-        ...
+
+    def forward(self, batch: Batch) -> Any:
+        """Starts the first part of a step alone: its logits, as the backend holds them."""
+
+    def sample(self, logits: Any, batch: Batch, mask: np.ndarray | None) -> Ticket:
+        """Starts the other part; `mask` are the tokens that may be sampled, bits uint32 (S, ceil(V / 32))."""
 
 
 class EngineCore:
@@ -51,6 +60,7 @@ class EngineCore:
         self.backend, self.vocabulary, self.max_model_len = backend, vocabulary, max_model_len
         self.scheduler = Scheduler(config.max_num_seqs, config.max_num_batched_tokens, max_model_len, pool)
         self.in_flight: deque[tuple[Step, Ticket]] = deque()
+        self.span: Callable[[str], AbstractContextManager[object]] = lambda name: nullcontext()  # for traces
 
     @property
     def idle(self) -> bool:
@@ -65,7 +75,8 @@ class EngineCore:
 
     def check(self, request: Request) -> None:
         """Raises RequestError for an empty or too long prompt, unknown token ids, too many stops."""
-        length, ids = len(request.prompt), (*request.prompt, *request.stops)
+        p, length = request.params, len(request.prompt)
+        ids = (*request.prompt, *request.stops, *(p.logit_bias or ()), *(p.allowed_token_ids or ()))
         if not length:
             raise RequestError("the prompt is empty", "give at least one token")
         for bad in (t for t in ids if type(t) is not int or not 0 <= t < self.vocabulary):
@@ -77,6 +88,8 @@ class EngineCore:
             )
         if len(request.stops) > MAX_STOPS:
             raise RequestError(f"{len(request.stops)} stop tokens, at most {MAX_STOPS} are allowed", "give fewer")
+        if p.min_tokens and p.allowed_token_ids and set(p.allowed_token_ids) <= set(request.stops):
+            raise RequestError("allowed_token_ids holds only stop tokens, and min_tokens bans them", "allow others too")
 
     def cancel(self, request: Request, reason: str = "cancelled") -> None:
         """Ends a request at once; its blocks are free for the next step. Does nothing when it has ended."""
@@ -84,23 +97,44 @@ class EngineCore:
 
     def step(self) -> None:
         """Launches the next step if there is one, and commits the oldest when enough are in flight."""
+        step = None
         try:
-            step = self.scheduler.schedule()
+            with self.span("schedule"):
+                step = self.scheduler.schedule()
             if step is not None:
-                self.in_flight.append((step, self.backend.launch(step.batch)))
+                self.in_flight.append((step, self._launch(step)))
             if self.in_flight and (step is None or len(self.in_flight) >= self.backend.max_in_flight):
-                self._commit(*self.in_flight.popleft())
+                self._commit()
         except LlmrsError as error:
-            self.fail(error)
+            self._fail(step, error)
         except (RuntimeError, MemoryError, ValueError, ArithmeticError, LookupError, TypeError) as error:
             cause = BackendError(f"a step failed: {error}", "the requests in it ended; others can go on")
             cause.__cause__ = error
-            self.fail(cause)
+            self._fail(step, cause)
 
-    def fail(self, error: Exception) -> None:
-        """Ends every running request with `error`. Those that wait go on: none of their state was on the device."""
+    def _launch(self, step: Step) -> Ticket:
+        masked = self.scheduler.slots.masked
+        if not masked or masked.isdisjoint(step.batch.slots.tolist()):
+            with self.span("launch"):
+                return self.backend.launch(step.batch)
+        with self.span("launch"):
+            logits = self.backend.forward(step.batch)
+        while self.in_flight:  # a mask may depend on every token before; only the sampling waits for them
+            self._commit()
+        mask = np.full((len(step.requests), -(-self.vocabulary // 32)), 2**32 - 1, np.uint32)
+        for row, request in enumerate(step.requests):
+            if request.mask is not None and step.batch.sampled[row]:
+                mask[row] = request.mask(request.output)
+        return self.backend.sample(logits, step.batch, mask)
+
+    def _fail(self, step: Step | None, error: Exception) -> None:
+        """Ends the requests of the steps that are lost; all of them when it is not known which those are."""
+        lost = [*([step] if step else []), *(s for s, _ in self.in_flight)]
+        if step is None and not self.in_flight:
+            self.close(error)
+            return
         self.in_flight.clear()
-        self.finish(list(self.scheduler.running), "error", error)
+        self.finish({r for s in lost for r in s.requests}, "error", error)
 
     def finish(self, requests: Collection[Request], reason: str, error: Exception | None = None) -> None:
         for request in requests:
@@ -110,9 +144,15 @@ class EngineCore:
 
     def close(self, error: Exception) -> None:
         """Ends everything with `error`."""
-        self.fail(error)
-        self.finish(list(self.scheduler.waiting), "error", error)
+        self.in_flight.clear()
+        while rest := [*self.scheduler.running, *self.scheduler.waiting]:  # parents let their children wait
+            self.finish(rest, "error", error)
 
-    def _commit(self, step: Step, ticket: Ticket) -> None:
-        for request, token in self.scheduler.commit(step, ticket.tokens()):
-            request.on_update(request, [token])
+    def _commit(self) -> None:
+        step, ticket = self.in_flight[0]
+        with self.span("wait"):
+            tokens, logprobs = ticket.tokens(), ticket.logprobs() if step.batch.logprobs >= 0 else None
+        self.in_flight.popleft()
+        with self.span("commit"):
+            for request, new in self.scheduler.commit(step, tokens, logprobs):
+                request.on_update(request, new)

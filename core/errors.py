@@ -8,6 +8,7 @@ LlmrsError
 │   └── MemoryLimitError  what was asked for does not fit in memory
 ├── RequestError          one request; nothing else in flight is touched
 │   └── ContextLengthError
+├── LoadCancelledError    a progress callback stopped the loading of a model
 └── EngineClosedError     the engine was closed while, or before, it was used
 """
 
@@ -55,6 +56,10 @@ class RequestError(LlmrsError, ValueError):
 
 class ContextLengthError(RequestError):
     """A prompt leaves no room for an answer within the context."""
+
+
+class LoadCancelledError(LlmrsError):
+    """The caller did not want the model any more."""
 
 
 class EngineClosedError(LlmrsError):

@@ -5,7 +5,7 @@
     equation ::= value, ... = op[params](operand, ...)              single assignment
     operand  ::= value | weight                                     a weight is a list of row segments
     type     ::= dtype[dim, ...]     dtype ::= act | f32 | i32 | kv | weight
-    dim      ::= int | T | S         T: tokens of the step, S: sequences of the step
+    dim      ::= int | T | S         T: tokens of the step, S: those whose logits are wanted, one a sequence or more
 
 `act` is the type of computation that the user chose. The KV cache of a layer is a value: `store` takes one and
 gives the next, so order and effects are visible in single assignment. `store`, `attend` and `last` also read the
@@ -249,7 +249,7 @@ def _add(x: Type, y: Type) -> tuple[Type, ...]:
     return (x,)
 
 
-@rule("last")  # the row of each sequence's last token of the step: act[T, D] -> act[S, D]
+@rule("last")  # the rows whose logits are wanted, which are those of Batch.rows: act[T, D] -> act[S, D]
 def _last(x: Type) -> tuple[Type, ...]:
     _expect(len(x.shape) == 2 and x.shape[0] == T, f"{x} is not act[T, D]")
     return (Type("act", (S, x.shape[1])),)
@@ -271,36 +271,6 @@ class Frequencies:
 
     def __str__(self) -> str:
         return f"<{self.label}>"
-
-
-class Builder:
-    """Writes a function equation by equation: `build("linear", x, w, shard="rows", to="q")` gives the value q."""
-
-    def __init__(self, name: str, **inputs: Type) -> None:
-        self.name = name
-        self.names: set[str] = set()
-        self.equations: list[Equation] = []
-        self.inputs = tuple(Value(self._fresh(n), t) for n, t in inputs.items())
-
-    def _fresh(self, name: str) -> str:
-        fresh = next(n for i in itertools.count() if (n := f"{name}{i or ''}") not in self.names)
-        self.names.add(fresh)
-        return fresh
-
-    def __call__(self, op: str, *operands: Operand, to: str, **params: Any) -> Value:
-        types = infer(Equation(op, operands, (), params))
-        out = Value(self._fresh(to), types[0])
-        self.equations.append(Equation(op, operands, (out,), params))
-        return out
-
-    def call(self, function: Function, index: int, *operands: Operand) -> tuple[Value, ...]:
-        """Calls a layer's function; the results take the names of the function's results."""
-        outs = tuple(Value(self._fresh(v.name.rstrip("0123456789")), v.type) for v in function.outs)
-        self.equations.append(Equation("call", operands, outs, {"function": function.name, "index": index}))
-        return outs
-
-    def done(self, *outs: Value) -> Function:
-        return Function(self.name, self.inputs, outs, tuple(self.equations))
 
 
 def infer(e: Equation) -> tuple[Type, ...]:

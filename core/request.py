@@ -1,4 +1,4 @@
-"""Host state of one request, and what goes in and comes out of an engine."""
+"""Host state of one request."""
 
 import itertools
 import time
@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from llmrs.core.config import SamplingParams
+
+PRIORITY_SECONDS = 10.0  # of waiting that make up for one step of priority
 
 _ids = itertools.count()
 
@@ -20,13 +22,25 @@ class Message:
     content: str
 
 
+@dataclass(frozen=True)
+class TokenLogprob:
+    """How likely the model held a token that came, and the likeliest ones in its place, as (token id, logprob)."""
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
 @dataclass(eq=False)
 class Request:
     """A prompt on its way to an answer. Its arrays live in the scheduler's slots while it runs.
 
     `params` hold a value for everything but `seed` and the stops; `stops` are all token ids that end the answer,
     end-of-sequence included. `on_update(request, tokens)` is called by the thread that steps the engine: with the
-    tokens of each commit, and once with no tokens when `finish_reason` is set without one.
+    tokens of each commit, and with none when a part of the prompt is computed and when `finish_reason` is set without
+    a token. `mask(output)`, where there is one, gives the tokens that may come next, as bits uint32 (ceil(V / 32),),
+    the lowest bit first; it is called before each token. A request with a `parent` waits until the parent's prompt
+    is in the prefix cache.
     """
 
     prompt: Sequence[int]
@@ -34,6 +48,9 @@ class Request:
     seed: int
     stops: Sequence[int] = ()
     on_update: Callable[["Request", list[int]], None] = lambda request, tokens: None
+    mask: Callable[[list[int]], np.ndarray] | None = None
+    parent: "Request | None" = None
+    index: int = 0  # which of the n answers to its prompt
     id: int = field(default_factory=lambda: next(_ids))
     arrival: float = field(default_factory=time.monotonic)
 
@@ -43,27 +60,20 @@ class Request:
     slot: int = -1  # row in the scheduler's arrays, -1 while waiting
     chain: int = 0  # the prefix cache's id of the last full block that is committed
     output: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # of `output`, where asked for
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)  # of the prompt; the first has none
+    children: list["Request"] = field(default_factory=list)  # those that wait for this one's prompt
     cached_tokens: int = 0  # prompt tokens that the prefix cache held when the request first ran
+    computed_tokens: int = 0  # prompt tokens that are in the KV cache, cached ones included
     finish_reason: str | None = None  # stop | length | cancelled | error
     error: Exception | None = None
+
+    @property
+    def rank(self) -> float:
+        """Who goes first, the lowest: by arrival, which priority shifts, so nobody waits for ever."""
+        return self.arrival + PRIORITY_SECONDS * self.params.priority
 
     # seconds of time.monotonic(), 0 until then
     started: float = 0.0  # first scheduled
     first_token: float = 0.0
     finished: float = 0.0
-
-
-@dataclass(frozen=True)
-class GenerationOutput:
-    """The answer to one request. Times are seconds: `prompt_time` until the first token, `decode_time` after it."""
-
-    seq_id: int
-    text: str
-    token_ids: list[int]
-    finish_reason: str  # stop | length | cancelled | error
-    prompt_length: int
-    decoded_length: int
-    cached_tokens: int
-    queue_time: float
-    prompt_time: float
-    decode_time: float

@@ -1,14 +1,18 @@
 """What sampling means: the order of the transforms and the noise, in NumPy. Backends compute the same.
 
-    logits / temperature -> top-k -> top-p -> min-p -> argmax(logits + Gumbel noise)
+    logits -> penalties -> bias -> banned and masked out -> / temperature -> top-k -> top-p -> min-p
+           -> argmax(logits + Gumbel noise)
 
 The noise depends on (seed, position, token id) and on nothing else, so neither the rest of the batch nor chunking
 nor preemption changes what a seed draws. Temperature 0 is argmax without noise; of equal logits the lowest id wins.
+Log probabilities are those of the model: of the logits before any of this.
 """
 
 from dataclasses import dataclass, fields
 
 import numpy as np
+
+from llmrs.core.config import SamplingParams
 
 
 @dataclass
@@ -19,15 +23,41 @@ class SamplingArrays:
     top_k: np.ndarray  # int32, 0: all
     top_p: np.ndarray  # float32, 1: all
     min_p: np.ndarray  # float32, 0: all
+    repetition_penalty: np.ndarray  # float32, 1: none
+    presence_penalty: np.ndarray  # float32, 0: none
+    frequency_penalty: np.ndarray  # float32, 0: none
+    prompt: np.ndarray  # int32: tokens of the prompt; those that follow are the answer's
     key: np.ndarray  # uint32: seed and position, mixed by noise_keys
 
     @staticmethod
     def zeros(count: int) -> "SamplingArrays":
-        types = (np.float32, np.int32, np.float32, np.float32, np.uint32)
-        return SamplingArrays(*(np.zeros(count, t) for t in types))
+        """Neutral parameters."""
+        types = (np.float32, np.int32, *[np.float32] * 5, np.int32, np.uint32)
+        arrays = SamplingArrays(*(np.zeros(count, t) for t in types))
+        arrays.top_p[:] = arrays.repetition_penalty[:] = 1
+        return arrays
+
+    def write(self, row: int, params: SamplingParams, prompt: int) -> None:
+        for f in fields(self)[:7]:
+            getattr(self, f.name)[row] = getattr(params, f.name)
+        self.prompt[row] = prompt
 
     def take(self, rows: np.ndarray) -> "SamplingArrays":
         return SamplingArrays(*(getattr(self, f.name)[rows] for f in fields(self)))
+
+    def looks_back(self, row: int | slice = slice(None)) -> np.ndarray:
+        """bool: whose sampling depends on the tokens so far."""
+        penalty = (self.presence_penalty[row] != 0) | (self.frequency_penalty[row] != 0)
+        return penalty | (self.repetition_penalty[row] != 1)
+
+
+@dataclass(frozen=True)
+class Logprobs:
+    """Log probabilities of R rows: of the token that came, and of the k likeliest, in order."""
+
+    chosen: np.ndarray  # float32 (R,)
+    top_ids: np.ndarray  # int32 (R, k)
+    top: np.ndarray  # float32 (R, k)
 
 
 def mix(x: np.ndarray) -> np.ndarray:
@@ -58,14 +88,35 @@ def gumbel(keys: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     return -np.log(-np.log1p(-v))
 
 
+def penalize(logits: np.ndarray, tokens: np.ndarray, params: SamplingArrays, row: int) -> np.ndarray:
+    """Logits float32 (V,) after the penalties of row `row`, for the tokens int32 (n,) of prompt and answer so far.
+
+    Repetition divides positive logits and multiplies negative ones (CTRL, arXiv 1909.05858), for the tokens of
+    prompt and answer; presence and frequency are OpenAI's, and count the answer's only.
+    """
+    factor = np.where(np.bincount(tokens, minlength=len(logits)) > 0, params.repetition_penalty[row], np.float32(1))
+    counts = np.bincount(tokens[params.prompt[row] :], minlength=len(logits)).astype(np.float32)
+    logits = np.where(logits > 0, logits / factor, logits * factor)
+    return logits - params.frequency_penalty[row] * counts - params.presence_penalty[row] * (counts > 0)
+
+
 def sample(logits: np.ndarray, params: SamplingArrays) -> np.ndarray:
-    """Token ids int32 (S,) from logits float32 (S, V)."""
+    """Token ids int32 (S,) from adjusted logits float32 (S, V)."""
     tokens = np.argmax(logits, axis=-1).astype(np.int32)
     for s in np.flatnonzero(params.temperature > 0):
         kept = keep(logits[s] / params.temperature[s], params.top_k[s], params.top_p[s], params.min_p[s])
         scores = kept + gumbel(params.key[s : s + 1], np.arange(len(kept)))[0]
         tokens[s] = np.argmax(scores)
     return tokens
+
+
+def logprobs(logits: np.ndarray, tokens: np.ndarray, count: int) -> Logprobs:
+    """Of the tokens int32 (R,) that came, and the `count` likeliest, from unadjusted logits float32 (R, V)."""
+    wide = logits - logits.max(axis=-1, keepdims=True)
+    wide = wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True))
+    top = np.argsort(-wide, axis=-1, kind="stable")[:, :count]
+    chosen = np.take_along_axis(wide, tokens[:, None], axis=-1)[:, 0]
+    return Logprobs(chosen, top.astype(np.int32), np.take_along_axis(wide, top, axis=-1))
 
 
 def keep(logits: np.ndarray, top_k: int, top_p: float, min_p: float) -> np.ndarray:

@@ -1,20 +1,27 @@
 """Who runs in the next step.
 
 A step is one ragged batch: a token for every running answer first, then parts of prompts up to the token budget,
-so a long prompt stalls nobody. A request is admitted when blocks for all its tokens are free; an answer that needs
-a block when none is left preempts the newest request, which keeps its tokens and is computed again later.
+so a long prompt stalls nobody. Requests are ranked by arrival and priority. The first is admitted when blocks for
+all its tokens are free; an answer that needs a block when none is left preempts the last, which keeps its tokens and
+is computed again later.
 """
 
+import bisect
 import itertools
 import time
-from collections import deque
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
+from operator import attrgetter
 
 import numpy as np
 
 from llmrs.core.batch import Batch, Slots
 from llmrs.core.blocks import ROOT, BlockPool
-from llmrs.core.request import Request
+from llmrs.core.request import Request, TokenLogprob
+from llmrs.core.sampling import Logprobs
+
+MOST_PROMPT_ROWS = 128  # rows of a step whose logits are kept for the log probabilities of prompts
+rank = attrgetter("rank")
 
 
 @dataclass(frozen=True)
@@ -26,13 +33,27 @@ class Step:
     owner: np.ndarray  # int64 (S,): the admissions that held the slots when the step was launched
 
 
+@dataclass
+class Stats:
+    """What has happened since the engine started."""
+
+    steps: int = 0
+    prompt_tokens: int = 0  # computed, those computed again included
+    generated_tokens: int = 0
+    prefix_queries: int = 0  # prompt tokens that were looked for in the prefix cache
+    prefix_hits: int = 0  # and found
+    preemptions: int = 0
+    finished: Counter[str] = field(default_factory=Counter)  # by reason
+
+
 class Scheduler:
     """Owns the queue, the slots and the blocks. Used by one thread."""
 
     def __init__(self, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, pool: BlockPool) -> None:
         self.budget, self.pool = max_num_batched_tokens, pool
         self.slots = Slots(max_num_seqs, max_model_len, pool.blocks_for(max_model_len))
-        self.waiting: deque[Request] = deque()
+        self.stats = Stats()
+        self.waiting: list[Request] = []  # by rank
         self.running: list[Request] = []  # in order of admission
         self.free_slots = list(range(max_num_seqs))[::-1]
         self.by_slot: dict[int, Request] = {}
@@ -41,7 +62,16 @@ class Scheduler:
 
     def submit(self, request: Request) -> None:
         request.tokens = np.array(request.prompt, np.int32)
-        self.waiting.append(request)
+        if request.params.prompt_logprobs is not None:
+            request.prompt_logprobs = [None] * len(request.prompt)
+        parent = request.parent
+        if parent is not None and not parent.first_token and parent.finish_reason is None:
+            parent.children.append(request)
+        else:
+            self._wait(request)
+
+    def _wait(self, request: Request) -> None:
+        bisect.insort(self.waiting, request, key=rank)
 
     def schedule(self) -> Step | None:
         """The next step, or None when nothing can run before a launched one is committed."""
@@ -53,40 +83,58 @@ class Scheduler:
 
         # prompts: those begun, then those waiting
         begun = self._order[self._todo() > 1].tolist()
+        prompt_rows = MOST_PROMPT_ROWS
         while budget > 0 and (begun or self._can_admit()):
             slot = begun.pop(0) if begun else self._admit()
             count = min(budget, int(self.slots.length[slot] - self.slots.computed[slot]))
-            slots.append(slot)
-            counts.append(count)
-            budget -= count
+            if self.slots.prompt_logprobs[slot] >= 0:
+                count = min(count, prompt_rows)
+                prompt_rows -= count
+            if count:
+                slots.append(slot)
+                counts.append(count)
+                budget -= count
         if not slots:
             return None
+        self.stats.steps += 1
+        self.stats.prompt_tokens += sum(counts) - len(decodes)
         rows = np.array(slots, np.int32)
         owner = self.slots.owner[rows]
         batch = self.slots.batch(rows, np.array(counts, np.int32))
         return Step(batch, [self.by_slot[slot] for slot in slots], owner)
 
-    def commit(self, step: Step, tokens: np.ndarray) -> list[tuple[Request, int]]:
-        """Takes in a step's tokens int32 (S,); returns the new token of each request that got one.
+    def commit(
+        self, step: Step, tokens: np.ndarray, logprobs: Logprobs | None = None
+    ) -> list[tuple[Request, list[int]]]:
+        """Takes in a step's tokens int32 (S,); returns the requests that moved on, with their new token or none.
 
         What a request that has ended or was preempted in the meantime is given is dropped.
         """
         s, slots = self.slots, step.batch.slots
         alive = s.owner[slots] == step.owner
         self._cache_full_blocks(step, alive)
+        if logprobs is not None:
+            self._record(step, alive, tokens, logprobs)
+        news: list[tuple[Request, list[int]]] = []
+        for row in np.flatnonzero(alive & ~step.batch.sampled).tolist():
+            request = step.requests[row]
+            request.computed_tokens = min(int(step.batch.lengths[row]), len(request.prompt))
+            news.append((request, []))
         rows = np.flatnonzero(alive & step.batch.sampled)
         slots, tokens = slots[rows], tokens[rows]
         s.tokens[slots, s.length[slots]] = tokens
         s.length[slots] += 1
         s.pending[slots] -= 1
+        self.stats.generated_tokens += len(rows)
         stopped = (s.stops[slots] == tokens[:, None]).any(axis=1)
         full = s.length[slots] >= s.limit[slots]
         requests = [step.requests[row] for row in rows.tolist()]
-        news = list(zip(requests, tokens.tolist(), strict=True))
-        now = time.monotonic()
-        for request, token in news:
+        for request, token in zip(requests, tokens.tolist(), strict=True):
             request.output.append(token)
-            request.first_token = request.first_token or now
+            news.append((request, [token]))
+            if not request.first_token:
+                request.first_token, request.computed_tokens = time.monotonic(), len(request.prompt)
+                self._free_children(request)
         for at in np.flatnonzero(stopped | full).tolist():
             self.finish(requests[at], "stop" if stopped[at] else "length")
         return news
@@ -95,10 +143,36 @@ class Scheduler:
         """Ends a request, waiting or running, and frees what it holds. A second call changes nothing."""
         if request.finish_reason is None:
             request.finish_reason, request.error, request.finished = reason, error, time.monotonic()
+            self.stats.finished[reason] += 1
             if request.slot >= 0:
                 self._leave(request)
+            elif request.parent is not None and request in request.parent.children:
+                request.parent.children.remove(request)
             else:
                 self.waiting.remove(request)
+            self._free_children(request)
+
+    def _free_children(self, parent: Request) -> None:
+        """Lets those wait in line that waited for the parent's prompt."""
+        for child in parent.children:
+            self._wait(child)
+        parent.children = []
+
+    def _record(self, step: Step, alive: np.ndarray, tokens: np.ndarray, logprobs: Logprobs) -> None:
+        """Keeps the log probabilities that were asked for: of sampled tokens, and of prompts by their position."""
+        b, s = step.batch, self.slots
+
+        def entry(row: int, token: int, count: int) -> TokenLogprob:
+            top = zip(logprobs.top_ids[row, :count].tolist(), logprobs.top[row, :count].tolist(), strict=True)
+            return TokenLogprob(token, float(logprobs.chosen[row]), list(top))
+
+        for row in np.flatnonzero(alive & b.sampled & (s.logprobs[b.slots] >= 0)).tolist():
+            step.requests[row].logprobs.append(entry(row, int(tokens[row]), int(s.logprobs[b.slots[row]])))
+        for n, (row, target) in enumerate(zip(b.rows[len(b.slots) :].tolist(), b.targets.tolist(), strict=True)):
+            at = int(np.searchsorted(b.starts, row, side="right")) - 1
+            if alive[at]:
+                found = entry(len(b.slots) + n, target, int(s.prompt_logprobs[b.slots[at]]))
+                step.requests[at].prompt_logprobs[int(b.positions[row]) + 1] = found
 
     def _todo(self) -> np.ndarray:
         """Tokens to be fed, (running,); 0 where the last token that may be sampled is already on its way."""
@@ -112,7 +186,7 @@ class Scheduler:
         short = decodes[s.computed[decodes] >= s.block_count[decodes] * self.pool.size]
         for slot in short.tolist():
             while slot in self.by_slot and not self.pool.free:
-                self._preempt(self.running[-1])
+                self._preempt(max(self.running, key=rank))
             if slot in self.by_slot:
                 self._add_blocks(slot, self.pool.allocate(1))
         return decodes[s.owner[decodes] >= 0]
@@ -121,17 +195,20 @@ class Scheduler:
         """Whether blocks for all tokens of the first waiting request are free, and one to spare if others run."""
         if not self.waiting or not self.free_slots:
             return False
-        tokens = self.waiting[0].tokens
-        hit, _ = self.pool.match(tokens[:-1])
-        needed = self.pool.blocks_for(len(tokens)) - len(hit) + self.pool.unused_among(hit)
+        hit, _ = self._cached(self.waiting[0])
+        needed = self.pool.blocks_for(len(self.waiting[0].tokens)) - len(hit) + self.pool.unused_among(hit)
         return needed + bool(self.running) <= self.pool.free
+
+    def _cached(self, request: Request) -> tuple[list[int], int]:
+        """The cached blocks that its tokens begin with, and their chain id; never the last token: it must be fed."""
+        return self.pool.match(request.tokens[: 0 if request.prompt_logprobs else -1])
 
     def _admit(self) -> int:
         """Moves the first waiting request into a slot, with blocks for all its tokens."""
-        s, request = self.slots, self.waiting.popleft()
+        s, request = self.slots, self.waiting.pop(0)
         slot = request.slot = self.free_slots.pop()
         tokens = request.tokens
-        hit, request.chain = self.pool.match(tokens[:-1])  # a hit never covers the last token: it must be fed
+        hit, request.chain = self._cached(request)
         self.pool.take(hit)
         s.tokens[slot, : len(tokens)] = tokens
         s.length[slot], s.limit[slot] = len(tokens), request.limit
@@ -139,21 +216,16 @@ class Scheduler:
         s.hashed[slot], s.pending[slot], s.block_count[slot] = len(hit), 0, 0
         self._add_blocks(slot, hit + self.pool.allocate(self.pool.blocks_for(len(tokens)) - len(hit)))
         s.owner[slot] = next(self._admissions)
-        self._write_params(slot, request)
+        s.write_params(slot, request)
         if not request.started:
-            request.started, request.cached_tokens = time.monotonic(), int(s.computed[slot])
+            request.started = time.monotonic()
+            request.cached_tokens = request.computed_tokens = int(s.computed[slot])
+            self.stats.prefix_queries += len(tokens)
+            self.stats.prefix_hits += request.cached_tokens
         self.by_slot[slot] = request
         self.running.append(request)
         self._order = np.append(self._order, np.int32(slot))
         return slot
-
-    def _write_params(self, slot: int, request: Request) -> None:
-        s, p = self.slots, request.params
-        for name in ("temperature", "top_k", "top_p", "min_p"):
-            getattr(s.sampling, name)[slot] = getattr(p, name)
-        s.seed[slot] = request.seed & 0xFFFFFFFF, request.seed >> 32
-        s.stops[slot] = -1
-        s.stops[slot, : len(request.stops)] = request.stops
 
     def _add_blocks(self, slot: int, blocks: list[int]) -> None:
         s = self.slots
@@ -165,7 +237,8 @@ class Scheduler:
         """Takes a request's slot and blocks; a token of it that is on its way is dropped and drawn again."""
         request.tokens = self.slots.tokens[request.slot, : self.slots.length[request.slot]].copy()
         self._leave(request)
-        self.waiting.appendleft(request)
+        self._wait(request)
+        self.stats.preemptions += 1
 
     def _leave(self, request: Request) -> None:
         s, slot = self.slots, request.slot

@@ -17,13 +17,16 @@ from llmrs.core.errors import (
     EngineClosedError,
     GraphError,
     LlmrsError,
+    LoadCancelledError,
     MemoryLimitError,
     ModelError,
     RequestError,
 )
-from llmrs.core.request import GenerationOutput, Message
+from llmrs.core.request import Message, TokenLogprob
+from llmrs.output import GenerationOutput
 
 if TYPE_CHECKING:
+    from llmrs.aio import AsyncStream
     from llmrs.engine import Engine
     from llmrs.models.template import ChatPrompt
     from llmrs.stream import Stream
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AsyncStream",
     "BackendError",
     "ChatPrompt",
     "ConfigError",
@@ -41,15 +45,22 @@ __all__ = [
     "GenerationOutput",
     "GraphError",
     "LlmrsError",
+    "LoadCancelledError",
     "MemoryLimitError",
     "Message",
     "ModelError",
     "RequestError",
     "SamplingParams",
     "Stream",
+    "TokenLogprob",
 ]
 
-_LATER = {"Engine": "llmrs.engine", "Stream": "llmrs.stream", "ChatPrompt": "llmrs.models.template"}
+_LATER = {
+    "AsyncStream": "llmrs.aio",
+    "ChatPrompt": "llmrs.models.template",
+    "Engine": "llmrs.engine",
+    "Stream": "llmrs.stream",
+}
 
 
 def __getattr__(name: str) -> Any:

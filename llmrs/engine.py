@@ -3,19 +3,23 @@
 import secrets
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from llmrs.aio import AsyncStream, Bell
 from llmrs.core.config import BUILT_IN, EngineConfig, SamplingParams
 from llmrs.core.errors import ConfigError, LlmrsError, RequestError
-from llmrs.core.request import GenerationOutput, Message, Request
+from llmrs.core.request import Message, Request
+from llmrs.core.sampling import mix, noise_keys
 from llmrs.loading import Progress, ignore_progress, read_model, require_template
 from llmrs.models.detokenize import Detokenizer
 from llmrs.models.template import ChatPrompt, encode_chat
-from llmrs.stream import Sink, Stream
+from llmrs.output import GenerationOutput
+from llmrs.stream import PromptProgress, Sink, Stream
+from llmrs.trace import Trace
 from llmrs.worker import Worker
 
 Prompt = str | Sequence[int]  # a ChatPrompt is a str that carries its token ids
@@ -32,10 +36,11 @@ class Engine:
         defaults: SamplingParams | None = None,
         progress: Progress = ignore_progress,
     ) -> None:
-        """Loads the model; `progress` is given the bytes of weights that are done and of all.
+        """Loads the model; `progress` is given the bytes of weights that are done and of all, in this thread.
 
-        `dtype` ("bf16", "f16", "f32") replaces the config's. `defaults` stand between a request's own sampling
-        values and those that the model's author recommends. Raises ConfigError, ModelError, BackendError.
+        What `progress` raises, or LoadCancelledError where it returns False, ends the loading. `dtype` ("bf16",
+        "f16", "f32") replaces the config's. `defaults` stand between a request's own sampling values and those that
+        the model's author recommends. Raises ConfigError, ModelError, BackendError.
         """
         config = config or EngineConfig()
         self.config = config if dtype is None else replace(config, dtype=dtype)
@@ -55,25 +60,61 @@ class Engine:
             print(prompt, file=sys.stderr)
         return prompt
 
-    def generate_stream(self, params: SamplingParams, prompt: Prompt) -> Stream:
-        """Starts one request; the text comes as it is generated. Raises RequestError."""
-        return self._start(self._request(params, prompt))
+    def generate_stream(
+        self, params: SamplingParams, prompt: Prompt, *, progress: PromptProgress | None = None
+    ) -> Stream:
+        """Starts one request; the text comes as it is generated. Raises RequestError.
+
+        `progress` is called while the stream is read, with the prompt's tokens that are computed and with all;
+        where it returns False the request is cancelled.
+        """
+        (request,) = self._requests(params, prompt, most=1)
+        return self._start(request, progress=progress)
+
+    def generate_streams(self, params: SamplingParams, prompt: Prompt) -> list[Stream]:
+        """Starts `params.n` answers to one prompt, which is computed once."""
+        return [self._start(request) for request in self._requests(params, prompt)]
 
     def generate_sync(
         self, params: SamplingParams | Sequence[SamplingParams], prompts: Sequence[Prompt]
     ) -> list[GenerationOutput]:
-        """Answers to all prompts, in their order; one SamplingParams serves all, or each has its own.
+        """Answers to all prompts, in their order, `n` in a row for each; one SamplingParams serves all or each its own.
 
         Every request is checked before the first one starts: a RequestError names the one that is wrong.
         """
-        if isinstance(prompts, str):
-            raise RequestError("prompts is one text", "give a list of prompts")
-        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-        if len(each) != len(prompts):
-            raise RequestError(f"{len(each)} params for {len(prompts)} prompts", "give one, or one for each prompt")
-        requests = [self._checked(n, p, prompt) for n, (p, prompt) in enumerate(zip(each, prompts, strict=True))]
-        streams = [self._start(request) for request in requests]
+        streams = [self._start(request) for request in self._all_checked(params, prompts)]
         return [stream.result() for stream in streams]  # what is left of them is cancelled if this is interrupted
+
+    def stream_async(self, params: SamplingParams, prompt: Prompt) -> AsyncStream:
+        """`generate_stream` for `async for`, within a running event loop."""
+        (request,) = self._requests(params, prompt, most=1)
+        return self._start_async(request)
+
+    async def generate_async(
+        self, params: SamplingParams | Sequence[SamplingParams], prompts: Sequence[Prompt]
+    ) -> list[GenerationOutput]:
+        """`generate_sync`, awaited; the requests are cancelled where the task is."""
+        streams = [self._start_async(request) for request in self._all_checked(params, prompts)]
+        return [await stream.result() for stream in streams]
+
+    def stats(self) -> dict[str, Any]:
+        """Counts since the start, and what is there now."""
+        scheduler = self._worker.core.scheduler
+        counts, pool = scheduler.stats, scheduler.pool
+        return {
+            **vars(counts),
+            "finished": dict(counts.finished),
+            "running": len(scheduler.running),
+            "waiting": len(scheduler.waiting),
+            "kv_blocks": pool.count,
+            "kv_blocks_used": pool.count - pool.free,
+        }
+
+    def start_trace(self) -> Trace:
+        """Records from now on what each step spends its time on."""
+        trace = Trace()
+        self._worker.core.span = trace.span
+        return trace
 
     def close(self) -> None:
         """Ends what still runs with EngineClosedError, and gives thread and memory back. May be called again."""
@@ -88,19 +129,54 @@ class Engine:
     def __reduce__(self) -> Any:
         raise ConfigError("an Engine can't be pickled", "make one in each process")
 
-    def _checked(self, number: int, params: SamplingParams, prompt: Prompt) -> Request:
+    async def __aenter__(self) -> "Engine":
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        self.close()
+
+    def _all_checked(
+        self, params: SamplingParams | Sequence[SamplingParams], prompts: Sequence[Prompt]
+    ) -> list[Request]:
+        """The requests for all prompts, none of them started."""
+        if isinstance(prompts, str):
+            raise RequestError("prompts is one text", "give a list of prompts")
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(prompts):
+            raise RequestError(f"{len(each)} params for {len(prompts)} prompts", "give one, or one for each prompt")
+        pairs = enumerate(zip(each, prompts, strict=True))
+        return [request for n, (p, prompt) in pairs for request in self._checked(n, p, prompt)]
+
+    def _checked(self, number: int, params: SamplingParams, prompt: Prompt) -> list[Request]:
         try:
-            request = self._request(params, prompt)
-            self._worker.core.check(request)
+            requests = self._requests(params, prompt)
+            self._worker.core.check(requests[0])
         except LlmrsError as error:
             raise type(error)(f"prompt {number}: {error.message}", error.hint) from error
-        return request
+        return requests
 
-    def _request(self, params: SamplingParams, prompt: Prompt) -> Request:
-        params = params.over(*self._defaults)
-        stops = () if params.ignore_eos else self.model.eos_ids
-        seed = secrets.randbits(64) if params.seed is None else params.seed
-        return Request(self._tokens(prompt), params, seed, (*stops, *(params.stop_token_ids or ())))
+    def _requests(self, params: SamplingParams, prompt: Prompt, most: int = 16) -> list[Request]:
+        """One request for each of the n answers; all but the first wait until the prompt is computed."""
+        if params.n > most:
+            raise RequestError(f"n is {params.n}, and a stream is one answer", "use generate_streams or generate_sync")
+        p, tokens = params.over(*self._defaults), self._tokens(prompt)
+        eos = () if p.ignore_eos else self.model.eos_ids
+        stops = tuple(dict.fromkeys((*eos, *(p.stop_token_ids or ()))))
+        seed = secrets.randbits(64) if p.seed is None else p.seed
+        requests: list[Request] = []
+        for n in range(p.n):
+            parent = requests[0] if n else None
+            requests.append(Request(tokens, p, child_seed(seed, n), stops, parent=parent, index=n))
+        if p.allowed_token_ids is not None:
+            self._allow_only(p.allowed_token_ids, requests)
+        return requests
+
+    def _allow_only(self, ids: Collection[int], requests: Collection[Request]) -> None:
+        if not ids:
+            raise RequestError("allowed_token_ids is empty", "give the tokens that may come, or leave it out")
+        bits = token_bits([i for i in ids if i < self.model.config.vocabulary], self.model.config.vocabulary)
+        for request in requests:  # ids beyond the vocabulary are refused with the other ids of the request
+            request.mask = lambda output: bits
 
     def _tokens(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, ChatPrompt):
@@ -111,9 +187,35 @@ class Engine:
             return [int(t) if isinstance(t, np.integer) else t for t in prompt]
         raise RequestError(f"a prompt can't be a {type(prompt).__name__}", "give text or a list of token ids")
 
-    def _start(self, request: Request) -> Stream:
-        detokenizer = Detokenizer(self.model.tokenizer, tuple(request.params.stop or ()))
-        sink = Sink(detokenizer, self._worker.core.cancel)
+    def _start(
+        self,
+        request: Request,
+        notify: Callable[[], None] = lambda: None,
+        progress: PromptProgress | None = None,
+    ) -> Stream:
+        p = request.params
+        detokenizer = Detokenizer(self.model.tokenizer, tuple(p.stop or ()), p.min_tokens)
+        sink = Sink(detokenizer, self._worker.core.cancel, notify)
         request.on_update = sink.update
         self._worker.submit(request)
-        return Stream(request, sink, self._worker.cancel)
+        return Stream(request, sink, self._worker.cancel, progress)
+
+    def _start_async(self, request: Request) -> AsyncStream:
+        bell = Bell()
+        return AsyncStream(self._start(request, bell.ring), bell)
+
+
+def child_seed(seed: int, index: int) -> int:
+    """The seed of answer `index` to one prompt; answer 0 has the request's own."""
+    if not index:
+        return seed
+    key = noise_keys(np.array([[seed & 0xFFFFFFFF, seed >> 32]], np.uint32), np.array([index]))
+    low, high = mix(key), mix(key ^ np.uint32(index))
+    return int(low[0]) | int(high[0]) << 32
+
+
+def token_bits(ids: Collection[int], vocabulary: int) -> np.ndarray:
+    """Bits uint32 (ceil(V / 32),) that are set for these token ids, the lowest bit of a word first."""
+    flags = np.zeros(-(-vocabulary // 32) * 32, np.uint8)
+    flags[list(ids)] = 1
+    return np.packbits(flags, bitorder="little").view(np.uint32)

@@ -20,7 +20,7 @@ from llmrs.models.tokenizer import Tokenizer
 from llmrs.models.weights import Weights, parameters
 
 DEFAULT_CONTEXT = 4096  # tokens of prompt and answer, where the user does not say and the model allows it
-Progress = Callable[[int, int], None]  # bytes of weights done, bytes of all
+Progress = Callable[[int, int], object]  # bytes of weights done, bytes of all; False ends the loading
 
 
 def ignore_progress(done: int, total: int) -> None:
@@ -105,7 +105,7 @@ def load(backend: base.Backend, config: EngineConfig, model: Model, progress: Pr
 
     backend.load(model.graph, weights, advance)
     pool, length = size_pool(backend, config, model)
-    backend.allocate(pool.count, pool.size, config.max_num_seqs)
+    backend.allocate(pool.count, pool.size, config.max_num_seqs, length)
     return EngineCore(backend, config, model.config.vocabulary, length, pool)
 
 

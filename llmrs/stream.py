@@ -3,18 +3,20 @@
 import queue
 from collections.abc import Callable, Iterator
 
-from llmrs.core.request import GenerationOutput, Request
+from llmrs.core.request import Request
 from llmrs.models.detokenize import Detokenizer
+from llmrs.output import GenerationOutput
 
 Cancel = Callable[[Request, str], None]
+PromptProgress = Callable[[int, int], object]  # tokens of the prompt done, and all; False cancels the request
 
 
 class Sink:
     """Turns a request's tokens into text and hands it over. `text` is what has been handed over so far."""
 
-    def __init__(self, detokenizer: Detokenizer, stop: Cancel) -> None:
-        self.detokenizer, self.stop = detokenizer, stop
-        self.pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()  # None: the end
+    def __init__(self, detokenizer: Detokenizer, stop: Cancel, notify: Callable[[], None] = lambda: None) -> None:
+        self.detokenizer, self.stop, self.notify = detokenizer, stop, notify
+        self.pieces: queue.SimpleQueue[str | int | None] = queue.SimpleQueue()  # int: prompt tokens; None: the end
         self.ended = False
         self.parts: list[str] = []
 
@@ -22,6 +24,8 @@ class Sink:
         """Called by the engine's thread after each commit, and when the request ends without a token."""
         if self.ended:
             return
+        if not request.output:
+            self._hand_over(request.computed_tokens)
         for token in tokens:
             self._put(self.detokenizer.push(token))
         if self.detokenizer.stopped is not None:
@@ -32,12 +36,16 @@ class Sink:
             self._put(self.detokenizer.flush())
         if request.finish_reason is not None and not self.ended:
             self.ended = True
-            self.pieces.put(None)
+            self._hand_over(None)
 
     def _put(self, text: str) -> None:
         if text:
             self.parts.append(text)
-            self.pieces.put(text)
+            self._hand_over(text)
+
+    def _hand_over(self, piece: str | int | None) -> None:
+        self.pieces.put(piece)
+        self.notify()
 
 
 class Stream(Iterator[str]):
@@ -46,8 +54,10 @@ class Stream(Iterator[str]):
     A stream that is given up (`cancel()`, or no reference left) stops its request.
     """
 
-    def __init__(self, request: Request, sink: Sink, cancel: Callable[[Request], None]) -> None:
-        self._request, self._sink, self._cancel = request, sink, cancel
+    def __init__(
+        self, request: Request, sink: Sink, cancel: Callable[[Request], None], progress: PromptProgress | None = None
+    ) -> None:
+        self._request, self._sink, self._cancel, self._progress = request, sink, cancel, progress
         self._drained = False
 
     @property
@@ -73,13 +83,24 @@ class Stream(Iterator[str]):
         return self
 
     def __next__(self) -> str:
-        piece = None if self._drained else self._sink.pieces.get()
-        if piece is not None:
-            return piece
-        self._drained = True
+        return self.take()
+
+    def take(self, *, block: bool = True) -> str:
+        """The next piece of text. Raises StopIteration at the end, and queue.Empty where it would have to wait."""
+        while not self._drained:
+            piece = self._sink.pieces.get(block)
+            if isinstance(piece, str):
+                return piece
+            if isinstance(piece, int):
+                self._report(piece)
+            self._drained = piece is None
         if self._request.error is not None:
             raise self._request.error
         raise StopIteration
+
+    def _report(self, done: int) -> None:
+        if self._progress is not None and self._progress(done, self.prompt_length) is False:
+            self.cancel()
 
     def cancel(self) -> None:
         """Ends the answer where it is. May be called from any thread, more than once."""
@@ -106,6 +127,9 @@ class Stream(Iterator[str]):
             queue_time=max((r.started or now) - r.arrival, 0.0),
             prompt_time=max(first - (r.started or first), 0.0),
             decode_time=max(now - first, 0.0),
+            index=r.index,
+            logprobs=None if r.params.logprobs is None else list(r.logprobs),
+            prompt_logprobs=None if r.params.prompt_logprobs is None else list(r.prompt_logprobs),
         )
 
     def __del__(self) -> None:

@@ -1,5 +1,6 @@
 """The thread that owns the backend: it loads the model, steps the core, and gives everything back at the end."""
 
+import os
 import queue
 import sys
 import threading
@@ -8,7 +9,7 @@ from contextlib import closing
 
 from llmrs.core.config import EngineConfig
 from llmrs.core.engine import EngineCore
-from llmrs.core.errors import EngineClosedError, LlmrsError
+from llmrs.core.errors import EngineClosedError, LlmrsError, LoadCancelledError
 from llmrs.core.request import Request
 from llmrs.loading import Model, Progress, load, make_backend
 
@@ -24,14 +25,34 @@ class Worker:
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._closing = threading.Lock()
         self._closed = False
-        self._loaded = threading.Event()
+        self._loaded = False
+        self._loading: queue.SimpleQueue[tuple[int, int] | None] = queue.SimpleQueue()  # progress; None: the end
+        self._unwanted = False  # nobody waits for the model any more
         self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(config, model, progress), name="llmrs", daemon=True)
+        self._process = os.getpid()
+        self._thread = threading.Thread(target=self._run, args=(config, model), name="llmrs", daemon=True)
         self._thread.start()
-        self._loaded.wait()
+        self._wait_for_model(progress)
         if self._failure is not None:
             self._thread.join()
             raise self._failure
+
+    def _wait_for_model(self, progress: Progress) -> None:
+        """Tells the caller's `progress` in the caller's thread; what it raises, or Ctrl-C, ends the loading too."""
+        event: tuple[int, int] | None = (0, 0)
+        try:
+            while (event := self._loading.get()) is not None:
+                if progress(*event) is False:
+                    raise LoadCancelledError("the loading of the model was cancelled")
+        finally:
+            if event is not None:
+                self._unwanted = True
+                self.close()
+
+    def _report(self, done: int, total: int) -> None:
+        if self._unwanted:
+            raise LoadCancelledError("the loading of the model was cancelled")
+        self._loading.put((done, total))
 
     def submit(self, request: Request) -> None:
         """Raises RequestError when the request can't be served, EngineClosedError when nobody is there to do it."""
@@ -39,11 +60,13 @@ class Worker:
         self._give(lambda core: core.submit(request))
 
     def cancel(self, request: Request) -> None:
-        if request.finish_reason is None and not self._closed:
+        if request.finish_reason is None and not self._closed and os.getpid() == self._process:
             self._commands.put(lambda core: core.cancel(request))
 
     def close(self) -> None:
         """Ends every request with EngineClosedError, and returns when the backend's memory is given back."""
+        if os.getpid() != self._process:
+            return  # a fork: thread and memory are the parent's
         with self._closing:
             if not self._closed:
                 self._closed = True
@@ -52,16 +75,19 @@ class Worker:
             self._thread.join()
 
     def _give(self, command: Command) -> None:
+        if os.getpid() != self._process:
+            raise EngineClosedError("the engine belongs to another process", "make one after the fork")
         with self._closing:
             if self._closed:
                 raise EngineClosedError("the engine is closed", "make a new one")
             self._commands.put(command)
 
-    def _run(self, config: EngineConfig, model: Model, progress: Progress) -> None:
+    def _run(self, config: EngineConfig, model: Model) -> None:
         try:
             with closing(make_backend(config)) as backend:
-                self.core = load(backend, config, model, progress)
-                self._loaded.set()
+                self.core = load(backend, config, model, self._report)
+                self._loaded = True
+                self._loading.put(None)
                 self._serve()
         except LlmrsError as error:
             self._failure = error
@@ -78,10 +104,10 @@ class Worker:
         with self._closing:
             self._closed = True
         self._failure = self._failure or bug
-        if self._loaded.is_set():
+        if self._loaded:
             self._take_commands()
             self.core.close(EngineClosedError(f"the engine stopped: {bug!r}" if bug else "the engine was closed"))
-        self._loaded.set()
+        self._loading.put(None)
 
     def _take_commands(self) -> None:
         """Runs what was asked for; waits for something when there is nothing else to do."""

@@ -9,11 +9,12 @@ class Detokenizer:
     """The text of one answer. What `push` and `flush` give, joined, does not depend on how the tokens are split.
 
     Bytes that are not UTF-8 become U+FFFD. The answer ends before the stop string that is complete first; of those
-    that are complete at the same character, before the longest. `stopped` is that string, once there is one.
+    that are complete at the same character, before the longest. `stopped` is that string, once there is one. What
+    the first `minimum` tokens say is not looked at for stop strings.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...] = ()) -> None:
-        self.stops = stops
+    def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...] = (), minimum: int = 0) -> None:
+        self.stops, self.minimum = stops, minimum
         self.stopped: str | None = None
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -21,6 +22,7 @@ class Detokenizer:
 
     def push(self, token: int) -> str:
         """The text that is certain now."""
+        self.minimum -= 1
         return self._add(self._decoder.decode(self._tokenizer.token_bytes(token)), final=False)
 
     def flush(self) -> str:
@@ -30,6 +32,8 @@ class Detokenizer:
     def _add(self, text: str, *, final: bool) -> str:
         if self.stopped is not None:
             return ""
+        if self.minimum >= 0:
+            return text
         text = self._held + text
         found = [(at + len(s), at, s) for s in self.stops if (at := text.find(s)) >= 0]
         if found:

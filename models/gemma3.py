@@ -3,8 +3,9 @@
 Its norms multiply by 1 + weight. The report is arXiv 2503.19786.
 """
 
-from llmrs.core.ir import Builder, Function, Graph
+from llmrs.core.ir import Function, Graph
 from llmrs.models import layers
+from llmrs.models.builder import Builder
 from llmrs.models.config import Kind, ModelConfig
 from llmrs.models.layers import LAYER, attention, decoder, gated_mlp, layer_inputs, norm
 

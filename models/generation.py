@@ -8,7 +8,13 @@ from typing import Any
 from llmrs.core.errors import ModelError
 from llmrs.models.config import Fields, read_json
 
-BOUNDS = {"temperature": (0.0, 100.0), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0), "top_k": (0, 2**31 - 1)}
+BOUNDS = {
+    "temperature": (0.0, 100.0),
+    "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
+    "top_k": (0, 2**31 - 1),
+    "repetition_penalty": (0.01, 100.0),
+}
 
 
 @dataclass(frozen=True)

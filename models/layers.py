@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 
-from llmrs.core.ir import Builder, Function, Graph, Segment, T, Type, Value, Weight
+from llmrs.core.ir import Function, Graph, Segment, T, Type, Value, Weight
+from llmrs.models.builder import Builder
 from llmrs.models.config import Kind, ModelConfig
 from llmrs.models.rope import frequencies
 

@@ -23,6 +23,9 @@ class FakeTicket:
         self.backend.unread -= 1
         return self.result
 
+    def logprobs(self):
+        return None
+
 
 class FakeBackend:
     """Its KV cache holds (token, position) in each cell; attention reads the whole sequence back from it."""
@@ -36,13 +39,20 @@ class FakeBackend:
         self.fail_at: int | None = None
 
     def launch(self, batch):
+        return self.sample(self.forward(batch), batch, None)
+
+    def forward(self, batch):
+        """The hash of each sequence, from which its token follows."""
         self.steps.append(batch)
         if self.fail_at == len(self.steps):
             raise RuntimeError("the device caught fire")
         tokens = np.where(batch.tokens >= 0, batch.tokens, self.last_token[-1 - np.minimum(batch.tokens, -1)])
         assert len(batch.tokens) == len(batch.positions) == batch.starts[-1]
         assert len(set(batch.slots.tolist())) == len(batch.slots)
-        result = np.array([self._sequence(batch, tokens, s) for s in range(len(batch.slots))], np.int32)
+        return [self._sequence(batch, tokens, s) for s in range(len(batch.slots))]
+
+    def sample(self, logits, batch, mask):
+        result = np.array([self._chosen(logits[s], batch, mask, s) for s in range(len(batch.slots))], np.int32)
         self.last_token[batch.slots[batch.sampled]] = result[batch.sampled]
         self.unread += 1
         assert self.unread <= self.max_in_flight
@@ -58,4 +68,12 @@ class FakeBackend:
         every = np.arange(length)
         held = self.cells[batch.blocks[s, every // self.block_size], every % self.block_size]
         assert (held[:, 1] == every).all(), "a block holds another sequence's positions"
-        return next_token(held[:, 0].tolist(), self.vocabulary)
+        return held[:, 0].tolist()
+
+    def _chosen(self, sequence, batch, mask, s):
+        """The next token that may be sampled, counting on from the one that would be."""
+        token = next_token(sequence, self.vocabulary)
+        banned = set() if batch.banned is None else set(batch.banned[s].tolist())
+        while token in banned or (mask is not None and not mask[s, token // 32] >> np.uint32(token % 32) & 1):
+            token = (token + 1) % self.vocabulary
+        return token

@@ -31,8 +31,8 @@ def test_logits_and_greedy_tokens_equal_transformers(name, checkpoints):
     tokens = [expected_tokens(model, s, 64) for s in prompts]
     for backend_name in tiny.BACKENDS:
         backend, _ = tiny.backend_on(backend_name, checkpoints.folder(name))
-        backend.allocate(200, BLOCK, 8)
-        ours = backend.logits(tiny.prefill_batch(sequences, BLOCK))
+        backend.allocate(200, BLOCK, 8, 256)
+        ours = backend.to_host(backend.forward(tiny.prefill_batch(sequences, BLOCK)))
         assert np.abs(ours - logits).max() < 1e-4, backend_name
         requests = [tiny.request(s, max_tokens=64) for s in prompts]
         assert tiny.run(tiny.core_on(backend, max_num_batched_tokens=16), requests) == tokens, backend_name
@@ -45,7 +45,7 @@ def test_bf16_follows_float32(backend_name, checkpoints):
     logits = []
     for dtype in ("f32", "bf16"):
         backend, _ = tiny.backend_on(backend_name, checkpoints.folder("qwen3"), dtype)
-        backend.allocate(64, BLOCK, 4)
-        logits.append(backend.logits(tiny.prefill_batch(sequences, BLOCK)))
+        backend.allocate(64, BLOCK, 4, 256)
+        logits.append(backend.to_host(backend.forward(tiny.prefill_batch(sequences, BLOCK))))
     error = np.linalg.norm(logits[0] - logits[1]) / np.linalg.norm(logits[0])
     assert 0 < error < 0.05

@@ -7,8 +7,9 @@ import pytest
 import tiny
 
 from llmrs.core.errors import GraphError
-from llmrs.core.ir import Builder, Graph, S, T, Type, Weight, check
+from llmrs.core.ir import Graph, S, T, Type, Weight, check
 from llmrs.core.passes import FUSED_OPS, expand, fuse
+from llmrs.models.builder import Builder
 from llmrs.models.families import graph_of, read_config
 from llmrs.models.layers import matrix, vector
 
@@ -98,16 +99,16 @@ def test_weights_are_rows_of_segments(qwen3):
 def test_fused_graphs_compute_the_same(name, ops, checkpoints):
     """The definition of each fused op, run by the reference, gives the very same numbers as the plain graph."""
     backend, config = tiny.backend_on("reference", checkpoints.folder(name))
-    backend.allocate(64, 4, 4)
+    backend.allocate(64, 4, 4, 256)
     batch = tiny.prefill_batch(tiny.prompts(9, 2), 4)
-    plain = backend.logits(batch)
+    plain = backend.forward(batch)
     fused = fuse(graph_of(config), ops)
     used = {e.op for f in fused.functions.values() for e in f.equations}
     assert set(ops) - used <= {"norm_rope_store" if "llama" in name else "rope_store"}
     functions = {n: expand(f) for n, f in fused.functions.items()}
     backend.graph = Graph(fused.name, functions, expand(fused.main))
     check(backend.graph)
-    np.testing.assert_array_equal(backend.logits(batch), plain)
+    np.testing.assert_array_equal(backend.forward(batch), plain)
 
 
 def test_fused_op_unknown():

@@ -6,14 +6,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import BACKENDS, empty_backend
 
-from llmrs.core.sampling import SamplingArrays, gumbel, keep, mix, noise_keys, sample
+from llmrs.backends import testing
+from llmrs.core.sampling import SamplingArrays, gumbel, keep, logprobs, mix, noise_keys, penalize
 
 
-def arrays(count, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, keys=None):
+def arrays(count, keys=None, **options):
     """Parameters for `count` rows, each with a key of its own."""
-    keys = noise_keys(np.zeros((count, 2), np.uint32), np.arange(count)) if keys is None else keys
-    full = [np.full(count, v, np.float32) for v in (temperature, top_p, min_p)]
-    return SamplingArrays(full[0], np.full(count, top_k, np.int32), full[1], full[2], keys)
+    params = SamplingArrays.zeros(count)
+    for name, value in {"temperature": 1.0, **options}.items():
+        getattr(params, name)[:] = value
+    params.key[:] = noise_keys(np.zeros((count, 2), np.uint32), np.arange(count)) if keys is None else keys
+    return params
+
+
+@pytest.fixture(scope="module")
+def samplers():
+    """Every backend, with a model so small that only sampling matters."""
+    model = testing.RandomModel.of("qwen3", num_hidden_layers=1)
+    found = {name: model.on(empty_backend(name)) for name in BACKENDS}
+    for backend in found.values():
+        backend.allocate(1, 4, 40_000, 8)
+    return found
+
+
+def drawn(backend, logits, params):
+    return backend.sample(backend.to_device(logits), testing.sampling_batch(params)).tokens()
 
 
 def lowbias32(x):
@@ -66,26 +83,9 @@ def test_keep_is_what_it_says(values, top_k, top_p, min_p):
     assert set(np.flatnonzero(np.isfinite(keep(logits, top_k, top_p, min_p))).tolist()) == expected
 
 
-@settings(max_examples=80, deadline=None)
-@given(st.data())
-def test_backends_draw_the_same_tokens(data):
-    """With ties among the logits, and every mix of parameters within one batch."""
-    count, vocabulary = data.draw(st.integers(1, 5)), data.draw(st.sampled_from([2, 33, 211]))
-    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
-    logits = np.round(rng.normal(size=(count, vocabulary)) * 4).astype(np.float32) / 2
-    choice = {"temperature": [0.0, 0.7, 1.0, 3.0], "top_k": [0, 1, 5, 10**6], "top_p": [0.0, 0.3, 0.95, 1.0]}
-    params = arrays(count, keys=rng.integers(0, 2**32, count, dtype=np.uint32))
-    for name, values in {**choice, "min_p": [0.0, 0.02, 0.3]}.items():
-        getattr(params, name)[:] = rng.choice(values, count)
-    expected = sample(logits, params)
-    for name in BACKENDS:
-        backend = empty_backend(name)
-        np.testing.assert_array_equal(backend.sample(logits, params), expected, err_msg=name)
-
-
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.1}, {"temperature": 0.5}])
-def test_distribution(name, options):
+def test_distribution(name, options, samplers):
     """Chi-square of 40,000 draws, each at another position, against the probabilities computed directly."""
     logits = np.random.default_rng(1).normal(size=20).astype(np.float32) * 1.5
     count = 40_000
@@ -95,9 +95,8 @@ def test_distribution(name, options):
     )
     p = np.exp(scaled - scaled.max(), dtype=np.float64)
     p /= p.sum()
-    backend = empty_backend(name)
-    drawn = backend.sample(np.tile(logits, (count, 1)), arrays(count, **options))
-    observed = np.bincount(drawn, minlength=20)
+    tokens = drawn(samplers[name], np.tile(logits, (count, 1)), arrays(count, **options))
+    observed = np.bincount(tokens, minlength=20)
     assert observed[p == 0].sum() == 0
     expected = (count * p)[p > 0]
     chi2 = ((observed[p > 0] - expected) ** 2 / expected).sum()
@@ -105,7 +104,43 @@ def test_distribution(name, options):
     assert chi2 < degrees + 5 * np.sqrt(2 * degrees) + 5  # about one in 10^6 for a fair draw, and the draw is fixed
 
 
-def test_greedy_takes_the_lowest_of_equal_logits():
+def test_greedy_takes_the_lowest_of_equal_logits(samplers):
     logits = np.array([[0, 3, 3, 1]], np.float32)
-    for name in BACKENDS:
-        assert empty_backend(name).sample(logits, arrays(1, temperature=0.0)).tolist() == [1]
+    for backend in samplers.values():
+        assert drawn(backend, logits, arrays(1, temperature=0.0)).tolist() == [1]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.integers(0, 6), min_size=1, max_size=12),
+    st.data(),
+    st.sampled_from([0.5, 1.0, 1.7]),
+    st.sampled_from([-1.0, 0.0, 0.5]),
+    st.sampled_from([-0.5, 0.0, 0.25]),
+)
+def test_penalties_are_what_they_say(tokens, data, repetition, presence, frequency):
+    """Against a statement of them token by token: repetition of prompt and answer, the other two of the answer."""
+    prompt = data.draw(st.integers(1, len(tokens)))
+    logits = np.array(data.draw(st.lists(st.integers(-3, 3), min_size=7, max_size=7)), np.float32)
+    params = arrays(1, repetition_penalty=repetition, presence_penalty=presence, frequency_penalty=frequency)
+    params.prompt[:] = prompt
+    expected = logits.copy()
+    for token in set(tokens):
+        expected[token] *= 1 / repetition if logits[token] > 0 else repetition
+    for token in tokens[prompt:]:
+        expected[token] -= frequency
+    for token in set(tokens[prompt:]):
+        expected[token] -= presence
+    np.testing.assert_allclose(penalize(logits, np.array(tokens), params, 0), expected, atol=1e-5)
+
+
+def test_log_probabilities_against_probabilities_in_float64():
+    logits = np.random.default_rng(0).normal(size=(3, 11)).astype(np.float32)
+    p = np.exp(logits.astype(np.float64))
+    p /= p.sum(axis=1, keepdims=True)
+    found = logprobs(logits, np.array([2, 0, 10]), 4)
+    np.testing.assert_allclose(found.chosen, np.log(p[[0, 1, 2], [2, 0, 10]]), atol=1e-5)
+    for row in range(3):
+        order = sorted(range(11), key=lambda t: -p[row, t])[:4]
+        assert found.top_ids[row].tolist() == order
+        np.testing.assert_allclose(found.top[row], np.log(p[row, order]), atol=1e-5)

@@ -1,38 +1,24 @@
 """Tiny random checkpoints, written by transformers, and the engine core on them."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 
+from llmrs.backends import testing
 from llmrs.backends.base import Backend, find
-from llmrs.core.batch import Batch
-from llmrs.core.blocks import BlockPool
-from llmrs.core.config import BUILT_IN, EngineConfig, SamplingParams
-from llmrs.core.engine import EngineCore
-from llmrs.core.request import Request
-from llmrs.core.sampling import SamplingArrays
+from llmrs.backends.testing import core_on, prefill_batch, prompts, request, run
 from llmrs.models.config import ModelConfig
 from llmrs.models.families import family, graph_of, read_config
 from llmrs.models.safetensors import SafetensorsSource
 from llmrs.models.weights import Weights
 
+__all__ = ["core_on", "prefill_batch", "prompts", "request", "run"]
+
 # where tests run: backend, or backend:device
 BACKENDS = ["reference", "torch", *(["torch:cuda"] if torch.cuda.is_available() else [])]
-VOCABULARY = 211  # a prime: a multiple of nothing
-SHAPE = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.3,  # large, so that logits differ by more than rounding
-}
+SHAPE = {**testing.SHAPE, "initializer_range": 0.3}  # large, so that logits differ by more than rounding
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -83,11 +69,6 @@ def write_checkpoint(name: str, folder: Path) -> Any:
     return model
 
 
-def prompts(*lengths: int) -> list[list[int]]:
-    """Random prompts, the same each time."""
-    return [np.random.default_rng(n).integers(0, VOCABULARY, n).tolist() for n in lengths]
-
-
 def empty_backend(name: str, dtype: str = "f32") -> Backend:
     """One of BACKENDS."""
     kind, _, device = name.partition(":")
@@ -102,43 +83,3 @@ def backend_on(name: str, folder: Path, dtype: str = "f32") -> tuple[Backend, Mo
     source = SafetensorsSource(folder)
     backend.load(graph, Weights(graph, family(config.architecture).names, source, tied=config.tied), lambda _: None)
     return backend, config
-
-
-def core_on(backend: Backend, blocks: int = 200, block_size: int = 4, **config: Any) -> EngineCore:
-    """An engine core with a pool of its own."""
-    config = {"max_num_seqs": 8, "max_num_batched_tokens": 64, **config}
-    pool = BlockPool(blocks, block_size, config.pop("prefix_cache", True))
-    backend.allocate(blocks, block_size, config["max_num_seqs"])
-    return EngineCore(backend, EngineConfig(**config), VOCABULARY, min(256, blocks * block_size), pool)
-
-
-def request(prompt: Sequence[int], seed: int = 0, stops: Sequence[int] = (), **params: Any) -> Request:
-    """A request; greedy unless told otherwise."""
-    return Request(prompt, SamplingParams(**{"temperature": 0.0, **params}).over(BUILT_IN), seed, stops)
-
-
-def run(core: EngineCore, requests: Sequence[Request]) -> list[list[int]]:
-    """Submits all and steps until nothing is left; the answers."""
-    for r in requests:
-        core.submit(r)
-    while not core.idle:
-        core.step()
-    assert all(r.error is None for r in requests), [r.error for r in requests]
-    return [r.output for r in requests]
-
-
-def prefill_batch(sequences: Sequence[Sequence[int]], block_size: int) -> Batch:
-    """One step that computes whole sequences from nothing, each in blocks of its own."""
-    counts = np.array([len(s) for s in sequences], np.int32)
-    width = int(-(-counts.max() // block_size))
-    blocks = np.arange(len(counts) * width, dtype=np.int32).reshape(len(counts), width)
-    return Batch(
-        tokens=np.concatenate([np.array(s, np.int32) for s in sequences]),
-        positions=np.concatenate([np.arange(n, dtype=np.int32) for n in counts]),
-        starts=np.concatenate([[0], np.cumsum(counts)]).astype(np.int32),
-        lengths=counts,
-        blocks=blocks,
-        slots=np.arange(len(counts), dtype=np.int32),
-        sampled=np.ones(len(counts), bool),
-        sampling=SamplingArrays.zeros(len(counts)),
-    )

@@ -9,9 +9,9 @@ import numpy as np
 from llmrs.backends.base import Backend
 from llmrs.backends.memory import free_host_memory
 from llmrs.backends.reference.ops import KV, OPS, Context
-from llmrs.core.batch import Batch
+from llmrs.core.batch import Batch, Begun
 from llmrs.core.ir import Equation, Function, Value, at_layer
-from llmrs.core.sampling import SamplingArrays, sample
+from llmrs.core.sampling import Logprobs, logprobs, penalize, sample
 from llmrs.quant.tensor import Tensor
 
 
@@ -20,9 +20,13 @@ class DoneTicket:
     """A step that is done already."""
 
     result: np.ndarray
+    likely: Logprobs | None
 
     def tokens(self) -> np.ndarray:
         return self.result
+
+    def logprobs(self) -> Logprobs | None:
+        return self.likely
 
 
 class ReferenceBackend(Backend):
@@ -36,7 +40,8 @@ class ReferenceBackend(Backend):
         self.dtype = self.kv_dtype = "f32"
         self.weights: dict[str, np.ndarray] = {}
         self.kv: list[KV] = []
-        self.last_token = np.zeros(0, np.int32)  # of each slot
+        self.tokens = np.zeros((0, 0), np.int32)  # of each slot, as far as the device knows them
+        self.begun: dict[int, Begun] = {}
 
     @classmethod
     def devices(cls) -> list[str]:
@@ -55,25 +60,46 @@ class ReferenceBackend(Backend):
                 self.weights[segment.tensor] = weights[segment.tensor].float32()
                 progress(weights[segment.tensor].nbytes)
 
-    def allocate(self, blocks: int, block_size: int, slots: int) -> None:
+    def allocate(self, blocks: int, block_size: int, slots: int, max_tokens: int) -> None:
         shapes = [(blocks, block_size, *t.sizes) for t in self.graph.kv_types()]
         self.kv = [KV(np.zeros(s, np.float32), np.zeros(s, np.float32)) for s in shapes]
-        self.block_size, self.last_token = block_size, np.zeros(slots, np.int32)
+        self.block_size, self.tokens = block_size, np.zeros((slots, max_tokens + 1), np.int32)
 
-    def launch(self, batch: Batch) -> DoneTicket:
-        tokens = self.sample(self.logits(batch), batch.sampling)
-        self.last_token[batch.slots[batch.sampled]] = tokens[batch.sampled]
-        return DoneTicket(tokens)
-
-    def logits(self, batch: Batch) -> np.ndarray:
+    def forward(self, batch: Batch) -> np.ndarray:
         known = batch.tokens >= 0
-        tokens = np.where(known, batch.tokens, self.last_token[np.where(known, 0, -1 - batch.tokens)])
+        tokens = np.where(known, batch.tokens, self.tokens[np.where(known, 0, -1 - batch.tokens), batch.positions])
         context = Context(batch, self.block_size)
         logits: np.ndarray = self._run(self.graph.main, [tokens, batch.positions, *self.kv], context, 0)[0]
         return logits
 
-    def sample(self, logits: np.ndarray, params: SamplingArrays) -> np.ndarray:
-        return sample(logits, params)
+    def sample(self, logits: np.ndarray, batch: Batch, mask: np.ndarray | None = None) -> DoneTicket:
+        for begun in batch.begun:
+            self.tokens[begun.slot, : len(begun.tokens)] = begun.tokens
+        self.begun.update((begun.slot, begun) for begun in batch.begun)
+        tokens = sample(self._adjusted(logits, batch, mask), batch.sampling)
+        self.tokens[batch.slots[batch.sampled], batch.lengths[batch.sampled]] = tokens[batch.sampled]
+        likely = None
+        if batch.logprobs >= 0:
+            likely = logprobs(logits, np.concatenate([tokens, batch.targets]), batch.logprobs)
+        return DoneTicket(tokens, likely)
+
+    def _adjusted(self, logits: np.ndarray, batch: Batch, mask: np.ndarray | None) -> np.ndarray:
+        """(S, V) after penalties, biases, and what must not be sampled."""
+        y = logits[: len(batch.slots)].copy()
+        for s, (slot, length) in enumerate(zip(batch.slots.tolist(), batch.lengths, strict=True)):
+            if batch.sampling.looks_back(s):
+                y[s] = penalize(y[s], self.tokens[slot, :length], batch.sampling, s)
+            if slot in self.begun:
+                y[s, self.begun[slot].bias_ids] += self.begun[slot].bias
+            if batch.banned is not None:
+                y[s, batch.banned[s][batch.banned[s] >= 0]] = -np.inf
+        return y if mask is None else np.where(allowed(mask, y.shape[1]), y, np.float32(-np.inf))
+
+    def to_host(self, logits: np.ndarray) -> np.ndarray:
+        return logits
+
+    def to_device(self, logits: np.ndarray) -> np.ndarray:
+        return logits
 
     def close(self) -> None:
         self.weights, self.kv = {}, []
@@ -94,3 +120,8 @@ class ReferenceBackend(Backend):
     def _weight(self, weight: Any) -> np.ndarray:
         rows = [self.weights[s.tensor] for s in weight.segments]
         return rows[0] if len(rows) == 1 else np.concatenate(rows)
+
+
+def allowed(mask: np.ndarray, vocabulary: int) -> np.ndarray:
+    """bool (S, V) from bits uint32 (S, ceil(V / 32)), the lowest bit of a word first."""
+    return np.unpackbits(mask.view(np.uint8), axis=-1, bitorder="little")[:, :vocabulary].astype(bool)

@@ -35,7 +35,7 @@ class Context:
 
     cells: torch.Tensor  # int64 (T,): where each token's KV goes: block * block_size + offset
     parts: list[Part]
-    ends: torch.Tensor  # int64 (S,): the last row of each sequence
+    rows: torch.Tensor  # int64 (R,): those whose logits are wanted
 
 
 def context(batch: Batch, block_size: int, device: torch.device) -> Context:
@@ -47,7 +47,7 @@ def context(batch: Batch, block_size: int, device: torch.device) -> Context:
     return Context(
         on_device(blocks * block_size + batch.positions % block_size, device),
         [_part(batch, group, block_size, device) for group in groups],
-        on_device(batch.starts[1:].astype(np.int64) - 1, device),
+        on_device(batch.rows.astype(np.int64), device),
     )
 
 

@@ -14,33 +14,44 @@ from llmrs.backends.memory import free_host_memory, trim_host_memory
 from llmrs.backends.torch import ops
 from llmrs.backends.torch.attention import Context, context, on_device
 from llmrs.backends.torch.linear import prepare
-from llmrs.backends.torch.sampling import sample
+from llmrs.backends.torch.sampling import SlotState, logprobs, sample
 from llmrs.core.batch import Batch
 from llmrs.core.errors import MemoryLimitError
 from llmrs.core.ir import Equation, Function, Value, Weight, at_layer
-from llmrs.core.sampling import SamplingArrays
+from llmrs.core.sampling import Logprobs
 from llmrs.quant.tensor import Tensor
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 
 
 class TorchTicket:
-    """A step whose tokens are on their way to the host."""
+    """A step whose tokens, and log probabilities where asked for, are on their way to the host."""
 
-    def __init__(self, tokens: torch.Tensor) -> None:
+    def __init__(self, tokens: torch.Tensor, likely: tuple[torch.Tensor, ...] | None) -> None:
+        self.host = [_on_host(t) for t in (tokens, *(likely or ()))]
         self.event = None
         if tokens.is_cuda:
-            self.host = torch.empty(len(tokens), dtype=tokens.dtype, pin_memory=True)
-            self.host.copy_(tokens, non_blocking=True)
             self.event = torch.cuda.Event()
             self.event.record()
-        else:
-            self.host = tokens
 
     def tokens(self) -> np.ndarray:
         if self.event is not None:
             self.event.synchronize()
-        return self.host.numpy().astype(np.int32)
+        return self.host[0].numpy().astype(np.int32)
+
+    def logprobs(self) -> Logprobs | None:
+        if len(self.host) == 1:
+            return None
+        chosen, ids, top = (t.numpy() for t in self.host[1:])
+        return Logprobs(chosen, ids.astype(np.int32), top)
+
+
+def _on_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that will be there when the device has come so far; a CPU tensor as it is."""
+    if not tensor.is_cuda:
+        return tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -65,7 +76,7 @@ class TorchBackend(Backend):
         self.max_in_flight = 2 if self.at.type == "cuda" else 1  # on the CPU a launch computes
         self.program: list[Call] = []
         self.kv: list[ops.KV] = []
-        self.last_token = torch.zeros(0, dtype=torch.int64)
+        self.slots = SlotState(0, 0, self.at)
 
     @classmethod
     def devices(cls) -> list[str]:
@@ -89,7 +100,7 @@ class TorchBackend(Backend):
         lowering.loaded.clear()
         trim_host_memory()
 
-    def allocate(self, blocks: int, block_size: int, slots: int) -> None:
+    def allocate(self, blocks: int, block_size: int, slots: int, max_tokens: int) -> None:
         dtype = DTYPES[self.kv_dtype]
         self.block_size = block_size
         try:
@@ -99,33 +110,12 @@ class TorchBackend(Backend):
             ]
         except RuntimeError as error:  # torch.OutOfMemoryError, or the CPU allocator's own
             raise MemoryLimitError(f"no memory for {blocks} KV blocks: {error}", "lower max_model_len") from error
-        self.last_token = torch.zeros(slots, dtype=torch.int64, device=self.at)
+        self.slots = SlotState(slots, max_tokens, self.at)
 
     # Running
 
     @torch.inference_mode()
-    def launch(self, batch: Batch) -> TorchTicket:
-        tokens = sample(self._forward(batch), batch.sampling)
-        kept = np.flatnonzero(batch.sampled)
-        slots = on_device(batch.slots[kept].astype(np.int64), self.at)
-        self.last_token[slots] = tokens[on_device(kept, self.at)]
-        return TorchTicket(tokens)
-
-    @torch.inference_mode()
-    def logits(self, batch: Batch) -> np.ndarray:
-        return self._forward(batch).cpu().numpy()
-
-    def sample(self, logits: np.ndarray, params: SamplingArrays) -> np.ndarray:
-        return sample(on_device(logits, self.at), params).cpu().numpy().astype(np.int32)
-
-    def close(self) -> None:
-        self.program, self.kv = [], []
-        self.last_token = torch.zeros(0, dtype=torch.int64)
-        if self.at.type == "cuda":
-            torch.cuda.empty_cache()
-        trim_host_memory()
-
-    def _forward(self, batch: Batch) -> torch.Tensor:
+    def forward(self, batch: Batch) -> torch.Tensor:
         values: list[Any] = [None] * self.value_count
         inputs = [self._tokens(batch), on_device(batch.positions, self.at), *self.kv]
         values[: len(inputs)] = inputs
@@ -140,12 +130,36 @@ class TorchBackend(Backend):
         logits: torch.Tensor = values[self.results[0]]
         return logits
 
+    @torch.inference_mode()
+    def sample(self, logits: torch.Tensor, batch: Batch, mask: np.ndarray | None = None) -> TorchTicket:
+        self.slots.begin(batch.begun)
+        count = len(batch.slots)
+        tokens = sample(logits[:count], batch, self.slots, mask)
+        self.slots.append(batch, tokens)
+        if batch.logprobs < 0:
+            return TorchTicket(tokens, None)
+        came = torch.cat([tokens, on_device(batch.targets.astype(np.int64), self.at)])
+        return TorchTicket(tokens, logprobs(logits, came, batch.logprobs))
+
+    def to_host(self, logits: torch.Tensor) -> np.ndarray:
+        return logits.cpu().numpy()
+
+    def to_device(self, logits: np.ndarray) -> torch.Tensor:
+        return on_device(logits, self.at)
+
+    def close(self) -> None:
+        self.program, self.kv = [], []
+        self.slots = SlotState(0, 0, self.at)
+        if self.at.type == "cuda":
+            torch.cuda.empty_cache()
+        trim_host_memory()
+
     def _tokens(self, batch: Batch) -> torch.Tensor:
         """int64 (T,), with the slots' last tokens filled in."""
         tokens = on_device(batch.tokens.astype(np.int64), self.at)
         if (batch.tokens >= 0).all():
             return tokens
-        return torch.where(tokens < 0, self.last_token[(-1 - tokens).clamp(min=0)], tokens)
+        return torch.where(tokens < 0, self.slots.last_token[(-1 - tokens).clamp(min=0)], tokens)
 
 
 class _Lowering:

@@ -108,7 +108,7 @@ def add(_: Context, x: Tensor, y: Tensor) -> Tensor:
 
 
 def last(c: Context, x: Tensor) -> Tensor:
-    return x[c.ends]
+    return x[c.rows]
 
 
 def head(_: Context, x: Tensor, matrix: Linear) -> Tensor:

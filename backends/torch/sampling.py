@@ -4,24 +4,116 @@ top-k, top-p and min-p each keep the m likeliest tokens for some m, so one pass 
 of the m-th logit, and keeps what lies above it; of equal logits the lower ids stay.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
 from llmrs.backends.torch.attention import on_device
+from llmrs.core.batch import Batch, Begun
 from llmrs.core.sampling import SamplingArrays
 
 SIGNED = {0x7FEB352D: 0x7FEB352D, 0x846CA68B: 0x846CA68B - 2**32}  # torch has no uint32 arithmetic
 
 
-def sample(logits: torch.Tensor, params: SamplingArrays) -> torch.Tensor:
+class SlotState:
+    """What the device keeps for each slot."""
+
+    def __init__(self, count: int, max_tokens: int, device: torch.device) -> None:
+        self.device = device
+        self.last_token = torch.zeros(count, dtype=torch.int64, device=device)
+        self.tokens = torch.zeros(count, max_tokens + 1, dtype=torch.int32, device=device)  # where sampling looks back
+        self.bias: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # token ids int64, what is added to their logits
+
+    def begin(self, begun: Sequence[Begun]) -> None:
+        for b in begun:
+            self.tokens[b.slot, : len(b.tokens)] = on_device(b.tokens, self.device)
+            self.bias.pop(b.slot, None)
+            if len(b.bias):
+                self.bias[b.slot] = on_device(b.bias_ids.astype(np.int64), self.device), on_device(b.bias, self.device)
+
+    def append(self, batch: Batch, tokens: torch.Tensor) -> None:
+        """Keeps the tokens int64 (S,) that were sampled."""
+        kept = np.flatnonzero(batch.sampled)
+        slots = on_device(batch.slots[kept].astype(np.int64), self.device)
+        new = tokens if len(kept) == len(tokens) else tokens[on_device(kept, self.device)]
+        self.last_token[slots] = new
+        if batch.sampling.looks_back().any():
+            self.tokens[slots, on_device(batch.lengths[kept].astype(np.int64), self.device)] = new.to(torch.int32)
+
+
+def sample(logits: torch.Tensor, batch: Batch, slots: SlotState, mask: np.ndarray | None) -> torch.Tensor:
     """Token ids int64 (S,) from logits float32 (S, V)."""
+    logits = _adjusted(logits, batch, slots, mask)
     tokens = logits.argmax(dim=-1)
-    drawn = np.flatnonzero(params.temperature > 0)
+    drawn = np.flatnonzero(batch.sampling.temperature > 0)
     if not len(drawn):
         return tokens
+    if len(drawn) == len(tokens):
+        return _draw(logits, batch.sampling)
     rows = on_device(drawn, logits.device)
-    tokens[rows] = _draw(logits[rows], params.take(drawn))
+    tokens[rows] = _draw(logits[rows], batch.sampling.take(drawn))
     return tokens
+
+
+def _adjusted(logits: torch.Tensor, batch: Batch, slots: SlotState, mask: np.ndarray | None) -> torch.Tensor:
+    """After penalties, biases, and what must not be sampled; the same tensor where there is none of them."""
+    back = np.flatnonzero(batch.sampling.looks_back())
+    biased = [s for s, slot in enumerate(batch.slots.tolist()) if slot in slots.bias] if slots.bias else []
+    if not (len(back) or biased or batch.banned is not None or mask is not None):
+        return logits
+    logits = logits.clone()
+    if len(back):
+        rows = on_device(back, logits.device)
+        logits[rows] = _penalized(logits[rows], batch, back, slots)
+    for s in biased:
+        at, values = slots.bias[int(batch.slots[s])]
+        logits[s, at] += values
+    if batch.banned is not None:
+        sequences, columns = np.nonzero(batch.banned >= 0)
+        ids = batch.banned[sequences, columns].astype(np.int64)
+        logits[on_device(sequences, logits.device), on_device(ids, logits.device)] = -torch.inf
+    return logits if mask is None else logits.masked_fill(~_allowed(mask, logits), -torch.inf)
+
+
+def _penalized(logits: torch.Tensor, batch: Batch, rows: np.ndarray, slots: SlotState) -> torch.Tensor:
+    """Logits (n, V) of the sequences `rows` after `llmrs.core.sampling.penalize`."""
+    device, (n, vocabulary) = logits.device, logits.shape
+    longest = int(batch.lengths[rows].max())
+    params = batch.sampling.take(rows)
+    lengths, prompts = (on_device(a, device)[:, None] for a in (batch.lengths[rows], params.prompt))
+    factor, presence, frequency = (
+        on_device(a, device)[:, None]
+        for a in (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
+    )
+    tokens = slots.tokens[on_device(batch.slots[rows].astype(np.int64), device), :longest].long()
+    at = torch.arange(longest, device=device)
+    nothing = torch.full_like(tokens, vocabulary)  # a column of its own for what does not count
+    counts = torch.zeros(2, n, vocabulary + 1, device=device)
+    counts[0].scatter_(1, torch.where(at < lengths, tokens, nothing), 1.0)
+    answer = torch.where((at >= prompts) & (at < lengths), tokens, nothing)
+    counts[1].scatter_add_(1, answer, torch.ones_like(answer, dtype=torch.float32))
+    seen, times = counts[:, :, :vocabulary]
+    factor = torch.where(seen > 0, factor, 1.0)
+    logits = torch.where(logits > 0, logits / factor, logits * factor)
+    return logits - frequency * times - presence * (times > 0)
+
+
+def _allowed(mask: np.ndarray, logits: torch.Tensor) -> torch.Tensor:
+    """bool (S, V) from bits uint32 (S, W)."""
+    words = on_device(mask.view(np.int32), logits.device)
+    bits = (words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=logits.device)) & 1
+    return bits.flatten(1)[:, : logits.shape[1]].bool()
+
+
+def logprobs(logits: torch.Tensor, tokens: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
+    """`llmrs.core.sampling.logprobs` of logits float32 (R, V) and tokens int64 (R,): chosen, top ids, top."""
+    likely = logits.log_softmax(dim=-1)
+    top = likely.sort(dim=-1, descending=True, stable=True) if count else None
+    chosen = likely.gather(1, tokens[:, None])[:, 0]
+    if top is None:
+        return chosen, tokens.new_zeros(len(tokens), 0), chosen.new_zeros(len(tokens), 0)
+    return chosen, top.indices[:, :count], top.values[:, :count]
 
 
 def _draw(logits: torch.Tensor, params: SamplingArrays) -> torch.Tensor:
