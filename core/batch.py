@@ -67,7 +67,7 @@ class Slots:
         )
         self.owner = np.full(count, -1, np.int64)  # number of the admission that holds the row, -1: nobody
         self.sampling = SamplingArrays.zeros(count)
-        self.seed = np.zeros((count, 2), np.uint32)  # low and high half
+        self._taken: tuple[bytes, SamplingArrays] | None = None  # slots of the last step, and their rows
         self.minimum = np.zeros(count, np.int32)  # length before which no stop is sampled
         self.logprobs, self.prompt_logprobs = np.full((2, count), -1, np.int32)
         self.special: set[int] = set()  # rows that use one of the latter three
@@ -78,8 +78,8 @@ class Slots:
     def write_params(self, slot: int, request: Request) -> None:
         """Fills a row with how its request is sampled."""
         p = request.params
-        self.sampling.write(slot, p, len(request.prompt))
-        self.seed[slot] = request.seed & 0xFFFFFFFF, request.seed >> 32
+        self.sampling.write(slot, p, len(request.prompt), request.seed)
+        self._taken = None
         self.stops[slot] = -1
         self.stops[slot, : len(request.stops)] = request.stops
         self.minimum[slot] = len(request.prompt) + p.min_tokens
@@ -102,17 +102,16 @@ class Slots:
         known = self.length[slots]
         sampled = end == known + self.pending[slots]
         starts = np.zeros(len(slots) + 1, np.int32)
-        np.cumsum(counts, out=starts[1:])
-        row = np.repeat(np.arange(len(slots), dtype=np.int32), counts)
+        counts.cumsum(out=starts[1:])
+        ends, targets = starts[1:] - 1, np.zeros(0, np.int32)
+        row = ends if len(slots) == starts[-1] else np.arange(len(slots), dtype=np.int32).repeat(counts)
         positions = np.arange(starts[-1], dtype=np.int32) - (starts[:-1] - begin)[row]
-        tokens = np.where(positions < known[row], self.tokens[slots[row], positions], -1 - slots[row])
+        of = slots[row]
+        tokens = np.where(positions < known[row], self.tokens[of, positions], -1 - of)
         self.computed[slots] = end
         self.pending[slots] += sampled
-        sampling = self.sampling.take(slots)
-        sampling.key = noise_keys(self.seed[slots], end)
-        ends, targets = starts[1:] - 1, np.zeros(0, np.int32)
         special: dict[str, Any] = {}
-        if not self.special.isdisjoint(slots.tolist()):
+        if self.special and not self.special.isdisjoint(slots.tolist()):
             ends, targets = self._with_prompt_rows(slots, row, positions, ends)
             early = end < self.minimum[slots]
             banned = np.where(early[:, None], self.stops[slots], np.int32(-1)) if early.any() else None
@@ -120,9 +119,18 @@ class Slots:
             special = {"banned": banned, "logprobs": int(max(asked.max(), self.prompt_logprobs[slots].max()))}
         begun, self.begun = self.begun, []
         blocks = self.blocks[slots, : int(self.block_count[slots].max())]
+        sampling = self._sampling(slots, end)
         return Batch(
             tokens, positions, starts, end, blocks, slots, sampled, sampling, ends, targets, begun=begun, **special
         )
+
+    def _sampling(self, slots: np.ndarray, end: np.ndarray) -> SamplingArrays:
+        """The rows of `slots`, which are those of the last step while the same requests run."""
+        held = slots.tobytes()
+        if self._taken is None or self._taken[0] != held:
+            self._taken = held, self.sampling.take(slots)
+        taken = self._taken[1]
+        return SamplingArrays(**{**vars(taken), "key": noise_keys(taken.key, end)})
 
     def _with_prompt_rows(
         self, slots: np.ndarray, row: np.ndarray, positions: np.ndarray, ends: np.ndarray

@@ -7,8 +7,9 @@ An option is a dataclass field made by `option(...)`; `options(cls)` lists them 
 import dataclasses
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -92,21 +93,24 @@ def option(
     return field(default=default, metadata=metadata)
 
 
-def options(cls: type) -> Iterator[Option]:
+@cache
+def options(cls: type) -> list[Option]:
     """The options of a dataclass, in the order in which they are written."""
-    hints = get_type_hints(cls)
+    hints, found = get_type_hints(cls), []
     for f in dataclasses.fields(cls):
         union = get_args(hints[f.name]) if isinstance(hints[f.name], UnionType) else (hints[f.name],)
         kind = next(k for k in union if k is not type(None))
         element = (get_args(kind) or (kind,))[-1]
-        yield Option(f.name, get_origin(kind) or kind, element, type(None) in union, f.default, **f.metadata)
+        found.append(Option(f.name, get_origin(kind) or kind, element, type(None) in union, f.default, **f.metadata))
+    return found
 
 
 class Checked:
     """Base of the option classes: every field is checked when an instance is made."""
 
     def __post_init__(self) -> None:
-        for o in options(type(self)):
+        cls: type = type(self)
+        for o in options(cls):
             object.__setattr__(self, o.name, o.check(getattr(self, o.name)))
 
 

@@ -116,10 +116,6 @@ class Graph:
     functions: dict[str, Function]
     main: Function
 
-    def calls(self) -> Iterator[Equation]:
-        """The calls of `main`, one per layer, in order."""
-        return (e for e in self.main.equations if e.op == "call")
-
     def weights(self) -> Iterator[Weight]:
         """Every weight with its layer index filled in, in order of use; a weight used twice comes twice."""
         for e in self.main.equations:
@@ -222,14 +218,10 @@ def _attend(q: Type, kv: Type, *, scale: float, window: int = 0) -> tuple[Type, 
 
 
 @rule("silu_mul")  # silu(gate) * up
-def _silu_mul(gate: Type, up: Type) -> tuple[Type, ...]:
+@rule("gelu_mul")  # gelu(gate) * up, with tanh's approximation of gelu
+def _gated(gate: Type, up: Type) -> tuple[Type, ...]:
     _expect(gate == up, f"{gate} is not {up}")
     return (gate,)
-
-
-@rule("gelu_mul")  # gelu(gate) * up, with tanh's approximation of gelu
-def _gelu_mul(gate: Type, up: Type) -> tuple[Type, ...]:
-    return _silu_mul(gate, up)
 
 
 @rule("moe")  # each token through its `per_token` likeliest experts: router (E, D), gate, up (E*I, D), down (E*D, I)

@@ -49,13 +49,11 @@ def _fuse_function(function: Function, op: str) -> Function:
 def _linear_groups(function: Function) -> Iterator[list[Equation]]:
     """Linear equations that read the same value, two or more, all with a bias or all without."""
     for first in function.equations:
-        same = [e for e in function.equations if e.op == "linear" and _reads_alike(e, first)]
+        alike = (first.inputs[0], len(first.inputs), first.params)
+        linears = (e for e in function.equations if e.op == "linear")
+        same = [e for e in linears if (e.inputs[0], len(e.inputs), e.params) == alike]
         if first.op == "linear" and len(same) > 1:
             yield same
-
-
-def _reads_alike(a: Equation, b: Equation) -> bool:
-    return a.inputs[0] == b.inputs[0] and len(a.inputs) == len(b.inputs) and a.params == b.params
 
 
 def _merged(group: list[Equation]) -> Equation:

@@ -22,13 +22,7 @@ class Message:
     content: str
 
 
-@dataclass(frozen=True)
-class TokenLogprob:
-    """How likely the model held a token that came, and the likeliest ones in its place, as (token id, logprob)."""
-
-    token_id: int
-    logprob: float
-    top: list[tuple[int, float]]
+Likely = tuple[int, float, list[int], list[float]]  # a token, its log probability, the likeliest ones and theirs
 
 
 @dataclass(eq=False)
@@ -60,8 +54,8 @@ class Request:
     slot: int = -1  # row in the scheduler's arrays, -1 while waiting
     chain: int = 0  # the prefix cache's id of the last full block that is committed
     output: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)  # of `output`, where asked for
-    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)  # of the prompt; the first has none
+    logprobs: list[Likely] = field(default_factory=list)  # of `output`, where asked for
+    prompt_logprobs: list[Likely | None] = field(default_factory=list)  # of the prompt; the first has none
     children: list["Request"] = field(default_factory=list)  # those that wait for this one's prompt
     cached_tokens: int = 0  # prompt tokens that the prefix cache held when the request first ran
     computed_tokens: int = 0  # prompt tokens that are in the KV cache, cached ones included

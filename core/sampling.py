@@ -27,7 +27,7 @@ class SamplingArrays:
     presence_penalty: np.ndarray  # float32, 0: none
     frequency_penalty: np.ndarray  # float32, 0: none
     prompt: np.ndarray  # int32: tokens of the prompt; those that follow are the answer's
-    key: np.ndarray  # uint32: seed and position, mixed by noise_keys
+    key: np.ndarray  # uint32: seed_key, in a step noise_keys
 
     @staticmethod
     def zeros(count: int) -> "SamplingArrays":
@@ -37,10 +37,10 @@ class SamplingArrays:
         arrays.top_p[:] = arrays.repetition_penalty[:] = 1
         return arrays
 
-    def write(self, row: int, params: SamplingParams, prompt: int) -> None:
+    def write(self, row: int, params: SamplingParams, prompt: int, seed: int) -> None:
         for f in fields(self)[:7]:
             getattr(self, f.name)[row] = getattr(params, f.name)
-        self.prompt[row] = prompt
+        self.prompt[row], self.key[row] = prompt, seed_key(seed)
 
     def take(self, rows: np.ndarray) -> "SamplingArrays":
         return SamplingArrays(*(getattr(self, f.name)[rows] for f in fields(self)))
@@ -72,9 +72,15 @@ def mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint32(16))
 
 
-def noise_keys(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """uint32 (S,) from seeds uint32 (S, 2), low half first, and the positions (S,) of the tokens to be drawn."""
-    return mix(mix(mix(seeds[:, 0]) ^ seeds[:, 1]) ^ positions.astype(np.uint32))
+def seed_key(seed: int) -> np.uint32:
+    """A seed of 64 bits in 32."""
+    low, high = np.array([[seed & 0xFFFFFFFF], [seed >> 32]], np.uint32)
+    return mix(mix(low) ^ high)[0]
+
+
+def noise_keys(keys: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """uint32 (S,) from the seeds' keys uint32 (S,) and the positions (S,) of the tokens to be drawn."""
+    return mix(keys ^ positions.astype(np.uint32))
 
 
 def gumbel(keys: np.ndarray, tokens: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ import numpy as np
 
 from llmrs.core.batch import Batch, Slots
 from llmrs.core.blocks import ROOT, BlockPool
-from llmrs.core.request import Request, TokenLogprob
+from llmrs.core.request import Likely, Request
 from llmrs.core.sampling import Logprobs
 
 MOST_PROMPT_ROWS = 128  # rows of a step whose logits are kept for the log probabilities of prompts
@@ -76,13 +76,13 @@ class Scheduler:
     def schedule(self) -> Step | None:
         """The next step, or None when nothing can run before a launched one is committed."""
         # answers: one token each
-        todo = self._todo()
-        decodes = self._with_blocks(self._order[todo == 1])
+        todo, order = self._todo(), self._order
+        decodes = self._with_blocks(order[todo == 1])
         counts = [1] * len(decodes)
         slots, budget = decodes.tolist(), self.budget - len(decodes)
 
         # prompts: those begun, then those waiting
-        begun = self._order[self._todo() > 1].tolist()
+        begun = [slot for slot in order[todo > 1].tolist() if slot in self.by_slot]
         prompt_rows = MOST_PROMPT_ROWS
         while budget > 0 and (begun or self._can_admit()):
             slot = begun.pop(0) if begun else self._admit()
@@ -116,11 +116,11 @@ class Scheduler:
         if logprobs is not None:
             self._record(step, alive, tokens, logprobs)
         news: list[tuple[Request, list[int]]] = []
-        for row in np.flatnonzero(alive & ~step.batch.sampled).tolist():
+        for row in (alive & ~step.batch.sampled).nonzero()[0].tolist():
             request = step.requests[row]
             request.computed_tokens = min(int(step.batch.lengths[row]), len(request.prompt))
             news.append((request, []))
-        rows = np.flatnonzero(alive & step.batch.sampled)
+        rows = (alive & step.batch.sampled).nonzero()[0]
         slots, tokens = slots[rows], tokens[rows]
         s.tokens[slots, s.length[slots]] = tokens
         s.length[slots] += 1
@@ -135,7 +135,7 @@ class Scheduler:
             if not request.first_token:
                 request.first_token, request.computed_tokens = time.monotonic(), len(request.prompt)
                 self._free_children(request)
-        for at in np.flatnonzero(stopped | full).tolist():
+        for at in (stopped | full).nonzero()[0].tolist():
             self.finish(requests[at], "stop" if stopped[at] else "length")
         return news
 
@@ -162,9 +162,9 @@ class Scheduler:
         """Keeps the log probabilities that were asked for: of sampled tokens, and of prompts by their position."""
         b, s = step.batch, self.slots
 
-        def entry(row: int, token: int, count: int) -> TokenLogprob:
-            top = zip(logprobs.top_ids[row, :count].tolist(), logprobs.top[row, :count].tolist(), strict=True)
-            return TokenLogprob(token, float(logprobs.chosen[row]), list(top))
+        def entry(row: int, token: int, count: int) -> Likely:
+            ids, top = logprobs.top_ids[row, :count].tolist(), logprobs.top[row, :count].tolist()
+            return token, float(logprobs.chosen[row]), ids, top
 
         for row in np.flatnonzero(alive & b.sampled & (s.logprobs[b.slots] >= 0)).tolist():
             step.requests[row].logprobs.append(entry(row, int(tokens[row]), int(s.logprobs[b.slots[row]])))
@@ -254,7 +254,7 @@ class Scheduler:
         """Registers the blocks that this step filled; only now are their contents certain."""
         s, size = self.slots, self.pool.size
         full = step.batch.lengths // size
-        for row in np.flatnonzero(alive & (full > s.hashed[step.batch.slots])).tolist():
+        for row in (alive & (full > s.hashed[step.batch.slots])).nonzero()[0].tolist():
             request, slot = step.requests[row], int(step.batch.slots[row])
             for n in range(s.hashed[slot], full[row]):
                 tokens = s.tokens[slot, n * size : (n + 1) * size]

@@ -22,8 +22,8 @@ from llmrs.core.errors import (
     ModelError,
     RequestError,
 )
-from llmrs.core.request import Message, TokenLogprob
-from llmrs.output import GenerationOutput
+from llmrs.core.request import Message
+from llmrs.output import GenerationOutput, TokenLogprob
 
 if TYPE_CHECKING:
     from llmrs.aio import AsyncStream

@@ -13,7 +13,7 @@ from llmrs.aio import AsyncStream, Bell
 from llmrs.core.config import BUILT_IN, EngineConfig, SamplingParams
 from llmrs.core.errors import ConfigError, LlmrsError, RequestError
 from llmrs.core.request import Message, Request
-from llmrs.core.sampling import mix, noise_keys
+from llmrs.core.sampling import mix, seed_key
 from llmrs.loading import Progress, ignore_progress, read_model, require_template
 from llmrs.models.detokenize import Detokenizer
 from llmrs.models.template import ChatPrompt, encode_chat
@@ -209,9 +209,8 @@ def child_seed(seed: int, index: int) -> int:
     """The seed of answer `index` to one prompt; answer 0 has the request's own."""
     if not index:
         return seed
-    key = noise_keys(np.array([[seed & 0xFFFFFFFF, seed >> 32]], np.uint32), np.array([index]))
-    low, high = mix(key), mix(key ^ np.uint32(index))
-    return int(low[0]) | int(high[0]) << 32
+    low = mix(np.array([index], np.uint32) ^ seed_key(seed))
+    return int(low[0]) | int(mix(low ^ seed_key(~seed & 2**64 - 1))[0]) << 32
 
 
 def token_bits(ids: Collection[int], vocabulary: int) -> np.ndarray:

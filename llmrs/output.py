@@ -2,7 +2,21 @@
 
 from dataclasses import dataclass
 
-from llmrs.core.request import TokenLogprob
+from llmrs.core.request import Likely
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """How likely the model held a token that came, and the likeliest ones in its place, as (token id, logprob)."""
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+    @staticmethod
+    def of(likely: Likely) -> "TokenLogprob":
+        token, logprob, ids, top = likely
+        return TokenLogprob(token, logprob, list(zip(ids, top, strict=True)))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 from llmrs.core.request import Request
 from llmrs.models.detokenize import Detokenizer
-from llmrs.output import GenerationOutput
+from llmrs.output import GenerationOutput, TokenLogprob
 
 Cancel = Callable[[Request, str], None]
 PromptProgress = Callable[[int, int], object]  # tokens of the prompt done, and all; False cancels the request
@@ -128,8 +128,10 @@ class Stream(Iterator[str]):
             prompt_time=max(first - (r.started or first), 0.0),
             decode_time=max(now - first, 0.0),
             index=r.index,
-            logprobs=None if r.params.logprobs is None else list(r.logprobs),
-            prompt_logprobs=None if r.params.prompt_logprobs is None else list(r.prompt_logprobs),
+            logprobs=None if r.params.logprobs is None else [TokenLogprob.of(p) for p in r.logprobs],
+            prompt_logprobs=None
+            if r.params.prompt_logprobs is None
+            else [p and TokenLogprob.of(p) for p in r.prompt_logprobs],
         )
 
     def __del__(self) -> None:

@@ -32,7 +32,7 @@ class Detokenizer:
     def _add(self, text: str, *, final: bool) -> str:
         if self.stopped is not None:
             return ""
-        if self.minimum >= 0:
+        if self.minimum >= 0 or not self.stops:
             return text
         text = self._held + text
         found = [(at + len(s), at, s) for s in self.stops if (at := text.find(s)) >= 0]

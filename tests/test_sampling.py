@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tiny import BACKENDS, empty_backend
 
 from llmrs.backends import testing
-from llmrs.core.sampling import SamplingArrays, gumbel, keep, logprobs, mix, noise_keys, penalize
+from llmrs.core.sampling import SamplingArrays, gumbel, keep, logprobs, mix, noise_keys, penalize, seed_key
 
 
 def arrays(count, keys=None, **options):
@@ -15,7 +15,7 @@ def arrays(count, keys=None, **options):
     params = SamplingArrays.zeros(count)
     for name, value in {"temperature": 1.0, **options}.items():
         getattr(params, name)[:] = value
-    params.key[:] = noise_keys(np.zeros((count, 2), np.uint32), np.arange(count)) if keys is None else keys
+    params.key[:] = noise_keys(np.zeros(count, np.uint32), np.arange(count)) if keys is None else keys
     return params
 
 
@@ -49,7 +49,7 @@ def test_mix_is_a_bijection_with_good_bits():
 
 
 def test_noise_is_gumbel_and_finite():
-    g = gumbel(noise_keys(np.array([[1, 2]], np.uint32), np.array([7])), np.arange(200_000))[0]
+    g = gumbel(noise_keys(np.array([1], np.uint32), np.array([7])), np.arange(200_000))[0]
     assert np.isfinite(g).all()
     assert abs(g.mean() - np.euler_gamma) < 0.01
     assert abs(g.var() - np.pi**2 / 6) < 0.03
@@ -57,7 +57,8 @@ def test_noise_is_gumbel_and_finite():
 
 def test_noise_depends_on_seed_position_and_token():
     tokens = np.arange(50)
-    keys = noise_keys(np.array([[1, 0], [2, 0], [1, 1], [1, 0]], np.uint32), np.array([5, 5, 5, 6]))
+    seeds = np.array([seed_key(s) for s in (1, 2, 1 + 2**32, 1)])
+    keys = noise_keys(seeds, np.array([5, 5, 5, 6]))
     g = gumbel(keys, tokens)
     assert len(np.unique(g)) == g.size
     np.testing.assert_array_equal(gumbel(keys[2:3], tokens), g[2:3])  # and not on the batch
