@@ -10,7 +10,7 @@ import bisect
 import itertools
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import attrgetter
 
 import numpy as np
@@ -33,26 +33,13 @@ class Step:
     owner: np.ndarray  # int64 (S,): the admissions that held the slots when the step was launched
 
 
-@dataclass
-class Stats:
-    """What has happened since the engine started."""
-
-    steps: int = 0
-    prompt_tokens: int = 0  # computed, those computed again included
-    generated_tokens: int = 0
-    prefix_queries: int = 0  # prompt tokens that were looked for in the prefix cache
-    prefix_hits: int = 0  # and found
-    preemptions: int = 0
-    finished: Counter[str] = field(default_factory=Counter)  # by reason
-
-
 class Scheduler:
     """Owns the queue, the slots and the blocks. Used by one thread."""
 
     def __init__(self, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, pool: BlockPool) -> None:
         self.budget, self.pool = max_num_batched_tokens, pool
         self.slots = Slots(max_num_seqs, max_model_len, pool.blocks_for(max_model_len))
-        self.stats = Stats()
+        self.stats: Counter[str] = Counter()  # what has happened since the start; finished_* by reason
         self.waiting: list[Request] = []  # by rank
         self.running: list[Request] = []  # in order of admission
         self.free_slots = list(range(max_num_seqs))[::-1]
@@ -96,8 +83,8 @@ class Scheduler:
                 budget -= count
         if not slots:
             return None
-        self.stats.steps += 1
-        self.stats.prompt_tokens += sum(counts) - len(decodes)
+        self.stats["steps"] += 1
+        self.stats["prompt_tokens"] += sum(counts) - len(decodes)
         rows = np.array(slots, np.int32)
         owner = self.slots.owner[rows]
         batch = self.slots.batch(rows, np.array(counts, np.int32))
@@ -125,7 +112,7 @@ class Scheduler:
         s.tokens[slots, s.length[slots]] = tokens
         s.length[slots] += 1
         s.pending[slots] -= 1
-        self.stats.generated_tokens += len(rows)
+        self.stats["generated_tokens"] += len(rows)
         stopped = (s.stops[slots] == tokens[:, None]).any(axis=1)
         full = s.length[slots] >= s.limit[slots]
         requests = [step.requests[row] for row in rows.tolist()]
@@ -143,7 +130,7 @@ class Scheduler:
         """Ends a request, waiting or running, and frees what it holds. A second call changes nothing."""
         if request.finish_reason is None:
             request.finish_reason, request.error, request.finished = reason, error, time.monotonic()
-            self.stats.finished[reason] += 1
+            self.stats[f"finished_{reason}"] += 1
             if request.slot >= 0:
                 self._leave(request)
             elif request.parent is not None and request in request.parent.children:
@@ -220,8 +207,8 @@ class Scheduler:
         if not request.started:
             request.started = time.monotonic()
             request.cached_tokens = request.computed_tokens = int(s.computed[slot])
-            self.stats.prefix_queries += len(tokens)
-            self.stats.prefix_hits += request.cached_tokens
+            self.stats["prefix_queries"] += len(tokens)
+            self.stats["prefix_hits"] += request.cached_tokens
         self.by_slot[slot] = request
         self.running.append(request)
         self._order = np.append(self._order, np.int32(slot))
@@ -238,7 +225,7 @@ class Scheduler:
         request.tokens = self.slots.tokens[request.slot, : self.slots.length[request.slot]].copy()
         self._leave(request)
         self._wait(request)
-        self.stats.preemptions += 1
+        self.stats["preemptions"] += 1
 
     def _leave(self, request: Request) -> None:
         s, slot = self.slots, request.slot

@@ -63,7 +63,7 @@ def host_step(tokenizer: Tokenizer, running: int) -> float:
         request = Request([(n + i) % vocabulary for i in range(PROMPT)], params, n)
         request.on_update = Sink(Detokenizer(tokenizer), core.cancel).update
         core.submit(request)
-    while core.scheduler.stats.generated_tokens < running * WARM_UP:
+    while core.scheduler.stats["generated_tokens"] < running * WARM_UP:
         core.step()
     times = []
     for _ in range(STEPS - WARM_UP):

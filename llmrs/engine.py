@@ -22,6 +22,10 @@ from llmrs.stream import PromptProgress, Sink, Stream
 from llmrs.trace import Trace
 from llmrs.worker import Worker
 
+COUNTS = (
+    *("steps", "prompt_tokens", "generated_tokens", "prefix_queries", "prefix_hits", "preemptions"),
+    *(f"finished_{reason}" for reason in ("stop", "length", "cancelled", "error")),
+)
 Prompt = str | Sequence[int]  # a ChatPrompt is a str that carries its token ids
 
 
@@ -97,13 +101,16 @@ class Engine:
         streams = [self._start_async(request) for request in self._all_checked(params, prompts)]
         return [await stream.result() for stream in streams]
 
-    def stats(self) -> dict[str, Any]:
-        """Counts since the start, and what is there now."""
+    def stats(self) -> dict[str, int]:
+        """Counts since the start, and what is there now.
+
+        prompt_tokens are those computed, again after preemption too; prefix_queries those that were looked for in
+        the prefix cache, and prefix_hits those found; finished_* count requests by finish reason.
+        """
         scheduler = self._worker.core.scheduler
-        counts, pool = scheduler.stats, scheduler.pool
+        pool = scheduler.pool
         return {
-            **vars(counts),
-            "finished": dict(counts.finished),
+            **{name: scheduler.stats[name] for name in COUNTS},
             "running": len(scheduler.running),
             "waiting": len(scheduler.waiting),
             "kv_blocks": pool.count,
