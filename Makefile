@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 NEEDS := pyproject.toml setup.py constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 
-.PHONY: help venv demo test check lint test-slow format wheel clean
+.PHONY: help venv demo test check lint test-slow stress format wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -31,6 +31,9 @@ lint: $(VENV)/dev.stamp
 
 test-slow: $(VENV)/dev.stamp ## the longer tests
 	$(PYTEST) -n $(JOBS) -m slow
+
+stress: $(VENV)/dev.stamp ## two million steps of the core under random load
+	LLMRS_STRESS=100 $(PYTEST) tests/test_stress.py
 
 format: $(VENV)/dev.stamp ## put the code in order
 	$(BIN)/ruff check --fix

@@ -15,6 +15,11 @@ def next_token(sequence, vocabulary):
     return value % vocabulary
 
 
+def first_permitted(token, vocabulary, permits):
+    """The token, or the next one that may be sampled."""
+    return next(t % vocabulary for t in range(token, token + vocabulary) if permits(t % vocabulary))
+
+
 class FakeTicket:
     def __init__(self, backend, tokens):
         self.backend, self.result = backend, tokens
@@ -45,6 +50,7 @@ class FakeBackend:
         """The hash of each sequence, from which its token follows."""
         self.steps.append(batch)
         if self.fail_at == len(self.steps):
+            self.unread = 0  # nobody will read what is lost
             raise RuntimeError("the device caught fire")
         tokens = np.where(batch.tokens >= 0, batch.tokens, self.last_token[-1 - np.minimum(batch.tokens, -1)])
         assert len(batch.tokens) == len(batch.positions) == batch.starts[-1]
@@ -70,10 +76,15 @@ class FakeBackend:
         assert (held[:, 1] == every).all(), "a block holds another sequence's positions"
         return held[:, 0].tolist()
 
+    @staticmethod
+    def permits(token, banned, mask):
+        """Whether a token may be sampled: not banned, and its bit set in the mask, where there is one."""
+        return token not in banned and (mask is None or bool(mask[token // 32] >> np.uint32(token % 32) & 1))
+
     def _chosen(self, sequence, batch, mask, s):
         """The next token that may be sampled, counting on from the one that would be."""
         token = next_token(sequence, self.vocabulary)
         banned = set() if batch.banned is None else set(batch.banned[s].tolist())
-        while token in banned or (mask is not None and not mask[s, token // 32] >> np.uint32(token % 32) & 1):
-            token = (token + 1) % self.vocabulary
-        return token
+        return first_permitted(
+            token, self.vocabulary, lambda t: self.permits(t, banned, None if mask is None else mask[s])
+        )

@@ -5,9 +5,6 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from fake import FakeBackend, next_token
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from llmrs.core.blocks import BlockPool
 from llmrs.core.config import BUILT_IN, EngineConfig, SamplingParams
@@ -180,67 +177,3 @@ def test_bad_requests_are_refused_alone(prompt, stops, kind, words):
 def test_a_budget_below_the_number_of_sequences_is_refused():
     with pytest.raises(ConfigError, match="max_num_batched_tokens 3"):
         make_core(max_num_batched_tokens=3)
-
-
-class EngineMachine(RuleBasedStateMachine):
-    """Random arrivals, cancels and steps over a pool that is far too small; invariants after each."""
-
-    max_in_flight = 1
-
-    def __init__(self):
-        super().__init__()
-        self.core = make_core(blocks=12, block_size=2, max_in_flight=self.max_in_flight, max_model_len=24)
-        self.requests = []
-
-    @rule(prompt=st.lists(st.integers(0, 1), min_size=1, max_size=20), count=st.integers(1, 12))
-    def submit(self, prompt, count):
-        request = make_request(prompt, max_tokens=count, stops=[7, 8])
-        self.core.submit(request)
-        self.requests.append(request)
-
-    @precondition(lambda self: self.requests)
-    @rule(data=st.data())
-    def cancel(self, data):
-        self.core.cancel(data.draw(st.sampled_from(self.requests)))
-
-    @rule(count=st.integers(1, 5))
-    def step(self, count):
-        for _ in range(count):
-            self.core.step()
-            self.blocks_are_owned_as_the_tables_say()
-
-    @invariant()
-    def blocks_are_owned_as_the_tables_say(self):
-        scheduler = self.core.scheduler
-        s, pool = scheduler.slots, scheduler.pool
-        held = np.zeros(pool.count, int)
-        for request in scheduler.running:
-            slot = request.slot
-            assert scheduler.by_slot[slot] is request
-            table = s.blocks[slot, : s.block_count[slot]]
-            assert len(table) >= pool.blocks_for(int(s.computed[slot]))
-            np.add.at(held, table, 1)
-        assert pool.references == held.tolist()
-        assert len(scheduler.free_slots) + len(scheduler.running) == 4
-        assert set(pool.unused) == set(np.flatnonzero(held == 0).tolist())
-
-    def teardown(self):
-        while not self.core.idle:
-            self.core.step()
-        for r in self.requests:
-            full = expected(r.prompt, min(r.params.max_tokens, 24 - len(r.prompt)), stops=[7, 8])
-            if r.finish_reason == "cancelled":
-                assert r.output == full[: len(r.output)]
-            else:
-                assert r.output == full
-                assert r.finish_reason == ("stop" if full[-1] in (7, 8) else "length")
-        assert self.core.scheduler.pool.free == 12
-
-
-class PipelinedMachine(EngineMachine):
-    max_in_flight = 2
-
-
-TestEngine = EngineMachine.TestCase
-TestPipelined = PipelinedMachine.TestCase
-TestEngine.settings = TestPipelined.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
