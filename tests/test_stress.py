@@ -6,6 +6,7 @@ alone. `make stress` runs it a hundred times as long.
 
 import os
 from collections import Counter
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -55,7 +56,7 @@ class Asked(Request):
 
 class Machine(RuleBasedStateMachine):
     max_in_flight = 1
-    counted = Counter()
+    counted: ClassVar = Counter()  # of all examples
 
     def __init__(self):
         super().__init__()
