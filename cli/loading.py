@@ -1,5 +1,6 @@
 """An engine for a command, with its progress on the terminal."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from llmrs.cli.settings import Settings
@@ -14,12 +15,17 @@ def load_engine(settings: Settings) -> "Engine":
     line, name = StatusLine(), settings.engine.model_path
     line.show(lambda: f"loading {name}")
 
-    def show(done: int, total: int) -> None:
-        line.show(lambda: f"loading {name}: {100 * done // max(total, 1)} % of {total / 1e6:.1f} MB")
+    def show(doing: str) -> Callable[[int, int], None]:
+        return lambda done, total: line.show(lambda: f"{doing} {name}: {share(done, total)}")
 
     try:
         from llmrs.engine import Engine  # here, since it imports what `llmrs --help` should not wait for
 
-        return Engine(settings.engine, progress=show)
+        return Engine(settings.engine, progress=show("loading"), on_download=show("downloading"))
     finally:
         line.clear()
+
+
+def share(done: int, total: int) -> str:
+    """How much of it, in words."""
+    return f"{100 * done // max(total, 1)} % of {total / 1e6:.1f} MB"

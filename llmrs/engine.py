@@ -39,16 +39,18 @@ class Engine:
         *,
         defaults: SamplingParams | None = None,
         progress: Progress = ignore_progress,
+        on_download: Progress = ignore_progress,
     ) -> None:
         """Loads the model; `progress` is given the bytes of weights that are done and of all, in this thread.
 
-        What `progress` raises, or LoadCancelledError where it returns False, ends the loading. `dtype` ("bf16",
+        So is `on_download` before, where files of a Hugging Face id are missing. What they raise, or
+        LoadCancelledError where they return False, ends the loading. `dtype` ("bf16",
         "f16", "f32") replaces the config's. `defaults` stand between a request's own sampling values and those that
         the model's author recommends. Raises ConfigError, ModelError, BackendError.
         """
         config = config or EngineConfig()
         self.config = config if dtype is None else replace(config, dtype=dtype)
-        self.model = read_model(self.config.model_path)
+        self.model = read_model(self.config, on_download)
         self._defaults = (defaults or SamplingParams(), self.model.sampling, BUILT_IN)
         self._worker = Worker(self.config, self.model, progress)
         self._finalizer = weakref.finalize(self, self._worker.close)  # also at exit

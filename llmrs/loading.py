@@ -8,7 +8,7 @@ from llmrs.backends import base
 from llmrs.core.blocks import BlockPool
 from llmrs.core.config import EngineConfig, SamplingParams
 from llmrs.core.engine import EngineCore
-from llmrs.core.errors import ConfigError, MemoryLimitError, ModelError
+from llmrs.core.errors import ConfigError, LoadCancelledError, MemoryLimitError, ModelError
 from llmrs.core.ir import Graph
 from llmrs.models.config import ModelConfig
 from llmrs.models.families import family, graph_of, read_config
@@ -20,7 +20,7 @@ from llmrs.models.tokenizer import Tokenizer
 from llmrs.models.weights import Weights, parameters
 
 DEFAULT_CONTEXT = 4096  # tokens of prompt and answer, where the user does not say and the model allows it
-Progress = Callable[[int, int], object]  # bytes of weights done, bytes of all; False ends the loading
+Progress = Callable[[int, int], object]  # bytes done, bytes of all; False ends the loading
 
 
 def ignore_progress(done: int, total: int) -> None:
@@ -40,9 +40,22 @@ class Model:
     eos_ids: tuple[int, ...]
 
 
-def read_model(path: str) -> Model:
+def read_model(config: EngineConfig, on_download: Progress = ignore_progress) -> Model:
+    """Reads and checks the small files of a model, whose files are all downloaded before if need be.
+
+    Raises ModelError, or LoadCancelledError where `on_download` returns False.
+    """
+
+    def advance(done: int, total: int) -> None:
+        if on_download(done, total) is False:
+            raise LoadCancelledError("the download of the model was cancelled", "the next one goes on where it was")
+
+    folder = locate(config.model_path, config.revision, offline=config.offline, progress=advance)
+    return read_folder(folder)
+
+
+def read_folder(folder: Path) -> Model:
     """Reads and checks the small files of a model. Raises ModelError."""
-    folder = locate(path)
     config = read_config(folder)
     graph = graph_of(config)
     tokenizer = Tokenizer.load(folder)

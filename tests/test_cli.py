@@ -169,6 +169,8 @@ WRONG = [
     (["serve"], "serve"),
     (["chatt"], "chatt"),
     (["graph", "nowhere"], "nowhere"),
+    (["graph", "a/b", "--offline"], "a/b is not in the Hugging Face cache"),
+    (["run", "--prompts", "a", "--model", "demo", "--revision", "main"], "revision: demo"),
     (["graph", "MODEL", "--fused", "nothing"], "nothing"),
 ]
 
