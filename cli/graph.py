@@ -31,11 +31,10 @@ def show(model: str, revision: str | None, offline: bool, fused: str | None) -> 
 
 def header(architecture: str, plain: Graph) -> str:
     """One line: what is in the graph, in numbers."""
+    from llmrs.fit import token_bytes
     from llmrs.models.weights import parameters
 
-    cells = sum(heads * size for heads, size in (t.sizes for t in plain.kv_types()))
-    kv_bytes = 2 * cells * 2  # keys and values, two bytes each in bf16
-    layers = len(plain.kv_types())
+    layers, kv_bytes = len(plain.kv_types()), token_bytes(plain, "bf16")
     return (
         f"{architecture}: {layers} layers, {parameters(plain):,} parameters, {kv_bytes:,} bytes of KV per token in bf16"
     )
