@@ -43,7 +43,7 @@ def resolve(name: str, revision: str | None, *, offline: bool, weights: bool, pr
     _check_form(name, revision)
     from huggingface_hub import constants  # here: most models are folders, and it takes a second
 
-    repository = Path(constants.HF_HUB_CACHE).expanduser() / f"models--{name.replace('/', '--')}"
+    repository = cache_folder() / f"models--{name.replace('/', '--')}"
     if offline or constants.HF_HUB_OFFLINE:
         return _cached(name, repository, revision, weights)
     with explained(name, revision, constants.ENDPOINT):
@@ -53,6 +53,13 @@ def resolve(name: str, revision: str | None, *, offline: bool, weights: bool, pr
         if weights:
             download.get([CONFIG, *(n for n in SMALL if n in download.files), *download.weights()], progress)
         return download.snapshot
+
+
+def cache_folder() -> Path:
+    """Where Hugging Face's libraries keep what they download."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE).expanduser()
 
 
 def snapshot(repository: Path, revision: str | None) -> Path | None:
