@@ -258,7 +258,7 @@ def test_ctrl_c_keeps_what_was_answered(folder, tmp_path, count):
     assert process.returncode == 130
     assert "Traceback" not in err
     assert "Decoded tokens" in err
-    records = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
+    records = [json.loads(line) for line in out.read_text("utf-8").split("\n")[:-1]]  # text may hold other line ends
     assert len(records) == count
     assert {r["finish_reason"] for r in records} <= {"cancelled", "length"}
     assert records[0]["text"]
