@@ -67,11 +67,6 @@ class Backend(ABC):
     def load_weights(self, weights: Mapping[str, Tensor], progress: Callable[[int], None]) -> None:
         """Takes in the weights of `self.graph`."""
 
-    def token_bytes(self) -> int:
-        """Bytes of KV cache per token, all layers."""
-        elements = sum(heads * size for heads, size in (t.sizes for t in self.graph.kv_types()))
-        return 2 * elements * DTYPE_BYTES[self.kv_dtype]
-
     @abstractmethod
     def allocate(self, blocks: int, block_size: int, slots: int, max_tokens: int) -> None:
         """Makes the KV cache and the state of each slot, whose sequences have at most `max_tokens` tokens."""

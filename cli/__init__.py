@@ -1,4 +1,4 @@
-"""The command line: `llmrs run`, `chat`, `graph`."""
+"""The command line: `llmrs run`, `chat`, `graph`, `list`."""
 
 from llmrs.cli.app import main
 

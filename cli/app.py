@@ -10,6 +10,7 @@ import llmrs
 from llmrs.cli import flags, later
 from llmrs.cli.chat import chat
 from llmrs.cli.graph import graph
+from llmrs.cli.listing import list_models
 from llmrs.cli.run import run
 from llmrs.cli.terminal import INTERRUPTED, report, use_utf8
 from llmrs.core.errors import ConfigError
@@ -32,6 +33,7 @@ def root(version: bool = typer.Option(False, "--version", "-V", help="print the 
 app.command("run", help=run.__doc__, context_settings=flags.CONTEXT)(flags.command(run))
 app.command("chat", help=chat.__doc__, context_settings=flags.CONTEXT)(flags.command(chat))
 app.command("graph")(graph)
+app.command("list")(list_models)
 later.register(app)
 
 

@@ -7,20 +7,22 @@ from llmrs.core.ir import Graph
 
 
 def graph(
-    model: str = typer.Argument("demo", help="bundled name or model folder"),
+    model: str = typer.Argument("demo", help="bundled name, model folder or Hugging Face id"),
+    revision: str | None = typer.Option(None, help="of a Hugging Face id: branch, tag or commit"),
+    offline: bool = typer.Option(False, "--offline", help="of Hugging Face ids use only what is in the cache"),
     fused: str | None = typer.Option(None, help="rewrite it to the fused ops of this backend; `all` for every one"),
 ) -> int:
     """Prints the model's graph, as described or as a backend runs it."""
-    return guarded(lambda: show(model, fused))
+    return guarded(lambda: show(model, revision, offline, fused))
 
 
-def show(model: str, fused: str | None) -> int:
+def show(model: str, revision: str | None, offline: bool, fused: str | None) -> int:
     # here, since `llmrs --help` should not wait for them
     from llmrs.core.passes import fuse
     from llmrs.models.families import graph_of, read_config
     from llmrs.models.locate import locate
 
-    config = read_config(locate(model))
+    config = read_config(locate(model, revision, offline=offline, weights=False))
     plain = graph_of(config)
     shown = fuse(plain, fused_ops(fused)) if fused else plain
     print(f"{header(config.architecture, plain)}\n\n{shown}")
@@ -29,11 +31,10 @@ def show(model: str, fused: str | None) -> int:
 
 def header(architecture: str, plain: Graph) -> str:
     """One line: what is in the graph, in numbers."""
+    from llmrs.fit import token_bytes
     from llmrs.models.weights import parameters
 
-    cells = sum(heads * size for heads, size in (t.sizes for t in plain.kv_types()))
-    kv_bytes = 2 * cells * 2  # keys and values, two bytes each in bf16
-    layers = len(plain.kv_types())
+    layers, kv_bytes = len(plain.kv_types()), token_bytes(plain, "bf16")
     return (
         f"{architecture}: {layers} layers, {parameters(plain):,} parameters, {kv_bytes:,} bytes of KV per token in bf16"
     )

@@ -15,7 +15,6 @@ COMMANDS = {
     "serve": "use `llmrs run` or `llmrs chat`, or Engine from Python",
     "bench": "`llmrs run` ends with tokens per second",
     "doctor": "`llmrs run` says what is missing when something is",
-    "list": "the bundled model is `demo`; others are given by their folder",
 }
 
 

@@ -1,5 +1,7 @@
 """An engine for a command, with its progress on the terminal."""
 
+import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from llmrs.cli.settings import Settings
@@ -7,6 +9,7 @@ from llmrs.cli.terminal import StatusLine
 
 if TYPE_CHECKING:
     from llmrs.engine import Engine
+    from llmrs.fit import Fit
 
 
 def load_engine(settings: Settings) -> "Engine":
@@ -14,12 +17,23 @@ def load_engine(settings: Settings) -> "Engine":
     line, name = StatusLine(), settings.engine.model_path
     line.show(lambda: f"loading {name}")
 
-    def show(done: int, total: int) -> None:
-        line.show(lambda: f"loading {name}: {100 * done // max(total, 1)} % of {total / 1e6:.1f} MB")
+    def show(doing: str) -> Callable[[int, int], None]:
+        return lambda done, total: line.show(lambda: f"{doing} {name}: {share(done, total)}")
+
+    def table(fit: "Fit") -> None:
+        line.clear()
+        if line.active or not fit.complete:  # a script is told only what is not as it asked
+            for title, text in fit.table():
+                print(f"{title:10}{text}", file=sys.stderr)
 
     try:
         from llmrs.engine import Engine  # here, since it imports what `llmrs --help` should not wait for
 
-        return Engine(settings.engine, progress=show)
+        return Engine(settings.engine, progress=show("loading"), on_download=show("downloading"), on_fit=table)
     finally:
         line.clear()
+
+
+def share(done: int, total: int) -> str:
+    """How much of it, in words."""
+    return f"{100 * done // max(total, 1)} % of {total / 1e6:.1f} MB"

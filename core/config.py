@@ -121,6 +121,8 @@ class EngineConfig(Checked):
     model_path: str = option(
         "demo", "bundled name, folder, .gguf file or Hugging Face id", ("model", "w", "m", "weight_path")
     )
+    revision: str | None = option(None, "of a Hugging Face id: branch, tag or commit; null: the main branch")
+    offline: bool = option(False, "of Hugging Face ids use only what is in the cache, as HF_HUB_OFFLINE=1 does")
     backend: str = option("auto", "auto, mlx, torch, reference, or one that a package registers")
     device: str = option("auto", "auto, cpu, cuda:0, gpu", ("d", "device_ids"))
     dtype: str = option("bf16", "type of computation and of the KV cache", choices=DTYPES)

@@ -14,7 +14,7 @@ from llmrs.core.config import BUILT_IN, EngineConfig, SamplingParams
 from llmrs.core.errors import ConfigError, LlmrsError, RequestError
 from llmrs.core.request import Message, Request
 from llmrs.core.sampling import mix, seed_key
-from llmrs.loading import Progress, ignore_progress, read_model, require_template
+from llmrs.loading import OnFit, Progress, ignore_fit, ignore_progress, read_model, require_template
 from llmrs.models.detokenize import Detokenizer
 from llmrs.models.template import ChatPrompt, encode_chat
 from llmrs.output import GenerationOutput
@@ -39,18 +39,23 @@ class Engine:
         *,
         defaults: SamplingParams | None = None,
         progress: Progress = ignore_progress,
+        on_download: Progress = ignore_progress,
+        on_fit: OnFit = ignore_fit,
     ) -> None:
         """Loads the model; `progress` is given the bytes of weights that are done and of all, in this thread.
 
-        What `progress` raises, or LoadCancelledError where it returns False, ends the loading. `dtype` ("bf16",
+        So is `on_download` before, where files of a Hugging Face id are missing; `on_fit` is given what the model
+        needs of memory and what there is. What they raise, or LoadCancelledError where they return False, ends the
+        loading. `dtype` ("bf16",
         "f16", "f32") replaces the config's. `defaults` stand between a request's own sampling values and those that
         the model's author recommends. Raises ConfigError, ModelError, BackendError.
         """
         config = config or EngineConfig()
         self.config = config if dtype is None else replace(config, dtype=dtype)
-        self.model = read_model(self.config.model_path)
+        self.model = read_model(self.config, on_download)
         self._defaults = (defaults or SamplingParams(), self.model.sampling, BUILT_IN)
-        self._worker = Worker(self.config, self.model, progress)
+        self._worker = Worker(self.config, self.model, progress, on_fit)
+        self.fit = self._worker.fit  # how model and KV cache fit into memory
         self._finalizer = weakref.finalize(self, self._worker.close)  # also at exit
 
     def apply_chat_template(self, messages: Sequence[Message], log: bool = False) -> ChatPrompt:

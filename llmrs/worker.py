@@ -4,55 +4,60 @@ import os
 import queue
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
+from functools import partial
 
 from llmrs.core.config import EngineConfig
 from llmrs.core.engine import EngineCore
 from llmrs.core.errors import EngineClosedError, LlmrsError, LoadCancelledError
 from llmrs.core.request import Request
-from llmrs.loading import Model, Progress, load, make_backend
+from llmrs.fit import Fit
+from llmrs.loading import Model, OnFit, Progress, load, make_backend
 
 Command = Callable[[EngineCore], None]
+Event = tuple[str, tuple[object, ...]]  # which callback, and what it is told
 
 
 class Worker:
     """Runs commands between steps, in the order in which they were given, from any thread."""
 
-    def __init__(self, config: EngineConfig, model: Model, progress: Progress) -> None:
+    def __init__(self, config: EngineConfig, model: Model, progress: Progress, on_fit: OnFit) -> None:
         """Returns when the model is loaded; raises what loading raised."""
         self.core: EngineCore
+        self.fit: Fit
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._closing = threading.Lock()
         self._closed = False
         self._loaded = False
-        self._loading: queue.SimpleQueue[tuple[int, int] | None] = queue.SimpleQueue()  # progress; None: the end
+        self._loading: queue.SimpleQueue[Event | None] = queue.SimpleQueue()  # None: the end
         self._unwanted = False  # nobody waits for the model any more
         self._failure: BaseException | None = None
         self._process = os.getpid()
         self._thread = threading.Thread(target=self._run, args=(config, model), name="llmrs", daemon=True)
         self._thread.start()
-        self._wait_for_model(progress)
+        self._wait_for_model({"progress": progress, "fit": on_fit})
         if self._failure is not None:
             self._thread.join()
             raise self._failure
 
-    def _wait_for_model(self, progress: Progress) -> None:
-        """Tells the caller's `progress` in the caller's thread; what it raises, or Ctrl-C, ends the loading too."""
-        event: tuple[int, int] | None = (0, 0)
+    def _wait_for_model(self, callbacks: Mapping[str, Callable[..., object]]) -> None:
+        """Calls the caller's callbacks in the caller's thread; what they raise, or Ctrl-C, ends the loading too."""
+        event: Event | None = ("", ())
         try:
             while (event := self._loading.get()) is not None:
-                if progress(*event) is False:
+                name, values = event
+                if callbacks[name](*values) is False:
                     raise LoadCancelledError("the loading of the model was cancelled")
         finally:
             if event is not None:
                 self._unwanted = True
                 self.close()
 
-    def _report(self, done: int, total: int) -> None:
+    def _report(self, name: str, *values: object) -> None:
         if self._unwanted:
             raise LoadCancelledError("the loading of the model was cancelled")
-        self._loading.put((done, total))
+        self._loading.put((name, values))
 
     def submit(self, request: Request) -> None:
         """Raises RequestError when the request can't be served, EngineClosedError when nobody is there to do it."""
@@ -85,7 +90,8 @@ class Worker:
     def _run(self, config: EngineConfig, model: Model) -> None:
         try:
             with closing(make_backend(config)) as backend:
-                self.core = load(backend, config, model, self._report)
+                told = partial(self._report, "progress"), partial(self._report, "fit")
+                self.core, self.fit = load(backend, config, model, *told)
                 self._loaded = True
                 self._loading.put(None)
                 self._serve()

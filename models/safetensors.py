@@ -46,7 +46,8 @@ class SafetensorsSource:
         if (folder / SINGLE).exists() or not (folder / INDEX).exists():
             self._add(_single(folder))
         else:
-            self._add_shards(folder, read_json(inside(folder, INDEX)).get("weight_map"))
+            for shard, names in sorted(read_index(folder).items()):
+                self._add(inside(folder, shard), names)
 
     def names(self) -> Iterable[str]:
         return self.entries
@@ -85,14 +86,16 @@ class SafetensorsSource:
             if name not in self.entries:
                 raise ModelError(f"{path.name} lacks {name}, which the index says it holds", CUT_OFF)
 
-    def _add_shards(self, folder: Path, weight_map: Any) -> None:
-        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-            raise ModelError(f"{folder / INDEX}: weight_map is not a table of file names", CUT_OFF)
-        shards: dict[str, list[str]] = {}
-        for name, shard in weight_map.items():
-            shards.setdefault(shard, []).append(name)
-        for shard in sorted(shards):
-            self._add(inside(folder, shard), shards[shard])
+
+def read_index(folder: Path) -> dict[str, list[str]]:
+    """Shard -> the names of its tensors. Raises ModelError; the shards' names are not checked yet."""
+    weight_map: Any = read_json(inside(folder, INDEX)).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise ModelError(f"{folder / INDEX}: weight_map is not a table of file names", CUT_OFF)
+    shards: dict[str, list[str]] = {}
+    for name, shard in weight_map.items():
+        shards.setdefault(shard, []).append(name)
+    return shards
 
 
 class File:
