@@ -32,7 +32,8 @@ FILTERS = (
 )  # fmt: skip
 
 
-RENDERING = ("tojson", "do_string", "do_join", "join")  # these write out whole collections
+RENDERING = ("_tojson", "do_string", "do_join", "join")  # these write out whole collections
+ESCAPE = re.compile(r"\\(?:u[0-9a-f]{4}|.)")  # in JSON
 WIDE_PERCENT = re.compile(r"%[^a-zA-Z%]*(\*|\d{3})")
 WIDE_FIELD = re.compile(r"\{[^{}]*(\d{3}|\{)")
 
@@ -56,14 +57,16 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def __init__(self) -> None:
         extensions = ["jinja2.ext.loopcontrols", Generation]
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions, finalize=self._measured)
+        self.marks = ""
         self.allow(0)
-        self.filters = {name: self._charged(self.filters[name]) for name in FILTERS} | {"tojson": self._charged(tojson)}
+        self.filters = {name: self._charged(self.filters[name]) for name in FILTERS}
+        self.filters["tojson"] = self._charged(self._tojson)
         known = {name: self.globals[name] for name in ("range", "dict", "namespace", "cycler", "joiner")}
         self.globals = {**known, "raise_exception": refuse, "strftime_now": strftime_now}
 
-    def allow(self, budget: int) -> None:
-        """Lets the next rendering spend so much, in characters made, and SECONDS."""
-        self.budget, self.deadline = budget, time.monotonic() + SECONDS
+    def allow(self, budget: int, marks: str = "") -> None:
+        """Lets the next rendering spend so much, in characters made, and SECONDS. JSON leaves the marks as they are."""
+        self.budget, self.deadline, self.marks = budget, time.monotonic() + SECONDS, marks
 
     def spend(self, cost: int) -> None:
         """Raises Exhausted when nothing is left."""
@@ -107,6 +110,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if isinstance(text := getattr(value, "__self__", None), str) and WIDE_FIELD.search(text):
             raise Exhausted("it formats to a width that is too large")
         return super().wrap_str_format(value)
+
+    def _tojson(self, value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        text = tojson(value, ensure_ascii, **options)
+        escaped = {f"\\u{ord(mark):04x}": mark for mark in self.marks} if ensure_ascii else {}
+        return ESCAPE.sub(lambda found: escaped.get(found[0], found[0]), text) if escaped else text
 
     def _charged(self, function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)  # Jinja's mark that it wants the context or environment first comes along

@@ -11,10 +11,12 @@ import tokenizers
 
 from llmrs.core.errors import ModelError, RequestError
 from llmrs.models.config import read_json
+from llmrs.models.conversation import checked
 from llmrs.models.files import inside
 
 HINT = "is the file complete? It is what `tokenizers` writes"
 SPACE = "▁"  # SentencePiece's mark for a space
+BOUNDARY = "\ufdd0"  # a noncharacter: Unicode keeps it for the inside of programs
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -85,9 +87,35 @@ class Tokenizer:
         """Ids of text that holds all its control tokens, as chat templates write it."""
         return self.inner.encode(checked(text), add_special_tokens=False).ids
 
-    def encode_plain(self, text: str) -> list[int]:
-        """Ids of text in which nothing is a control token."""
-        return self._plain.encode(checked(text), add_special_tokens=False).ids
+    def encode_plain(self, text: str, *, first: bool = True) -> list[int]:
+        """Ids of text in which nothing is a control token. If it is not `first`, an added token stands before it,
+        and SentencePiece puts no space there.
+        """
+        if first:
+            return self._plain.encode(checked(text), add_special_tokens=False).ids
+        if BOUNDARY in text:
+            raise RequestError("the text holds U+FDD0, which is no character", "leave it out")
+        return self._plain.encode(BOUNDARY + checked(text), add_special_tokens=False).ids[1:]
+
+    def encode_marked(self, text: str, mark: str) -> list[int]:
+        """Ids of text that holds all its control tokens. Where the mark stands between two of them, and where one
+        comes about only by normalizing, there is plain text. The mark goes.
+        """
+        encoding = self.inner.encode(checked(text), add_special_tokens=False)
+        ids: list[int] = []
+        begin = at = 0  # of the text since the last added token: in the ids, and in the text
+        for n, (token, span) in enumerate(zip(encoding.ids, encoding.offsets, strict=True)):
+            if token in self.added and text[slice(*span)].strip() == self.added[token].content.strip():
+                ids += self._between(text[at : span[0]], encoding.ids[begin:n], mark, first=at == 0)
+                ids.append(token)
+                begin, at = n + 1, span[1]
+        return ids + self._between(text[at:], encoding.ids[begin:], mark, first=at == 0)
+
+    def _between(self, text: str, ids: list[int], mark: str, *, first: bool) -> list[int]:
+        """The ids of text between added tokens, which are `ids` unless it is marked or they hold one nevertheless."""
+        if mark not in text and not any(i in self.added and self.added[i].content.strip() for i in ids):
+            return ids
+        return self.encode_plain(text.replace(mark, ""), first=first) if text else []
 
     def token_bytes(self, token: int) -> bytes:
         """What a token adds to the text; nothing for control tokens and for ids that are none."""
@@ -110,17 +138,9 @@ class Tokenizer:
         """The same without added tokens. Runs of white space stay: they are text, which some models add this way."""
         data = json.loads(self.inner.to_str())
         data["added_tokens"] = [t for t in data["added_tokens"] if not t["content"].strip(f"{SPACE} \n\t")]
-        return tokenizers.Tokenizer.from_str(json.dumps(data))
-
-
-def checked(text: str) -> str:
-    """The text, if it can be encoded. Raises RequestError."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        shown = ascii(text[error.start])
-        raise RequestError(f"the text holds {shown}, a lone surrogate", "text must be valid Unicode") from error
-    return text
+        plain = tokenizers.Tokenizer.from_str(json.dumps(data))
+        plain.add_special_tokens([BOUNDARY])
+        return plain
 
 
 def _parse(text: str, path: Path) -> tokenizers.Tokenizer:

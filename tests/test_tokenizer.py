@@ -39,7 +39,7 @@ def test_bytes_of_tokens_are_the_text(tokenizer, text):
 def test_text_equals_that_of_tokenizers(tokenizer, text):
     ids = tokenizer.encode_rendered(text)
     ours, theirs = text_of(tokenizer, ids), tokenizer.inner.decode(ids)
-    assert ours.removeprefix(" ") == theirs.removeprefix(" ")
+    assert ours in (theirs, " " + theirs)  # SentencePiece begins each text with a space, which `decode` strips
 
 
 def test_control_tokens_are_parsed_in_prompts_and_text_elsewhere(tokenizer):
