@@ -12,7 +12,7 @@ from llmrs.core.errors import ModelError, RequestError, did_you_mean
 from llmrs.core.request import Message
 from llmrs.models.config import read_json
 from llmrs.models.conversation import Conversation, broken, conversation, unused
-from llmrs.models.files import inside
+from llmrs.models.files import inside, read_text
 from llmrs.models.sandbox import Exhausted, Refused, Sandbox
 from llmrs.models.tokenizer import Tokenizer
 
@@ -53,6 +53,7 @@ class ChatTemplate:
         if len(source) > LARGEST:
             raise ModelError(f"{path}: the chat template has {len(source)} characters, over {LARGEST}", HINT)
         try:
+            source.encode()  # no lone surrogate
             self._sandbox.allow(BASE)
             self.variables = meta.find_undeclared_variables(self._sandbox.parse(source)) - self.specials.keys()
             self._template = self._sandbox.compiled(source)
@@ -67,10 +68,7 @@ class ChatTemplate:
         """From chat_template.jinja, else tokenizer_config.json; None where there is none. Raises ModelError."""
         path, settings = inside(folder, "chat_template.jinja"), inside(folder, "tokenizer_config.json")
         if path.exists():
-            try:
-                return cls(path.read_text("utf-8"), specials, path)
-            except (OSError, UnicodeDecodeError) as error:
-                raise ModelError(f"{path} can't be read: {error}", HINT) from error
+            return cls(read_text(path, 4 * LARGEST), specials, path)
         source = read_json(settings).get("chat_template") if settings.exists() else None
         named = source if isinstance(source, list) else [{"name": "default", "template": source}]
         sources: dict[str, Any] = {str(t.get("name")): t.get("template") for t in named if isinstance(t, dict)}
@@ -144,7 +142,10 @@ def _cut(text: str, continued: str, tag: str) -> str:
     return text[:at] if text[at + 1 : at + 2] == " " else text[:at].rstrip()
 
 
-FAILURES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, SyntaxError)
+# MemoryError is what the compiler raises for a program that is nested too deep
+FAILURES = (
+    TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, SyntaxError, MemoryError,
+)  # fmt: skip
 
 
 def _reason(error: Exception) -> str:

@@ -10,10 +10,12 @@ from typing import Any
 import tokenizers
 
 from llmrs.core.errors import ModelError, RequestError
-from llmrs.models.config import read_json
+from llmrs.models.config import SHORT, Fields, read_json
 from llmrs.models.conversation import checked
-from llmrs.models.files import inside
+from llmrs.models.files import MIB, inside, read_text
 
+MOST_WORDS = 2**24  # of a vocabulary; today's largest have 262,144
+LIMIT = 256 * MIB  # a vocabulary of 256,000 words takes about 35
 HINT = "is the file complete? It is what `tokenizers` writes"
 SPACE = "▁"  # SentencePiece's mark for a space
 BOUNDARY = "\ufdd0"  # a noncharacter: Unicode keeps it for the inside of programs
@@ -42,7 +44,7 @@ class Tokenizer:
         inner.no_padding()
         self.inner = inner
         self.added = inner.get_added_tokens_decoder()
-        self.specials = {n: c for n in ("bos", "eos", "pad", "unk") if (c := _content(settings, f"{n}_token"))}
+        self.specials = {n: c for n in ("bos", "eos", "pad", "unk") if (c := _content(path, settings, f"{n}_token"))}
         eos = self.specials.get("eos")
         eos_id = self.id_of(eos) if eos is not None else None
         if eos is not None and eos_id is None:
@@ -55,12 +57,7 @@ class Tokenizer:
     def load(cls, folder: Path) -> "Tokenizer":
         """From tokenizer.json, and tokenizer_config.json where there is one. Raises ModelError."""
         path, settings = inside(folder, "tokenizer.json"), inside(folder, "tokenizer_config.json")
-        try:
-            text = path.read_text("utf-8")
-        except OSError as error:
-            raise ModelError(f"{path} can't be read: {error.strerror}", "the folder needs a tokenizer.json") from error
-        except ValueError as error:
-            raise ModelError(f"{path} is not text: {error}", HINT) from error
+        text = read_text(path, LIMIT)
         return cls(_parse(text, path), read_json(settings) if settings.exists() else {}, path)
 
     @property
@@ -144,17 +141,43 @@ class Tokenizer:
 
 
 def _parse(text: str, path: Path) -> tokenizers.Tokenizer:
+    """Reads and tries a tokenizer. Raises ModelError for what the library refuses, and for what it panics on."""
+    _check_ids(text, path)
     try:
-        return tokenizers.Tokenizer.from_str(text)
-    except Exception as error:
+        inner = tokenizers.Tokenizer.from_str(text)
+        inner.encode("Hi", add_special_tokens=True)
+    except BaseException as error:  # Rust's panics are none of Python's Exceptions
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise ModelError(f"{path} holds no tokenizer: {error}", HINT) from error
+    return inner
 
 
-def _content(settings: dict[str, Any], name: str) -> str | None:
+def _check_ids(text: str, path: Path) -> None:
+    """The library makes a table as long as the largest id. Raises ModelError for one that no model has."""
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is not JSON: {error}", HINT) from error
+    model = data.get("model") if isinstance(data, dict) else None
+    words = model.get("vocab") if isinstance(model, dict) else None
+    for word, number in words.items() if isinstance(words, dict) else ():
+        if type(number) is not int or not 0 <= number < MOST_WORDS:
+            raise ModelError(
+                f"{path}: the id of {word[:50]!r} is {SHORT.repr(number)}; ids are 0 to {MOST_WORDS - 1}", HINT
+            )
+
+
+def _content(path: Path, settings: dict[str, Any], name: str) -> str | None:
     """A special token's text, which files write as text or as an object."""
     value = settings.get(name)
     value = value.get("content") if isinstance(value, dict) else value
-    return value if isinstance(value, str) else None
+    if value is not None and not isinstance(value, str):
+        raise Fields(path, settings).error(name, "text, or an object with the text as its content")
+    try:
+        return value and checked(value)
+    except RequestError as error:
+        raise ModelError(f"{path}: {name}: {error.message}", HINT) from error
 
 
 def _is_byte_level(inner: tokenizers.Tokenizer, path: Path) -> bool:
