@@ -154,7 +154,7 @@ def _parse(text: str, path: Path) -> tokenizers.Tokenizer:
 
 
 def _check_ids(text: str, path: Path) -> None:
-    """The library makes a table as long as the largest id. Raises ModelError for one that no model has."""
+    """Raises ModelError for an id that no model has: the library makes tables that are as long as the largest."""
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
