@@ -9,7 +9,7 @@ from llmrs.cli.loading import load_engine
 from llmrs.cli.settings import Settings, load_settings
 from llmrs.cli.terminal import INTERRUPTED, note, on_interrupt, report
 from llmrs.core.errors import ConfigError, EngineClosedError, LlmrsError, RequestError, did_you_mean
-from llmrs.core.request import Message
+from llmrs.models.message import Message
 from llmrs.output import GenerationOutput
 
 if TYPE_CHECKING:

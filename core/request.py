@@ -14,14 +14,6 @@ PRIORITY_SECONDS = 10.0  # of waiting that make up for one step of priority
 _ids = itertools.count()
 
 
-@dataclass(frozen=True)
-class Message:
-    """One turn of a conversation; `role` is what the chat template knows: system, user, assistant, tool."""
-
-    role: str
-    content: str
-
-
 Likely = tuple[int, float, list[int], list[float]]  # a token, its log probability, the likeliest ones and theirs
 
 

@@ -22,7 +22,7 @@ from llmrs.core.errors import (
     ModelError,
     RequestError,
 )
-from llmrs.core.request import Message
+from llmrs.models.message import Message
 from llmrs.output import GenerationOutput, TokenLogprob
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 import secrets
 import sys
 import weakref
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,10 +12,11 @@ import numpy as np
 from llmrs.aio import AsyncStream, Bell
 from llmrs.core.config import BUILT_IN, EngineConfig, SamplingParams
 from llmrs.core.errors import ConfigError, LlmrsError, RequestError
-from llmrs.core.request import Message, Request
+from llmrs.core.request import Request
 from llmrs.core.sampling import mix, seed_key
 from llmrs.loading import OnFit, Progress, ignore_fit, ignore_progress, read_model, require_template
 from llmrs.models.detokenize import Detokenizer
+from llmrs.models.message import Message
 from llmrs.models.template import ChatPrompt, encode_chat
 from llmrs.output import GenerationOutput
 from llmrs.stream import PromptProgress, Sink, Stream
@@ -58,13 +59,26 @@ class Engine:
         self.fit = self._worker.fit  # how model and KV cache fit into memory
         self._finalizer = weakref.finalize(self, self._worker.close)  # also at exit
 
-    def apply_chat_template(self, messages: Sequence[Message], log: bool = False) -> ChatPrompt:
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        log: bool = False,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool | str = False,
+        **variables: Any,
+    ) -> ChatPrompt:
         """The prompt for a conversation, with the beginning of the answer; `log` prints it to stderr.
 
-        Control tokens inside a message are plain text. Raises ModelError where the model has no template.
+        `tools` are descriptions of functions as OpenAI's API has them. `continue_final_message` leaves the last
+        message open, for the answer to go on with: its content, or the field that is named. `variables` are others
+        that the template knows, such as enable_thinking. Control tokens in anything that is given are plain text.
+        Raises RequestError, and ModelError where the model has no template.
         """
-        turns = [{"role": m.role, "content": m.content} for m in messages]
-        prompt = encode_chat(self.model.tokenizer, require_template(self.model), turns)
+        options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
+        template = require_template(self.model)
+        prompt = encode_chat(self.model.tokenizer, template, messages, tools=tools, **options, **variables)
         if log:
             print(prompt, file=sys.stderr)
         return prompt

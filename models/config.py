@@ -3,15 +3,23 @@ not implemented, is refused by name.
 """
 
 import json
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llmrs.core.errors import ModelError
+from llmrs.models.files import COMPLETE, JSON_LIMIT, read_text
 
 LARGE = 2**31  # no size in a config is larger
 MOST_LAYERS, MOST_EXPERTS = 1000, 4096
+MOST_MATRICES = 2**17  # experts of all layers; those of today's largest models have a fifth
+LARGEST_HEAD = 2**13
+
+
+SHORT = reprlib.Repr()
+SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 60
 
 
 @dataclass(frozen=True)
@@ -85,9 +93,8 @@ class Fields:
         self.path, self.data = path, data
 
     def error(self, name: str, allowed: str) -> ModelError:
-        shown = repr(self.data.get(name))
         return ModelError(
-            f"{self.path}: {name} is {shown if len(shown) <= 60 else shown[:57] + '...'}; it must be {allowed}",
+            f"{self.path}: {name} is {SHORT.repr(self.data.get(name))}; it must be {allowed}",
             "is the file complete, and of a model that llmrs supports?",
         )
 
@@ -127,13 +134,11 @@ class Fields:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises ModelError."""
     try:
-        data = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise ModelError(f"{path} can't be read: {error.strerror}", "is this a model folder?") from error
+        data = json.loads(read_text(path, JSON_LIMIT))
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not JSON: {error}", "is the file complete?") from error
+        raise ModelError(f"{path} is not JSON: {error}", COMPLETE) from error
     if not isinstance(data, dict):
-        raise ModelError(f"{path} holds no JSON object", "is the file complete?")
+        raise ModelError(f"{path} holds no JSON object", COMPLETE)
     return data
 
 
@@ -211,8 +216,10 @@ def parse(path: Path, data: Mapping[str, Any], defaults: Mapping[str, Any]) -> M
     )
     if heads % config.kv_heads:
         raise f.error("num_key_value_heads", f"a divisor of num_attention_heads, {heads}")
-    if config.head_size % 2:
-        raise f.error("head_dim", "an even number")
+    if config.head_size % 2 or config.head_size > LARGEST_HEAD:
+        raise f.error("head_dim", f"an even number up to {LARGEST_HEAD}")
+    if config.experts is not None and layers * config.experts.count > MOST_MATRICES:
+        raise f.error("num_experts", f"at most {MOST_MATRICES // layers} in each of {layers} layers")
     return config
 
 
@@ -259,7 +266,9 @@ def _rope(f: Fields, given: Mapping[str, Any], theta: str) -> Rope:
     """`given` may hold the base; else the field `theta` does, where older files have it."""
     inner = Fields(f.path, given)
     inner.must_be("partial_rotary_factor", 1, 1.0)
-    kind = given.get("rope_type") or given.get("type") or "default"
+    kind = next((given[name] for name in ("rope_type", "type") if given.get(name) is not None), "default")
+    if not isinstance(kind, str):
+        raise Fields(f.path, {"rope_type": kind}).error("rope_type", "the name of a way to scale")
     base = inner.number("rope_theta", f.number(theta, 10000.0))
     if base <= 1:
         raise f.error(theta, "a number above 1")
@@ -286,10 +295,11 @@ def windows(f: Fields, layers: int) -> list[int]:
 def sparse(f: Fields, layers: int) -> list[bool]:
     """Which layers have experts."""
     step = f.integer("decoder_sparse_step", 1)
-    dense = f.data.get("mlp_only_layers") or []
-    if not isinstance(dense, list) or not all(type(i) is int for i in dense):
+    given = f.data.get("mlp_only_layers")
+    if given is not None and (not isinstance(given, list) or not all(type(i) is int for i in given)):
         raise f.error("mlp_only_layers", "a list of whole numbers")
-    return [experts(f) is not None and i not in dense and (i + 1) % step == 0 for i in range(layers)]
+    dense, there = set(given or ()), experts(f) is not None
+    return [there and i not in dense and (i + 1) % step == 0 for i in range(layers)]
 
 
 def experts(f: Fields) -> Experts | None:

@@ -11,7 +11,7 @@ from typing import Any
 from llmrs.core.errors import ModelError
 from llmrs.core.ir import Graph, check
 from llmrs.models import gemma3, llama, qwen3
-from llmrs.models.config import ModelConfig, architecture, parse, read_json
+from llmrs.models.config import SHORT, ModelConfig, architecture, parse, read_json
 from llmrs.models.layers import HF_NAMES
 
 
@@ -62,7 +62,7 @@ FAMILIES = {
 def family(name: str) -> Family:
     """Raises ModelError for an architecture that is not supported."""
     if name not in FAMILIES:
-        raise ModelError(f"architecture {name!r} is not supported", f"supported are {', '.join(FAMILIES)}")
+        raise ModelError(f"architecture {SHORT.repr(name)} is not supported", f"supported are {', '.join(FAMILIES)}")
     return FAMILIES[name]
 
 

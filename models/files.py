@@ -1,8 +1,13 @@
-"""The files of a model folder, none of which is trusted."""
+"""The files of a model folder, none of which is trusted: their names, their kinds, their sizes."""
 
+import stat
 from pathlib import Path
 
 from llmrs.core.errors import ModelError
+
+MIB = 2**20
+JSON_LIMIT = 32 * MIB  # the largest index of today's models has 15
+COMPLETE = "is the file complete?"
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -11,10 +16,52 @@ def inside(folder: Path, name: str) -> Path:
     Links from a snapshot of the Hugging Face cache to the blobs beside it, or to those that all repositories share,
     are how that cache is made.
     """
-    root, path = folder.resolve(), (folder / name).resolve()
+    try:
+        root, path = folder.resolve(), (folder / name).resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name that no file can have
+        raise ModelError(f"{folder}: {name[:100]!r} can't be the name of a file: {error}", COMPLETE) from error
     roots = [root]
     if root.parent.name == "snapshots":
         roots += [root.parents[1] / "blobs", root.parents[2] / "blobs"]
-    if "\0" in name or not any(path.is_relative_to(r) for r in roots):
-        raise ModelError(f"{folder}: {name!r} leads out of the folder", "copy the file into the folder")
+    if not any(path.is_relative_to(r) for r in roots):
+        raise ModelError(f"{folder}: {name[:100]!r} leads out of the folder", "copy the file into the folder")
     return folder / name
+
+
+def regular(path: Path) -> int:
+    """The size of a file. Raises ModelError for what is none: opening a pipe or a device may never end."""
+    try:
+        found = path.stat()
+    except FileNotFoundError as error:
+        raise ModelError(f"there is no file {path}", COMPLETE) from error
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} can't be read: {_reason(error)}", "is this a model folder?") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise ModelError(f"{path} is not a file but {_kind(found.st_mode)}", "put the model's own file there")
+    return found.st_size
+
+
+def read_text(path: Path, limit: int) -> str:
+    """The text of a file in its folder, without a byte order mark. Raises ModelError, also over `limit` bytes."""
+    inside(path.parent, path.name)
+    size = regular(path)
+    try:
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+        if len(data) > limit:
+            size = max(size, len(data))
+            raise ModelError(f"{path} has {size} bytes, over {limit}", "that is more than such a file can need")
+        return data.decode("utf-8-sig")
+    except OSError as error:
+        raise ModelError(f"{path} can't be read: {_reason(error)}", "is this a model folder?") from error
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{path} is not text: {error}", COMPLETE) from error
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")

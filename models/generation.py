@@ -1,12 +1,11 @@
 """What a model's author recommends: generation_config.json, and the tokens that end an answer."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llmrs.core.errors import ModelError
-from llmrs.models.config import Fields, read_json
+from llmrs.models.config import SHORT, Fields, read_json
 
 BOUNDS = {
     "temperature": (0.0, 100.0),
@@ -43,12 +42,14 @@ def _ids(path: Path, value: Any, vocabulary: int) -> tuple[int, ...]:
     ids = value if isinstance(value, list) else [] if value is None else [value]
     for i in ids:
         if type(i) is not int or not 0 <= i < vocabulary:
-            raise ModelError(f"{path}: eos_token_id is {i!r}; ids are 0 to {vocabulary - 1}", "is the file complete?")
+            raise ModelError(
+                f"{path}: eos_token_id is {SHORT.repr(i)}; ids are 0 to {vocabulary - 1}", "is the file complete?"
+            )
     return tuple(ids)
 
 
 def _value(path: Path, data: dict[str, Any], name: str) -> int | float:
     value, (low, high) = data[name], BOUNDS[name]
-    if type(value) not in (int, float) or math.isnan(value) or not low <= value <= high:
+    if type(value) not in (int, float) or not low <= value <= high:
         raise Fields(path, data).error(name, f"a number from {low} to {high}")
     return type(low)(value)

@@ -6,14 +6,24 @@ from typing import Any
 
 from llmrs.core.errors import ModelError
 from llmrs.core.ir import Frequencies
-from llmrs.models.config import ModelConfig, Rope
+from llmrs.models.config import LARGE, SHORT, ModelConfig, Rope
 
 ORIGINAL = "original_max_position_embeddings"  # what the model was trained for before it was extended
 HINT = "is config.json complete?"
 
 
 def frequencies(rope: Rope, c: ModelConfig) -> Frequencies:
-    """The head_size / 2 frequencies. Raises ModelError for a scaling that is not implemented."""
+    """The head_size / 2 frequencies. Raises ModelError for a scaling that is not implemented or gives none."""
+    try:
+        found = _frequencies(rope, c)
+    except (ArithmeticError, ValueError) as error:
+        raise ModelError(f"rope scaling gives no frequencies: {error}", HINT) from error
+    if not all(map(math.isfinite, (*found.values, found.scale))):
+        raise ModelError(f"rope scaling gives a frequency that is not finite ({found.label})", HINT)
+    return found
+
+
+def _frequencies(rope: Rope, c: ModelConfig) -> Frequencies:
     values = [rope.theta ** (-2 * i / c.head_size) for i in range(c.head_size // 2)]
     scaling = rope.scaling
     kind, label = scaling["rope_type"], f"theta {rope.theta:g}"
@@ -27,7 +37,9 @@ def frequencies(rope: Rope, c: ModelConfig) -> Frequencies:
         return Frequencies(f"{label}, llama3", tuple(_llama3(v, scaling) for v in values))
     if kind == "yarn":
         return _yarn(label, values, scaling, rope.theta, c)
-    raise ModelError(f"rope_type {kind!r} is not implemented", "default, linear, dynamic, llama3 and yarn are")
+    raise ModelError(
+        f"rope_type {SHORT.repr(kind)} is not implemented", "default, linear, dynamic, llama3 and yarn are"
+    )
 
 
 def _llama3(frequency: float, scaling: Mapping[str, Any]) -> float:
@@ -77,6 +89,6 @@ def _yarn_scale(scaling: Mapping[str, Any], factor: float) -> float:
 def _number(scaling: Mapping[str, Any], name: str, default: float | None = None) -> float:
     value = scaling.get(name)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ModelError(f"rope scaling: {name} is {value!r}; it must be a positive number", HINT)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < LARGE:
+        raise ModelError(f"rope scaling: {name} is {SHORT.repr(value)}; it must be a positive number", HINT)
     return float(value)

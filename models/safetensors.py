@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from llmrs.core.errors import ModelError
 from llmrs.models.config import read_json
-from llmrs.models.files import inside
+from llmrs.models.files import JSON_LIMIT, inside, regular
 from llmrs.quant.tensor import FORMATS, Tensor
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -103,17 +103,18 @@ class File:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        regular(path)
         try:
             with safe_open(path, "numpy"):  # checks sizes, overlaps, holes and types
                 pass
             with path.open("rb") as file:
                 # private, so that arrays are writable in name: torch warns about others. Nobody writes.
                 self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        except FileNotFoundError as error:
-            raise ModelError(f"there is no file {path}", CUT_OFF) from error
         except (OSError, ValueError, SafetensorError) as error:
             raise ModelError(f"{path} can't be read: {_reason(path, error)}", CUT_OFF) from error
         self.start = 8 + int.from_bytes(self.data[:8], "little")
+        if self.start > JSON_LIMIT:
+            raise ModelError(f"{path}: its header has {self.start - 8} bytes, over {JSON_LIMIT}", CUT_OFF)
 
     def header(self) -> dict[str, tuple[str, tuple[int, ...], int]]:
         """name -> type, shape, begin."""

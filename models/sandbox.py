@@ -22,6 +22,8 @@ from jinja2.utils import Namespace
 
 STEP = 50  # cost of a loop's turn or a call, in characters of text made
 WIDEST = 10_000  # no number that a template gives to a filter or method needs to be larger
+BITS = 100_000  # of a whole number
+MARGIN = 100  # widest indentation, and separators in JSON
 RANGE = 100_000  # as long as Jinja's own limit for range()
 SECONDS = 10.0  # of one rendering; a real one takes milliseconds
 FILTERS = (
@@ -32,7 +34,9 @@ FILTERS = (
 )  # fmt: skip
 
 
-RENDERING = ("tojson", "do_string", "do_join", "join")  # these write out whole collections
+BARRED = ("translate", "expandtabs", "format_map")  # of text; what they make can be larger than any bound on it
+RENDERING = ("_tojson", "do_string", "do_join", "join")  # these write out whole collections
+ESCAPE = re.compile(r"\\(?:u[0-9a-f]{4}|.)")  # in JSON
 WIDE_PERCENT = re.compile(r"%[^a-zA-Z%]*(\*|\d{3})")
 WIDE_FIELD = re.compile(r"\{[^{}]*(\d{3}|\{)")
 
@@ -56,14 +60,16 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def __init__(self) -> None:
         extensions = ["jinja2.ext.loopcontrols", Generation]
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions, finalize=self._measured)
+        self.marks = ""
         self.allow(0)
-        self.filters = {name: self._charged(self.filters[name]) for name in FILTERS} | {"tojson": self._charged(tojson)}
+        self.filters = {name: self._charged(self.filters[name]) for name in FILTERS}
+        self.filters["tojson"] = self._charged(self._tojson)
         known = {name: self.globals[name] for name in ("range", "dict", "namespace", "cycler", "joiner")}
         self.globals = {**known, "raise_exception": refuse, "strftime_now": strftime_now}
 
-    def allow(self, budget: int) -> None:
-        """Lets the next rendering spend so much, in characters made, and SECONDS."""
-        self.budget, self.deadline = budget, time.monotonic() + SECONDS
+    def allow(self, budget: int, marks: str = "") -> None:
+        """Lets the next rendering spend so much, in characters made, and SECONDS. JSON leaves the marks as they are."""
+        self.budget, self.deadline, self.marks = budget, time.monotonic() + SECONDS, marks
 
     def spend(self, cost: int) -> None:
         """Raises Exhausted when nothing is left."""
@@ -72,7 +78,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             raise Exhausted("it does more work than a conversation needs")
 
     def compiled(self, source: str) -> jinja2.Template:
-        """A template whose loops and macros, `~`, lists, tuples and dicts are paid for."""
+        """A template whose loops and macros, `~`, lists, tuples, dicts and slices are paid for."""
         tree = self.parse(source)
         turn = nodes.ExprStmt(_hook("spend", [nodes.Const(STEP)]))
         for node in tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
@@ -85,7 +91,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return "".join(str(self._measured(p)) for p in parts)
 
     def made(self, value: Any) -> Any:
-        """A list, tuple or dict that the template writes."""
+        """A list, tuple or dict that the template writes, or a slice."""
         return self._measured(value)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -97,6 +103,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if __obj in (__self.spend, __self.concatenate, __self.made):
             return __obj(*args)
         owner = getattr(__obj, "__self__", None)
+        if isinstance(owner, str) and getattr(__obj, "__name__", "") in BARRED:
+            raise Exhausted(f"it calls {__obj.__name__}, which no template needs")
         largest = RANGE if __obj is __self.globals["range"] else WIDEST
         __self._prepare(getattr(__obj, "__name__", ""), (owner, *args, *kwargs.values()), largest)
         result = super().call(__context, __obj, *args, **kwargs)
@@ -106,7 +114,30 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """`"{:5}".format(x)`, whose fields may have a width."""
         if isinstance(text := getattr(value, "__self__", None), str) and WIDE_FIELD.search(text):
             raise Exhausted("it formats to a width that is too large")
-        return super().wrap_str_format(value)
+        if (wrapped := super().wrap_str_format(value)) is None:
+            return None
+        assert text is not None
+
+        def formatted(*args: Any, **kwargs: Any) -> str:
+            self.spend(text.count("{") * self._weight([args, kwargs]))
+            return wrapped(*args, **kwargs)
+
+        return formatted
+
+    def _tojson(
+        self,
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | str | None = None,
+        separators: Any = None,
+        sort_keys: bool = False,
+    ) -> str:
+        """JSON that is not escaped for HTML, as transformers has it."""
+        if self._weight([indent, separators]) > MARGIN or (isinstance(indent, int) and indent > MARGIN):
+            raise Exhausted("it writes JSON too widely")
+        text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+        escaped = {f"\\u{ord(mark):04x}": mark for mark in self.marks} if ensure_ascii else {}
+        return ESCAPE.sub(lambda found: escaped.get(found[0], found[0]), text) if escaped else text
 
     def _charged(self, function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)  # Jinja's mark that it wants the context or environment first comes along
@@ -122,9 +153,19 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.spend(STEP + sum(sizes))
         if any(isinstance(v, int) and abs(v) > largest for v in values):
             raise Exhausted(f"it gives {name} a number over {largest}")
-        if name.removeprefix("do_") in ("replace", "join"):
+        self.spend(self._product(name.removeprefix("do_"), values, sizes))
+
+    def _product(self, name: str, values: tuple[Any, ...], sizes: list[int]) -> int:
+        """What is made by what grows like a product."""
+        if name in ("replace", "join"):
             longest = sorted(sizes)[-2:]
-            self.spend(longest[0] * longest[-1] if len(longest) > 1 else 0)
+            return longest[0] * longest[-1] if len(longest) > 1 else 0
+        wide = [v for v in values[1:] if (isinstance(v, int) and v > MARGIN) or _size(v) > MARGIN]
+        if name == "indent" and wide:
+            raise Exhausted("it indents too widely")
+        if name == "sum" and any(isinstance(v, list | tuple) for v in values[2:]):
+            raise Exhausted("it adds up lists")
+        return 0
 
     def _measured(self, value: Any) -> Any:
         self.spend(self._weight(value))
@@ -133,13 +174,19 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def _cost(self, operator: str, left: Any, right: Any) -> int:
         """What an operation makes, before it is made."""
         numbers = isinstance(left, int) and isinstance(right, int)
+        if numbers and operator in ("*", "**"):
+            bits = left.bit_length() * abs(right) if operator == "**" else left.bit_length() + right.bit_length()
+            if bits > BITS:
+                raise Exhausted("it makes a number that is too large")
         if operator == "**":
-            return left.bit_length() * abs(right) if numbers else 1
+            return STEP
         if operator == "*" and not numbers:
             value, count = (right, left) if isinstance(left, int) else (left, right)
             return self._weight(value) * max(count, 0) if isinstance(count, int) else 1
         if operator == "%" and isinstance(left, str) and WIDE_PERCENT.search(left):
             raise Exhausted("it formats to a width that is too large")
+        if operator == "%" and isinstance(left, str):
+            return self._weight(left) + (1 + left.count("%(")) * self._weight(right)
         return self._weight(left) + self._weight(right)
 
     def _weight(self, value: Any) -> int:
@@ -165,13 +212,6 @@ class Generation(Extension):
     def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def tojson(
-    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    """JSON that is not escaped for HTML, as transformers has it."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def strftime_now(format: str) -> str:
@@ -210,4 +250,5 @@ def _paid(node: Any) -> Any:
     if isinstance(node, nodes.Concat):
         return _hook("concatenate", node.nodes)
     literal = isinstance(node, nodes.List | nodes.Dict) or (isinstance(node, nodes.Tuple) and node.ctx == "load")
-    return _hook("made", [node]) if literal else node
+    sliced = isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice)
+    return _hook("made", [node]) if literal or sliced else node

@@ -1,18 +1,20 @@
 """Chat templates: from messages to a prompt in which nothing but the template's own control tokens is one."""
 
-import re
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from jinja2 import meta
 
-from llmrs.core.errors import ModelError, RequestError
+from llmrs.core.errors import ModelError, RequestError, did_you_mean
 from llmrs.models.config import read_json
-from llmrs.models.files import inside
+from llmrs.models.conversation import Conversation, broken, conversation, unused
+from llmrs.models.files import inside, read_text
+from llmrs.models.message import Message
 from llmrs.models.sandbox import Exhausted, Refused, Sandbox
-from llmrs.models.tokenizer import Tokenizer, checked
+from llmrs.models.tokenizer import Tokenizer
 
 LARGEST = 200_000  # characters of a template; those of today's models have less than a tenth
 BASE, PER_CHARACTER = 5_000_000, 200  # what a rendering may spend: for itself, and for what it is given
@@ -46,11 +48,14 @@ class ChatTemplate:
         """
         self.source, self.path = source, path
         self.specials = {f"{name}_token": text for name, text in specials.items()}
+        self.for_tools: ChatTemplate | None = None  # another one, for conversations with tools
         self._sandbox, self._lock = Sandbox(), threading.Lock()
         if len(source) > LARGEST:
             raise ModelError(f"{path}: the chat template has {len(source)} characters, over {LARGEST}", HINT)
         try:
+            source.encode()  # no lone surrogate
             self._sandbox.allow(BASE)
+            self.variables = meta.find_undeclared_variables(self._sandbox.parse(source)) - self.specials.keys()
             self._template = self._sandbox.compiled(source)
             self._render(PROBE, {})
         except Refused:
@@ -63,36 +68,84 @@ class ChatTemplate:
         """From chat_template.jinja, else tokenizer_config.json; None where there is none. Raises ModelError."""
         path, settings = inside(folder, "chat_template.jinja"), inside(folder, "tokenizer_config.json")
         if path.exists():
-            try:
-                return cls(path.read_text("utf-8"), specials, path)
-            except (OSError, UnicodeDecodeError) as error:
-                raise ModelError(f"{path} can't be read: {error}", HINT) from error
+            return cls(read_text(path, 4 * LARGEST), specials, path)
         source = read_json(settings).get("chat_template") if settings.exists() else None
-        if isinstance(source, list):  # several, by name
-            named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
-            source = named.get("default")
-        if source is not None and not isinstance(source, str):
-            raise ModelError(f"{settings}: chat_template is not text", HINT)
-        return None if source is None else cls(source, specials, settings)
+        named = source if isinstance(source, list) else [{"name": "default", "template": source}]
+        sources: dict[str, Any] = {str(t.get("name")): t.get("template") for t in named if isinstance(t, dict)}
+        return cls._of(sources, specials, settings)
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **more: Any) -> str:
-        """The conversation as text. `more` are further variables. Raises RequestError for what the template refuses."""
-        variables = {"add_generation_prompt": add_generation_prompt, "tools": None, "documents": None, **more}
+    @classmethod
+    def _of(cls, sources: Mapping[str, Any], specials: Mapping[str, str], path: Path) -> "ChatTemplate | None":
+        """From several by name: "default", and "tool_use" for conversations with tools."""
+        made = []
+        for source in map(sources.get, ("default", "tool_use")):
+            if source is not None and not isinstance(source, str):
+                raise ModelError(f"{path}: chat_template is not text", HINT)
+            made.append(None if source is None else cls(source, specials, path))
+        template, for_tools = made[0], made[1]
+        if template is not None:
+            template.for_tools = for_tools
+        return template
+
+    def render(self, messages: Sequence[Message | Mapping[str, Any]], **options: Any) -> str:
+        """The conversation as text. `options` are those of `conversation`. Raises RequestError."""
+        c = conversation(messages, **options)
+        return self.rendered(c, *unused(c, 1))
+
+    def rendered(self, c: Conversation, tag: str, marks: str = "") -> str:
+        """The conversation as text. `tag` is a character that it doesn't hold; JSON leaves the marks as they are.
+
+        Raises RequestError for what the template refuses or fails on, and for what it would ignore.
+        """
+        if c.tools and self.for_tools is not None:
+            return self.for_tools.rendered(c, tag, marks)
+        self._require_known(c)
+        messages = _tagged(c.messages, c.continued, tag) if c.continued else c.messages
+        variables = {"add_generation_prompt": c.add_generation_prompt, "tools": c.tools, "documents": None}
         try:
-            return self._render(messages, variables)
+            text = self._render(messages, {**variables, **c.variables}, tag + marks)
         except Refused as error:
             raise RequestError(f"the chat template refuses the messages: {error.message}", "see its rules") from error
         except (jinja2.TemplateError, *FAILURES) as error:
             raise RequestError(f"the chat template fails on the messages: {_reason(error)}", HINT) from error
+        return _cut(text, c.messages[-1][c.continued], tag) if c.continued else text
 
-    def _render(self, messages: Sequence[Mapping[str, Any]], variables: dict[str, Any]) -> str:
-        given = {**self.specials, "messages": [dict(m) for m in messages], **variables}
+    def _require_known(self, c: Conversation) -> None:
+        """Raises RequestError for variables that the template never reads."""
+        if c.tools and "tools" not in self.variables:
+            raise RequestError("the model's chat template takes no tools", "leave them out, or use another model")
+        for name in c.variables:
+            if name not in self.variables:
+                raise RequestError(f"the chat template knows no {name!r}", did_you_mean(name, self.variables))
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], variables: dict[str, Any], marks: str = "") -> str:
+        given = {**self.specials, "messages": messages, **variables}
         with self._lock:
-            self._sandbox.allow(BASE + PER_CHARACTER * len(repr(given)))
+            self._sandbox.allow(BASE + PER_CHARACTER * len(repr(given)), marks)
             return self._template.render(given)
 
 
-FAILURES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, SyntaxError)
+def _tagged(messages: Sequence[dict[str, Any]], field: str, tag: str) -> list[dict[str, Any]]:
+    """The messages, with the last one's field ending in a tag and a space, which shows whether spaces are trimmed."""
+    fields = ("reasoning_content", "thinking") if field == "reasoning_content" else (field,)
+    return [*messages[:-1], {**messages[-1], **{f: messages[-1][f] + tag + " " for f in fields}}]
+
+
+def _cut(text: str, continued: str, tag: str) -> str:
+    """The text up to the tag. Where the template trims the message, its end is trimmed too, as transformers does."""
+    at = text.rfind(tag)
+    if at < 0 or continued.strip() not in text:
+        raise RequestError(
+            "the last message can't be continued: the chat template leaves it out, or changes it",
+            "end with a message of the assistant, or don't continue it",
+        )
+    return text[:at] if text[at + 1 : at + 2] == " " else text[:at].rstrip()
+
+
+# MemoryError is what the compiler raises for a program that is nested too deep
+FAILURES = (
+    TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, SyntaxError, MemoryError,
+)  # fmt: skip
 
 
 def _reason(error: Exception) -> str:
@@ -103,44 +156,15 @@ def _reason(error: Exception) -> str:
 
 
 def encode_chat(
-    tokenizer: Tokenizer, template: ChatTemplate, messages: Sequence[Mapping[str, Any]], **variables: Any
+    tokenizer: Tokenizer, template: ChatTemplate, messages: Sequence[Message | Mapping[str, Any]], **options: Any
 ) -> ChatPrompt:
-    """Renders and encodes a conversation. Raises RequestError.
+    """Renders and encodes a conversation; `options` are those of `conversation`. Raises RequestError.
 
-    Added tokens in a message stay text: they are broken by a mark before rendering and mended after the template's
-    own are found. In the assistant's turns only control tokens are broken: a template may look for others, such as
-    the end of the model's thoughts, to leave them out.
+    Added tokens in what is given stay text: they are broken by a mark before rendering, and mended after the
+    template's own are found.
     """
-    for message in messages:
-        checked(message["content"])
-    mark = _unused_character(messages)
-    broken = [{**m, "content": _broken(tokenizer, m, mark)} for m in messages]
-    if broken == list(messages):
-        text = template.render(messages, **variables)
-        return ChatPrompt(text, tokenizer.encode_rendered(text))
-    marked = template.render(broken, **variables)
-    ids: list[int] = []
-    for part in _added(tokenizer, control_only=False).split(marked):
-        if mark in part:
-            ids += tokenizer.encode_plain(part.replace(mark, ""))
-        elif part:
-            ids += tokenizer.encode_rendered(part)
-    return ChatPrompt(marked.replace(mark, ""), ids)
-
-
-def _broken(tokenizer: Tokenizer, message: Mapping[str, Any], mark: str) -> str:
-    pattern = _added(tokenizer, control_only=message["role"] == "assistant")
-    return pattern.sub(lambda found: found[0][0] + mark + found[0][1:], message["content"])
-
-
-def _added(tokenizer: Tokenizer, *, control_only: bool) -> re.Pattern[str]:
-    """Matches added tokens, the longest first; white space is text. As a group, so that `split` keeps them."""
-    found = [t for t in tokenizer.added.values() if t.content.strip() and (t.special or not control_only)]
-    contents = sorted({t.content for t in found}, key=len, reverse=True)
-    return re.compile(f"({'|'.join(map(re.escape, contents)) or '(?!)'})")
-
-
-def _unused_character(messages: Sequence[Mapping[str, Any]]) -> str:
-    """A character of the private use area that no message holds."""
-    used = set().union(*(m["content"] for m in messages))
-    return next(c for c in map(chr, range(0xE000, 0xF900)) if c not in used)
+    c = conversation(messages, **options)
+    mark, tag = unused(c, 2)
+    added = {t.content: t.special for t in tokenizer.added.values() if t.content.strip()}  # white space is text
+    marked = template.rendered(broken(c, added, mark), tag, mark)
+    return ChatPrompt(marked.replace(mark, ""), tokenizer.encode_marked(marked, mark))

@@ -10,11 +10,15 @@ from typing import Any
 import tokenizers
 
 from llmrs.core.errors import ModelError, RequestError
-from llmrs.models.config import read_json
-from llmrs.models.files import inside
+from llmrs.models.config import SHORT, Fields, read_json
+from llmrs.models.conversation import checked
+from llmrs.models.files import MIB, inside, read_text
 
+MOST_WORDS = 2**24  # of a vocabulary; today's largest have 262,144
+LIMIT = 256 * MIB  # a vocabulary of 256,000 words takes about 35
 HINT = "is the file complete? It is what `tokenizers` writes"
 SPACE = "▁"  # SentencePiece's mark for a space
+BOUNDARY = "\ufdd0"  # a noncharacter: Unicode keeps it for the inside of programs
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -40,7 +44,7 @@ class Tokenizer:
         inner.no_padding()
         self.inner = inner
         self.added = inner.get_added_tokens_decoder()
-        self.specials = {n: c for n in ("bos", "eos", "pad", "unk") if (c := _content(settings, f"{n}_token"))}
+        self.specials = {n: c for n in ("bos", "eos", "pad", "unk") if (c := _content(path, settings, f"{n}_token"))}
         eos = self.specials.get("eos")
         eos_id = self.id_of(eos) if eos is not None else None
         if eos is not None and eos_id is None:
@@ -53,12 +57,7 @@ class Tokenizer:
     def load(cls, folder: Path) -> "Tokenizer":
         """From tokenizer.json, and tokenizer_config.json where there is one. Raises ModelError."""
         path, settings = inside(folder, "tokenizer.json"), inside(folder, "tokenizer_config.json")
-        try:
-            text = path.read_text("utf-8")
-        except OSError as error:
-            raise ModelError(f"{path} can't be read: {error.strerror}", "the folder needs a tokenizer.json") from error
-        except ValueError as error:
-            raise ModelError(f"{path} is not text: {error}", HINT) from error
+        text = read_text(path, LIMIT)
         return cls(_parse(text, path), read_json(settings) if settings.exists() else {}, path)
 
     @property
@@ -85,9 +84,35 @@ class Tokenizer:
         """Ids of text that holds all its control tokens, as chat templates write it."""
         return self.inner.encode(checked(text), add_special_tokens=False).ids
 
-    def encode_plain(self, text: str) -> list[int]:
-        """Ids of text in which nothing is a control token."""
-        return self._plain.encode(checked(text), add_special_tokens=False).ids
+    def encode_plain(self, text: str, *, first: bool = True) -> list[int]:
+        """Ids of text in which nothing is a control token. If it is not `first`, an added token stands before it,
+        and SentencePiece puts no space there.
+        """
+        if first:
+            return self._plain.encode(checked(text), add_special_tokens=False).ids
+        if BOUNDARY in text:
+            raise RequestError("the text holds U+FDD0, which is no character", "leave it out")
+        return self._plain.encode(BOUNDARY + checked(text), add_special_tokens=False).ids[1:]
+
+    def encode_marked(self, text: str, mark: str) -> list[int]:
+        """Ids of text that holds all its control tokens. Where the mark stands between two of them, and where one
+        comes about only by normalizing, there is plain text. The mark goes.
+        """
+        encoding = self.inner.encode(checked(text), add_special_tokens=False)
+        ids: list[int] = []
+        begin = at = 0  # of the text since the last added token: in the ids, and in the text
+        for n, (token, span) in enumerate(zip(encoding.ids, encoding.offsets, strict=True)):
+            if token in self.added and text[slice(*span)].strip() == self.added[token].content.strip():
+                ids += self._between(text[at : span[0]], encoding.ids[begin:n], mark, first=at == 0)
+                ids.append(token)
+                begin, at = n + 1, span[1]
+        return ids + self._between(text[at:], encoding.ids[begin:], mark, first=at == 0)
+
+    def _between(self, text: str, ids: list[int], mark: str, *, first: bool) -> list[int]:
+        """The ids of text between added tokens, which are `ids` unless it is marked or they hold one nevertheless."""
+        if mark not in text and not any(i in self.added and self.added[i].content.strip() for i in ids):
+            return ids
+        return self.encode_plain(text.replace(mark, ""), first=first) if text else []
 
     def token_bytes(self, token: int) -> bytes:
         """What a token adds to the text; nothing for control tokens and for ids that are none."""
@@ -110,31 +135,49 @@ class Tokenizer:
         """The same without added tokens. Runs of white space stay: they are text, which some models add this way."""
         data = json.loads(self.inner.to_str())
         data["added_tokens"] = [t for t in data["added_tokens"] if not t["content"].strip(f"{SPACE} \n\t")]
-        return tokenizers.Tokenizer.from_str(json.dumps(data))
-
-
-def checked(text: str) -> str:
-    """The text, if it can be encoded. Raises RequestError."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        shown = ascii(text[error.start])
-        raise RequestError(f"the text holds {shown}, a lone surrogate", "text must be valid Unicode") from error
-    return text
+        plain = tokenizers.Tokenizer.from_str(json.dumps(data))
+        plain.add_special_tokens([BOUNDARY])
+        return plain
 
 
 def _parse(text: str, path: Path) -> tokenizers.Tokenizer:
+    """Reads and tries a tokenizer. Raises ModelError for what the library refuses, and for what it panics on."""
+    _check_ids(text, path)
     try:
-        return tokenizers.Tokenizer.from_str(text)
-    except Exception as error:
+        inner = tokenizers.Tokenizer.from_str(text)
+        inner.encode("Hi", add_special_tokens=True)
+    except BaseException as error:  # Rust's panics are none of Python's Exceptions
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise ModelError(f"{path} holds no tokenizer: {error}", HINT) from error
+    return inner
 
 
-def _content(settings: dict[str, Any], name: str) -> str | None:
+def _check_ids(text: str, path: Path) -> None:
+    """Raises ModelError for an id that no model has: the library makes tables that are as long as the largest."""
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is not JSON: {error}", HINT) from error
+    model = data.get("model") if isinstance(data, dict) else None
+    words = model.get("vocab") if isinstance(model, dict) else None
+    for word, number in words.items() if isinstance(words, dict) else ():
+        if type(number) is not int or not 0 <= number < MOST_WORDS:
+            raise ModelError(
+                f"{path}: the id of {word[:50]!r} is {SHORT.repr(number)}; ids are 0 to {MOST_WORDS - 1}", HINT
+            )
+
+
+def _content(path: Path, settings: dict[str, Any], name: str) -> str | None:
     """A special token's text, which files write as text or as an object."""
     value = settings.get(name)
     value = value.get("content") if isinstance(value, dict) else value
-    return value if isinstance(value, str) else None
+    if value is not None and not isinstance(value, str):
+        raise Fields(path, settings).error(name, "text, or an object with the text as its content")
+    try:
+        return value and checked(value)
+    except RequestError as error:
+        raise ModelError(f"{path}: {name}: {error.message}", HINT) from error
 
 
 def _is_byte_level(inner: tokenizers.Tokenizer, path: Path) -> bool:

@@ -114,11 +114,11 @@ def test_what_can_not_run_is_listed_with_the_reason(listed, cache, folder):
     found = {name: e for (name, _), e in listed().items()}
     words = {
         "o/strange": "architecture 'StrangeModel' is not supported",
-        "o/nothing": "config.json can't be read",
+        "o/nothing": "there is no file config.json",
         "strange": "StrangeModel",
         "quantized": "awq",
         "cut": "model.safetensors can't be read",
-        "broken": "config.json is not JSON",
+        "broken": "config.json is not text",
         "half": "it lacks tokenizer.json",
         "demo": "",
     }
