@@ -1,4 +1,4 @@
-"""On an NVIDIA GPU: python tests/check_cuda.py FOLDER loads a checkpoint, says how memory was shared out and how fast it is."""
+"""On an NVIDIA GPU, python tests/check_cuda.py FOLDER: how memory was shared out, and how fast a checkpoint runs."""
 
 import sys
 import time
