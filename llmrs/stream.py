@@ -24,7 +24,7 @@ class Sink:
         """Called by the engine's thread after each commit, and when the request ends without a token."""
         if self.ended:
             return
-        if not request.output:
+        if len(request.output) == len(tokens):  # up to the first token
             self._hand_over(request.computed_tokens)
         for token in tokens:
             self._put(self.detokenizer.push(token))
