@@ -31,6 +31,7 @@ class Backend(ABC):
     fused_ops: frozenset[str] = frozenset()
     max_in_flight = 1  # steps that may be launched before the first one's tokens are read
     block_size = 16  # tokens of a KV block, where the user does not say
+    step_tokens = 2048  # of a step, where the user does not say
 
     def __init__(self, device: str, dtype: str, kv_dtype: str) -> None:
         """`device` is "auto" or one of `devices()`. Raises BackendError when it is not there."""

@@ -134,7 +134,9 @@ class EngineConfig(Checked):
     max_num_seqs: int = option(
         8 if sys.platform == "darwin" else 32, "requests that run at once (8 on macOS, else 32)", low=1, high=4096
     )
-    max_num_batched_tokens: int = option(2048, "tokens of one step; long prompts are split", low=1, high=2**20)
+    max_num_batched_tokens: int | None = option(
+        None, "tokens of one step; long prompts are split; null: 2048, on a CPU 256", low=1, high=2**20
+    )
     block_size: int | None = option(None, "tokens of a KV block; null: what suits the backend", low=1, high=1024)
     kv_cache_memory: int | None = option(None, "bytes for the KV cache; null: by need and free memory", low=1)
     memory_fraction: float = option(0.9, "part of the free memory that may be used", low=0.01, high=1.0)

@@ -37,6 +37,7 @@ class Launcher(Protocol):
     """What the engine needs of a backend."""
 
     max_in_flight: int
+    step_tokens: int  # tokens of a step, where the user does not say
 
     def launch(self, batch: Batch) -> Ticket:
         """Starts a step and returns at once; steps run in the order of their launch."""
@@ -52,13 +53,14 @@ class EngineCore:
     """Steps requests through a backend. Used by one thread."""
 
     def __init__(self, backend: Launcher, config: EngineConfig, vocabulary: int, max_model_len: int, pool: BlockPool):
-        if config.max_num_batched_tokens < config.max_num_seqs:
+        budget = config.max_num_batched_tokens or max(backend.step_tokens, config.max_num_seqs)
+        if budget < config.max_num_seqs:
             raise ConfigError(
-                f"max_num_batched_tokens {config.max_num_batched_tokens} is below max_num_seqs {config.max_num_seqs}",
+                f"max_num_batched_tokens {budget} is below max_num_seqs {config.max_num_seqs}",
                 "every running request needs room for a token in each step",
             )
         self.backend, self.vocabulary, self.max_model_len = backend, vocabulary, max_model_len
-        self.scheduler = Scheduler(config.max_num_seqs, config.max_num_batched_tokens, max_model_len, pool)
+        self.scheduler = Scheduler(config.max_num_seqs, budget, max_model_len, pool)
         self.in_flight: deque[tuple[Step, Ticket]] = deque()
         self.span: Callable[[str], AbstractContextManager[object]] = lambda name: nullcontext()  # for traces
 

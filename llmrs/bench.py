@@ -36,6 +36,7 @@ class NoDevice:
     """A backend that computes nothing: its tokens are drawn beforehand."""
 
     max_in_flight = 1
+    step_tokens = 2048
 
     def __init__(self, rows: int, vocabulary: int) -> None:
         self.drawn = np.random.default_rng(0).integers(0, vocabulary, (256, rows)).astype(np.int32)

@@ -35,6 +35,8 @@ class FakeTicket:
 class FakeBackend:
     """Its KV cache holds (token, position) in each cell; attention reads the whole sequence back from it."""
 
+    step_tokens = 16
+
     def __init__(self, blocks, block_size, slots, vocabulary=50, max_in_flight=1):
         self.cells = np.full((blocks, block_size, 2), -1, np.int64)
         self.last_token = np.full(slots, -1, np.int64)

@@ -36,6 +36,7 @@ class Context:
     cells: torch.Tensor  # int64 (T,): where each token's KV goes: block * block_size + offset
     parts: list[Part]
     rows: torch.Tensor  # int64 (R,): those whose logits are wanted
+    turns: dict[int, tuple[torch.Tensor, torch.Tensor]]  # rope's cos and sin, as they are asked for
 
 
 def context(batch: Batch, block_size: int, device: torch.device) -> Context:
@@ -48,6 +49,7 @@ def context(batch: Batch, block_size: int, device: torch.device) -> Context:
         on_device(blocks * block_size + batch.positions % block_size, device),
         [_part(batch, group, block_size, device) for group in groups],
         on_device(batch.rows.astype(np.int64), device),
+        {},
     )
 
 

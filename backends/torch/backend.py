@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from llmrs.backends.base import Backend
-from llmrs.backends.memory import free_host_memory, trim_host_memory
+from llmrs.backends.memory import free_host_memory, keep_freed_memory, trim_host_memory
 from llmrs.backends.torch import ops
 from llmrs.backends.torch.attention import Context, context, on_device
 from llmrs.backends.torch.linear import prepare
@@ -73,7 +73,11 @@ class TorchBackend(Backend):
         super().__init__(device, dtype, kv_dtype)
         self.at = torch.device(device)
         self.type = DTYPES[dtype]
-        self.max_in_flight = 2 if self.at.type == "cuda" else 1  # on the CPU a launch computes
+        if self.at.type == "cuda":
+            self.max_in_flight = 2  # on the CPU a launch computes
+        else:
+            keep_freed_memory()
+            self.step_tokens = 256  # as fast as more, with temporaries that the caches hold; and nobody waits long
         self.program: list[Call] = []
         self.kv: list[ops.KV] = []
         self.slots = SlotState(0, 0, self.at)

@@ -40,20 +40,22 @@ def scale(_: Context, x: Tensor, *, by: float) -> Tensor:
 
 
 def rms_norm(_: Context, x: Tensor, w: Tensor, *, eps: float, offset: float = 0.0) -> Tensor:
-    wide = x.float()
-    normal = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
-    # 1 + w would lose w's last bits in bf16
-    return (normal * (w.float() + offset)).to(x.dtype) if offset else normal.to(x.dtype) * w
+    if offset:  # 1 + w would lose w's last bits in bf16
+        return torch.nn.functional.rms_norm(x.float(), w.shape, w.float() + offset, eps).to(x.dtype)
+    return torch.nn.functional.rms_norm(x, w.shape, w, eps)
 
 
 def heads(_: Context, x: Tensor, *, size: int) -> Tensor:  # (T, H * d) -> (T, H, d)
     return x.unflatten(-1, (-1, size))
 
 
-def rope(_: Context, x: Tensor, positions: Tensor, *, frequencies: Frequencies) -> Tensor:  # (T, H, d), (T,)
-    angles = positions[:, None].float() * _on_device(frequencies, x.device)  # (T, d/2)
-    cos, sin = (f(angles)[:, None, :] * frequencies.scale for f in (torch.cos, torch.sin))
-    a, b = x.float().chunk(2, dim=-1)
+def rope(c: Context, x: Tensor, positions: Tensor, *, frequencies: Frequencies) -> Tensor:  # (T, H, d), (T,)
+    if id(frequencies) not in c.turns:  # once for all layers
+        angles = positions[:, None].float() * _on_device(frequencies, x.device)  # (T, d/2)
+        cos, sin = (f(angles)[:, None, :] * frequencies.scale for f in (torch.cos, torch.sin))
+        c.turns[id(frequencies)] = cos, sin
+    cos, sin = c.turns[id(frequencies)]
+    a, b = x.chunk(2, dim=-1)  # products with cos and sin are float32
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
