@@ -25,7 +25,7 @@ class Mutation:
         self.old, self.new, self.places = old, new, 0
 
     def __call__(self, text: str) -> str:
-        self.places += text.count(self.old)
+        self.places = max(self.places, text.count(self.old))
         return text.replace(self.old, self.new)
 
 
@@ -52,7 +52,7 @@ def assert_close(got: mx.array, expected: np.ndarray, dtype=None) -> None:
 
 
 def ragged(counts, lengths, block: int, rng) -> tuple[Batch, int]:
-    """A step that feeds the last counts[s] tokens of sequences of lengths[s], in blocks drawn at random; their number."""
+    """A step of the last counts[s] tokens of sequences of lengths[s], in blocks at random; and how many blocks."""
     counts, lengths = np.array(counts, np.int32), np.array(lengths, np.int32)
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
     needed = -(-lengths // block)

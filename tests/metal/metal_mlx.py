@@ -75,8 +75,11 @@ class Shim:
 
         def call(*, inputs, output_shapes, output_dtypes, grid, threadgroup, template=None, init_value=None):
             self.calls.append(name)
-            traced = dict(output_shapes=output_shapes, output_dtypes=output_dtypes, grid=grid, threadgroup=threadgroup)
-            msl = generated(real, inputs, **traced, **({"template": template} if template else {}))
+            options = {"template": template} if template else {}
+            msl = generated(
+                real, inputs, output_shapes=output_shapes, output_dtypes=output_dtypes, grid=grid,
+                threadgroup=threadgroup, **options,
+            )  # fmt: skip
             kernel = self.built[msl] = self.built.get(msl) or Kernel(msl)
             arrays = dict(zip(input_names, map(to_numpy, inputs), strict=True))
             for out, shape, dtype in zip(output_names, output_shapes, output_dtypes, strict=True):

@@ -11,7 +11,7 @@
 
 namespace ms {
 enum State { READY, WAITS_SIMD, WAITS_GROUP, DONE };
-constexpr uint WIDTH = 32, MOST = 1024, STACK = 128 * 1024, SLOT = 32, SHARED_LIMIT = 32768;
+constexpr uint WIDTH = 32, MOST = 1024, STACK = 128 * 1024, SLOT = 32, SHARED_LIMIT = 32768, MOST_PASSES = 20000;
 
 struct Thread {
 #ifdef MS_UCONTEXT
@@ -223,7 +223,7 @@ enum Order { FORWARD, REVERSED, SHUFFLED };
 static void run_group(int order, uint& random) {
   static uint turn[MOST];
   for (uint i = 0; i < count; i++) turn[i] = order == REVERSED ? count - 1 - i : i;
-  while (group_live) {
+  for (uint passes = 0; group_live; passes++) {
     bool ran = false;
     if (order == SHUFFLED)
       for (uint i = count - 1; i > 0; i--) {
@@ -235,6 +235,7 @@ static void run_group(int order, uint& random) {
       if (t.state == READY) { resume(t); ran = true; }
     }
     if (!ran && !error) error = "divergent control flow: threads wait for others that do not come";
+    if (passes > MOST_PASSES && !error) error = "the threads wait for each other again and again: a loop without an end?";
     if (error) return;
   }
 }

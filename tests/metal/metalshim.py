@@ -51,7 +51,8 @@ using namespace metal;
 #line 1 "{name}.metal"
 {body}
 }}
-extern "C" const char* ms_run(void** buffers, const uint64_t* bytes, const uint* grid, const uint* size, int order, int fill) {{
+extern "C" const char* ms_run(void** buffers, const uint64_t* bytes, const uint* grid, const uint* size,
+                              int order, int fill) {{
   static const char* names[] = {{{names}}};
   for (uint i = 0; i < {count}; i++) ms::regions[i] = {{names[i], (char*)buffers[i], (char*)buffers[i] + bytes[i]}};
   return ms::run(kernels::ms_body, {count}, grid, size, order, fill);
@@ -138,6 +139,6 @@ class Kernel:
         if differs.any():
             where = np.flatnonzero(differs)
             raise MetalError(
-                f"{self.source.name}: {name}[{where[0]}] and {len(where) - 1} more depend on the order of the threads or on "
-                "memory that was not written: a missing barrier?"
+                f"{self.source.name}: {name}[{where[0]}] and {len(where) - 1} more depend on the order of the threads "
+                "or on memory that was not written: a missing barrier?"
             )

@@ -31,7 +31,7 @@ def compare(mutate=None, window=0, splits=0, **options):
     assert_close(got, attend(context, q, kv, scale=scale, window=window).reshape(q.shape))
 
 
-EDGES = dict(counts=[1] * 6, lengths=[1, 15, 16, 17, 32, 70])
+EDGES = {"counts": [1] * 6, "lengths": [1, 15, 16, 17, 32, 70]}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -86,7 +86,7 @@ def test_a_padding_token_sees_nothing_and_gives_zeros():
     ],
 )
 def test_a_mutated_kernel_fails(old, new):
-    options = dict(window=33, splits=3, size=80, counts=[1] * 4, lengths=[1, 15, 48, 112])
+    options = {"window": 33, "splits": 3, "size": 80, "counts": [1] * 4, "lengths": [1, 15, 48, 112]}
     assert_found(old, new, lambda mutate: compare(mutate, **options))
 
 

@@ -145,7 +145,7 @@ def test_what_the_launchers_refuse():
     x = mx.zeros((2, 16))
     with pytest.raises(BackendError, match=r"add_norm: y has shape \(1, 16\), not \(2, 16\)"):
         rows.add_norm(kernels(), x, x[:1], x[0], eps=EPS)
-    with pytest.raises(BackendError, match="gated: gate_up is mlx.core.int32"):
+    with pytest.raises(BackendError, match=r"gated: gate_up is mlx\.core\.int32"):
         rows.gated(kernels(), x.astype(mx.int32), gelu=False)
     with pytest.raises(BackendError, match="norm_rope: head size 15"):
         rows.norm_rope(

@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 
-from llmrs.backends.mlx.kernels.launch import FLOATS, Kernel, Kernels, check, require
+from llmrs.backends.mlx.kernels.launch import FLOATS, Kernel, Kernels, Template, check, require
 
 DECODE = Kernel("paged_decode", ("q", "keys", "values", "tables", "owners", "visible", "scale"), ("out",))
 COMBINE = Kernel("paged_combine", ("partial",), ("out",))
@@ -39,19 +39,20 @@ def paged_decode(
     elements = lane_elements(size)
     heads = heads_together(query_heads // kv_heads, elements)
     splits = splits or choose_splits(tokens * query_heads // heads, min(longest, window or longest))
-    template = {"T": q.dtype, "O": mx.float32 if splits > 1 else q.dtype, "D": size, "E": elements, "BLOCK": block}
+    dtype = mx.float32 if splits > 1 else q.dtype
+    template: Template = {"T": q.dtype, "O": dtype, "D": size, "E": elements, "BLOCK": block}
     template |= {"HQ": query_heads, "HK": kv_heads, "G": heads, "SIMDS": SIMDS, "WINDOW": window, "SPLIT": splits > 1}
-    shape = (tokens, query_heads, splits, size + 2) if splits > 1 else (tokens, query_heads, size)
+    shape = (tokens, query_heads, *((splits, size + 2) if splits > 1 else (size,)))
     grid = (32 * SIMDS, query_heads // heads * splits, tokens)
     inputs = (q, keys, values, tables, owners, visible, scale)
-    (out,) = kernels.run(DECODE, inputs, template, grid, (32 * SIMDS, 1, 1), [(shape, template["O"])])
+    (out,) = kernels.run(DECODE, inputs, template, grid, (32 * SIMDS, 1, 1), [(shape, dtype)])
     return _combine(kernels, out, q.dtype) if splits > 1 else out
 
 
 def _combine(kernels: Kernels, partial: mx.array, dtype: mx.Dtype) -> mx.array:
     tokens, heads, _, width = partial.shape
     size = width - 2
-    template = {"O": dtype, "D": size}
+    template: Template = {"O": dtype, "D": size}
     grid, threadgroup = (size, tokens * heads, 1), (min(size, 256), 1, 1)
     return kernels.run(COMBINE, (partial,), template, grid, threadgroup, [((tokens, heads, size), dtype)])[0]
 

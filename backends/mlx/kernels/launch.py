@@ -12,6 +12,7 @@ from llmrs.core.errors import BackendError
 
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 Output = tuple[tuple[int, ...], mx.Dtype]
+Template = dict[str, mx.Dtype | int | bool]
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,14 @@ class Kernels:
     """
 
     def __init__(self, make: Callable[..., Any] | None = None) -> None:
-        self._make = make or mx.fast.metal_kernel
+        self._make: Callable[..., Any] = make or mx.fast.metal_kernel
         self._made: dict[Kernel, Callable[..., Any]] = {}
 
     def run(
         self,
         kernel: Kernel,
         inputs: Sequence[mx.array | float],
-        template: dict[str, mx.Dtype | int | bool],
+        template: Template,
         grid: tuple[int, int, int],
         threadgroup: tuple[int, int, int],
         outputs: Sequence[Output],
@@ -61,13 +62,14 @@ class Kernels:
         )
 
     def _compile(self, kernel: Kernel) -> Callable[..., Any]:
+        options: dict[str, Any] = {"compile_options": {"math_mode": "safe"}} if kernel.exact else {}
         return self._make(
             name=f"llmrs_{kernel.name}",
             input_names=list(kernel.inputs),
             output_names=list(kernel.outputs),
             source=source(kernel.name),
             header="".join(source(h) for h in kernel.headers),
-            **({"compile_options": {"math_mode": "safe"}} if kernel.exact else {}),
+            **options,
         )
 
 

@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 
-from llmrs.backends.mlx.kernels.launch import FLOATS, Kernel, Kernels, check, require
+from llmrs.backends.mlx.kernels.launch import FLOATS, Kernel, Kernels, Template, check, require
 
 NORM_ROPE = Kernel(
     "norm_rope",
@@ -37,7 +37,7 @@ def norm_rope(
     check(NORM_ROPE, "frequencies", frequencies, (size // 2,), (mx.float32,))
     for name, weight in zip(("q_weight", "k_weight"), weights or (), strict=False):
         check(NORM_ROPE, name, weight, (size,), FLOATS)
-    template = {
+    template: Template = {
         "T": qkv.dtype,
         "K": kv_dtype,
         "D": size,
@@ -68,7 +68,7 @@ def add_norm(
         check(ADD_NORM, name, array, (rows, width), (x.dtype,) if x.dtype in FLOATS else FLOATS)
     check(ADD_NORM, "weight", weight, (width,), FLOATS)
     simds = min(max(width // 128, 1), 32)  # four elements a thread, up to 1024 threads
-    template = {"T": x.dtype, "N": width, "SIMDS": simds}
+    template: Template = {"T": x.dtype, "N": width, "SIMDS": simds}
     grid, threadgroup = (32 * simds, rows, 1), (32 * simds, 1, 1)
     total, normed = kernels.run(
         ADD_NORM, (x, y, weight, eps, offset), template, grid, threadgroup, [((rows, width), x.dtype)] * 2
@@ -81,6 +81,6 @@ def gated(kernels: Kernels, gate_up: mx.array, *, gelu: bool) -> mx.array:
     require(GATED, gate_up.ndim == 2 and gate_up.shape[1] % 2 == 0, "gate_up is (T, 2 N)")
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     check(GATED, "gate_up", gate_up, (rows, 2 * width), FLOATS)
-    template = {"T": gate_up.dtype, "N": width, "GELU": gelu}
+    template: Template = {"T": gate_up.dtype, "N": width, "GELU": gelu}
     outputs = [((rows, width), gate_up.dtype)]
     return kernels.run(GATED, (gate_up,), template, (width, rows, 1), (min(width, 256), 1, 1), outputs)[0]

@@ -1,0 +1,121 @@
+// Where top-k and top-p cut: the least likely token that stays, for each sequence. No sort.
+//
+// Layouts (row-major): logits T (S, VOCAB); temperature float (S,), 0: greedy, nothing to do; top_k int32 (S,), 0: all;
+// top_p float (S,), 1: all. A token's value is logit / temperature, its key the value's bits, ordered as the values.
+// Output: edges uint32 (S, 3): token i stays if its key is greater than edges[0], or equal and i <= edges[1];
+// edges[2] is the greatest key, which min-p needs.
+//
+// Grid: threadgroups (1, S) of SIMDS simdgroups; a threadgroup works on one sequence. It narrows the bracket (low, high]
+// of the edge's key by four in each pass over the logits, until one token or one value is in it: about 8 passes for
+// top-k and as many for top-p, at most 16 each. All threads know the bracket, so they take the same branches.
+// Bytes: VOCAB * sizeof(T) per pass and sequence, from the cache after the first.
+// Formula: `keep` of core/sampling.py: top-p keeps a token if the weight exp(value - largest) of what is likelier, within
+// top-k, is less than top_p of all of it; of equal values the lower id is likelier.
+constexpr uint THREADS = 32 * SIMDS;
+threadgroup float scratch[6 * SIMDS];
+threadgroup uint found[1];
+const uint tid = thread_index_in_threadgroup, lane = thread_index_in_simdgroup, simd = simdgroup_index_in_threadgroup;
+const uint s = threadgroup_position_in_grid.y;
+const device T* row = logits + size_t(s) * VOCAB;
+const float heat = temperature[s];
+if (heat == 0.0f) {
+  if (tid < 3) edges[3 * s + tid] = tid == 1 ? VOCAB : 0;
+  return;
+}
+
+// the largest and the least value
+float top = -INFINITY, bottom = INFINITY;
+for (uint i = tid; i < VOCAB; i += THREADS) {
+  top = max(top, float(row[i]) / heat);
+  bottom = min(bottom, float(row[i]) / heat);
+}
+top = simd_max(top);
+bottom = simd_min(bottom);
+if (lane == 0) {
+  scratch[simd] = top;
+  scratch[SIMDS + simd] = bottom;
+}
+threadgroup_barrier(mem_flags::mem_threadgroup);
+top = simd_max(lane < SIMDS ? scratch[lane] : -INFINITY);
+bottom = simd_min(lane < SIMDS ? scratch[SIMDS + lane] : INFINITY);
+
+// round 0 finds the edge of top-k; round 1 that of top-p among what top-k leaves
+uint edge = 0, last = VOCAB;  // all stay
+float most = VOCAB, limit = INFINITY;  // the tokens before the edge must be fewer, and weigh less
+for (uint round = 0; round < 2; round++) {
+  if (round == 0) {
+    if (top_k[s] == 0 || uint(top_k[s]) >= VOCAB) continue;
+    most = top_k[s];
+  } else {
+    if (top_p[s] >= 1.0f) continue;
+    float sum[1] = {0.0f};
+    for (uint i = tid; i < VOCAB; i += THREADS) {
+      const float x = float(row[i]) / heat;
+      const uint key = ordered(x);
+      if (key > edge || (key == edge && i <= last)) sum[0] += metal::precise::exp(x - top);
+    }
+    sum_of_all<1, SIMDS>(sum, scratch, lane, simd);
+    limit = max(top_p[s] * sum[0], 1e-30f);  // the likeliest token always stays
+  }
+  uint low = ordered(bottom) - 1, high = ordered(top);
+  float counts[2] = {float(VOCAB), 0.0f}, weight = 0.0f;  // tokens above low and high; the weight of those above high
+  while (high - low > 1 && counts[0] - counts[1] > 1.0f) {
+    const uint step = max((high - low) / 4, 1u);
+    uint pivot[3];
+    for (uint j = 0; j < 3; j++) pivot[j] = high - low > (j + 1) * step ? low + (j + 1) * step : high;
+    float sums[6] = {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};  // count and weight above each pivot
+    for (uint i = tid; i < VOCAB; i += THREADS) {
+      const float x = float(row[i]) / heat;
+      const uint key = ordered(x);
+      if (key <= pivot[0]) continue;
+      const float w = metal::precise::exp(x - top);
+      for (uint j = 0; j < 3; j++) {
+        sums[j] += key > pivot[j] ? 1.0f : 0.0f;
+        sums[3 + j] += key > pivot[j] ? w : 0.0f;
+      }
+    }
+    sum_of_all<6, SIMDS>(sums, scratch, lane, simd);
+    for (uint j = 3; j-- > 0;) {  // the edge is at a pivot or below it where what is above it is little
+      if (sums[j] < most && sums[3 + j] < limit) {
+        high = pivot[j];
+        counts[1] = sums[j];
+        weight = sums[3 + j];
+      }
+    }
+    for (uint j = 0; j < 3; j++) {
+      if (pivot[j] < high) {
+        low = pivot[j];
+        counts[0] = sums[j];
+      }
+    }
+  }
+  edge = low + 1;
+  last = VOCAB;
+  const uint equal = uint(counts[0] - counts[1]);
+  if (equal <= 1) continue;
+  // one value is left, of `equal` tokens: the first `room` of them stay
+  const float each = metal::precise::exp(as_type<float>(high >> 31 ? high ^ 0x80000000u : ~high) - top);
+  const float fit = ceil(min((limit - weight) / each, float(VOCAB)));
+  const uint room = uint(max(min(most - counts[1], fit), 1.0f));
+  if (room >= equal) continue;
+  const uint span = (VOCAB + THREADS - 1) / THREADS, from = tid * span, to = min(from + span, uint(VOCAB));
+  uint mine = 0;
+  for (uint i = from; i < to; i++) mine += ordered(float(row[i]) / heat) == high ? 1 : 0;
+  uint before = simd_prefix_exclusive_sum(mine);
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  if (lane == 31) scratch[simd] = float(before + mine);
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  for (uint g = 0; g < simd; g++) before += uint(scratch[g]);
+  for (uint i = from; i < to; i++) {
+    if (ordered(float(row[i]) / heat) != high) continue;
+    before++;
+    if (before == room) found[0] = i;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  last = found[0];
+}
+if (tid == 0) {
+  edges[3 * s] = edge;
+  edges[3 * s + 1] = last;
+  edges[3 * s + 2] = ordered(top);
+}
