@@ -1,12 +1,14 @@
 """Random inputs for the kernels, their references in NumPy, and how close results must be."""
 
+import re
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from metal_mlx import Shim
 from metal_source import MetalError
 
-from llmrs.backends.mlx.kernels.launch import Kernels
+from llmrs.backends.mlx.kernels.launch import Kernels, source
 from llmrs.core.batch import Batch
 from llmrs.core.sampling import SamplingArrays
 
@@ -34,7 +36,17 @@ def assert_found(old: str, new: str, work) -> None:
     mutation = Mutation(old, new)
     with pytest.raises((AssertionError, MetalError)):
         work(mutation)
-    assert mutation.places == 1, f"{old!r} occurs {mutation.places} times"
+    assert mutation.places == 1, f"{old[:200]!r} occurs {mutation.places} times"
+
+
+def without_barriers(name: str) -> list:
+    """Mutations (old, new) of a .metal file, each of which lacks one of its barriers."""
+    text = source(name)
+    found = re.finditer(r"(thread|simd)group_barrier[^;]*;", text)
+    return [
+        pytest.param(text, text[: m.start()] + text[m.end() :], id=f"{name}: barrier {n} missing")
+        for n, m in enumerate(found, 1)
+    ]
 
 
 def rounded(a: np.ndarray, dtype) -> tuple[mx.array, np.ndarray]:

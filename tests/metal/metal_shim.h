@@ -92,7 +92,7 @@ template <class P> auto atomic_load_explicit(P p, memory_order) { return p->v; }
 template <class P, class U> void atomic_store_explicit(P p, U u, memory_order) { p->v = u; }
 
 // ---- 8x8 matrices, two elements a lane. Apple does not document which lane holds which element, and no kernel of ours
-// asks: there is no thread_elements().
+// asks: there is no thread_elements(), and the order here is one that nobody would guess.
 template <class T, int R = 8, int C = 8> struct simdgroup_matrix {
   static_assert(R == 8 && C == 8 && ms_real<T>);
   vec<T, 2> e;
@@ -103,20 +103,20 @@ typedef simdgroup_matrix<float> simdgroup_float8x8;
 typedef simdgroup_matrix<half> simdgroup_half8x8;
 typedef simdgroup_matrix<bfloat> simdgroup_bfloat8x8;
 template <class T, int R, int C> simdgroup_matrix<T, R, C> make_filled_simdgroup_matrix(T v) { return simdgroup_matrix<T, R, C>(v); }
-inline uint ms_row(uint lane) { return lane / 4; }
-inline uint ms_column(uint lane) { return lane % 4 * 2; }
+inline uint ms_row(uint lane) { return (lane * 13 + 7) % 32 / 4; }
+inline uint ms_column(uint lane) { return (lane * 13 + 7) % 4 * 2; }
+inline uint ms_lane(uint row, uint column) { return (row * 4 + column / 2 + 25) * 5 % 32; }
+// Loads and stores do not wait for the other lanes, so a kernel that needs a barrier around one is found out.
 template <class T, ms::Space S, class U>
-void simdgroup_load(simdgroup_matrix<T>& m, ms::ptr<S, U> p, ulong stride = 8, ulong2 origin = ulong2(0ul), bool transposed = false, MS_LINE) {
+void simdgroup_load(simdgroup_matrix<T>& m, ms::ptr<S, U> p, ulong stride = 8, ulong2 origin = ulong2(0ul), bool transposed = false) {
   static_assert(std::is_same_v<T, std::remove_const_t<U>>);
   uint r = ms_row(ms::current->lane), c = ms_column(ms::current->lane);
-  ms::together(17 + 32 * line, 0, [](auto&, uint, uint) { return 0; });
   for (int i = 0; i < 2; i++)
     m.e[i] = transposed ? p[(origin.y + c + i) * stride + origin.x + r] : p[(origin.y + r) * stride + origin.x + c + i];
 }
 template <class T, ms::Space S>
-void simdgroup_store(simdgroup_matrix<T> m, ms::ptr<S, T> p, ulong stride = 8, ulong2 origin = ulong2(0ul), bool transposed = false, MS_LINE) {
+void simdgroup_store(simdgroup_matrix<T> m, ms::ptr<S, T> p, ulong stride = 8, ulong2 origin = ulong2(0ul), bool transposed = false) {
   uint r = ms_row(ms::current->lane), c = ms_column(ms::current->lane);
-  ms::together(18 + 32 * line, 0, [](auto&, uint, uint) { return 0; });
   for (int i = 0; i < 2; i++)
     p[transposed ? (origin.y + c + i) * stride + origin.x + r : (origin.y + r) * stride + origin.x + c + i] = m.e[i];
 }
@@ -129,7 +129,7 @@ void simdgroup_multiply_accumulate(simdgroup_matrix<D>& d, simdgroup_matrix<A> a
     for (int i = 0; i < 2; i++) {
       float sum = float(c.e[i]);
       for (uint k = 0; k < 8; k++) {
-        Pair left = ms::lane_value<Pair>(g, turn, row * 4 + k / 2), right = ms::lane_value<Pair>(g, turn, k * 4 + column / 2);
+        Pair left = ms::lane_value<Pair>(g, turn, ms_lane(row, k)), right = ms::lane_value<Pair>(g, turn, ms_lane(k, column));
         sum += float(left.a[k % 2]) * float(right.b[column % 2 + i]);
       }
       out[i] = D(sum);

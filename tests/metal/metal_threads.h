@@ -11,7 +11,7 @@
 
 namespace ms {
 enum State { READY, WAITS_SIMD, WAITS_GROUP, DONE };
-constexpr uint WIDTH = 32, MOST = 1024, STACK = 128 * 1024, SLOT = 32, SHARED_LIMIT = 32768, MOST_PASSES = 20000;
+constexpr uint WIDTH = 32, MOST = 1024, STACK = 128 * 1024, SLOT = 32, SHARED_LIMIT = 32768, MOST_PASSES = 1000000;
 
 struct Thread {
 #ifdef MS_UCONTEXT
@@ -220,23 +220,35 @@ static void begin_group(const uint* g, const uint* grid, const uint* size, const
   }
 }
 enum Order { FORWARD, REVERSED, SHUFFLED };
+static bool run_ready(const uint* turn, uint from, uint to) {
+  bool ran = false;
+  for (uint k = from; k < to && !error; k++) {
+    Thread& t = threads[turn[k]];
+    if (t.state == READY) { resume(t); ran = true; }
+  }
+  return ran;
+}
+// Forward and reversed, a simdgroup runs as far as it can before the next one does, so that one which does not wait for
+// the others gets ahead of them. Shuffled, the threads of all simdgroups take turns.
 static void run_group(int order, uint& random) {
   static uint turn[MOST];
   for (uint i = 0; i < count; i++) turn[i] = order == REVERSED ? count - 1 - i : i;
-  for (uint passes = 0; group_live; passes++) {
+  const uint first = order == REVERSED ? (count - 1) % WIDTH + 1 : WIDTH;  // threads of the first simdgroup
+  for (uint passes = 0; group_live && !error; passes++) {
     bool ran = false;
-    if (order == SHUFFLED)
+    if (order == SHUFFLED) {
       for (uint i = count - 1; i > 0; i--) {
         random = random * 1664525u + 1013904223u;
         std::swap(turn[i], turn[(random >> 8) % (i + 1)]);
       }
-    for (uint k = 0; k < count && !error; k++) {
-      Thread& t = threads[turn[k]];
-      if (t.state == READY) { resume(t); ran = true; }
+      ran = run_ready(turn, 0, count);
+    } else {
+      for (uint from = 0, to = first; from < count; from = to, to += WIDTH)
+        while (run_ready(turn, from, std::min(to, count)) && passes <= MOST_PASSES) { ran = true; passes++; }
     }
-    if (!ran && !error) error = "divergent control flow: threads wait for others that do not come";
-    if (passes > MOST_PASSES && !error) error = "the threads wait for each other again and again: a loop without an end?";
     if (error) return;
+    if (passes > MOST_PASSES) error = "the threads wait for each other again and again: a loop without an end?";
+    else if (!ran) error = "divergent control flow: threads wait for others that do not come";
   }
 }
 static const char* run(void (*kernel)(const Thread&), uint buffers, const uint* grid, const uint* size, int order, int fill) {

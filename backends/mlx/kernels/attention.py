@@ -1,11 +1,14 @@
 """Attention over the paged KV cache: one query token at a time, or tiles of prompt tokens."""
 
 import mlx.core as mx
+import numpy as np
 
 from llmrs.backends.mlx.kernels.launch import FLOATS, Kernel, Kernels, Template, check, require
 
 DECODE = Kernel("paged_decode", ("q", "keys", "values", "tables", "owners", "visible", "scale"), ("out",))
 COMBINE = Kernel("paged_combine", ("partial",), ("out",))
+
+PREFILL = Kernel("paged_prefill", ("q", "keys", "values", "tables", "starts", "lengths", "tiles", "scale"), ("out",))
 
 SIMDS = 8  # simdgroups of a threadgroup
 LEAST = 64  # positions that are worth a threadgroup of their own
@@ -68,6 +71,51 @@ def _check(kernel: Kernel, q: mx.array, keys: mx.array, values: mx.array, tables
     for name, array in (("keys", keys), ("values", values)):
         check(kernel, name, array, (blocks, block, kv_heads, size), FLOATS)
     check(kernel, "tables", tables, tuple(tables.shape), (mx.int32,))
+
+
+def paged_prefill(
+    kernels: Kernels,
+    q: mx.array,  # (T, Hq, D)
+    keys: mx.array,  # (blocks, block_size, Hk, D), of q's type
+    values: mx.array,  # the same
+    tables: mx.array,  # int32 (S, B)
+    starts: np.ndarray,  # int32 (S + 1,), as in Batch
+    lengths: np.ndarray,  # int32 (S,), as in Batch
+    *,
+    scale: float,
+    window: int = 0,
+) -> mx.array:
+    """The same for a ragged step: token t sees its sequence up to its own position. (T, Hq, D) of q's type.
+
+    Raises BackendError for shapes, types and head sizes that the kernel can't do.
+    """
+    _check(PREFILL, q, keys, values, tables)
+    tokens, heads, size = q.shape
+    require(PREFILL, keys.dtype == q.dtype == values.dtype, f"q is {q.dtype}, keys are {keys.dtype}")
+    require(PREFILL, starts[-1] == tokens and len(starts) == len(lengths) + 1 == tables.shape[0] + 1, "S differs")
+    simds = tile_simds(size, q.dtype)
+    tiles = prompt_tiles(starts, 8 * simds)
+    template: Template = {"T": q.dtype, "D": size, "BLOCK": keys.shape[1], "HQ": heads, "HK": keys.shape[2]}
+    template |= {"SIMDS": simds, "WINDOW": window}
+    steps = [mx.array(a) for a in (starts, lengths, tiles)]
+    grid, threadgroup = (32 * simds, heads, len(tiles)), (32 * simds, 1, 1)
+    return kernels.run(
+        PREFILL, (q, keys, values, tables, *steps, scale), template, grid, threadgroup, [(tuple(q.shape), q.dtype)]
+    )[0]
+
+
+def prompt_tiles(starts: np.ndarray, rows: int) -> np.ndarray:
+    """int32 (N, 2): sequence and first token of each tile of up to `rows` tokens of one sequence."""
+    counts = -(-np.diff(starts) // rows)
+    sequences = np.repeat(np.arange(len(counts)), counts)
+    number = np.arange(len(sequences)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.stack([sequences, starts[sequences] + number * rows], axis=1).astype(np.int32)
+
+
+def tile_simds(size: int, dtype: mx.Dtype) -> int:
+    """Simdgroups of a tile, 8 tokens each: as many as 32 KiB of threadgroup memory hold."""
+    element = 4 if dtype == mx.float32 else 2
+    return next(n for n in (4, 2, 1) if 8 * n * size * element + 256 * n * n + 256 * n <= 32768)
 
 
 def lane_elements(size: int) -> int:
