@@ -17,7 +17,8 @@ ERROR = {mx.float32: 2e-6, mx.float16: 1e-3, mx.bfloat16: 8e-3}  # of the larges
 
 
 def kernels(mutate=None) -> Kernels:
-    return Kernels(Shim(mutate))
+    """Kernels on the GPU where there is Metal, else on the shim. Mutated ones run on the shim only."""
+    return Kernels() if mx.metal.is_available() and not mutate else Kernels(Shim(mutate))
 
 
 class Mutation:

@@ -117,8 +117,11 @@ def _check(text: str) -> None:
             raise MetalError(f"{token}: not a header of MSL")
     if re.search(r"\blong\s+long\b|\bif\s+constexpr\b|\blambda\b|(?:=|\(|,|return)\s*\[[&=]?\]\s*\(", text):
         raise MetalError("long long, if constexpr and lambdas are not part of MSL's C++14")
-    if re.search(r"\b\d+\.?\d*[eE]?[lL]\b(?=\.)|\d\.\d*[lL]\b", text):
-        raise MetalError("a long double number")
+    for number in re.findall(r"(?<![\w.])(?:\d+\.\d*|\.\d+|\d+(?=[eE]))(?:[eE][+-]?\d+)?[\w.]*", text):
+        if not number.endswith(("f", "h")):
+            raise MetalError(f"{number}: C++ would take it for a double; say {number}f")
+    if found := re.search(r"\b0[xX][\da-fA-F.]+[pP]", text):
+        raise MetalError(f"{found[0]}: hexadecimal floats are newer than MSL's C++14")
 
 
 class _Rewriter:

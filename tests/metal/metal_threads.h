@@ -11,7 +11,7 @@
 
 namespace ms {
 enum State { READY, WAITS_SIMD, WAITS_GROUP, DONE };
-constexpr uint WIDTH = 32, MOST = 1024, STACK = 128 * 1024, SLOT = 32, SHARED_LIMIT = 32768, MOST_PASSES = 1000000;
+constexpr uint WIDTH = 32, MOST = 1024, STACK = 128 * 1024, SLOT = 32, SHARED_LIMIT = 32768, MOST_PASSES = 100000;
 
 struct Thread {
 #ifdef MS_UCONTEXT

@@ -22,7 +22,7 @@ from metal_source import MetalError, Source, translate
 HERE = Path(__file__).parent
 COMPILER = os.environ.get("CXX", "g++")
 FLAGS = (
-    "-std=c++20 -O1 -fPIC -Werror=vla -ffp-contract=off -fsingle-precision-constant -ftrivial-auto-var-init=pattern "
+    "-std=c++20 -O1 -fPIC -Werror=vla -ffp-contract=off -ftrivial-auto-var-init=pattern "
     "-fsanitize=bounds,shift,integer-divide-by-zero"
 ).split()
 RUNS = ((0, 0xFF), (1, 0xA5), (2, 0x3C))  # order of the threads, filling of memory

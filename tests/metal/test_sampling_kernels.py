@@ -6,7 +6,6 @@ import pytest
 mx = pytest.importorskip("mlx.core")
 
 from metal_cases import DTYPES, assert_found, kernels, rounded, without_barriers  # noqa: E402
-from metal_mlx import Shim  # noqa: E402
 
 from llmrs.backends.mlx.kernels import sampling  # noqa: E402
 from llmrs.backends.mlx.kernels.launch import source  # noqa: E402
@@ -122,7 +121,9 @@ def test_noise():
     """It may differ in the last places from NumPy's, whose logarithms are others."""
     text = "noise[thread_position_in_grid.x] = gumbel(keys[0], thread_position_in_grid.x);"
     keys = np.array([0x89ABCDEF] * 8, np.uint32)
-    made = Shim()(name="noise", input_names=["keys"], output_names=["noise"], source=text, header=source("random"))
+    made = kernels()._make(
+        name="noise", input_names=["keys"], output_names=["noise"], source=text, header=source("random")
+    )
     (noise,) = made(
         inputs=[mx.array(keys)], output_shapes=[(20000,)], output_dtypes=[mx.float32], grid=(20000, 1, 1),
         threadgroup=(256, 1, 1),

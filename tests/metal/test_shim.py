@@ -79,6 +79,7 @@ def test_threadgroup_memory_and_barriers():
             REVERSE.replace("part[i] = x[i];", "if (i > 2) part[i] = x[i];"),
             "depend on the order of the threads or on memory",
         ),
+        ("for (;;) simdgroup_barrier(mem_flags::mem_none);", "a loop without an end"),
         ("threadgroup float a[8193]; a[i] = 0; y[i] = a[i];", "more than 32768 bytes"),
     ],
 )
@@ -104,6 +105,9 @@ def test_what_goes_wrong_is_reported(body, message):
         ("int n = x_shape[0]; threadgroup float a[n]; a[i] = 1; y[i] = 2;", "not usable in a constant expression"),
         ("threadgroup float a[N]; const device float* p = a; y[i] = p[i];", "conversion"),
         ("half h = x[i]; y[i] = h;", "conversion"),
+        ("y[i] = 1.5;", "double; say 1.5f"),
+        ("y[i] = 1e3 * x[i];", "double; say 1e3f"),
+        ("y[i] = 0x1p-3f;", "hexadecimal"),
         ("x[i] = 1; y[i] = 1;", "read-only"),
     ],
 )

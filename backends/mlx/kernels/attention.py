@@ -8,7 +8,9 @@ from llmrs.backends.mlx.kernels.launch import FLOATS, Kernel, Kernels, Template,
 DECODE = Kernel("paged_decode", ("q", "keys", "values", "tables", "owners", "visible", "scale"), ("out",))
 COMBINE = Kernel("paged_combine", ("partial",), ("out",))
 
-PREFILL = Kernel("paged_prefill", ("q", "keys", "values", "tables", "starts", "lengths", "tiles", "scale"), ("out",))
+PREFILL = Kernel(
+    "paged_prefill", ("q", "keys", "values", "tables", "starts", "lengths", "tiles", "scale"), ("out",), ("matrices",)
+)
 
 SIMDS = 8  # simdgroups of a threadgroup
 LEAST = 64  # positions that are worth a threadgroup of their own

@@ -3,7 +3,8 @@
 // Layouts (row-major): gate_up T (rows, 2, N): the gate's N elements of a row, then up's. Output: y T (rows, N).
 // Grid: threads (N, rows, 1); a thread makes one element.
 // Bytes: 3 * N * sizeof(T) per row.
-// Formula: silu_mul and gelu_mul of backends/reference/ops.py. precise::tanh, because the fast one is NaN far from 0.
+// Formula: silu_mul and gelu_mul of backends/reference/ops.py. precise::tanh, because the fast one is NaN far
+// from 0; exp may give infinity.
 const uint i = thread_position_in_grid.x;
 const size_t row = thread_position_in_grid.y;
 const float g = float(gate_up[row * 2 * N + i]), u = float(gate_up[row * 2 * N + N + i]);

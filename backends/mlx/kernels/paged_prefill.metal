@@ -41,7 +41,7 @@ for (uint i = lane; i < 64; i += 32) my_diagonal[i] = 0.0f;
 threadgroup_barrier(mem_flags::mem_threadgroup);
 simdgroup_matrix<T, 8, 8> query[D / 8];
 simdgroup_matrix<float, 8, 8> result[D / 8];
-for (uint c = 0; c < D / 8; c++) {
+UNROLLED (uint c = 0; c < D / 8; c++) {
   simdgroup_load(query[c], tile + simd * 8 * D + c * 8, D);
   result[c] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
 }
@@ -59,7 +59,7 @@ for (int key = begin; key < end; key += ROWS) {
   threadgroup_barrier(mem_flags::mem_threadgroup);
   for (uint j = 0; j < SIMDS; j++) {  // 8 keys at a time
     simdgroup_matrix<float, 8, 8> score = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
-    for (uint c = 0; c < D / 8; c++) {
+    UNROLLED (uint c = 0; c < D / 8; c++) {
       simdgroup_matrix<T, 8, 8> k;
       simdgroup_load(k, tile + j * 8 * D + c * 8, D, ulong2(0, 0), true);
       simdgroup_multiply_accumulate(score, query[c], k, score);
@@ -98,11 +98,11 @@ for (int key = begin; key < end; key += ROWS) {
   threadgroup_barrier(mem_flags::mem_threadgroup);
   simdgroup_matrix<float, 8, 8> scaling;
   simdgroup_load(scaling, my_diagonal, 8);
-  for (uint c = 0; c < D / 8; c++) simdgroup_multiply(result[c], scaling, result[c]);
+  UNROLLED (uint c = 0; c < D / 8; c++) simdgroup_multiply(result[c], scaling, result[c]);
   for (uint j = 0; j < SIMDS; j++) {
     simdgroup_matrix<float, 8, 8> weights;
     simdgroup_load(weights, my_scores + j * 8, ROWS);
-    for (uint c = 0; c < D / 8; c++) {
+    UNROLLED (uint c = 0; c < D / 8; c++) {
       simdgroup_matrix<T, 8, 8> v;
       simdgroup_load(v, tile + j * 8 * D + c * 8, D);
       simdgroup_multiply_accumulate(result[c], weights, v, result[c]);
@@ -111,7 +111,7 @@ for (int key = begin; key < end; key += ROWS) {
 }
 
 // eight columns of the result at a time, through the memory of the scores
-for (uint c = 0; c < D / 8; c++) {
+UNROLLED (uint c = 0; c < D / 8; c++) {
   simdgroup_barrier(mem_flags::mem_threadgroup);
   simdgroup_store(result[c], my_scores, 8);
   simdgroup_barrier(mem_flags::mem_threadgroup);

@@ -16,7 +16,7 @@ inline float log_one_plus(float x) {
 
 inline float gumbel(uint key, uint token) {
   const uint h = mixed(mixed(token) ^ key);
-  const float v = min((float(h) + 0.5f) * 0x1p-32f, 1.0f - 0x1p-24f);
+  const float v = min((float(h) + 0.5f) / 4294967296.0f, 1.0f - 1.0f / 16777216.0f);
   return -metal::precise::log(-log_one_plus(-v));
 }
 

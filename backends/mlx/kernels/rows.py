@@ -10,7 +10,7 @@ NORM_ROPE = Kernel(
     ("q", "k", "v"),
 )
 ADD_NORM = Kernel("add_norm", ("x", "y", "weight", "eps", "offset"), ("total", "normed"))
-GATED = Kernel("gated", ("gate_up",), ("y",))
+GATED = Kernel("gated", ("gate_up",), ("y",), exact=True)
 
 
 def norm_rope(

@@ -39,11 +39,11 @@ threadgroup_barrier(mem_flags::mem_threadgroup);
 top = simd_max(lane < SIMDS ? scratch[lane] : -INFINITY);
 bottom = simd_min(lane < SIMDS ? scratch[SIMDS + lane] : INFINITY);
 
-// round 0 finds the edge of top-k; round 1 that of top-p among what top-k leaves
+// stage 0 finds the edge of top-k; stage 1 that of top-p among what top-k leaves
 uint edge = 0, last = VOCAB;  // all stay
 float most = VOCAB, limit = INFINITY;  // the tokens before the edge must be fewer, and weigh less
-for (uint round = 0; round < 2; round++) {
-  if (round == 0) {
+for (uint stage = 0; stage < 2; stage++) {
+  if (stage == 0) {
     if (top_k[s] == 0 || uint(top_k[s]) >= VOCAB) continue;
     most = top_k[s];
   } else {
