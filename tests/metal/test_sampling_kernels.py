@@ -53,9 +53,9 @@ def draw(mutate=None, options=OPTIONS, vocabulary=1237, dtype=mx.float32, seed=0
     np.testing.assert_array_equal(np.array(got), core.sample(x32, params))
 
 
-def kept(mutate, x32, params):
+def kept(mutate, x32, params, listed):
     """Which tokens sample_keep lets stay, bool (S, V)."""
-    edges = np.array(sampling.keep(kernels(mutate), mx.array(x32), params))
+    edges = np.array(sampling.keep(kernels(mutate), mx.array(x32), params, listed))
     bits = (
         (x32 / np.where(params.temperature > 0, params.temperature, 1)[:, None] + 0).astype(np.float32).view(np.uint32)
     )
@@ -63,11 +63,11 @@ def kept(mutate, x32, params):
     return (keys > edges[:, :1]) | ((keys == edges[:, :1]) & (np.arange(x32.shape[1]) <= edges[:, 1:2]))
 
 
-def compare_kept(mutate=None, vocabulary=1237, scale=3.0, decimals=9, seed=0):
+def compare_kept(mutate=None, vocabulary=1237, scale=3.0, decimals=9, seed=0, listed=64):
     rng = np.random.default_rng(seed)
     x = np.round(rng.normal(size=(len(OPTIONS), vocabulary)) * scale, decimals).astype(np.float32)
     params = parameters(OPTIONS)
-    got = kept(mutate, x, params)
+    got = kept(mutate, x, params, listed)
     for s in np.flatnonzero(params.temperature > 0):
         top_p = params.top_p[s] if params.top_p[s] < 1 else 2  # 1 cuts off what float32 sums lose at their end
         expected = core.keep(x[s] / params.temperature[s], params.top_k[s], top_p, 0.0)
@@ -97,8 +97,9 @@ def test_one_row():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_what_stays(seed):
-    compare_kept(seed=seed)
-    compare_kept(seed=seed, decimals=0)  # many equal ones
+    for listed in (1, 64, 2048):  # none of them fits, some do, all do
+        compare_kept(seed=seed, listed=listed)
+        compare_kept(seed=seed, listed=listed, decimals=0)  # many equal ones
     compare_kept(seed=seed, scale=1e-3)
     compare_kept(seed=seed, decimals=1, scale=30)
 
@@ -143,11 +144,14 @@ def found_by_what_stays(mutate):
         ("sums[j] < most", "sums[j] <= most"),
         ("sums[3 + j] < limit", "sums[j] < limit"),
         ("uint low = ordered(bottom) - 1", "uint low = ordered(bottom)"),
-        ("counts[0] - counts[1] > 1.0f", "counts[0] - counts[1] > 2.0f"),
+        ("above_low - above_high > 1)", "above_low - above_high > 2)"),
+        ("above_low <= LIST", "above_low <= 4 * LIST"),
+        ("size = above_low;", "size = above_low - 1;"),
+        ("surplus > 0) sum[0]", "false) sum[0]"),
+        ("list[at++] = key", "list[at] = key"),
         ("before == room", "before == room + 1"),
         ("g < simd; g++", "g + 1 < simd; g++"),
         ("low + (j + 1) * step : high", "low + (j + 1) * step : low"),
-        ("key > edge || (key == edge && i <= last)", "true"),
         ("bits >> 31 ? ~bits", "bits >> 31 ? bits"),
         *without_barriers("sample_keep"),
         *without_barriers("random"),

@@ -154,6 +154,7 @@ def test_matrices_multiply():
     np.testing.assert_array_equal(y.reshape(8, 8), 1 + m @ m.T)
 
 
+@pytest.mark.filterwarnings("ignore:overflow")
 def test_half_and_bfloat_round_to_nearest_even():
     x = np.random.default_rng(0).normal(size=64).astype(np.float32)
     x[:4] = 1 + 2.0**-11, 1 + 3 * 2.0**-11, 65520, 1e-8

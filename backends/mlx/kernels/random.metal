@@ -26,6 +26,8 @@ inline uint ordered(float x) {
   return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
+inline float value_of(uint key) { return as_type<float>(key >> 31 ? key ^ 0x80000000u : ~key); }
+
 // The sum over all threads of each of N numbers, for every thread. `scratch` holds N * SIMDS numbers.
 template <int N, int SIMDS>
 inline void sum_of_all(thread float (&v)[N], threadgroup float* scratch, uint lane, uint simd) {
@@ -35,4 +37,15 @@ inline void sum_of_all(thread float (&v)[N], threadgroup float* scratch, uint la
     if (lane == 0) scratch[n * SIMDS + simd] = v[n];
   threadgroup_barrier(mem_flags::mem_threadgroup);
   for (int n = 0; n < N; n++) v[n] = simd_sum(lane < SIMDS ? scratch[n * SIMDS + lane] : 0.0f);
+}
+
+// The sum of `mine` over the threads before this one. `scratch` holds SIMDS numbers.
+template <int SIMDS>
+inline uint sum_before(uint mine, threadgroup float* scratch, uint lane, uint simd) {
+  uint sum = simd_prefix_exclusive_sum(mine);
+  threadgroup_barrier(mem_flags::mem_threadgroup);  // what was there before has been read
+  if (lane == 31) scratch[simd] = float(sum + mine);
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  for (uint g = 0; g < simd; g++) sum += uint(scratch[g]);
+  return sum;
 }

@@ -21,10 +21,9 @@ for (uint i = part * PART + tid; i < to; i += 32 * SIMDS) {
   if (heat > 0.0f) {
     x /= heat;
     if (FILTER) {
-      const uint key = ordered(x), edge = edges[3 * s], greatest = edges[3 * s + 2];
-      const float top = as_type<float>(greatest >> 31 ? greatest ^ 0x80000000u : ~greatest);
+      const uint key = ordered(x), edge = edges[3 * s];
       if (key < edge || (key == edge && i > edges[3 * s + 1])) continue;
-      if (metal::precise::exp(x - top) < min_p[s]) continue;
+      if (metal::precise::exp(x - value_of(edges[3 * s + 2])) < min_p[s]) continue;
     }
     x += gumbel(keys[s], i);
   }

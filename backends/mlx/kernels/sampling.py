@@ -13,6 +13,7 @@ PICK = Kernel("sample_pick", ("scores", "ids"), ("tokens",), exact=True)
 
 SIMDS = 8  # simdgroups of a threadgroup that looks at a part of the vocabulary
 PART_TOKENS = 4096
+LIST_TOKENS = 2048  # that sample_keep holds in threadgroup memory
 
 
 def sample(kernels: Kernels, logits: mx.array, params: SamplingArrays, part: int = PART_TOKENS) -> mx.array:
@@ -48,11 +49,11 @@ def cuts(params: SamplingArrays, vocabulary: int) -> bool:
     return bool(((params.temperature > 0) & (top_k | (params.top_p < 1) | (params.min_p > 0))).any())
 
 
-def keep(kernels: Kernels, logits: mx.array, params: SamplingArrays) -> mx.array:
-    """What sample_keep finds, uint32 (S, 3)."""
+def keep(kernels: Kernels, logits: mx.array, params: SamplingArrays, listed: int = LIST_TOKENS) -> mx.array:
+    """What sample_keep finds, uint32 (S, 3); it searches up to `listed` tokens in fast memory."""
     rows, vocabulary = logits.shape
     simds = min(max(vocabulary // 256, 1), 32)  # eight tokens a thread, up to 1024 threads
     inputs = (logits, *map(mx.array, (params.temperature, params.top_k.astype(np.int32), params.top_p)))
-    template: Template = {"T": logits.dtype, "VOCAB": vocabulary, "SIMDS": simds}
+    template: Template = {"T": logits.dtype, "VOCAB": vocabulary, "SIMDS": simds, "LIST": listed}
     grid, threadgroup = (32 * simds, rows, 1), (32 * simds, 1, 1)
     return kernels.run(KEEP, inputs, template, grid, threadgroup, [((rows, 3), mx.uint32)])[0]
