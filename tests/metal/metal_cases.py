@@ -76,7 +76,10 @@ def ragged(counts, lengths, block: int, rng) -> tuple[Batch, int]:
         tables[s, :n], order = order[:n], order[n:]
     positions = np.concatenate([np.arange(n - c, n) for c, n in zip(counts, lengths, strict=True)]).astype(np.int32)
     none = np.zeros(len(counts), np.int32)
-    batch = Batch(positions, positions, starts, lengths, tables, none, none > 0, SamplingArrays.zeros(len(counts)))
+    sampling = SamplingArrays.zeros(len(counts))
+    batch = Batch(
+        positions, positions, starts, lengths, tables, none, none > 0, sampling, rows=starts[1:] - 1, targets=none[:0]
+    )
     return batch, total
 
 

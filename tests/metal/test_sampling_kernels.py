@@ -32,14 +32,11 @@ OPTIONS = [
 def parameters(options, seed=0):
     rng = np.random.default_rng(seed)
     rows = [WHOLE | o for o in options]
-    values = {n: [r[n] for r in rows] for n in WHOLE}
-    return core.SamplingArrays(
-        np.array(values["temperature"], np.float32),
-        np.array(values["top_k"], np.int32),
-        np.array(values["top_p"], np.float32),
-        np.array(values["min_p"], np.float32),
-        rng.integers(0, 2**32, len(rows), dtype=np.uint32),
-    )
+    params = core.SamplingArrays.zeros(len(rows))
+    for name in WHOLE:
+        getattr(params, name)[:] = [r[name] for r in rows]
+    params.key[:] = rng.integers(0, 2**32, len(rows), dtype=np.uint32)
+    return params
 
 
 def draw(mutate=None, options=OPTIONS, vocabulary=1237, dtype=mx.float32, seed=0, logits=None, part=4096):
