@@ -8,6 +8,7 @@ mx = pytest.importorskip("mlx.core")
 from metal_cases import DTYPES, assert_close, assert_found, kernels, rounded, without_barriers  # noqa: E402
 
 from llmrs.backends.mlx.kernels import rows  # noqa: E402
+from llmrs.backends.mlx.kernels.launch import Kernels  # noqa: E402
 from llmrs.backends.reference import ops  # noqa: E402
 from llmrs.core.errors import BackendError  # noqa: E402
 from llmrs.core.ir import Frequencies  # noqa: E402
@@ -139,6 +140,12 @@ def test_gated(dtype, gelu):
 )  # fmt: skip
 def test_a_mutated_gated_fails(old, new, gelu):
     assert_found(old, new, lambda mutate: gated(mutate, gelu=gelu))
+
+
+@pytest.mark.skipif(mx.metal.is_available(), reason="there is Metal")
+def test_mlx_takes_the_kernels_and_says_that_there_is_no_metal():
+    with pytest.raises(RuntimeError, match="No Metal back-end"):
+        mx.eval(rows.gated(Kernels(), mx.zeros((2, 16)), gelu=False))
 
 
 def test_what_the_launchers_refuse():
