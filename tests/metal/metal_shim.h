@@ -14,7 +14,7 @@ enum class mem_flags { mem_none, mem_device, mem_threadgroup, mem_texture };
 enum memory_order { memory_order_relaxed };
 #define MS_LINE int line = __builtin_LINE()
 inline void threadgroup_barrier(mem_flags, MS_LINE) { ms::group_barrier(line); }
-inline void simdgroup_barrier(mem_flags, MS_LINE) { ms::together(1 + 32 * line, 0, [](auto&, uint, uint) { return 0; }); }
+inline void simdgroup_barrier(mem_flags, MS_LINE) { ms::together(ms::SIMD_BARRIER + 32 * line, 0, [](auto&, uint, uint) { return 0; }); }
 
 // ---- mathematics: computed in float and rounded to the argument's type
 #define MS_UNARY(n, e) \

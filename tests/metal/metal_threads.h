@@ -11,6 +11,7 @@
 
 namespace ms {
 enum State { READY, WAITS_SIMD, WAITS_GROUP, DONE };
+constexpr int SIMD_BARRIER = 1;  // the number of that operation, see `together`
 constexpr uint WIDTH = 32, MOST = 1024, STACK = 128 * 1024, SLOT = 32, SHARED_LIMIT = 32768, MOST_PASSES = 100000;
 
 struct Thread {
@@ -24,17 +25,17 @@ struct Thread {
   uint3 in_grid, in_group, group, group_size, groups, grid;
 };
 struct Simdgroup {  // `slot` holds what the lanes bring to an operation; two of them, used in turn
-  uint arrived, live, turn;
+  uint arrived, live, turn, barriers;
   int operation;
   uint mask[2];
   alignas(32) unsigned char slot[2][WIDTH][SLOT];
 };
-struct Region { const char* name; char *begin, *end; };
+struct Region { const char* name; char *begin, *end; uint shadow; };  // shadow: see Shadow, of threadgroup arrays
 
 static Thread threads[MOST];
 static Simdgroup simdgroups[MOST / WIDTH];
 static Thread* current;
-static uint count, group_arrived, group_live;
+static uint count, group_arrived, group_live, group_barriers;
 static int group_line;
 static char message[512];
 static const char* error;
@@ -84,6 +85,45 @@ template <class... A> [[gnu::noinline, noreturn]] static void fail(const char* f
   for (;;) yield();
 }
 
+// ---- races in threadgroup memory: a byte that one thread writes and another one touches, without a barrier in between.
+// simd_sum and its like are no barriers. What a thread touches is noted with its old value; when the thread comes to an
+// operation that others take part in, what has changed by then is what it wrote.
+struct Mark { int thread; uint group_barriers, simd_barriers; };
+struct Shadow { Mark writer, readers[2]; };
+struct Touch { const Region* region; char* at; uint bytes; unsigned char old[SLOT]; };
+static Shadow shadows[SHARED_LIMIT];
+static Touch touches[4096];
+static uint touch_count;
+static Mark mark() { return {int(current->index), group_barriers, simdgroups[current->simdgroup].barriers}; }
+static bool races(const Mark& m) {
+  if (m.thread < 0 || m.thread == int(current->index) || m.group_barriers != group_barriers) return false;
+  return uint(m.thread) / WIDTH != current->simdgroup || m.simd_barriers == simdgroups[current->simdgroup].barriers;
+}
+static void settle() {
+  for (uint n = 0; n < touch_count; n++) {
+    const Touch& t = touches[n];
+    const bool wrote = std::memcmp(t.at, t.old, t.bytes) != 0;
+    for (uint b = 0; b < t.bytes; b++) {
+      Shadow& s = shadows[t.region->shadow + (t.at - t.region->begin) + b];
+      if (races(s.writer) || (wrote && (races(s.readers[0]) || races(s.readers[1]))))
+        fail("%s[%ld]: one thread writes it and another one reads or writes it, without a barrier in between",
+             t.region->name, long(t.at - t.region->begin) / long(t.bytes));
+      if (wrote) s.writer = mark();
+      else if (s.readers[0].thread != int(current->index)) { s.readers[1] = s.readers[0]; s.readers[0] = mark(); }
+      else s.readers[0] = mark();
+    }
+  }
+  touch_count = 0;
+}
+static void touch(const Region* r, char* at, uint bytes) {
+  if (touch_count == sizeof touches / sizeof *touches) settle();
+  Touch& t = touches[touch_count++];
+  t.region = r;
+  t.at = at;
+  t.bytes = bytes;
+  std::memcpy(t.old, at, bytes);
+}
+
 // ---- checked pointers
 enum Space { device_, constant_, threadgroup_ };
 static const Region* region_of(const void* p) {
@@ -97,9 +137,9 @@ template <Space S, class T> struct ptr {
   ptr(T* p, const Region* r) : p(p), r(r) {}
   ptr(T* p) : p(p), r(region_of(p)) {}  // from &x[i]
   template <class U> explicit(!std::is_same_v<T, const U>) ptr(const ptr<S, U>& o) : p((T*)o.p), r(o.r) {}
-  template <class I> T& operator[](I i) const { return *at(int64_t(i)); }
-  T& operator*() const { return *at(0); }
-  T* operator->() const { return at(0); }
+  template <class I> T& operator[](I i) const { return *touched(at(int64_t(i))); }
+  T& operator*() const { return *touched(at(0)); }
+  T* operator->() const { return at(0); }  // which only atomics use
   template <class I> ptr operator+(I i) const { return ptr((T*)((char*)p + int64_t(i) * int64_t(sizeof(T))), r); }
   template <class I> ptr operator-(I i) const requires std::is_integral_v<I> { return *this + -int64_t(i); }
   int64_t operator-(ptr o) const { return p - o.p; }
@@ -110,6 +150,11 @@ template <Space S, class T> struct ptr {
   bool operator<(ptr o) const { return p < o.p; }
 
  private:
+  T* touched(T* q) const {
+    static_assert(sizeof(T) <= SLOT);
+    if (S == threadgroup_) touch(r, (char*)q, sizeof(T));
+    return q;
+  }
   T* at(int64_t i) const {
     if (!r) fail("a pointer without a value is read");
     char* q = (char*)p + i * int64_t(sizeof(T));
@@ -133,7 +178,9 @@ static void add_shared(const char* name, char* begin, size_t bytes) {
   for (uint i = 0; i < region_count; i++) if (regions[i].begin == begin) return;
   if ((shared_bytes += (bytes + 15) / 16 * 16) > SHARED_LIMIT) fail("more than 32768 bytes of threadgroup memory");
   std::memset(begin, poison, bytes);
-  regions[region_count++] = {name, begin, begin + bytes};
+  const uint shadow = shared_bytes - (bytes + 15) / 16 * 16;
+  for (size_t b = 0; b < bytes; b++) shadows[shadow + b] = {{-1, 0, 0}, {{-1, 0, 0}, {-1, 0, 0}}};
+  regions[region_count++] = {name, begin, begin + bytes, shadow};
 }
 template <class T, int N> struct shared {
   alignas(16) T data[N];
@@ -147,20 +194,24 @@ template <class T, int N> struct shared {
 static void release(Simdgroup& g, uint index) {
   g.turn++;
   g.arrived = 0;
+  g.barriers += g.operation % 32 == SIMD_BARRIER;
   g.mask[g.turn & 1] = 0;
   for (uint i = index * WIDTH; i < std::min(count, index * WIDTH + WIDTH); i++)
     if (threads[i].state == WAITS_SIMD) threads[i].state = READY;
 }
 [[gnu::noinline]] static void group_barrier(int line) {
+  settle();
   if (group_live != count) fail("threadgroup_barrier in line %d after a thread of the threadgroup has returned", line);
   if (group_arrived && group_line != line) fail("divergent barriers: threads wait in lines %d and %d", group_line, line);
   group_line = line;
   if (++group_arrived < group_live) { current->state = WAITS_GROUP; yield(); return; }
   group_arrived = 0;
+  group_barriers++;
   for (uint i = 0; i < count; i++) if (threads[i].state == WAITS_GROUP) threads[i].state = READY;
 }
 static void entry() {
   body(*current);
+  settle();
   Thread& t = *current;
   Simdgroup& g = simdgroups[t.simdgroup];
   t.state = DONE;
@@ -173,6 +224,7 @@ static void entry() {
 // Every live lane of the simdgroup comes with the same operation of the same line; then f(simdgroup, turn, lane).
 template <class T, class F> [[gnu::noinline]] static auto together(int operation, const T& v, F f) {
   static_assert(sizeof(T) <= SLOT);
+  settle();
   Thread& t = *current;
   Simdgroup& g = simdgroups[t.simdgroup];
   const uint turn = g.turn & 1;
@@ -201,7 +253,7 @@ static void begin_group(const uint* g, const uint* grid, const uint* size, const
   region_count = buffers;
   for (uint s = 0; s * WIDTH < count; s++) {
     Simdgroup& q = simdgroups[s];
-    q.arrived = q.turn = q.mask[0] = q.mask[1] = 0;
+    q.arrived = q.turn = q.mask[0] = q.mask[1] = q.barriers = 0;
     q.live = std::min(WIDTH, count - s * WIDTH);
   }
   for (uint i = 0; i < count; i++) {
@@ -256,6 +308,7 @@ static const char* run(void (*kernel)(const Thread&), uint buffers, const uint* 
     stacks = (char*)mmap(nullptr, size_t(MOST) * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   body = kernel;
   error = nullptr;
+  touch_count = 0;
   poison = fill ^ 0x55;  // not what outputs are filled with
   uint groups[3], random = 1;
   if (size_t(size[0]) * size[1] * size[2] > MOST) return "more than 1024 threads in a threadgroup";

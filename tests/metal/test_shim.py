@@ -38,8 +38,17 @@ REVERSE = """
   y[i] = part[N - 1 - i];
 """
 
+WITHIN = """
+  threadgroup float part[N];
+  part[i] = x[i];
+  float s = simd_sum(x[i]);
+  simdgroup_barrier(mem_flags::mem_threadgroup);
+  y[i] = part[i ^ 31] + 0.0f * s;
+"""
+
 
 def test_threadgroup_memory_and_barriers():
+    np.testing.assert_array_equal(run(WITHIN), np.arange(64).reshape(2, 32)[:, ::-1].ravel())
     np.testing.assert_array_equal(run(REVERSE), np.arange(64)[::-1])
 
 
@@ -55,10 +64,11 @@ def test_threadgroup_memory_and_barriers():
         (REVERSE.replace("N - 1 - i", "N - i"), r"part\[64\] is out of bounds"),
         ("float a[4] = {0, 0, 0, 0}; y[i] = a[i];", "index 4 of a thread's array is out of bounds"),
         ("y[i] = x[i] + float(1 << i);", "shift by 32"),
-        (REVERSE.replace("threadgroup_barrier", "// "), "depend on the order"),
+        (REVERSE.replace("threadgroup_barrier", "// "), r"part\[\d+\]: one thread writes it and another one"),
+        (WITHIN.replace("simdgroup_barrier", "// "), r"part\[\d+\]: one thread writes it and another one"),
         (
             REVERSE.replace("threadgroup_barrier", "if (i < 32) threadgroup_barrier"),
-            "a thread returned while others wait",
+            "a thread returned while others wait|without a barrier",
         ),
         (
             REVERSE + "if (i < 32) threadgroup_barrier(mem_flags::mem_threadgroup); else\nthreadgroup_barrier"
