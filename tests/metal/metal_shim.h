@@ -10,11 +10,15 @@
 #define UINT_MAX 4294967295u
 
 namespace metal {
-enum class mem_flags { mem_none, mem_device, mem_threadgroup, mem_texture };
+enum class mem_flags { mem_none = 0, mem_device = 1, mem_threadgroup = 2, mem_texture = 4 };
+inline mem_flags operator|(mem_flags a, mem_flags b) { return mem_flags(int(a) | int(b)); }
+inline bool ms_orders(mem_flags f) { return int(f) & int(mem_flags::mem_threadgroup); }
 enum memory_order { memory_order_relaxed };
 #define MS_LINE int line = __builtin_LINE()
-inline void threadgroup_barrier(mem_flags, MS_LINE) { ms::group_barrier(line); }
-inline void simdgroup_barrier(mem_flags, MS_LINE) { ms::together(ms::SIMD_BARRIER + 32 * line, 0, [](auto&, uint, uint) { return 0; }); }
+inline void threadgroup_barrier(mem_flags f, MS_LINE) { ms::group_barrier(line, ms_orders(f)); }
+inline void simdgroup_barrier(mem_flags f, MS_LINE) {
+  ms::together((ms_orders(f) ? ms::SIMD_BARRIER : 17) + 32 * line, 0, [](auto&, uint, uint) { return 0; });
+}
 
 // ---- mathematics: computed in float and rounded to the argument's type
 #define MS_UNARY(n, e) \

@@ -199,14 +199,14 @@ static void release(Simdgroup& g, uint index) {
   for (uint i = index * WIDTH; i < std::min(count, index * WIDTH + WIDTH); i++)
     if (threads[i].state == WAITS_SIMD) threads[i].state = READY;
 }
-[[gnu::noinline]] static void group_barrier(int line) {
+[[gnu::noinline]] static void group_barrier(int line, bool orders) {
   settle();
   if (group_live != count) fail("threadgroup_barrier in line %d after a thread of the threadgroup has returned", line);
   if (group_arrived && group_line != line) fail("divergent barriers: threads wait in lines %d and %d", group_line, line);
   group_line = line;
   if (++group_arrived < group_live) { current->state = WAITS_GROUP; yield(); return; }
   group_arrived = 0;
-  group_barriers++;
+  group_barriers += orders;
   for (uint i = 0; i < count; i++) if (threads[i].state == WAITS_GROUP) threads[i].state = READY;
 }
 static void entry() {

@@ -2,7 +2,7 @@
 
 `Kernel(msl).run(arrays, ...)` runs the kernel three times, with the threads of a threadgroup forward, reversed and
 shuffled, on memory filled differently each time: results that differ mean a missing barrier or a read of memory that
-nobody wrote; elements that keep the filling were never written. Other errors are reported by the thread that makes them.
+nobody wrote; elements that keep the filling were never written. The rest is reported by the thread that does it.
 """
 
 import atexit

@@ -65,6 +65,8 @@ def test_threadgroup_memory_and_barriers():
         ("float a[4] = {0, 0, 0, 0}; y[i] = a[i];", "index 4 of a thread's array is out of bounds"),
         ("y[i] = x[i] + float(1 << i);", "shift by 32"),
         (REVERSE.replace("threadgroup_barrier", "// "), r"part\[\d+\]: one thread writes it and another one"),
+        (REVERSE.replace("mem_threadgroup", "mem_device"), r"part\[\d+\]: one thread writes it and another one"),
+        (WITHIN.replace("mem_threadgroup", "mem_none"), r"part\[\d+\]: one thread writes it and another one"),
         (WITHIN.replace("simdgroup_barrier", "// "), r"part\[\d+\]: one thread writes it and another one"),
         (
             REVERSE.replace("threadgroup_barrier", "if (i < 32) threadgroup_barrier"),
