@@ -1,0 +1,1 @@
+"""What runs on Apple GPUs, through MLX."""
