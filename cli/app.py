@@ -8,6 +8,7 @@ import typer
 
 import llmrs
 from llmrs.cli import flags, later
+from llmrs.cli.bench import bench
 from llmrs.cli.chat import chat
 from llmrs.cli.graph import graph
 from llmrs.cli.listing import list_models
@@ -33,6 +34,7 @@ def root(version: bool = typer.Option(False, "--version", "-V", help="print the 
 app.command("run", help=run.__doc__, context_settings=flags.CONTEXT)(flags.command(run))
 app.command("chat", help=chat.__doc__, context_settings=flags.CONTEXT)(flags.command(chat))
 app.command("graph")(graph)
+app.command("bench")(bench)
 app.command("list")(list_models)
 later.register(app)
 

@@ -13,7 +13,6 @@ from llmrs.core.errors import ConfigError
 COMMANDS = {
     "quantize": "run the safetensors model as it is",
     "serve": "use `llmrs run` or `llmrs chat`, or Engine from Python",
-    "bench": "`llmrs run` ends with tokens per second",
     "doctor": "`llmrs run` says what is missing when something is",
 }
 

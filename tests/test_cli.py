@@ -287,3 +287,14 @@ def test_a_reader_that_goes_away(folder):
         process.wait(timeout=60)
         assert "Traceback" not in process.stderr.read()
         assert process.returncode in (0, 1)
+
+
+def test_bench_of_the_host(monkeypatch, capsys):
+    monkeypatch.setattr("llmrs.cli.bench.RUNNING", (1, 3))
+    assert main(["bench", "--host", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["host_seconds_per_step"]
+    assert set(found) == {"1", "3"}
+    assert all(seconds > 0 for seconds in found.values())
+    assert main(["bench", "--host"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 4
+    assert main(["bench"]) == 2

@@ -45,7 +45,7 @@ def test_the_file_of_the_docs(tmp_path):
     page = (DOCS / "config.md").read_text("utf-8")
     settings = from_yaml(tmp_path, page.split("```yaml\n")[1].split("```")[0])
     assert settings.run.prompts == ["How are you?", "What is 7 + 5?"]
-    assert settings.engine == EngineConfig("demo", max_model_len=4096, max_num_seqs=32)
+    assert settings.engine == EngineConfig("demo", max_model_len=4096, max_num_seqs=32, max_num_batched_tokens=2048)
     assert settings.sampling == SamplingParams(temperature=0.6, max_tokens=256)
 
 

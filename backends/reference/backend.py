@@ -34,6 +34,7 @@ class ReferenceBackend(Backend):
 
     name = "reference"
     block_size = 4  # small, so that short prompts cross blocks in tests
+    rules: Mapping[str, Callable[..., Any]] = OPS  # op -> what computes it; a backend built on this one may add some
 
     def __init__(self, device: str, dtype: str, kv_dtype: str) -> None:
         super().__init__(device, dtype, kv_dtype)
@@ -49,7 +50,7 @@ class ReferenceBackend(Backend):
 
     @classmethod
     def ops(cls) -> frozenset[str]:
-        return frozenset(OPS)
+        return frozenset(cls.rules)
 
     def free_memory(self) -> int:
         return free_host_memory()
@@ -115,7 +116,8 @@ class ReferenceBackend(Backend):
         inputs = [values[o] if isinstance(o, Value) else self._weight(at_layer(o, layer)) for o in e.inputs]
         if e.op == "call":
             return self._run(self.graph.functions[e.params["function"]], inputs, context, e.params["index"])
-        return [OPS[e.op](context, *inputs, **e.params)]
+        result = self.rules[e.op](context, *inputs, **e.params)
+        return [result] if len(e.outs) == 1 else list(result)
 
     def _weight(self, weight: Any) -> np.ndarray:
         rows = [self.weights[s.tensor] for s in weight.segments]

@@ -1,0 +1,49 @@
+"""A backend in a package of its own: the reference backend, which also counts the arithmetic of each op.
+
+pip install ./examples/backend
+llmrs run --backend counting --prompts "Hello" --max-tokens 8
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any
+
+import numpy as np
+
+from llmrs.backends.reference.backend import ReferenceBackend
+from llmrs.backends.reference.ops import OPS, Context
+
+operations: Counter[str] = Counter()  # floating-point operations by op, of all engines of this process
+
+
+def add_norm(c: Context, x: np.ndarray, y: np.ndarray, w: np.ndarray, **params: Any) -> tuple[np.ndarray, np.ndarray]:
+    """A fused op: the sum, and its norm. Its definition is in llmrs.core.passes."""
+    total = OPS["add"](c, x, y)
+    return total, OPS["rms_norm"](c, total, w, **params)
+
+
+def counted(op: str, rule: Callable[..., Any]) -> Callable[..., Any]:
+    """The rule, and a count of what it computes: two operations for each weight and row, else one for each element."""
+
+    @wraps(rule)
+    def run(context: Context, x: np.ndarray, *rest: Any, **params: Any) -> Any:
+        operations[op] += 2 * len(x) * rest[0].size if op in ("linear", "head") else x.size
+        return rule(context, x, *rest, **params)
+
+    return run
+
+
+class CountingBackend(ReferenceBackend):
+    """Adds one fused op to the reference backend, and wraps every rule."""
+
+    name = "counting"
+    fused_ops = frozenset({"add_norm"})
+    rules: Mapping[str, Callable[..., Any]] = {op: counted(op, f) for op, f in {**OPS, "add_norm": add_norm}.items()}
+
+    def close(self) -> None:
+        super().close()
+        for op, count in operations.most_common():
+            print(f"{op:10}{count:>16,} operations", file=sys.stderr)
+        operations.clear()

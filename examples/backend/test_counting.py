@@ -1,0 +1,19 @@
+"""python -m pytest examples/backend, once the package is installed."""
+
+from llmrs_counting import CountingBackend, operations
+
+from llmrs.backends.base import find
+from llmrs.backends.testing import BackendSuite, RandomModel, core_on, request, run
+
+
+class TestCounting(BackendSuite):
+    backend = "counting"
+
+
+def test_it_counts():
+    model, backend = RandomModel.of("llama"), find("counting")("cpu", "f32", "f32")
+    assert isinstance(backend, CountingBackend)
+    operations.clear()
+    run(core_on(model.on(backend)), [request([1, 2, 3], max_tokens=1)])
+    assert operations["head"] == 2 * 211 * 64
+    assert operations["add_norm"] == 3 * 3 * 64  # three layers, three tokens
