@@ -86,7 +86,11 @@ def serve(kind: str, folder: Path, connection: Any) -> None:
     """A process of its own for each engine, so that neither changes the other's allocator or threads."""
     engine = {"llmrs": Ours, "transformers": Theirs}[kind](folder)
     connection.send("ready")
-    while (seed := connection.recv()) is not None:
+    while True:
+        try:
+            seed = connection.recv()
+        except EOFError:  # the parent has seen enough
+            return
         connection.send((engine.decode(ids(PROMPT, seed), NEW), engine.prefill(ids(PREFILL, seed))))
 
 

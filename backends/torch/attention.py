@@ -20,6 +20,7 @@ class Part:
     blocks: torch.Tensor  # int64 (s, b)
     distance: torch.Tensor  # int32 (s, 1, n, L): how far before a row's position a key lies
     masks: dict[int, torch.Tensor]  # by window, as they are asked for
+    cells: slice | None  # of one sequence whose blocks lie in a row: where in the cache its keys are
 
     def mask(self, window: int) -> torch.Tensor:
         """bool (s, 1, n, L): True where a row sees a key, which is one of the last `window` (0: any) up to its own."""
@@ -55,10 +56,15 @@ def context(batch: Batch, block_size: int, device: torch.device) -> Context:
 
 def _part(batch: Batch, group: np.ndarray, block_size: int, device: torch.device) -> Part:
     rows = np.concatenate([np.arange(batch.starts[s], batch.starts[s + 1]) for s in group])
-    width = -(-int(batch.lengths[group].max()) // block_size)
+    length = int(batch.lengths[group].max())
+    blocks = batch.blocks[group, : -(-length // block_size)].astype(np.int64)
+    cells, keys = None, blocks.shape[1] * block_size
+    if len(group) == 1 and (np.diff(blocks[0]) == 1).all():
+        first, keys = int(blocks[0, 0]) * block_size, length
+        cells = slice(first, first + length)
     positions = on_device(batch.positions[rows].reshape(len(group), 1, -1, 1), device)
-    distance = positions - torch.arange(width * block_size, device=device, dtype=torch.int32)
-    return Part(on_device(rows, device), on_device(batch.blocks[group, :width].astype(np.int64), device), distance, {})
+    distance = positions - torch.arange(keys, device=device, dtype=torch.int32)
+    return Part(on_device(rows, device), on_device(blocks, device), distance, {}, cells)
 
 
 def on_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -83,12 +89,21 @@ def _attend_part(
     p: Part, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, window: int
 ) -> torch.Tensor:
     s, n, kv_heads, size = len(p.blocks), p.distance.shape[2], keys.shape[2], keys.shape[3]
-    gathered = (x[p.blocks].view(s, -1, kv_heads, size) for x in (keys, values))
-    k, v = (x.transpose(1, 2).to(q.dtype) for x in gathered)  # (s, Hk, L, d)
+    k, v = (_gathered(p, x).transpose(1, 2).to(q.dtype) for x in (keys, values))  # (s, Hk, L, d)
     rows = q.view(s, n, kv_heads, -1, size).permute(0, 2, 3, 1, 4)  # (s, Hk, G, n, d)
     group = rows.shape[2]  # query heads of one KV head become rows of one attention
-    mask = p.mask(window) if n == 1 else p.mask(window).repeat(1, 1, group, 1)
+    if n == 1 and p.cells is not None and not window:
+        mask = None  # the last token of a sequence sees all of it
+    else:
+        mask = p.mask(window).repeat(1, 1, 1 if n == 1 else group, 1)
     y = torch.nn.functional.scaled_dot_product_attention(
         rows.reshape(s, kv_heads, group * n, size), k, v, attn_mask=mask, scale=scale
     )
     return y.view(s, kv_heads, group, n, size).permute(0, 3, 1, 2, 4).reshape(s * n, -1)
+
+
+def _gathered(p: Part, x: torch.Tensor) -> torch.Tensor:
+    """(s, L, Hk, d) from (blocks, block_size, Hk, d); a view where the blocks lie in a row."""
+    if p.cells is not None:
+        return x.flatten(0, 1)[None, p.cells]
+    return x[p.blocks].flatten(1, 2)

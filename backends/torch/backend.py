@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -61,6 +61,7 @@ class Call:
     run: Callable[..., Any]
     inputs: list[int]
     outs: list[int]
+    dead: tuple[int, ...] = ()  # values that no later call reads
 
 
 class TorchBackend(Backend):
@@ -100,7 +101,7 @@ class TorchBackend(Backend):
         main = self.graph.main
         numbers = {v: lowering.number() for v in main.inputs}
         self.results = lowering.function(main, numbers, 0)
-        self.program, self.value_count = lowering.calls, lowering.count
+        self.program, self.value_count = with_lifetimes(lowering.calls, self.results), lowering.count
         lowering.loaded.clear()
         trim_host_memory()
 
@@ -131,6 +132,8 @@ class TorchBackend(Backend):
             else:
                 for n, one in zip(call.outs, result, strict=True):
                     values[n] = one
+            for n in call.dead:  # its memory is the next ones'
+                values[n] = None
         logits: torch.Tensor = values[self.results[0]]
         return logits
 
@@ -164,6 +167,16 @@ class TorchBackend(Backend):
         if (batch.tokens >= 0).all():
             return tokens
         return torch.where(tokens < 0, self.slots.last_token[(-1 - tokens).clamp(min=0)], tokens)
+
+
+def with_lifetimes(calls: list[Call], results: list[int]) -> list[Call]:
+    """The calls, each with the values that it is the last to read, or that nobody reads."""
+    last = {n: at for at, call in enumerate(calls) for n in (*call.outs, *call.inputs)}
+    dead: dict[int, list[int]] = {}
+    for n, at in last.items():
+        if n not in results:
+            dead.setdefault(at, []).append(n)
+    return [replace(call, dead=tuple(dead.get(at, ()))) for at, call in enumerate(calls)]
 
 
 class _Lowering:
@@ -200,7 +213,9 @@ class _Lowering:
         if e.op == "linears":
             params["rows"] = [v.type.shape[1] for v in e.outs]
         run = partial(ops.OPS[e.op], **params)
-        if weights:  # every rule takes its weights, as one argument, after its values
+        if e.op == "norm_rope_store":  # q, its norm, positions, k, its norm, v, kv
+            run = partial(_with_weight, run, self._head_norms(e, weights))
+        elif weights:  # every rule takes its weights, as one argument, after its values
             run = partial(_with_weight, run, self._bound(e.op, weights))
         return Call(run, values, [numbers[v] for v in e.outs])
 
@@ -212,6 +227,12 @@ class _Lowering:
             return self._experts(*weights)
         tensors = [self._tensor(w) for w in weights]
         return tensors[0] if op == "rms_norm" else prepare(tensors[0], *tensors[1:])
+
+    def _head_norms(self, e: Equation, weights: list[Weight]) -> torch.Tensor:
+        """The norms' weights for each head, (H + Hk, d); in float32 where something is added to them."""
+        counts = [e.inputs[at].type.sizes[0] for at in (0, 3)]
+        norms = torch.cat([self._tensor(w).expand(n, -1) for w, n in zip(weights, counts, strict=True)])
+        return norms.float() + e.params["offset"] if e.params.get("offset") else norms
 
     def _table(self, weight: Weight) -> Callable[[torch.Tensor], torch.Tensor]:
         """Rows by number. On the CPU they are read from the file, so that a packed head needs no second copy."""

@@ -6,7 +6,7 @@ import torch
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
 
-FULL = 4  # rows that a packed weight is read for at full speed
+FULL = 4  # rows for which a packed weight is read at full speed
 FEW_ROWS = 4  # up to here a CPU without bf16 instructions is faster on the bf16 weight than on an expanded copy
 
 
@@ -28,14 +28,14 @@ def _has_instructions(dtype: torch.dtype) -> bool:
 def _packed(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
     """oneDNN's own layout, which reads at the speed of the memory; a hint of 8 rows also suits 1 to 32.
 
-    One row reads the weight a tenth slower than four do, so fewer are filled up with zeros.
+    One row reads the weight a tenth slower than four do, so it is repeated.
     """
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 8)
 
     def run(x: torch.Tensor) -> torch.Tensor:
         rows = len(x)
-        if rows < FULL:
-            x = torch.nn.functional.pad(x, (0, 0, 0, FULL - rows))
+        if rows == 1:
+            x = x.expand(FULL, -1).contiguous()
         y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
         return y[:rows]
 

@@ -50,13 +50,53 @@ def heads(_: Context, x: Tensor, *, size: int) -> Tensor:  # (T, H * d) -> (T, H
 
 
 def rope(c: Context, x: Tensor, positions: Tensor, *, frequencies: Frequencies) -> Tensor:  # (T, H, d), (T,)
-    if id(frequencies) not in c.turns:  # once for all layers
-        angles = positions[:, None].float() * _on_device(frequencies, x.device)  # (T, d/2)
+    return _rotated(x, *_turns(c, positions, frequencies)).to(x.dtype)
+
+
+def norm_rope_store(
+    c: Context,
+    q: Tensor,
+    positions: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv: KV,
+    norms: Tensor,
+    *,
+    eps: float,
+    frequencies: Frequencies,
+    offset: float = 0.0,
+) -> tuple[Tensor, KV]:
+    """All heads of q and k at once; `norms` (H + Hk, d) hold the offset already."""
+    x = _joined(q, k)  # (T, H + Hk, d)
+    normal = torch.nn.functional.rms_norm(x.float() if offset else x, x.shape[-1:], None, eps) * norms
+    x = _rotated(normal, *_turns(c, positions, frequencies)).to(q.dtype)
+    return x[:, : q.shape[1]], store(c, x[:, q.shape[1] :], v, kv)
+
+
+def _joined(q: Tensor, k: Tensor) -> Tensor:
+    """Heads side by side: without a copy where they are parts of one merged linear map, as they mostly are."""
+    (tokens, count, size), more = q.shape, k.shape[1]
+    if q.stride() == k.stride() and k.data_ptr() == q.data_ptr() + count * size * q.element_size():
+        return q.as_strided((tokens, count + more, size), q.stride())
+    return torch.cat([q, k], dim=1)
+
+
+def _turns(c: Context, positions: Tensor, frequencies: Frequencies) -> tuple[Tensor, Tensor]:
+    """cos and sin, float32 (T, 1, d/2); once for all layers of a step."""
+    if id(frequencies) not in c.turns:
+        angles = positions[:, None].float() * _on_device(frequencies, positions.device)
         cos, sin = (f(angles)[:, None, :] * frequencies.scale for f in (torch.cos, torch.sin))
         c.turns[id(frequencies)] = cos, sin
-    cos, sin = c.turns[id(frequencies)]
-    a, b = x.chunk(2, dim=-1)  # products with cos and sin are float32
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+    return c.turns[id(frequencies)]
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """float32 from x (T, H, d)."""
+    y = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    (a, b), (left, right) = x.float().chunk(2, dim=-1), y.chunk(2, dim=-1)
+    torch.mul(a, cos, out=left).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=right).addcmul_(a, sin)
+    return y
 
 
 @cache
@@ -127,6 +167,7 @@ OPS: dict[str, Callable[..., Any]] = {
         rms_norm,
         heads,
         rope,
+        norm_rope_store,
         store,
         attend,
         silu_mul,
@@ -137,4 +178,4 @@ OPS: dict[str, Callable[..., Any]] = {
         head,
     )
 }
-FUSED = frozenset({"linears"})
+FUSED = frozenset({"linears", "norm_rope_store"})
