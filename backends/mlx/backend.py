@@ -1,5 +1,6 @@
 """Runs a model's graph with MLX: on a Mac's GPU, or on the CPU."""
 
+import weakref
 from collections.abc import Callable, Mapping
 
 import mlx.core as mx
@@ -22,10 +23,12 @@ DTYPES = {"bf16": mx.bfloat16, "f16": mx.float16, "f32": mx.float32}
 class MlxTicket:
     """A step whose tokens, and log probabilities where asked for, are being computed."""
 
-    def __init__(self, tokens: mx.array, likely: tuple[mx.array, ...] | None) -> None:
-        self.result, self.likely = tokens, likely
+    def __init__(self, stream: mx.Stream, tokens: mx.array, likely: tuple[mx.array, ...] | None) -> None:
+        self.stream, self.result, self.likely = stream, tokens, likely
 
     def tokens(self) -> np.ndarray:
+        with memory.using(self.stream):  # waiting, too, takes a stream
+            mx.eval(self.result, *(self.likely or ()))
         return np.array(self.result)
 
     def logprobs(self) -> Logprobs | None:
@@ -53,8 +56,9 @@ class MlxBackend(Backend):
         self.rules = ops.rules(device)
         self.program = Program([], 0, 0)
         self.kv: list[KV] = []
-        self.closed = False
         self.stream = memory.borrow_stream(device)
+        self._end_loan = weakref.finalize(self, memory.give_back, device, self.stream)
+        self._end_loan.atexit = False
         self.slots: SlotState | None = None
 
     @classmethod
@@ -69,15 +73,19 @@ class MlxBackend(Backend):
         return memory.free_memory()
 
     def load_weights(self, weights: Mapping[str, Tensor], progress: Callable[[int], None]) -> None:
-        with mx.stream(self.stream):
-            self.program = Lowering(self.graph, self.rules, self.type, weights, progress).program()
+        lowering = Lowering(self.graph, self.rules, self.type, weights, progress)
+        try:
+            with memory.using(self.stream):
+                self.program = lowering.program()
+        finally:
+            lowering.forget()  # a traceback must not hold the weights
         mx.clear_cache()
         trim_host_memory()
 
     def allocate(self, blocks: int, block_size: int, slots: int, max_tokens: int) -> None:
         self.block_size = block_size
         self.kv = []
-        with mx.stream(self.stream):
+        with memory.using(self.stream):
             shapes = [(blocks * block_size, *t.sizes) for t in self.graph.kv_types()]
             self.kv = [KV(mx.zeros(s, self.kv_type), mx.zeros(s, self.kv_type)) for s in shapes]
             self.slots = SlotState(slots, max_tokens)
@@ -88,7 +96,7 @@ class MlxBackend(Backend):
                 raise MemoryLimitError(f"no memory for {blocks} KV blocks: {error}", "lower max_model_len") from error
 
     def forward(self, batch: Batch) -> mx.array:
-        with mx.stream(self.stream):
+        with memory.using(self.stream):
             logits = self.program.run(Context(batch, self.block_size), self._inputs(batch))
             mx.synchronize(self.stream)  # else the step before still reads the KV cache, and MLX would copy it
             mx.async_eval(logits)
@@ -96,7 +104,7 @@ class MlxBackend(Backend):
 
     def sample(self, logits: mx.array, batch: Batch, mask: np.ndarray | None = None) -> MlxTicket:
         assert self.slots is not None, "allocate comes first"
-        with mx.stream(self.stream):
+        with memory.using(self.stream):
             self.slots.begin(batch.begun)
             tokens = sample(logits[: len(batch.slots)], batch, self.slots, mask)
             self.slots.append(batch, tokens)
@@ -105,22 +113,22 @@ class MlxBackend(Backend):
                 came = mx.concatenate([tokens, mx.array(batch.targets)])
                 likely = logprobs(logits, came, batch.logprobs)
             mx.async_eval(tokens, self.slots.last_token, self.slots.tokens, *(likely or ()))
-        return MlxTicket(tokens, likely)
+        return MlxTicket(self.stream, tokens, likely)
 
     def to_host(self, logits: mx.array) -> np.ndarray:
+        with memory.using(self.stream):
+            mx.eval(logits)
         return np.array(logits)
 
     def to_device(self, logits: np.ndarray) -> mx.array:
         return mx.array(logits)
 
     def close(self) -> None:
-        if self.closed:
-            return
-        self.closed = True
-        mx.synchronize(self.stream)
-        self.program, self.kv, self.slots = Program([], 0, 0), [], None
-        memory.give_back(self.device, self.stream)
-        trim_host_memory()
+        if self._end_loan.alive:
+            mx.synchronize(self.stream)
+            self.program, self.kv, self.slots = Program([], 0, 0), [], None
+            self._end_loan()
+            trim_host_memory()
 
     def _inputs(self, batch: Batch) -> list[mx.array | KV]:
         """What the graph takes: the tokens int32 (T,), with the slots' last ones filled in, positions, and the KV."""

@@ -63,7 +63,12 @@ class Lowering:
     def program(self) -> Program:
         main = self.graph.main
         results = self._function(main, {v: self._number() for v in main.inputs}, 0)
-        return Program(self.calls, self.count, results[0])
+        return Program(list(self.calls), self.count, results[0])
+
+    def forget(self) -> None:
+        """Lets go of what was loaded."""
+        self.calls.clear()
+        self.loaded.clear()
 
     def _number(self) -> int:
         self.count += 1

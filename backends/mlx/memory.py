@@ -4,6 +4,7 @@ Streams are never destroyed, and each holds a thread (CPU) or a command queue (M
 """
 
 import threading
+from contextlib import AbstractContextManager, nullcontext
 
 import mlx.core as mx
 
@@ -25,6 +26,18 @@ def borrow_stream(device: str) -> mx.Stream:
             _set_limits()
         _engines += 1
         return _idle[device].pop() if _idle[device] else mx.new_thread_unsafe_stream(getattr(mx, device))
+
+
+def using(stream: mx.Stream) -> AbstractContextManager[object]:
+    """Runs what follows on this stream.
+
+    Elsewhere than on the main thread, whose own stream comes back, it stays this thread's for good: a thread that is
+    asked for its stream gets one made, which nothing destroys, and an engine's thread does nothing else.
+    """
+    if threading.current_thread() is threading.main_thread():
+        return mx.stream(stream)
+    mx.set_default_stream(stream)
+    return nullcontext()
 
 
 def give_back(device: str, stream: mx.Stream) -> None:
