@@ -10,6 +10,7 @@ from llmrs.backends.base import Backend
 from llmrs.backends.memory import trim_host_memory
 from llmrs.backends.mlx import memory, ops
 from llmrs.backends.mlx.attention import KV, Context
+from llmrs.backends.mlx.fusing import fuse
 from llmrs.backends.mlx.lowering import Lowering, Program
 from llmrs.backends.mlx.sampling import SlotState, logprobs, sample
 from llmrs.core.batch import Batch
@@ -53,7 +54,7 @@ class MlxBackend(Backend):
     def __init__(self, device: str, dtype: str, kv_dtype: str) -> None:
         super().__init__(device, dtype, kv_dtype)
         self.type, self.kv_type = DTYPES[dtype], DTYPES[kv_dtype]
-        self.rules = ops.rules(device)
+        self.rules = ops.rules(metal=device == "gpu" and mx.metal.is_available())
         self.program = Program([], 0, 0)
         self.kv: list[KV] = []
         self.stream = memory.borrow_stream(device)
@@ -73,6 +74,8 @@ class MlxBackend(Backend):
         return memory.free_memory()
 
     def load_weights(self, weights: Mapping[str, Tensor], progress: Callable[[int], None]) -> None:
+        if self.fused_ops:
+            self.graph = fuse(self.graph)
         lowering = Lowering(self.graph, self.rules, self.type, weights, progress)
         try:
             with memory.using(self.stream):

@@ -4,10 +4,12 @@ That function takes the step's context and the values that are the op's inputs, 
 """
 
 from collections.abc import Callable
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from llmrs.backends.mlx import attention
 from llmrs.backends.mlx.attention import KV, Context
@@ -156,14 +158,87 @@ def rope_store(*, frequencies: Frequencies) -> Run:
     return run
 
 
-FUSED = {f.__name__: f for f in (linears, add_norm, norm_rope_store, rope_store)}
-COMMON: dict[str, Callable[..., Run]] = {
-    f.__name__: f
-    for f in (embed, scale, linear, rms_norm, heads, rope, store, attend, silu_mul, gelu_mul, moe, add, last, head)
-} | FUSED
-METAL: dict[str, Callable[..., Run]] = {}  # what a Mac's GPU has a kernel for; the same signatures
+def linears_silu_mul(weight: Array, bias: Array | None = None, *, rows: list[int]) -> Run:
+    return _gated(linears(weight, bias, rows=rows), silu_mul())
 
 
-def rules(device: str) -> dict[str, Callable[..., Run]]:
-    """The rules for a device: "cpu", or "gpu", where those of Metal win."""
-    return {**COMMON, **METAL} if device == "gpu" and mx.metal.is_available() else COMMON
+def linears_gelu_mul(weight: Array, bias: Array | None = None, *, rows: list[int]) -> Run:
+    return _gated(linears(weight, bias, rows=rows), gelu_mul())
+
+
+def _gated(merged: Run, product: Run) -> Run:
+    return lambda c, x: product(c, *merged(c, x))
+
+
+def qkv_rope_store(
+    *matrix: Array, rows: list[int], size: int, frequencies: Frequencies, rope: Callable[..., Run] = rope
+) -> Run:
+    return _qkv(linear(*matrix), rows, size, lambda c, x: x, rope(frequencies=frequencies))
+
+
+def qkv_norm_rope_store(
+    *weights: Array,
+    rows: list[int],
+    size: int,
+    eps: float,
+    frequencies: Frequencies,
+    offset: float = 0.0,
+    rope: Callable[..., Run] = rope,
+) -> Run:
+    """Queries and keys are normalized at once, and multiplied by a weight (Hq + Hk, d)."""
+    *matrix, q_weight, k_weight = weights
+    wide = [w.astype(mx.float32) + offset if offset else w for w in (q_weight, k_weight)]
+    weight = mx.concatenate([mx.broadcast_to(w, (n // size, size)) for w, n in zip(wide, rows, strict=False)])
+    mx.eval(weight)
+
+    def norm(c: Context, x: Array) -> Array:
+        return mx.fast.rms_norm(x, None, eps) * weight
+
+    return _qkv(linear(*matrix), rows, size, norm, rope(frequencies=frequencies))
+
+
+def _qkv(project: Run, rows: list[int], size: int, norm: Run, turn: Run) -> Run:
+    query_heads, both = rows[0] // size, (rows[0] + rows[1]) // size
+
+    def run(c: Context, x: Array, positions: Array, kv: KV) -> tuple[Array, KV]:
+        qk, v = mx.split(mx.unflatten(project(c, x), -1, (-1, size)), [both], axis=1)
+        q, k = mx.split(turn(c, norm(c, qk), positions).astype(x.dtype), [query_heads], axis=1)
+        return q, _store(c, k, v, kv)
+
+    return run
+
+
+# Where MLX's own fast ops are one kernel each; on the CPU they are many small steps.
+
+
+def fast_rope(*, frequencies: Frequencies) -> Run:
+    periods = mx.array(1 / np.array(frequencies.values), mx.float32)
+    size = 2 * len(frequencies.values)
+
+    def run(c: Context, x: Array, positions: Array) -> Array:
+        x = mx.expand_dims(x, 2)  # (T, H, 1, d): a batch of T sequences of one token
+        x = mx.fast.rope(x, size, traditional=False, base=None, scale=1.0, offset=positions, freqs=periods)
+        y = mx.squeeze(x, 2)
+        return y if frequencies.scale == 1 else y * frequencies.scale
+
+    return run
+
+
+def fast_attend(*, scale: float, window: int = 0) -> Run:
+    return lambda c, q, kv: attention.attend(c, q, kv, scale, window, attention.fast_singles)
+
+
+FUSED = {f.__name__: f for f in (linears, add_norm, norm_rope_store, rope_store)}  # of llmrs.core.passes
+OWN = (linears_silu_mul, linears_gelu_mul, qkv_rope_store, qkv_norm_rope_store)  # of fusing.py
+PLAIN = (embed, scale, linear, rms_norm, heads, rope, store, attend, silu_mul, gelu_mul, moe, add, last, head)
+COMMON: dict[str, Callable[..., Run]] = {f.__name__: f for f in (*PLAIN, *FUSED.values(), *OWN)}
+METAL: dict[str, Callable[..., Run]] = {  # what wins on a Mac's GPU: the same signatures
+    "rope": fast_rope,
+    "attend": fast_attend,
+    "qkv_rope_store": partial(qkv_rope_store, rope=fast_rope),
+    "qkv_norm_rope_store": partial(qkv_norm_rope_store, rope=fast_rope),
+}
+
+
+def rules(metal: bool) -> dict[str, Callable[..., Run]]:
+    return {**COMMON, **METAL} if metal else COMMON
