@@ -1,6 +1,6 @@
 """The MLX backend against mlx-lm, in turns in one process: python tests/bench_mlx.py host | decode
 
-host:   seconds that Python takes to build the graph of a decode step, on a model so small that arithmetic vanishes
+host:   CPU time to build the graph of a decode step, on a model so small that arithmetic vanishes
 decode: tokens per second from the first answer's token to the last, on a small model of Qwen3's shape
 
 Prints a line for each batch size, then all of it as JSON. mlx-lm (pip install --no-deps mlx-lm) may be missing.
@@ -19,7 +19,6 @@ import mlx.core as mx
 import numpy as np
 
 from llmrs.backends.base import pick_device
-from llmrs.backends.mlx.attention import Context
 from llmrs.backends.mlx.backend import MlxBackend
 from llmrs.backends.mlx.lowering import as_array
 from llmrs.backends.mlx.sampling import sample
@@ -47,11 +46,13 @@ SMALL = {
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
 }
+IN_A_ROW = 6  # steps that are built before they are computed
 CONTEXT = 64  # tokens that each sequence has before the measured steps
 
 
-def ours(model: RandomModel, dtype: str, device: str) -> MlxBackend:
+def ours(model: RandomModel, dtype: str, device: str, compiles: bool = False) -> MlxBackend:
     backend = MlxBackend(pick_device(MlxBackend, device), dtype, dtype)
+    backend.compiles |= compiles
     model.on(backend)
     return backend
 
@@ -80,12 +81,12 @@ def build_ours(backend: MlxBackend, batch: int) -> Callable[[int], Any]:
         step = type(sampling_batch(SamplingArrays.zeros(1)))(
             **{**fields, "tokens": -1 - fields["slots"], "positions": lengths - 1, "lengths": lengths, "blocks": tables}
         )
-        begin = time.perf_counter()
-        logits = backend.program.run(Context(step, backend.block_size), backend._inputs(step))
+        begin = time.thread_time()
+        logits = backend._build(step)
         assert backend.slots is not None
         tokens = sample(logits, step, backend.slots, None)
         backend.slots.append(step, tokens)
-        return time.perf_counter() - begin, tokens
+        return time.thread_time() - begin, tokens
 
     return build
 
@@ -99,29 +100,30 @@ def build_theirs(lm: Any, batch: int) -> Callable[[int], Any]:
 
     def build(n: int) -> Any:
         nonlocal tokens
-        begin = time.perf_counter()
+        begin = time.thread_time()
         logits = lm(tokens[:, None], cache=cache)[:, -1, :]
         tokens = mx.argmax(logits - mx.logsumexp(logits, axis=-1, keepdims=True), axis=-1)
-        return time.perf_counter() - begin, tokens
+        return time.thread_time() - begin, tokens
 
     return build
 
 
-def host(batch: int, dtype: str, device: str, steps: int) -> dict[str, float]:
-    """Median seconds to build a step's graph; `whole`: to compute it as well, one step after the other."""
+def host(batch: int, dtype: str, device: str, rounds: int) -> dict[str, float]:
+    """Median seconds to build a step's graph. Several are built in a row: after a computation caches are cold."""
     model = RandomModel.of("qwen3", **TINY)
-    builders = {"llmrs": build_ours(ours(model, dtype, device), batch)}
+    builders = {
+        "llmrs": build_ours(ours(model, dtype, device), batch),
+        "llmrs compiled": build_ours(ours(model, dtype, device, compiles=True), batch),
+    }
     if find_spec("mlx_lm"):
         builders["mlx-lm"] = build_theirs(theirs(model, TINY, dtype), batch)
-    times: dict[str, list[float]] = {k: [] for n in builders for k in (n, f"{n} whole")}
-    for n in range(steps):
+    times: dict[str, list[float]] = {name: [] for name in builders}
+    for n in range(0, IN_A_ROW * rounds, IN_A_ROW):
         for name, build in builders.items():
-            begin = time.perf_counter()
-            seconds, tokens = build(n)
-            mx.eval(tokens)
-            times[name].append(seconds)
-            times[f"{name} whole"].append(time.perf_counter() - begin)
-    return {name: statistics.median(found[5:]) for name, found in times.items()}
+            seconds, tokens = zip(*(build(n + i) for i in range(IN_A_ROW)), strict=True)
+            mx.eval(tokens[-1])
+            times[name] += seconds[1:]
+    return {name: statistics.median(found) for name, found in times.items()}
 
 
 def rate_ours(backend: MlxBackend, batch: int, tokens: int) -> tuple[float, list[list[int]]]:
@@ -192,7 +194,7 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     for batch in args.batch or ([1, 32] if args.what == "host" else [1, 8]):
         if args.what == "host":
-            found = host(batch, args.dtype, args.device, args.rounds or 100)
+            found = host(batch, args.dtype, args.device, args.rounds or 15)
             shown = ", ".join(f"{name} {seconds * 1e3:.2f} ms" for name, seconds in found.items())
         else:
             found = decode(batch, args.dtype, args.device, args.rounds or 5)

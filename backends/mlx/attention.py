@@ -36,54 +36,81 @@ class Keys:
     mask: mx.array | str | None  # bool (s, 1, n, L), "causal", or None: all of them
 
 
-class Part:
-    """Sequences that run in one call of the attention function, each with `n` rows."""
+class Arrays:
+    """Arrays of a step by name, each made by the method `make_<name>` when first asked for."""
 
-    def __init__(self, batch: Batch, block_size: int, group: np.ndarray) -> None:
+    def __init__(self) -> None:
+        self.arrays: dict[tuple[str, int], mx.array] = {}
+        self.given = False  # whether `arrays` has been filled in, and nothing else may be asked for
+
+    def array(self, name: str, window: int = 0) -> mx.array:
+        key = (name, window)
+        if key not in self.arrays:
+            assert not self.given, f"{key} would become a constant of a compiled step"
+            self.arrays[key] = mx.array(getattr(self, f"make_{name}")(window))
+        return self.arrays[key]
+
+
+class Part(Arrays):
+    """Sequences that run in one call of the attention function, each with `n` rows.
+
+    The number of keys is rounded up to a multiple of `multiple`.
+    """
+
+    def __init__(self, batch: Batch, block_size: int, group: np.ndarray, multiple: int) -> None:
+        super().__init__()
         self.first, self.n = int(batch.starts[group[0]]), int(batch.starts[group[0] + 1] - batch.starts[group[0]])
         self.rows = np.concatenate([np.arange(batch.starts[s], batch.starts[s + 1]) for s in group])
-        self.blocks, self.lengths, self.block_size = batch.blocks[group], batch.lengths[group], block_size
-        self._keys: dict[int, Keys] = {}
-
-    @cached_property
-    def _index(self) -> mx.array:
-        return mx.array(self.rows.astype(np.int32))
+        self.blocks, self.lengths = batch.blocks[group], batch.lengths[group]
+        self.block_size, self.multiple = block_size, multiple
+        self._biases: dict[tuple[int, mx.Dtype], mx.array] = {}
 
     def of(self, x: mx.array) -> mx.array:
         """Its rows (s * n, ...) of x (T, ...)."""
-        return x[self._index] if self.n == 1 else x[self.first : self.first + self.n]
+        return x[self.array("rows")] if self.n == 1 else x[self.first : self.first + self.n]
 
     def keys(self, window: int) -> Keys:
         """What its rows see: the positions up to their own, of them the last `window` (0: any)."""
-        if window not in self._keys:
-            self._keys[window] = self._find(window)
-        return self._keys[window]
+        alone = len(self.lengths) == 1 and self.multiple == 1
+        if alone and (self.n == 1 or not window):
+            return Keys(self.array("cells", window), None if self.n == 1 else "causal")
+        return Keys(self.array("cells", window), self.array("mask", window))
 
-    def _find(self, window: int) -> Keys:
-        begin = np.maximum(self.lengths - self.n - window + 1, 0) if window else np.zeros_like(self.lengths)
-        positions = begin[:, None] + np.arange(int((self.lengths - begin).max()), dtype=np.int32)  # (s, L)
+    def bias(self, window: int, dtype: mx.Dtype) -> mx.array:
+        """The mask as what is added to scores."""
+        if (window, dtype) not in self._biases:
+            self._biases[window, dtype] = mx.where(self.array("mask", window), 0.0, -mx.inf).astype(dtype)
+        return self._biases[window, dtype]
+
+    def make_rows(self, _: int) -> np.ndarray:
+        return self.rows.astype(np.int32)
+
+    def make_cells(self, window: int) -> np.ndarray:
+        positions = self._positions(window)
         columns = np.minimum(positions // self.block_size, self.blocks.shape[1] - 1)
-        cells = np.take_along_axis(self.blocks, columns, axis=1) * self.block_size + positions % self.block_size
-        return Keys(mx.array(cells.astype(np.int32)), self._mask(positions, window))
+        return np.take_along_axis(self.blocks, columns, axis=1) * self.block_size + positions % self.block_size
 
-    def _mask(self, positions: np.ndarray, window: int) -> mx.array | str | None:
-        if len(self.lengths) == 1 and self.n == 1:
-            return None
-        if len(self.lengths) == 1 and not window:
-            return "causal"
+    def make_mask(self, window: int) -> np.ndarray:
         own = self.lengths[:, None] - self.n + np.arange(self.n)  # (s, n): the rows' own positions
-        distance = own[:, None, :, None] - positions[:, None, None, :]
-        return mx.array((distance >= 0) & (distance < window) if window else distance >= 0)
+        distance = own[:, None, :, None] - self._positions(window)[:, None, None, :]
+        return (distance >= 0) & (distance < window) if window else distance >= 0
+
+    def _positions(self, window: int) -> np.ndarray:
+        """int32 (s, L): those that a row may see, and some that it may not."""
+        begin = np.maximum(self.lengths - self.n - window + 1, 0) if window else np.zeros_like(self.lengths)
+        count = round_up(int((self.lengths - begin).max()), self.multiple)
+        return begin[:, None] + np.arange(count, dtype=np.int32)
 
 
-class Context:
-    """What `store`, `attend`, `rope` and `last` need of a step; each array is made when first asked for.
+class Context(Arrays):
+    """What `store`, `attend`, `rope` and `last` need of a step.
 
     `tables`, `owners`, `visible` and `longest` are what a ragged attention kernel takes.
     """
 
-    def __init__(self, batch: Batch, block_size: int) -> None:
-        self.batch, self.block_size = batch, block_size
+    def __init__(self, batch: Batch, block_size: int, multiple: int = 1) -> None:
+        super().__init__()
+        self.batch, self.block_size, self.multiple = batch, block_size, multiple
         self._turns: dict[int, Turns] = {}
 
     @cached_property
@@ -97,51 +124,72 @@ class Context:
         return np.repeat(np.arange(len(self.counts), dtype=np.int32), self.counts)
 
     @cached_property
-    def cells(self) -> mx.array:
-        """int32 (T,): where each token's KV goes."""
-        b, size = self.batch, self.block_size
-        return mx.array(b.blocks[self.row_of, b.positions // size] * size + b.positions % size)
-
-    @cached_property
-    def rows(self) -> mx.array:
-        """int32 (R,): rows whose logits are wanted."""
-        return mx.array(self.batch.rows)
-
-    @cached_property
     def rows_are_all(self) -> bool:
-        return len(self.batch.rows) == len(self.batch.tokens) and len(self.counts) == len(self.batch.rows)
+        """Whether every sequence has one token, and its logits are wanted."""
+        return len(self.batch.rows) == len(self.batch.tokens) == len(self.counts)
 
     @cached_property
     def parts(self) -> Sequence[Part]:
         singles = np.flatnonzero(self.counts == 1)
         groups = ([singles] if len(singles) else []) + [np.array([s]) for s in np.flatnonzero(self.counts > 1)]
-        return [Part(self.batch, self.block_size, group) for group in groups]
+        return [Part(self.batch, self.block_size, group, self.multiple) for group in groups]
 
     @cached_property
-    def order(self) -> mx.array | None:
-        """int32 (T,): where each row is among those of the parts; None where they are in order."""
-        rows = np.concatenate([p.rows for p in self.parts])
-        return None if (np.diff(rows) > 0).all() else mx.array(np.argsort(rows).astype(np.int32))
-
-    @cached_property
-    def tables(self) -> mx.array:
-        """int32 (S, B): the blocks of each sequence."""
-        return mx.array(self.batch.blocks)
-
-    @cached_property
-    def owners(self) -> mx.array:
-        """int32 (T,): the sequence of each token."""
-        return mx.array(self.row_of)
-
-    @cached_property
-    def visible(self) -> mx.array:
-        """int32 (T,): how many positions of its sequence a token sees."""
-        return mx.array(self.batch.positions + 1)
+    def in_order(self) -> bool:
+        """Whether the rows of the parts, one part after the other, are those of the batch."""
+        return bool((np.diff(np.concatenate([p.rows for p in self.parts])) > 0).all())
 
     @cached_property
     def longest(self) -> int:
-        """The largest of `visible`."""
-        return int(self.batch.lengths.max())
+        """The largest of `visible`, or a little more."""
+        return round_up(int(self.batch.lengths.max()), self.multiple)
+
+    @property
+    def cells(self) -> mx.array:
+        """int32 (T,): where each token's KV goes."""
+        return self.array("cells")
+
+    @property
+    def rows(self) -> mx.array:
+        """int32 (R,): rows whose logits are wanted."""
+        return self.array("rows")
+
+    @property
+    def tables(self) -> mx.array:
+        """int32 (S, B): the blocks of each sequence."""
+        return self.array("tables")
+
+    @property
+    def owners(self) -> mx.array:
+        """int32 (T,): the sequence of each token."""
+        return self.array("owners")
+
+    @property
+    def visible(self) -> mx.array:
+        """int32 (T,): how many positions of its sequence a token sees."""
+        return self.array("visible")
+
+    def make_cells(self, _: int) -> np.ndarray:
+        b, size = self.batch, self.block_size
+        return b.blocks[self.row_of, b.positions // size] * size + b.positions % size
+
+    def make_rows(self, _: int) -> np.ndarray:
+        return self.batch.rows
+
+    def make_tables(self, _: int) -> np.ndarray:
+        columns = -(-self.longest // self.block_size)
+        tables = self.batch.blocks[:, :columns]
+        return np.pad(tables, [(0, 0), (0, columns - tables.shape[1])])
+
+    def make_owners(self, _: int) -> np.ndarray:
+        return self.row_of
+
+    def make_visible(self, _: int) -> np.ndarray:
+        return self.batch.positions + 1
+
+    def make_order(self, _: int) -> np.ndarray:
+        """int32 (T,): where each row of the batch is among those of the parts."""
+        return np.argsort(np.concatenate([p.rows for p in self.parts])).astype(np.int32)
 
     def turns(self, frequencies: Frequencies, positions: mx.array) -> Turns:
         """Cosines and signed sines of a step's positions, the same for all layers of a kind."""
@@ -161,7 +209,7 @@ def plain_singles(p: Part, q: mx.array, kv: KV, scale: float, window: int) -> mx
         k, v = k.astype(q.dtype), v.astype(q.dtype)
     scores = (mx.unflatten(q, 1, (v.shape[1], -1)) * scale) @ k  # (s, Hk, H / Hk, L)
     if seen.mask is not None:
-        scores = mx.where(seen.mask, scores, -mx.inf)
+        scores = scores + p.bias(window, scores.dtype)
     return mx.flatten(mx.softmax(scores, axis=-1, precise=True) @ v, 1)
 
 
@@ -194,4 +242,8 @@ def attend(
         run, p = parts[0]
         return run(p, q, kv, scale, window)
     y = mx.concatenate([run(p, p.of(q), kv, scale, window) for run, p in parts])
-    return y if c.order is None else y[c.order]
+    return y if c.in_order else y[c.array("order")]
+
+
+def round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

@@ -10,6 +10,7 @@ from llmrs.backends.base import Backend
 from llmrs.backends.memory import trim_host_memory
 from llmrs.backends.mlx import memory, ops
 from llmrs.backends.mlx.attention import KV, Context
+from llmrs.backends.mlx.compiled import MULTIPLE, CompiledSteps
 from llmrs.backends.mlx.fusing import fuse
 from llmrs.backends.mlx.lowering import Lowering, Program
 from llmrs.backends.mlx.sampling import SlotState, logprobs, sample
@@ -54,8 +55,11 @@ class MlxBackend(Backend):
     def __init__(self, device: str, dtype: str, kv_dtype: str) -> None:
         super().__init__(device, dtype, kv_dtype)
         self.type, self.kv_type = DTYPES[dtype], DTYPES[kv_dtype]
-        self.rules = ops.rules(metal=device == "gpu" and mx.metal.is_available())
+        metal = device == "gpu" and mx.metal.is_available()
+        self.rules = ops.rules(metal)
+        self.compiles = metal  # on a CPU, MLX would call a C++ compiler
         self.program = Program([], 0, 0)
+        self.compiled: CompiledSteps | None = None
         self.kv: list[KV] = []
         self.stream = memory.borrow_stream(device)
         self._end_loan = weakref.finalize(self, memory.give_back, device, self.stream)
@@ -82,6 +86,7 @@ class MlxBackend(Backend):
                 self.program = lowering.program()
         finally:
             lowering.forget()  # a traceback must not hold the weights
+        self.compiled = CompiledSteps(self.program) if self.compiles else None
         mx.clear_cache()
         trim_host_memory()
 
@@ -100,7 +105,7 @@ class MlxBackend(Backend):
 
     def forward(self, batch: Batch) -> mx.array:
         with memory.using(self.stream):
-            logits = self.program.run(Context(batch, self.block_size), self._inputs(batch))
+            logits = self._build(batch)
             mx.synchronize(self.stream)  # else the step before still reads the KV cache, and MLX would copy it
             mx.async_eval(logits)
         return logits
@@ -129,9 +134,18 @@ class MlxBackend(Backend):
     def close(self) -> None:
         if self._end_loan.alive:
             mx.synchronize(self.stream)
-            self.program, self.kv, self.slots = Program([], 0, 0), [], None
+            self.program, self.compiled, self.kv, self.slots = Program([], 0, 0), None, [], None
             self._end_loan()
             trim_host_memory()
+
+    def _build(self, batch: Batch) -> mx.array:
+        """The graph of a step: logits that are not computed yet."""
+        inputs = self._inputs(batch)
+        if self.compiled is not None:
+            context = Context(batch, self.block_size, MULTIPLE)
+            if context.rows_are_all:
+                return self.compiled.run(context, inputs)
+        return self.program.run(Context(batch, self.block_size), inputs)
 
     def _inputs(self, batch: Batch) -> list[mx.array | KV]:
         """What the graph takes: the tokens int32 (T,), with the slots' last ones filled in, positions, and the KV."""

@@ -2,8 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -14,8 +13,7 @@ from llmrs.quant.tensor import Tensor
 Rules = Mapping[str, Callable[..., Callable[..., Any]]]
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """One lowered equation: results at `outs` from the values at `inputs`. Values are numbered within a program."""
 
     run: Callable[..., Any]
@@ -32,12 +30,12 @@ class Program:
     def run(self, context: Any, inputs: list[Any]) -> mx.array:
         """The graph's first result. Nothing is computed: MLX notes what depends on what."""
         values = inputs + [None] * (self.size - len(inputs))
-        for call in self.calls:
-            result = call.run(context, *[values[n] for n in call.inputs])
-            if len(call.outs) == 1:
-                values[call.outs[0]] = result
+        for run, taken, outs in self.calls:  # hundreds, in each step
+            result = run(context, *[values[n] for n in taken])
+            if len(outs) == 1:
+                values[outs[0]] = result
             else:
-                for n, one in zip(call.outs, result, strict=True):
+                for n, one in zip(outs, result, strict=True):
                     values[n] = one
         logits: mx.array = values[self.result]
         return logits
