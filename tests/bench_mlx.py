@@ -21,7 +21,7 @@ import numpy as np
 from llmrs.backends.base import pick_device
 from llmrs.backends.mlx.backend import MlxBackend
 from llmrs.backends.mlx.lowering import as_array
-from llmrs.backends.mlx.sampling import sample
+from llmrs.backends.mlx.sampling import adjusted
 from llmrs.backends.testing import RandomModel, core_on, request, sampling_batch
 from llmrs.core.sampling import SamplingArrays
 from llmrs.models.families import family
@@ -84,7 +84,7 @@ def build_ours(backend: MlxBackend, batch: int) -> Callable[[int], Any]:
         begin = time.thread_time()
         logits = backend._build(step)
         assert backend.slots is not None
-        tokens = sample(logits, step, backend.slots, None)
+        tokens = backend.draw(adjusted(logits, step, backend.slots, None), step.sampling)
         backend.slots.append(step, tokens)
         return time.thread_time() - begin, tokens
 

@@ -1,6 +1,8 @@
 """What is particular to the MLX backend: KV writes in place, MLX's process-wide state, threads, and its rules."""
 
+import gc
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -20,8 +22,13 @@ from llmrs.backends.mlx.backend import MlxBackend  # noqa: E402
 BLOCKS = 16_000
 
 
-def make(dtype="f32", kv_dtype=None, kind=MlxBackend):
-    return kind("cpu", dtype, kv_dtype or dtype)
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="MLX compiles for a CPU with g++")
+
+
+def make(dtype="f32", kv_dtype=None, kind=MlxBackend, compiles=False):
+    backend = kind("cpu", dtype, kv_dtype or dtype)
+    backend.compiles = compiles
+    return backend
 
 
 def logits(backend, model):
@@ -29,10 +36,14 @@ def logits(backend, model):
     return backend.to_host(backend.forward(prefill_batch(prompts(1, 9, 30))))
 
 
-@pytest.mark.parametrize("chunk", [64, 4], ids=["answers", "prompts among answers"])
-def test_memory_does_not_grow_with_steps(chunk):
+@pytest.mark.parametrize(
+    ("chunk", "compiles"),
+    [(64, False), (4, False), pytest.param(64, True, marks=needs_compiler)],
+    ids=["answers", "prompts among answers", "compiled"],
+)
+def test_memory_does_not_grow_with_steps(chunk, compiles):
     """A copy of the KV cache, even of one layer's, would show: the cache is nearly all of the memory."""
-    backend = RandomModel.of("qwen3").on(make())
+    backend = RandomModel.of("qwen3").on(make(compiles=compiles))
     core = core_on(backend, blocks=BLOCKS, max_num_batched_tokens=chunk, max_num_seqs=4, prefix_cache=False)
     mx.synchronize(backend.stream)
     cache = BLOCKS * BLOCK * backend.token_bytes()
@@ -54,6 +65,7 @@ def test_memory_does_not_grow_with_steps(chunk):
 def test_close_gives_memory_and_limits_back(monkeypatch):
     monkeypatch.setattr(memory, "_engines", 0)  # other tests may have left some
     monkeypatch.setattr(memory, "working_set", lambda: 10**12)  # as a Mac's
+    gc.collect()  # what tests that failed have left
     before = mx.get_active_memory()
     limits = mx.get_memory_limit(), mx.set_cache_limit(1 << 20)
     backends = [RandomModel.of("qwen3").on(make()) for _ in range(2)]
@@ -157,6 +169,33 @@ def test_free_memory_is_what_the_gpu_can_hold(monkeypatch):
     monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 10**12})
     assert make().devices() == ["gpu", "cpu"]
     assert make().free_memory() == 10**12 - mx.get_active_memory()
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", MODELS)
+def test_compiled_steps_give_the_same_tokens(name, monkeypatch):
+    """While answers begin and end, over a change of the number of keys, and with MLX's fast ops."""
+    model = RandomModel.of(name)
+
+    def ask():
+        lengths = {4: 90, 11: 30, 30: 60, 58: 20}
+        return [request(prompts(n)[0], n, temperature=0.8, max_tokens=count) for n, count in lengths.items()]
+
+    plain, compiled = model.on(make()), make(compiles=True)
+    compiled.rules = ops.rules(metal=True)
+    model.on(compiled)
+    expected = run(core_on(plain, max_num_batched_tokens=32), ask())
+    traced, compile_ = [], mx.compile
+    monkeypatch.setattr(mx, "compile", lambda f: traced.append(compiled.compiled.shape) or compile_(f))
+    assert run(core_on(compiled, max_num_batched_tokens=32), ask()) == expected
+    assert len({count for count, _ in traced}) > 1
+    assert {keys for _, keys in traced} == {64, 128}
+    plain.close()
+    gc.collect()
+    before = mx.get_active_memory()
+    held = sum(w.nbytes for w in model.weights.values())
+    compiled.close()
+    assert mx.get_active_memory() <= before - held
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])

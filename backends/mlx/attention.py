@@ -60,7 +60,7 @@ class Part(Arrays):
     def __init__(self, batch: Batch, block_size: int, group: np.ndarray, multiple: int) -> None:
         super().__init__()
         self.first, self.n = int(batch.starts[group[0]]), int(batch.starts[group[0] + 1] - batch.starts[group[0]])
-        self.rows = np.concatenate([np.arange(batch.starts[s], batch.starts[s + 1]) for s in group])
+        self.rows = batch.starts[group] if self.n == 1 else np.arange(self.first, self.first + self.n)
         self.blocks, self.lengths = batch.blocks[group], batch.lengths[group]
         self.block_size, self.multiple = block_size, multiple
         self._biases: dict[tuple[int, mx.Dtype], mx.array] = {}

@@ -13,7 +13,7 @@ from llmrs.backends.mlx.attention import KV, Context
 from llmrs.backends.mlx.compiled import MULTIPLE, CompiledSteps
 from llmrs.backends.mlx.fusing import fuse
 from llmrs.backends.mlx.lowering import Lowering, Program
-from llmrs.backends.mlx.sampling import SlotState, logprobs, sample
+from llmrs.backends.mlx.sampling import SlotState, adjusted, draw, logprobs
 from llmrs.core.batch import Batch
 from llmrs.core.errors import MemoryLimitError
 from llmrs.core.sampling import Logprobs
@@ -56,7 +56,7 @@ class MlxBackend(Backend):
         super().__init__(device, dtype, kv_dtype)
         self.type, self.kv_type = DTYPES[dtype], DTYPES[kv_dtype]
         metal = device == "gpu" and mx.metal.is_available()
-        self.rules = ops.rules(metal)
+        self.rules, self.draw = ops.rules(metal), draw
         self.compiles = metal  # on a CPU, MLX would call a C++ compiler
         self.program = Program([], 0, 0)
         self.compiled: CompiledSteps | None = None
@@ -114,7 +114,7 @@ class MlxBackend(Backend):
         assert self.slots is not None, "allocate comes first"
         with memory.using(self.stream):
             self.slots.begin(batch.begun)
-            tokens = sample(logits[: len(batch.slots)], batch, self.slots, mask)
+            tokens = self.draw(adjusted(logits[: len(batch.slots)], batch, self.slots, mask), batch.sampling)
             self.slots.append(batch, tokens)
             likely = None
             if batch.logprobs >= 0:

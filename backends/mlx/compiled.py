@@ -4,7 +4,7 @@ A trace costs several steps' worth of building, so it is made when a shape has c
 steps of one token a sequence. The number of keys is part of the shape; it is rounded up so that it changes rarely.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -40,27 +40,28 @@ class CompiledSteps:
             return logits
         kv: list[KV] = inputs[2:]
         if self.traced is None:
-            self.traced = mx.compile(self._tracer(context, kv))
+            self.traced = mx.compile(_tracer(self.program, context, self.names))
         arrays = [s.array(*n) for s, names in zip(_sources(context), self.names, strict=True) for n in names]
         logits, written = self.traced(inputs[:2], arrays, [x for c in kv for x in (c.keys, c.values)])
         for cache, keys, values in zip(kv, written[::2], written[1::2], strict=True):
             cache.keys, cache.values = keys, values
         return logits
 
-    def _tracer(self, like: Context, kv: Sequence[KV]) -> Traced:
-        """The program as a function of arrays alone, for steps that are shaped like this one."""
-        batch, block_size, multiple, count = like.batch, like.block_size, like.multiple, len(kv)
 
-        def run(tokens: list[mx.array], arrays: list[mx.array], pools: list[mx.array]) -> Any:
-            context, left = Context(batch, block_size, multiple), iter(arrays)
-            for source, names in zip(_sources(context), self.names, strict=True):
-                source.arrays = {name: next(left) for name in names}
-                source.given = True
-            caches = [KV(pools[2 * n], pools[2 * n + 1]) for n in range(count)]
-            logits = self.program.run(context, [*tokens, *caches])
-            return logits, [x for c in caches for x in (c.keys, c.values)]
+def _tracer(program: Program, like: Context, names: list[list[tuple[str, int]]]) -> Traced:
+    """The program as a function of arrays alone, for steps that are shaped like this one."""
+    batch, block_size, multiple = like.batch, like.block_size, like.multiple
 
-        return run
+    def run(tokens: list[mx.array], arrays: list[mx.array], pools: list[mx.array]) -> Any:
+        context, left = Context(batch, block_size, multiple), iter(arrays)
+        for source, wanted in zip(_sources(context), names, strict=True):
+            source.arrays = {name: next(left) for name in wanted}
+            source.given = True
+        caches = [KV(keys, values) for keys, values in zip(pools[::2], pools[1::2], strict=True)]
+        logits = program.run(context, [*tokens, *caches])
+        return logits, [x for c in caches for x in (c.keys, c.values)]
+
+    return run
 
 
 def _sources(context: Context) -> list[Arrays]:

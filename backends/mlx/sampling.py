@@ -43,19 +43,8 @@ class SlotState:
             self.tokens[slots, mx.array(batch.lengths[kept])] = new
 
 
-def sample(logits: mx.array, batch: Batch, slots: SlotState, mask: np.ndarray | None) -> mx.array:
-    """Token ids int32 (S,) from logits float32 (S, V)."""
-    logits = adjusted(logits, batch, slots, mask)
-    tokens = mx.argmax(logits, axis=-1)
-    drawn = batch.sampling.temperature > 0
-    if drawn.any():
-        found = _draw(logits, batch.sampling)
-        tokens = found if drawn.all() else mx.where(mx.array(drawn), found, tokens)
-    return tokens.astype(mx.int32)
-
-
 def adjusted(logits: mx.array, batch: Batch, slots: SlotState, mask: np.ndarray | None) -> mx.array:
-    """After penalties, biases, and what must not be sampled."""
+    """Logits float32 (S, V) after penalties, biases, and what must not be sampled."""
     if batch.sampling.looks_back().any():
         logits = _penalized(logits, batch, slots)
     for s, slot in enumerate(batch.slots.tolist() if slots.bias else ()):
@@ -107,7 +96,16 @@ def logprobs(logits: mx.array, tokens: mx.array, count: int) -> tuple[mx.array, 
     return chosen, ids, mx.take_along_axis(likely, ids, axis=-1) if count else mx.zeros((len(tokens), 0))
 
 
-def _draw(logits: mx.array, params: SamplingArrays) -> mx.array:
+def draw(logits: mx.array, params: SamplingArrays) -> mx.array:
+    """`llmrs.core.sampling.sample`: token ids int32 (S,) from adjusted logits float32 (S, V)."""
+    likeliest, warm = mx.argmax(logits, axis=-1), params.temperature > 0
+    if not warm.any():
+        return likeliest.astype(mx.int32)
+    drawn = _drawn(logits, params)
+    return (drawn if warm.all() else mx.where(mx.array(warm), drawn, likeliest)).astype(mx.int32)
+
+
+def _drawn(logits: mx.array, params: SamplingArrays) -> mx.array:
     """Token ids (S,); those of greedy rows mean nothing."""
     temperature = np.where(params.temperature > 0, params.temperature, np.float32(1))
     logits = logits / _column(temperature)
