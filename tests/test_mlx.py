@@ -13,6 +13,7 @@ import pytest
 from llmrs.backends import base
 from llmrs.backends.testing import BLOCK, CONTEXT, MODELS, RandomModel, core_on, prefill_batch, prompts, request, run
 from llmrs.core.errors import BackendError, LoadCancelledError
+from llmrs.fit import token_bytes
 
 mx = pytest.importorskip("mlx.core")
 
@@ -46,7 +47,7 @@ def test_memory_does_not_grow_with_steps(chunk, compiles):
     backend = RandomModel.of("qwen3").on(make(compiles=compiles))
     core = core_on(backend, blocks=BLOCKS, max_num_batched_tokens=chunk, max_num_seqs=4, prefix_cache=False)
     mx.synchronize(backend.stream)
-    cache = BLOCKS * BLOCK * backend.token_bytes()
+    cache = BLOCKS * BLOCK * token_bytes(backend.graph, "f32")
     assert mx.get_active_memory() > cache > 80_000_000
     for p in prompts(1, 2, 3, 30):
         core.submit(request(p, max_tokens=220))
