@@ -96,12 +96,19 @@ class Lowering:
         if weight in self.loaded:
             return self.loaded[weight]
         tensors = [self.weights[s.tensor] for s in weight.segments]
-        parts = [as_array(t).astype(self.dtype) for t in tensors]
+        parts = [self._cast(t) for t in tensors]
         array = parts[0] if len(parts) == 1 else mx.concatenate(parts)
-        mx.eval(array)  # now, so that the copy of the file's bytes goes before the next one comes
+        mx.eval(array)
+        parts.clear()
+        mx.clear_cache()  # MLX would keep the freed parts
         self.progress(sum(t.nbytes for t in tensors))
         if weight in self.shared:
             self.loaded[weight] = array
+        return array
+
+    def _cast(self, tensor: Tensor) -> mx.array:
+        array = as_array(tensor).astype(self.dtype)
+        mx.eval(array)  # now, so that the copy of the file's bytes goes before the next one comes
         return array
 
 
