@@ -63,6 +63,28 @@ def test_memory_does_not_grow_with_steps(chunk, compiles):
     backend.close()
 
 
+def test_after_a_step_that_failed_others_go_on():
+    """Half a graph was built, and stores of the failed step are in it."""
+    backend = RandomModel.of("qwen3").on(make())
+    core = core_on(backend)
+
+    def ask():
+        return [request(p, max_tokens=12) for p in prompts(9, 5)]
+
+    expected = run(core, ask())
+    calls, middle = backend.program.calls, len(backend.program.calls) // 2
+    whole, lost = calls[middle], ask()
+    for r in lost:
+        core.submit(r)
+    core.step()
+    calls[middle] = whole._replace(run=lambda *inputs: 1 / 0)
+    core.step()
+    calls[middle] = whole
+    assert all(isinstance(r.error, BackendError) for r in lost)
+    assert run(core, ask()) == expected
+    backend.close()
+
+
 def test_close_gives_memory_and_limits_back(monkeypatch):
     monkeypatch.setattr(memory, "_engines", 0)  # other tests may have left some
     monkeypatch.setattr(memory, "working_set", lambda: 10**12)  # as a Mac's
