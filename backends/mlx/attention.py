@@ -129,6 +129,11 @@ class Context(Arrays):
         return len(self.batch.rows) == len(self.batch.tokens) == len(self.counts)
 
     @cached_property
+    def singles(self) -> int:
+        """How many sequences of one token come first."""
+        return int(np.argmax(np.append(self.counts, 2) > 1))
+
+    @cached_property
     def parts(self) -> Sequence[Part]:
         singles = np.flatnonzero(self.counts == 1)
         groups = ([singles] if len(singles) else []) + [np.array([s]) for s in np.flatnonzero(self.counts > 1)]

@@ -2,16 +2,18 @@
 
 import weakref
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
 
 from llmrs.backends.base import Backend
 from llmrs.backends.memory import trim_host_memory
-from llmrs.backends.mlx import memory, ops
+from llmrs.backends.mlx import memory, metal, ops
 from llmrs.backends.mlx.attention import KV, Context
 from llmrs.backends.mlx.compiled import MULTIPLE, CompiledSteps
 from llmrs.backends.mlx.fusing import fuse
+from llmrs.backends.mlx.kernels.launch import Kernels
 from llmrs.backends.mlx.lowering import Lowering, Program
 from llmrs.backends.mlx.sampling import SlotState, adjusted, draw, logprobs
 from llmrs.core.batch import Batch
@@ -55,9 +57,10 @@ class MlxBackend(Backend):
     def __init__(self, device: str, dtype: str, kv_dtype: str) -> None:
         super().__init__(device, dtype, kv_dtype)
         self.type, self.kv_type = DTYPES[dtype], DTYPES[kv_dtype]
-        metal = device == "gpu" and mx.metal.is_available()
-        self.rules, self.draw = ops.rules(metal), draw
-        self.compiles = metal  # on a CPU, MLX would call a C++ compiler
+        self.rules, self.draw, self.compiles = ops.COMMON, draw, False
+        if device == "gpu" and mx.metal.is_available():
+            self.use_metal(Kernels())
+            self.compiles = True  # on a CPU, MLX would call a C++ compiler
         self.program = Program([], 0, 0)
         self.compiled: CompiledSteps | None = None
         self.kv: list[KV] = []
@@ -65,6 +68,11 @@ class MlxBackend(Backend):
         self._end_loan = weakref.finalize(self, memory.give_back, device, self.stream)
         self._end_loan.atexit = False
         self.slots: SlotState | None = None
+
+    def use_metal(self, kernels: Kernels) -> None:
+        """Has the rules of Metal win over those of mx ops, before `load`."""
+        self.rules = {**ops.COMMON, **ops.FAST, **metal.rules(kernels)}
+        self.draw = partial(metal.draw, kernels)
 
     @classmethod
     def devices(cls) -> list[str]:

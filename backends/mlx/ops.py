@@ -61,10 +61,10 @@ def rope(*, frequencies: Frequencies) -> Run:
 
 
 def store() -> Run:
-    return _store
+    return write
 
 
-def _store(c: Context, k: Array, v: Array, kv: KV) -> KV:  # (T, Hk, d) each
+def write(c: Context, k: Array, v: Array, kv: KV) -> KV:  # (T, Hk, d) each
     kv.keys[c.cells] = k
     kv.values[c.cells] = v
     return kv
@@ -144,7 +144,7 @@ def norm_rope_store(
 
     def run(c: Context, q: Array, positions: Array, k: Array, v: Array, kv: KV) -> tuple[Array, KV]:
         q, k = turn(c, q_norm(c, q), positions), turn(c, k_norm(c, k), positions)
-        return q, _store(c, k, v, kv)
+        return q, write(c, k, v, kv)
 
     return run
 
@@ -153,7 +153,7 @@ def rope_store(*, frequencies: Frequencies) -> Run:
     turn = rope(frequencies=frequencies)
 
     def run(c: Context, q: Array, positions: Array, k: Array, v: Array, kv: KV) -> tuple[Array, KV]:
-        return turn(c, q, positions), _store(c, turn(c, k, positions), v, kv)
+        return turn(c, q, positions), write(c, turn(c, k, positions), v, kv)
 
     return run
 
@@ -203,7 +203,7 @@ def _qkv(project: Run, rows: list[int], size: int, norm: Run, turn: Run) -> Run:
     def run(c: Context, x: Array, positions: Array, kv: KV) -> tuple[Array, KV]:
         qk, v = mx.split(mx.unflatten(project(c, x), -1, (-1, size)), [both], axis=1)
         q, k = mx.split(turn(c, norm(c, qk), positions).astype(x.dtype), [query_heads], axis=1)
-        return q, _store(c, k, v, kv)
+        return q, write(c, k, v, kv)
 
     return run
 
@@ -232,13 +232,9 @@ FUSED = {f.__name__: f for f in (linears, add_norm, norm_rope_store, rope_store)
 OWN = (linears_silu_mul, linears_gelu_mul, qkv_rope_store, qkv_norm_rope_store)  # of fusing.py
 PLAIN = (embed, scale, linear, rms_norm, heads, rope, store, attend, silu_mul, gelu_mul, moe, add, last, head)
 COMMON: dict[str, Callable[..., Run]] = {f.__name__: f for f in (*PLAIN, *FUSED.values(), *OWN)}
-METAL: dict[str, Callable[..., Run]] = {  # what wins on a Mac's GPU: the same signatures
+FAST: dict[str, Callable[..., Run]] = {  # what wins on a GPU: the same signatures
     "rope": fast_rope,
     "attend": fast_attend,
     "qkv_rope_store": partial(qkv_rope_store, rope=fast_rope),
     "qkv_norm_rope_store": partial(qkv_norm_rope_store, rope=fast_rope),
 }
-
-
-def rules(metal: bool) -> dict[str, Callable[..., Run]]:
-    return {**COMMON, **METAL} if metal else COMMON

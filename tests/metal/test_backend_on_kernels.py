@@ -1,0 +1,51 @@
+"""The MLX backend with the rules of Metal, its kernels on the shim, against its rules of mx ops."""
+
+import sys
+
+import numpy as np
+import pytest
+from metal_mlx import Shim
+
+from llmrs.backends.mlx.backend import MlxBackend
+from llmrs.backends.mlx.kernels.launch import Kernels
+from llmrs.backends.testing import BLOCK, CONTEXT, MODELS, RandomModel, core_on, prefill_batch, prompts, request, run
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the shim runs on Linux; on a Mac TestMlx has the GPU")
+EXPECTED = {  # the kernels that a family must have reached; heads of 8 are too small for some
+    "llama": {"paged_decode", "paged_prefill", "norm_rope", "add_norm", "gated"},
+    "mistral": {"add_norm", "gated"},
+    "qwen3": {"paged_decode", "paged_prefill", "norm_rope", "add_norm", "gated"},
+    "qwen3-moe": {"paged_decode", "paged_prefill", "norm_rope", "add_norm"},
+    "gemma3": {"paged_decode", "paged_prefill", "norm_rope", "gated"},
+}
+SAMPLING = {"sample_keep", "sample_part", "sample_pick"}
+
+
+def on_shim(model):
+    shim, backend = Shim(), MlxBackend("cpu", "f32", "f32")
+    backend.use_metal(Kernels(shim))
+    return model.on(backend), shim
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_and_tokens(name):
+    """A prompt alone, then answers among parts of a prompt, greedy and drawn."""
+    model = RandomModel.of(name, num_hidden_layers=7 if name == "gemma3" else 2)
+    plain = model.on(MlxBackend("cpu", "f32", "f32"))
+    metal, shim = on_shim(model)
+    found = []
+    for backend in (plain, metal):
+        backend.allocate(100, BLOCK, 8, CONTEXT)
+        found.append(backend.to_host(backend.forward(prefill_batch(prompts(1, BLOCK + 1, 23)))))
+    assert np.abs(found[0] - found[1]).max() < 1e-4
+
+    def ask():
+        drawn = [request(p, n, temperature=0.8, top_p=0.9, max_tokens=4) for n, p in enumerate(prompts(7, 19))]
+        return [request(prompts(3)[0], max_tokens=6), *drawn]
+
+    answers = [run(core_on(b, max_num_batched_tokens=12), ask()) for b in (plain, metal)]
+    assert answers[0] == answers[1]
+    called = {c.removeprefix("llmrs_") for c in shim.calls}
+    assert EXPECTED[name] | SAMPLING <= called
+    plain.close()
+    metal.close()
