@@ -21,8 +21,8 @@ EXPECTED = {  # the kernels that a family must have reached; heads of 8 are too 
 SAMPLING = {"sample_keep", "sample_part", "sample_pick"}
 
 
-def on_shim(model):
-    shim, backend = Shim(), MlxBackend("cpu", "f32", "f32")
+def on_shim(model, dtype="f32", kv_dtype="f32"):
+    shim, backend = Shim(), MlxBackend("cpu", dtype, kv_dtype)
     backend.use_metal(Kernels(shim))
     return model.on(backend), shim
 
@@ -49,3 +49,22 @@ def test_logits_and_tokens(name):
     assert EXPECTED[name] | SAMPLING <= called
     plain.close()
     metal.close()
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3"])
+@pytest.mark.parametrize("dtypes", [("bf16", "bf16"), ("f16", "f16"), ("f32", "f16")], ids="-".join)
+def test_half_precision(name, dtypes):
+    """As near to float32 as the rules of mx ops are, up to a factor."""
+    model = RandomModel.of(name, num_hidden_layers=2)
+    exact, plain = (model.on(MlxBackend("cpu", *types)) for types in (("f32", "f32"), dtypes))
+    metal, shim = on_shim(model, *dtypes)
+    found = []
+    for backend in (exact, plain, metal):
+        backend.allocate(100, BLOCK, 8, CONTEXT)
+        first = backend.to_host(backend.forward(prefill_batch(prompts(1, 9, 23))))
+        found.append(np.concatenate([first, backend.to_host(backend.forward(prefill_batch(prompts(1))))]))
+    errors = [np.linalg.norm(f - found[0]) / np.linalg.norm(found[0]) for f in found[1:]]
+    assert 0 < errors[1] < 1.5 * errors[0]
+    assert "llmrs_paged_decode" in shim.calls
+    for backend in (exact, plain, metal):
+        backend.close()
