@@ -61,6 +61,7 @@ class MlxBackend(Backend):
         if device == "gpu" and mx.metal.is_available():
             self.use_metal(Kernels())
             self.compiles = True  # on a CPU, MLX would call a C++ compiler
+        self.step_tokens = 2048 if device == "gpu" else 256  # a CPU holds the scores of all of them
         self.program = Program([], 0, 0)
         self.compiled: CompiledSteps | None = None
         self.kv: list[KV] = []
