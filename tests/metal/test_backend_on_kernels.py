@@ -11,12 +11,11 @@ from llmrs.backends.mlx.kernels.launch import Kernels
 from llmrs.backends.testing import BLOCK, CONTEXT, MODELS, RandomModel, core_on, prefill_batch, prompts, request, run
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the shim runs on Linux; on a Mac TestMlx has the GPU")
-EXPECTED = {  # the kernels that a family must have reached; heads of 8 are too small for some
-    "llama": {"paged_decode", "paged_prefill", "norm_rope", "add_norm", "gated"},
-    "mistral": {"add_norm", "gated"},
-    "qwen3": {"paged_decode", "paged_prefill", "norm_rope", "add_norm", "gated"},
-    "qwen3-moe": {"paged_decode", "paged_prefill", "norm_rope", "add_norm"},
-    "gemma3": {"paged_decode", "paged_prefill", "norm_rope", "gated"},
+ALL = {"paged_decode", "paged_prefill", "norm_rope", "add_norm", "gated"}
+MISSING = {  # the kernels that a family does not reach; those of attention want heads of 16 or more
+    "mistral": {"paged_decode", "paged_prefill", "norm_rope"},
+    "qwen3-moe": {"gated"},
+    "gemma3": {"add_norm"},
 }
 SAMPLING = {"sample_keep", "sample_part", "sample_pick"}
 
@@ -46,7 +45,7 @@ def test_logits_and_tokens(name):
     answers = [run(core_on(b, max_num_batched_tokens=12), ask()) for b in (plain, metal)]
     assert answers[0] == answers[1]
     called = {c.removeprefix("llmrs_") for c in shim.calls}
-    assert EXPECTED[name] | SAMPLING <= called
+    assert (ALL | SAMPLING) - MISSING.get(name, set()) <= called
     plain.close()
     metal.close()
 
