@@ -1,5 +1,7 @@
 """Every backend of this repository through the suite that backends of others run too."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 
@@ -17,3 +19,8 @@ class TestTorch(BackendSuite):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 class TestTorchOnCuda(BackendSuite):
     backend, device = "torch", "cuda"
+
+
+@pytest.mark.skipif(find_spec("mlx") is None, reason="needs mlx")
+class TestMlx(BackendSuite):
+    backend, device = "mlx", "auto"

@@ -151,7 +151,7 @@ WRONG = [
     (["run", "--w", "MODEL", "--prompts", "a", "--max-tokens", "many"], "'many'"),
     (["run", "--w", "MODEL", "--prompts", "a", "--temperature", "nan"], "temperature: nan"),
     (["run", "--w", "MODEL", "--prompts", "a", "--seed", str(2**64)], "seed: 18446744073709551616"),
-    (["run", "--w", "MODEL", "--prompts", "a", "--backend", "mlx"], "'mlx'"),
+    (["run", "--w", "MODEL", "--prompts", "a", "--backend", "tpu"], "'tpu'"),
     (["run", "--w", "MODEL", "--prompts", "a", "--backend", "torhc"], "did you mean torch"),
     (["run", "--w", "MODEL", "--prompts", "a", "--device", "cuda:7"], "cuda:7"),
     (["run", "--w", "MODEL", "--prompts", "a", "--quant", "q4k"], "q4k"),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 from safetensors.numpy import save_file
 
 from llmrs.models.families import family, graph_of, read_config
@@ -41,7 +42,7 @@ def anonymous():
 folder, dtype = Path(sys.argv[1]), sys.argv[2]
 config = read_config(folder)
 graph = graph_of(config)
-backend = tiny.empty_backend("torch", dtype)
+backend = tiny.empty_backend(sys.argv[4], dtype)
 weights = Weights(graph, family(config.architecture).names, SafetensorsSource(folder), tied=config.tied)
 before, seen, done = anonymous(), [], []
 backend.load(graph, weights, lambda count: (seen.append(anonymous() - before), done.append(count)))
@@ -68,8 +69,9 @@ def folder(tmp_path_factory):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(("dtype", "size"), [("bf16", 2), ("f32", 4)])
-def test_peak_memory_is_the_weights_and_two_tensors(folder, dtype, size):
-    command = [sys.executable, "-c", SCRIPT, str(folder), dtype, str(Path(__file__).parent)]
+@pytest.mark.parametrize("backend", [b for b in tiny.BACKENDS if b in ("torch", "mlx")])
+def test_peak_memory_is_the_weights_and_two_tensors(folder, backend, dtype, size):
+    command = [sys.executable, "-c", SCRIPT, str(folder), dtype, str(Path(__file__).parent), backend]
     found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     count = parameters(graph_of(read_config(folder)))
     slack = 10_000_000  # what the allocator keeps

@@ -1,5 +1,6 @@
 """Tiny random checkpoints, written by transformers, and the engine core on them."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from llmrs.models.weights import Weights
 __all__ = ["core_on", "prefill_batch", "prompts", "request", "run"]
 
 # where tests run: backend, or backend:device
-BACKENDS = ["reference", "torch", *(["torch:cuda"] if torch.cuda.is_available() else [])]
+BACKENDS = ["reference", "torch"]
+BACKENDS += ["torch:cuda"] if torch.cuda.is_available() else []
+BACKENDS += ["mlx"] if find_spec("mlx") else []
 SHAPE = {**testing.SHAPE, "initializer_range": 0.3}  # large, so that logits differ by more than rounding
 LLAMA3_ROPE = {
     "rope_type": "llama3",

@@ -1,0 +1,254 @@
+"""What the rules know of a step, and paged attention in plain mx ops.
+
+Sequences that feed one token are padded to the longest of them and run at once; a part of a prompt runs alone.
+Letters: T tokens, H query heads, Hk KV heads, d head size; s sequences of a part with n rows each, L keys.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import mlx.core as mx
+import numpy as np
+
+from llmrs.core.batch import Batch
+from llmrs.core.ir import Frequencies
+
+Turns = tuple[mx.array, mx.array]  # float32 (T, 1, d): what a head's elements, and its halves exchanged, are times
+
+
+@dataclass
+class KV:
+    """The KV cache of one layer: keys and values (blocks * block_size, Hk, d).
+
+    A store replaces both arrays; it happens in place where nothing else holds the old ones.
+    """
+
+    keys: mx.array
+    values: mx.array
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Which cells of the KV cache a part reads."""
+
+    cells: mx.array  # int32 (s, L)
+    mask: mx.array | str | None  # bool (s, 1, n, L), "causal", or None: all of them
+
+
+class Arrays:
+    """Arrays of a step by name, each made by the method `make_<name>` when first asked for."""
+
+    def __init__(self) -> None:
+        self.arrays: dict[tuple[str, int], mx.array] = {}
+        self.given = False  # whether `arrays` has been filled in, and nothing else may be asked for
+
+    def array(self, name: str, window: int = 0) -> mx.array:
+        key = (name, window)
+        if key not in self.arrays:
+            assert not self.given, f"{key} would become a constant of a compiled step"
+            self.arrays[key] = mx.array(getattr(self, f"make_{name}")(window))
+        return self.arrays[key]
+
+
+class Part(Arrays):
+    """Sequences that run in one call of the attention function, each with `n` rows.
+
+    The number of keys is rounded up to a multiple of `multiple`.
+    """
+
+    def __init__(self, batch: Batch, block_size: int, group: np.ndarray, multiple: int) -> None:
+        super().__init__()
+        self.first, self.n = int(batch.starts[group[0]]), int(batch.starts[group[0] + 1] - batch.starts[group[0]])
+        self.rows = batch.starts[group] if self.n == 1 else np.arange(self.first, self.first + self.n)
+        self.blocks, self.lengths = batch.blocks[group], batch.lengths[group]
+        self.block_size, self.multiple = block_size, multiple
+        self._biases: dict[tuple[int, mx.Dtype], mx.array] = {}
+
+    def of(self, x: mx.array) -> mx.array:
+        """Its rows (s * n, ...) of x (T, ...)."""
+        return x[self.array("rows")] if self.n == 1 else x[self.first : self.first + self.n]
+
+    def keys(self, window: int) -> Keys:
+        """What its rows see: the positions up to their own, of them the last `window` (0: any)."""
+        alone = len(self.lengths) == 1 and self.multiple == 1
+        if alone and (self.n == 1 or not window):
+            return Keys(self.array("cells", window), None if self.n == 1 else "causal")
+        return Keys(self.array("cells", window), self.array("mask", window))
+
+    def bias(self, window: int, dtype: mx.Dtype) -> mx.array:
+        """The mask as what is added to scores."""
+        if (window, dtype) not in self._biases:
+            self._biases[window, dtype] = mx.where(self.array("mask", window), 0.0, -mx.inf).astype(dtype)
+        return self._biases[window, dtype]
+
+    def make_rows(self, _: int) -> np.ndarray:
+        return self.rows.astype(np.int32)
+
+    def make_cells(self, window: int) -> np.ndarray:
+        positions = self._positions(window)
+        columns = np.minimum(positions // self.block_size, self.blocks.shape[1] - 1)
+        return np.take_along_axis(self.blocks, columns, axis=1) * self.block_size + positions % self.block_size
+
+    def make_mask(self, window: int) -> np.ndarray:
+        own = self.lengths[:, None] - self.n + np.arange(self.n)  # (s, n): the rows' own positions
+        distance = own[:, None, :, None] - self._positions(window)[:, None, None, :]
+        return (distance >= 0) & (distance < window) if window else distance >= 0
+
+    def _positions(self, window: int) -> np.ndarray:
+        """int32 (s, L): those that a row may see, and some that it may not."""
+        begin = np.maximum(self.lengths - self.n - window + 1, 0) if window else np.zeros_like(self.lengths)
+        count = round_up(int((self.lengths - begin).max()), self.multiple)
+        return begin[:, None] + np.arange(count, dtype=np.int32)
+
+
+class Context(Arrays):
+    """What `store`, `attend`, `rope` and `last` need of a step.
+
+    `tables`, `owners`, `visible` and `longest` are what a ragged attention kernel takes.
+    """
+
+    def __init__(self, batch: Batch, block_size: int, multiple: int = 1) -> None:
+        super().__init__()
+        self.batch, self.block_size, self.multiple = batch, block_size, multiple
+        self._turns: dict[int, Turns] = {}
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """int32 (S,): tokens of each sequence."""
+        return np.diff(self.batch.starts)
+
+    @cached_property
+    def row_of(self) -> np.ndarray:
+        """int32 (T,): the sequence of each token."""
+        return np.repeat(np.arange(len(self.counts), dtype=np.int32), self.counts)
+
+    @cached_property
+    def rows_are_all(self) -> bool:
+        """Whether every sequence has one token, and its logits are wanted."""
+        return len(self.batch.rows) == len(self.batch.tokens) == len(self.counts)
+
+    @cached_property
+    def singles(self) -> int:
+        """How many sequences of one token come first."""
+        return int(np.argmax(np.append(self.counts, 2) > 1))
+
+    @cached_property
+    def parts(self) -> Sequence[Part]:
+        singles = np.flatnonzero(self.counts == 1)
+        groups = ([singles] if len(singles) else []) + [np.array([s]) for s in np.flatnonzero(self.counts > 1)]
+        return [Part(self.batch, self.block_size, group, self.multiple) for group in groups]
+
+    @cached_property
+    def in_order(self) -> bool:
+        """Whether the rows of the parts, one part after the other, are those of the batch."""
+        return bool((np.diff(np.concatenate([p.rows for p in self.parts])) > 0).all())
+
+    @cached_property
+    def longest(self) -> int:
+        """The largest of `visible`, or a little more."""
+        return round_up(int(self.batch.lengths.max()), self.multiple)
+
+    @property
+    def cells(self) -> mx.array:
+        """int32 (T,): where each token's KV goes."""
+        return self.array("cells")
+
+    @property
+    def rows(self) -> mx.array:
+        """int32 (R,): rows whose logits are wanted."""
+        return self.array("rows")
+
+    @property
+    def tables(self) -> mx.array:
+        """int32 (S, B): the blocks of each sequence."""
+        return self.array("tables")
+
+    @property
+    def owners(self) -> mx.array:
+        """int32 (T,): the sequence of each token."""
+        return self.array("owners")
+
+    @property
+    def visible(self) -> mx.array:
+        """int32 (T,): how many positions of its sequence a token sees."""
+        return self.array("visible")
+
+    def make_cells(self, _: int) -> np.ndarray:
+        b, size = self.batch, self.block_size
+        return b.blocks[self.row_of, b.positions // size] * size + b.positions % size
+
+    def make_rows(self, _: int) -> np.ndarray:
+        return self.batch.rows
+
+    def make_tables(self, _: int) -> np.ndarray:
+        columns = -(-self.longest // self.block_size)
+        tables = self.batch.blocks[:, :columns]
+        return np.pad(tables, [(0, 0), (0, columns - tables.shape[1])])
+
+    def make_owners(self, _: int) -> np.ndarray:
+        return self.row_of
+
+    def make_visible(self, _: int) -> np.ndarray:
+        return self.batch.positions + 1
+
+    def make_order(self, _: int) -> np.ndarray:
+        """int32 (T,): where each row of the batch is among those of the parts."""
+        return np.argsort(np.concatenate([p.rows for p in self.parts])).astype(np.int32)
+
+    def turns(self, frequencies: Frequencies, positions: mx.array) -> Turns:
+        """Cosines and signed sines of a step's positions, the same for all layers of a kind."""
+        key = id(frequencies)  # which the graph holds; its hash would cost more than all the rest
+        if key not in self._turns:
+            angles = positions[:, None, None] * mx.array(np.array(frequencies.values, np.float32))  # (T, 1, d/2)
+            cos, sin = (f(angles) * frequencies.scale for f in (mx.cos, mx.sin))
+            self._turns[key] = mx.concatenate([cos, cos], axis=-1), mx.concatenate([-sin, sin], axis=-1)
+        return self._turns[key]
+
+
+def plain_singles(p: Part, q: mx.array, kv: KV, scale: float, window: int) -> mx.array:
+    """The answers of a part whose sequences have one row each, q (s, H, d) -> (s, H * d); what a CPU does fastest."""
+    seen = p.keys(window)
+    k, v = kv.keys[seen.cells].transpose(0, 2, 3, 1), kv.values[seen.cells].swapaxes(1, 2)  # (s, Hk, d, L), (.. L, d)
+    if k.dtype != q.dtype:
+        k, v = k.astype(q.dtype), v.astype(q.dtype)
+    scores = (mx.unflatten(q, 1, (v.shape[1], -1)) * scale) @ k  # (s, Hk, H / Hk, L)
+    if seen.mask is not None:
+        scores = scores + p.bias(window, scores.dtype)
+    return mx.flatten(mx.softmax(scores, axis=-1, precise=True) @ v, 1)
+
+
+def fast_singles(p: Part, q: mx.array, kv: KV, scale: float, window: int) -> mx.array:
+    """The same through MLX's own attention."""
+    return mx.flatten(_attended(p, mx.expand_dims(q, 2), kv, scale, window), 1)
+
+
+def _rows(p: Part, q: mx.array, kv: KV, scale: float, window: int) -> mx.array:
+    """One sequence's n rows, q (n, H, d) -> (n, H * d)."""
+    y = _attended(p, mx.expand_dims(q.swapaxes(0, 1), 0), kv, scale, window)
+    return mx.flatten(y[0].swapaxes(0, 1), 1)
+
+
+def _attended(p: Part, q: mx.array, kv: KV, scale: float, window: int) -> mx.array:
+    """q (s, H, n, d) -> the same."""
+    seen = p.keys(window)
+    k, v = kv.keys[seen.cells].swapaxes(1, 2), kv.values[seen.cells].swapaxes(1, 2)  # (s, Hk, L, d)
+    if k.dtype != q.dtype:
+        k, v = k.astype(q.dtype), v.astype(q.dtype)
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=seen.mask)
+
+
+def attend(
+    c: Context, q: mx.array, kv: KV, scale: float, window: int, singles: Callable[..., mx.array] = plain_singles
+) -> mx.array:
+    """q (T, H, d) -> (T, H * d)."""
+    parts = [(singles if p.n == 1 else _rows, p) for p in c.parts]
+    if len(parts) == 1:
+        run, p = parts[0]
+        return run(p, q, kv, scale, window)
+    y = mx.concatenate([run(p, p.of(q), kv, scale, window) for run, p in parts])
+    return y if c.in_order else y[c.array("order")]
+
+
+def round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

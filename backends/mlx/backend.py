@@ -1,0 +1,166 @@
+"""Runs a model's graph with MLX: on a Mac's GPU, or on the CPU."""
+
+import weakref
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import mlx.core as mx
+import numpy as np
+
+from llmrs.backends.base import Backend
+from llmrs.backends.memory import trim_host_memory
+from llmrs.backends.mlx import memory, metal, ops
+from llmrs.backends.mlx.attention import KV, Context
+from llmrs.backends.mlx.compiled import MULTIPLE, CompiledSteps
+from llmrs.backends.mlx.fusing import fuse
+from llmrs.backends.mlx.kernels.launch import Kernels
+from llmrs.backends.mlx.lowering import Lowering, Program
+from llmrs.backends.mlx.sampling import SlotState, adjusted, draw, logprobs
+from llmrs.core.batch import Batch
+from llmrs.core.errors import MemoryLimitError
+from llmrs.core.sampling import Logprobs
+from llmrs.quant.tensor import Tensor
+
+DTYPES = {"bf16": mx.bfloat16, "f16": mx.float16, "f32": mx.float32}
+
+
+class MlxTicket:
+    """A step whose tokens, and log probabilities where asked for, are being computed."""
+
+    def __init__(self, stream: mx.Stream, tokens: mx.array, likely: tuple[mx.array, ...] | None) -> None:
+        self.stream, self.result, self.likely = stream, tokens, likely
+
+    def tokens(self) -> np.ndarray:
+        with memory.using(self.stream):  # waiting, too, takes a stream
+            mx.eval(self.result, *(self.likely or ()))
+        return np.array(self.result)
+
+    def logprobs(self) -> Logprobs | None:
+        if self.likely is None:
+            return None
+        chosen, ids, top = map(np.array, self.likely)
+        return Logprobs(chosen, ids.astype(np.int32), top)
+
+
+class MlxBackend(Backend):
+    """MLX's own ops, and Metal kernels where there is Metal.
+
+    MLX notes what is to be computed (`forward` and `sample` build a graph) and computes it on a stream of its own
+    when told so. The KV cache is written in place as long as no step that reads it is under way. `forward` therefore
+    builds its graph while the step before runs, then waits for that one, then starts.
+    """
+
+    name = "mlx"
+    fused_ops = frozenset(ops.FUSED)
+    max_in_flight = 2
+
+    def __init__(self, device: str, dtype: str, kv_dtype: str) -> None:
+        super().__init__(device, dtype, kv_dtype)
+        self.type, self.kv_type = DTYPES[dtype], DTYPES[kv_dtype]
+        self.rules, self.draw, self.compiles = ops.COMMON, draw, False
+        if device == "gpu" and mx.metal.is_available():
+            self.use_metal(Kernels())
+            self.compiles = True  # on a CPU, MLX would call a C++ compiler
+        self.step_tokens = 2048 if device == "gpu" else 256  # a CPU holds the scores of all of them
+        self.program = Program([], 0, 0)
+        self.compiled: CompiledSteps | None = None
+        self.kv: list[KV] = []
+        self.stream = memory.borrow_stream(device)
+        self._end_loan = weakref.finalize(self, memory.give_back, device, self.stream)
+        self._end_loan.atexit = False
+        self.slots: SlotState | None = None
+
+    def use_metal(self, kernels: Kernels) -> None:
+        """Has the rules of Metal win over those of mx ops, before `load`."""
+        self.rules = {**ops.COMMON, **ops.FAST, **metal.rules(kernels)}
+        self.draw = partial(metal.draw, kernels)
+
+    @classmethod
+    def devices(cls) -> list[str]:
+        return ["gpu", "cpu"] if mx.metal.is_available() else ["cpu"]
+
+    @classmethod
+    def ops(cls) -> frozenset[str]:
+        return frozenset(ops.COMMON)
+
+    def free_memory(self) -> int:
+        return memory.free_memory()
+
+    def load_weights(self, weights: Mapping[str, Tensor], progress: Callable[[int], None]) -> None:
+        if self.fused_ops:
+            self.graph = fuse(self.graph)
+        lowering = Lowering(self.graph, self.rules, self.type, weights, progress)
+        try:
+            with memory.using(self.stream):
+                self.program = lowering.program()
+        finally:
+            lowering.forget()  # a traceback must not hold the weights
+        self.compiled = CompiledSteps(self.program) if self.compiles else None
+        mx.clear_cache()
+        trim_host_memory()
+
+    def allocate(self, blocks: int, block_size: int, slots: int, max_tokens: int) -> None:
+        self.block_size = block_size
+        self.kv = []
+        with memory.using(self.stream):
+            shapes = [(blocks * block_size, *t.sizes) for t in self.graph.kv_types()]
+            self.kv = [KV(mx.zeros(s, self.kv_type), mx.zeros(s, self.kv_type)) for s in shapes]
+            self.slots = SlotState(slots, max_tokens)
+            try:
+                mx.eval([x for kv in self.kv for x in (kv.keys, kv.values)])
+            except RuntimeError as error:
+                self.kv = []
+                raise MemoryLimitError(f"no memory for {blocks} KV blocks: {error}", "lower max_model_len") from error
+
+    def forward(self, batch: Batch) -> mx.array:
+        with memory.using(self.stream):
+            logits = self._build(batch)
+            mx.synchronize(self.stream)  # else the step before still reads the KV cache, and MLX would copy it
+            mx.async_eval(logits)
+        return logits
+
+    def sample(self, logits: mx.array, batch: Batch, mask: np.ndarray | None = None) -> MlxTicket:
+        assert self.slots is not None, "allocate comes first"
+        with memory.using(self.stream):
+            self.slots.begin(batch.begun)
+            tokens = self.draw(adjusted(logits[: len(batch.slots)], batch, self.slots, mask), batch.sampling)
+            self.slots.append(batch, tokens)
+            likely = None
+            if batch.logprobs >= 0:
+                came = mx.concatenate([tokens, mx.array(batch.targets)])
+                likely = logprobs(logits, came, batch.logprobs)
+            mx.async_eval(tokens, self.slots.last_token, self.slots.tokens, *(likely or ()))
+        return MlxTicket(self.stream, tokens, likely)
+
+    def to_host(self, logits: mx.array) -> np.ndarray:
+        with memory.using(self.stream):
+            mx.eval(logits)
+        return np.array(logits)
+
+    def to_device(self, logits: np.ndarray) -> mx.array:
+        return mx.array(logits)
+
+    def close(self) -> None:
+        if self._end_loan.alive:
+            mx.synchronize(self.stream)
+            self.program, self.compiled, self.kv, self.slots = Program([], 0, 0), None, [], None
+            self._end_loan()
+            trim_host_memory()
+
+    def _build(self, batch: Batch) -> mx.array:
+        """The graph of a step: logits that are not computed yet."""
+        inputs = self._inputs(batch)
+        if self.compiled is not None:
+            context = Context(batch, self.block_size, MULTIPLE)
+            if context.rows_are_all:
+                return self.compiled.run(context, inputs)
+        return self.program.run(Context(batch, self.block_size), inputs)
+
+    def _inputs(self, batch: Batch) -> list[mx.array | KV]:
+        """What the graph takes: the tokens int32 (T,), with the slots' last ones filled in, positions, and the KV."""
+        assert self.slots is not None, "allocate comes first"
+        tokens = mx.array(batch.tokens)
+        if (batch.tokens < 0).any():
+            last = self.slots.last_token[mx.array(np.maximum(-1 - batch.tokens, 0))]
+            tokens = mx.where(tokens < 0, last, tokens)
+        return [tokens, mx.array(batch.positions), *self.kv]

@@ -1,0 +1,118 @@
+"""From a graph to a list of calls: every equation becomes its rule's function, with its weights bound."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from llmrs.core.ir import Equation, Function, Graph, Value, Weight, at_layer
+from llmrs.quant.tensor import Tensor
+
+Rules = Mapping[str, Callable[..., Callable[..., Any]]]
+
+
+class Call(NamedTuple):
+    """One lowered equation: results at `outs` from the values at `inputs`. Values are numbered within a program."""
+
+    run: Callable[..., Any]
+    inputs: tuple[int, ...]
+    outs: tuple[int, ...]
+
+
+class Program:
+    """A graph's calls, layer after layer."""
+
+    def __init__(self, calls: list[Call], size: int, result: int) -> None:
+        self.calls, self.size, self.result = calls, size, result
+
+    def run(self, context: Any, inputs: list[Any]) -> mx.array:
+        """The graph's first result. Nothing is computed: MLX notes what depends on what."""
+        values = inputs + [None] * (self.size - len(inputs))
+        for run, taken, outs in self.calls:  # hundreds, in each step
+            result = run(context, *[values[n] for n in taken])
+            if len(outs) == 1:
+                values[outs[0]] = result
+            else:
+                for n, one in zip(outs, result, strict=True):
+                    values[n] = one
+        logits: mx.array = values[self.result]
+        return logits
+
+
+class Lowering:
+    """Turns equations into calls, and weights into arrays of one type."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        rules: Rules,
+        dtype: mx.Dtype,
+        weights: Mapping[str, Tensor],
+        progress: Callable[[int], None],
+    ) -> None:
+        self.graph, self.rules, self.dtype, self.weights, self.progress = graph, rules, dtype, weights, progress
+        self.calls: list[Call] = []
+        self.shared = {w for w, uses in Counter(graph.weights()).items() if uses > 1}  # a tied head
+        self.loaded: dict[Weight, mx.array] = {}
+        self.count = 0
+
+    def program(self) -> Program:
+        main = self.graph.main
+        results = self._function(main, {v: self._number() for v in main.inputs}, 0)
+        return Program(list(self.calls), self.count, results[0])
+
+    def forget(self) -> None:
+        """Lets go of what was loaded."""
+        self.calls.clear()
+        self.loaded.clear()
+
+    def _number(self) -> int:
+        self.count += 1
+        return self.count - 1
+
+    def _function(self, function: Function, numbers: dict[Value, int], layer: int) -> list[int]:
+        for e in function.equations:
+            if e.op == "call":
+                callee = self.graph.functions[e.params["function"]]
+                inputs = {v: numbers[o] for v, o in zip(callee.inputs, e.inputs, strict=True) if isinstance(o, Value)}
+                outs = self._function(callee, inputs, e.params["index"])
+                numbers.update(zip(e.outs, outs, strict=True))
+            else:
+                numbers.update((v, self._number()) for v in e.outs)
+                self.calls.append(self._equation(e, numbers, layer))
+        return [numbers[v] for v in function.outs]
+
+    def _equation(self, e: Equation, numbers: dict[Value, int], layer: int) -> Call:
+        values = tuple(numbers[o] for o in e.inputs if isinstance(o, Value))
+        weights = [self._array(at_layer(o, layer)) for o in e.inputs if isinstance(o, Weight)]
+        params = {k: v for k, v in e.params.items() if k != "shard"}  # one device
+        if e.op == "linears":
+            params["rows"] = [v.type.shape[1] for v in e.outs]
+        return Call(self.rules[e.op](*weights, **params), values, tuple(numbers[v] for v in e.outs))
+
+    def _array(self, weight: Weight) -> mx.array:
+        if weight in self.loaded:
+            return self.loaded[weight]
+        tensors = [self.weights[s.tensor] for s in weight.segments]
+        parts = [self._cast(t) for t in tensors]
+        array = parts[0] if len(parts) == 1 else mx.concatenate(parts)
+        mx.eval(array)
+        parts.clear()
+        mx.clear_cache()  # MLX would keep the freed parts
+        self.progress(sum(t.nbytes for t in tensors))
+        if weight in self.shared:
+            self.loaded[weight] = array
+        return array
+
+    def _cast(self, tensor: Tensor) -> mx.array:
+        array = as_array(tensor).astype(self.dtype)
+        mx.eval(array)  # now, so that the copy of the file's bytes goes before the next one comes
+        return array
+
+
+def as_array(tensor: Tensor) -> mx.array:
+    """A copy of the file's bytes, in the file's type."""
+    array = mx.array(np.ascontiguousarray(tensor.data))
+    return array.view(mx.bfloat16) if tensor.format == "bf16" else array

@@ -1,0 +1,240 @@
+"""The rule of each op in mx. A rule is given once what stays, weights and params, and gives the function of each step.
+
+That function takes the step's context and the values that are the op's inputs, in their order.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from llmrs.backends.mlx import attention
+from llmrs.backends.mlx.attention import KV, Context
+from llmrs.core.ir import Frequencies
+
+Array = mx.array
+Run = Callable[..., Any]
+
+
+def embed(table: Array) -> Run:
+    return lambda c, tokens: table[tokens]
+
+
+def linear(weight: Array, bias: Array | None = None) -> Run:
+    turned = weight.T  # a view; matmul reads it as it is
+    if bias is None:
+        return lambda c, x: x @ turned
+    return lambda c, x: mx.addmm(bias, x, turned)
+
+
+def linears(weight: Array, bias: Array | None = None, *, rows: list[int]) -> Run:
+    run, cuts = linear(weight, bias), list(accumulate(rows))[:-1]
+    return lambda c, x: mx.split(run(c, x), cuts, axis=-1)
+
+
+def scale(*, by: float) -> Run:
+    return lambda c, x: x * by  # a Python number takes x's type
+
+
+def rms_norm(weight: Array, *, eps: float, offset: float = 0.0) -> Run:
+    if not offset:
+        return lambda c, x: mx.fast.rms_norm(x, weight, eps)
+    wide = weight.astype(mx.float32) + offset  # 1 + w would lose w's last bits in bf16
+    return lambda c, x: mx.fast.rms_norm(x, wide, eps).astype(x.dtype)
+
+
+def heads(*, size: int) -> Run:  # (T, H * d) -> (T, H, d)
+    return lambda c, x: mx.unflatten(x, -1, (-1, size))
+
+
+def rope(*, frequencies: Frequencies) -> Run:
+    half = len(frequencies.values)
+
+    def run(c: Context, x: Array, positions: Array) -> Array:  # (T, H, d), (T,)
+        cos, sin = c.turns(frequencies, positions)
+        return (x * cos + mx.roll(x, half, -1) * sin).astype(x.dtype)
+
+    return run
+
+
+def store() -> Run:
+    return write
+
+
+def write(c: Context, k: Array, v: Array, kv: KV) -> KV:  # (T, Hk, d) each
+    kv.keys[c.cells] = k
+    kv.values[c.cells] = v
+    return kv
+
+
+def attend(*, scale: float, window: int = 0) -> Run:
+    return lambda c, q, kv: attention.attend(c, q, kv, scale, window)
+
+
+def silu_mul() -> Run:
+    return _silu_mul
+
+
+def _silu_mul(_: Context, gate: Array, up: Array) -> Array:
+    return gate * mx.sigmoid(gate) * up
+
+
+def gelu_mul() -> Run:
+    def run(c: Context, gate: Array, up: Array) -> Array:
+        x = gate.astype(mx.float32)
+        inner = (2 / mx.pi) ** 0.5 * (x + 0.044715 * x * x * x)
+        return (0.5 * x * (1 + mx.tanh(inner))).astype(gate.dtype) * up
+
+    return run
+
+
+def moe(router: Array, *stacks: Array, per_token: int, normalize: bool) -> Run:
+    """Every token's experts at once: a matrix product that picks its matrices, (T, per_token) of them."""
+    count, turned = router.shape[0], router.T
+    gate, up, down = (w.reshape(count, -1, w.shape[1]).swapaxes(1, 2) for w in stacks)  # (E, K, N)
+
+    def run(c: Context, x: Array) -> Array:
+        p = mx.softmax((x @ turned).astype(mx.float32), axis=-1)
+        chosen = mx.argsort(-p, axis=-1)[:, :per_token]
+        weights = mx.take_along_axis(p, chosen, axis=-1)
+        if normalize:
+            weights = weights / weights.sum(axis=-1, keepdims=True)
+        rows = mx.expand_dims(x, (1, 2))  # (T, 1, 1, D)
+        g, u = (mx.gather_mm(rows, w, rhs_indices=chosen) for w in (gate, up))  # (T, per_token, 1, I)
+        y = mx.gather_mm(_silu_mul(c, g, u), down, rhs_indices=chosen)[:, :, 0]
+        return (y * weights[..., None].astype(x.dtype)).sum(axis=1)
+
+    return run
+
+
+def add() -> Run:
+    return lambda c, x, y: x + y
+
+
+def last() -> Run:
+    return lambda c, x: x if c.rows_are_all else x[c.rows]
+
+
+def head(weight: Array) -> Run:
+    turned = weight.T
+    return lambda c, x: (x @ turned).astype(mx.float32)
+
+
+# Fused ops: fewer calls a layer; the arithmetic is that of their definitions.
+
+
+def add_norm(weight: Array, *, eps: float, offset: float = 0.0) -> Run:
+    norm = rms_norm(weight, eps=eps, offset=offset)
+
+    def run(c: Context, x: Array, y: Array) -> tuple[Array, Array]:
+        total = x + y
+        return total, norm(c, total)
+
+    return run
+
+
+def norm_rope_store(
+    q_weight: Array, k_weight: Array, *, eps: float, frequencies: Frequencies, offset: float = 0.0
+) -> Run:
+    q_norm, k_norm = (rms_norm(w, eps=eps, offset=offset) for w in (q_weight, k_weight))
+    turn = rope(frequencies=frequencies)
+
+    def run(c: Context, q: Array, positions: Array, k: Array, v: Array, kv: KV) -> tuple[Array, KV]:
+        q, k = turn(c, q_norm(c, q), positions), turn(c, k_norm(c, k), positions)
+        return q, write(c, k, v, kv)
+
+    return run
+
+
+def rope_store(*, frequencies: Frequencies) -> Run:
+    turn = rope(frequencies=frequencies)
+
+    def run(c: Context, q: Array, positions: Array, k: Array, v: Array, kv: KV) -> tuple[Array, KV]:
+        return turn(c, q, positions), write(c, turn(c, k, positions), v, kv)
+
+    return run
+
+
+def linears_silu_mul(weight: Array, bias: Array | None = None, *, rows: list[int]) -> Run:
+    return _gated(linears(weight, bias, rows=rows), silu_mul())
+
+
+def linears_gelu_mul(weight: Array, bias: Array | None = None, *, rows: list[int]) -> Run:
+    return _gated(linears(weight, bias, rows=rows), gelu_mul())
+
+
+def _gated(merged: Run, product: Run) -> Run:
+    return lambda c, x: product(c, *merged(c, x))
+
+
+def qkv_rope_store(
+    *matrix: Array, rows: list[int], size: int, frequencies: Frequencies, rope: Callable[..., Run] = rope
+) -> Run:
+    return _qkv(linear(*matrix), rows, size, lambda c, x: x, rope(frequencies=frequencies))
+
+
+def qkv_norm_rope_store(
+    *weights: Array,
+    rows: list[int],
+    size: int,
+    eps: float,
+    frequencies: Frequencies,
+    offset: float = 0.0,
+    rope: Callable[..., Run] = rope,
+) -> Run:
+    """Queries and keys are normalized at once, and multiplied by a weight (Hq + Hk, d)."""
+    *matrix, q_weight, k_weight = weights
+    wide = [w.astype(mx.float32) + offset if offset else w for w in (q_weight, k_weight)]
+    weight = mx.concatenate([mx.broadcast_to(w, (n // size, size)) for w, n in zip(wide, rows, strict=False)])
+    mx.eval(weight)
+
+    def norm(c: Context, x: Array) -> Array:
+        return mx.fast.rms_norm(x, None, eps) * weight
+
+    return _qkv(linear(*matrix), rows, size, norm, rope(frequencies=frequencies))
+
+
+def _qkv(project: Run, rows: list[int], size: int, norm: Run, turn: Run) -> Run:
+    query_heads, both = rows[0] // size, (rows[0] + rows[1]) // size
+
+    def run(c: Context, x: Array, positions: Array, kv: KV) -> tuple[Array, KV]:
+        qk, v = mx.split(mx.unflatten(project(c, x), -1, (-1, size)), [both], axis=1)
+        q, k = mx.split(turn(c, norm(c, qk), positions).astype(x.dtype), [query_heads], axis=1)
+        return q, write(c, k, v, kv)
+
+    return run
+
+
+# Where MLX's own fast ops are one kernel each; on the CPU they are many small steps.
+
+
+def fast_rope(*, frequencies: Frequencies) -> Run:
+    periods = mx.array(1 / np.array(frequencies.values), mx.float32)
+    size = 2 * len(frequencies.values)
+
+    def run(c: Context, x: Array, positions: Array) -> Array:
+        x = mx.expand_dims(x, 2)  # (T, H, 1, d): a batch of T sequences of one token
+        x = mx.fast.rope(x, size, traditional=False, base=None, scale=1.0, offset=positions, freqs=periods)
+        y = mx.squeeze(x, 2)
+        return y if frequencies.scale == 1 else y * frequencies.scale
+
+    return run
+
+
+def fast_attend(*, scale: float, window: int = 0) -> Run:
+    return lambda c, q, kv: attention.attend(c, q, kv, scale, window, attention.fast_singles)
+
+
+FUSED = {f.__name__: f for f in (linears, add_norm, norm_rope_store, rope_store)}  # of llmrs.core.passes
+OWN = (linears_silu_mul, linears_gelu_mul, qkv_rope_store, qkv_norm_rope_store)  # of fusing.py
+PLAIN = (embed, scale, linear, rms_norm, heads, rope, store, attend, silu_mul, gelu_mul, moe, add, last, head)
+COMMON: dict[str, Callable[..., Run]] = {f.__name__: f for f in (*PLAIN, *FUSED.values(), *OWN)}
+FAST: dict[str, Callable[..., Run]] = {  # what wins on a GPU: the same signatures
+    "rope": fast_rope,
+    "attend": fast_attend,
+    "qkv_rope_store": partial(qkv_rope_store, rope=fast_rope),
+    "qkv_norm_rope_store": partial(qkv_norm_rope_store, rope=fast_rope),
+}
