@@ -2,6 +2,7 @@
 
 import platform
 import sys
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
@@ -95,9 +96,26 @@ class Backend(ABC):
     def to_device(self, logits: np.ndarray) -> Any:
         """What `forward` would give. For tests."""
 
+    def ceilings(self) -> tuple[float, float]:
+        """Bytes that the device reads in a second, and operations that it does in `dtype`, measured now."""
+        data, matrix = np.ones(2**26, np.float32), np.ones((768, 768), np.float32)
+        reading = best_time(lambda: data.sum(), lambda: None)
+        return data.nbytes / reading, 2 * 768**3 / best_time(lambda: matrix @ matrix, lambda: None)
+
     @abstractmethod
     def close(self) -> None:
         """Gives the memory back. A second call does nothing."""
+
+
+def best_time(start: Callable[[], Any], wait: Callable[[], None], rounds: int = 6) -> float:
+    """Seconds of the fastest of some runs, the first not counted. `start` may return before the device is done."""
+    times = []
+    for _ in range(rounds + 1):
+        begin = time.perf_counter()
+        start()
+        wait()
+        times.append(time.perf_counter() - begin)
+    return min(times[1:])
 
 
 def names() -> list[str]:

@@ -8,6 +8,7 @@ import typer
 
 import llmrs
 from llmrs.cli import flags, later
+from llmrs.cli.bench import SECTIONS as BENCH
 from llmrs.cli.bench import bench
 from llmrs.cli.chat import chat
 from llmrs.cli.graph import graph
@@ -34,7 +35,7 @@ def root(version: bool = typer.Option(False, "--version", "-V", help="print the 
 app.command("run", help=run.__doc__, context_settings=flags.CONTEXT)(flags.command(run))
 app.command("chat", help=chat.__doc__, context_settings=flags.CONTEXT)(flags.command(chat))
 app.command("graph")(graph)
-app.command("bench")(bench)
+app.command("bench", help=bench.__doc__, context_settings=flags.CONTEXT)(flags.command(bench, BENCH))
 app.command("list")(list_models)
 later.register(app)
 

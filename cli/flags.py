@@ -41,22 +41,22 @@ def hidden(o: Option) -> list[str]:
     return [spelled(a) for a in o.aliases]
 
 
-def command(body: Body) -> Callable[..., int]:
+def command(body: Body, sections: Mapping[str, type] = SECTIONS) -> Callable[..., int]:
     """A function for typer with a parameter for the config file and one for each flag."""
 
     def run(config: str | None, **values: Any) -> int:
-        return guarded(lambda: body(config, given(values)))
+        return guarded(lambda: body(config, given(values, sections)))
 
-    parameters = [_config_argument(), *(p for title, cls in SECTIONS.items() for p in _parameters(title, cls))]
+    parameters = [_config_argument(), *(p for title, cls in sections.items() for p in _parameters(title, cls))]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters}
     return run
 
 
-def given(values: Mapping[str, Any]) -> Values:
+def given(values: Mapping[str, Any], sections: Mapping[str, type] = SECTIONS) -> Values:
     """The options that flags set, as the types that the config classes check; unset flags are left out."""
     found: Values = {}
-    for o in (o for cls in SECTIONS.values() for o in options(cls)):
+    for o in (o for cls in sections.values() for o in options(cls)):
         for key in (o.name, PREFIX + o.name):
             value = values.get(key)
             if value is None or value == [] or value == ():

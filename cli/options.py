@@ -39,6 +39,17 @@ class LaterOptions(Checked):
                 raise ConfigError(f"{name} is not there yet", hint)
 
 
+@dataclass(frozen=True)
+class BenchOptions(Checked):
+    """What `llmrs bench` measures, and how it is shown."""
+
+    host: bool = option(False, "only the host's part of a step, on a device that answers at once")
+    batches: list[int] | None = option(None, "answers at once (1, 8, 32)", low=1, high=4096, most=64)
+    prompt_tokens: int = option(32, "tokens of each prompt", low=1, high=2**20)
+    new_tokens: int = option(128, "tokens of each answer", low=2, high=2**20)
+    json: bool = option(False, "print one JSON object")
+
+
 # What a config file and the flags may hold, with the headings for help and docs.
 SECTIONS: dict[str, type] = {
     "Prompts and output": RunOptions,

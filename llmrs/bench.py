@@ -1,74 +1,73 @@
-"""What the host needs for a step: scheduling, batch, commit and text, on a device that answers at once."""
+"""How fast a model runs here, beside what the device allows: `llmrs bench`."""
 
-import statistics
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from llmrs.core.batch import Batch
-from llmrs.core.blocks import BlockPool
-from llmrs.core.config import BUILT_IN, EngineConfig, SamplingParams
-from llmrs.core.engine import EngineCore
-from llmrs.core.request import Request
-from llmrs.core.sampling import Logprobs
-from llmrs.models.detokenize import Detokenizer
-from llmrs.models.tokenizer import Tokenizer
-from llmrs.stream import Sink
-
-PROMPT, STEPS, WARM_UP, BLOCK = 32, 400, 50, 16
+from llmrs.core.config import SamplingParams
+from llmrs.engine import Engine
+from llmrs.speed import Device, Work
 
 
 @dataclass(frozen=True)
-class Answered:
-    """Tokens that are there."""
+class Measured:
+    """One line of the table. `floor` is the least time that the device's ceilings allow."""
 
-    result: np.ndarray
+    what: str
+    tokens: int
+    seconds: float
+    floor: float
 
-    def tokens(self) -> np.ndarray:
-        return self.result
+    @property
+    def rate(self) -> float:
+        return self.tokens / self.seconds
 
-    def logprobs(self) -> Logprobs | None:
-        return None
-
-
-class NoDevice:
-    """A backend that computes nothing: its tokens are drawn beforehand."""
-
-    max_in_flight = 1
-    step_tokens = 2048
-
-    def __init__(self, rows: int, vocabulary: int) -> None:
-        self.drawn = np.random.default_rng(0).integers(0, vocabulary, (256, rows)).astype(np.int32)
-        self.steps = 0
-
-    def launch(self, batch: Batch) -> Answered:
-        self.steps += 1
-        return Answered(self.drawn[self.steps % 256, : len(batch.slots)])
-
-    def forward(self, batch: Batch) -> None:
-        """Nothing."""
-
-    def sample(self, logits: None, batch: Batch, mask: np.ndarray | None) -> Answered:
-        return self.launch(batch)
+    @property
+    def share(self) -> float:
+        """Of the ceiling that was reached."""
+        return self.floor / self.seconds
 
 
-def host_step(tokenizer: Tokenizer, running: int) -> float:
-    """Median seconds of the host for a step of `running` answers, text included."""
-    vocabulary, length = tokenizer.vocab_size, PROMPT + STEPS + WARM_UP + 8
-    pool = BlockPool(running * (-(-length // BLOCK) + 1), BLOCK)
-    config = EngineConfig(max_num_seqs=running, max_num_batched_tokens=max(2048, running))
-    core = EngineCore(NoDevice(running, vocabulary), config, vocabulary, length, pool)
-    for n in range(running):
-        params = SamplingParams(max_tokens=length, temperature=0.8, top_p=0.95).over(BUILT_IN)
-        request = Request([(n + i) % vocabulary for i in range(PROMPT)], params, n)
-        request.on_update = Sink(Detokenizer(tokenizer), core.cancel).update
-        core.submit(request)
-    while core.scheduler.stats["generated_tokens"] < running * WARM_UP:
-        core.step()
-    times = []
-    for _ in range(STEPS - WARM_UP):
-        begin = time.perf_counter()
-        core.step()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times)
+def measure(engine: Engine, batches: Sequence[int], prompt: int, new: int) -> Iterator[Measured]:
+    """Decode at each batch size, then prefill; random token ids, after one run to warm up."""
+    device = engine.ceilings()
+    work = Work.of(engine.model.graph, engine.fit.kv_dtype)
+    _decode(engine, 1, prompt, 4)
+    for batch in batches:
+        seconds = _decode(engine, batch, prompt, new)
+        floor = sum(work.decode(device, engine.fit.dtype, batch, prompt + n) for n in range(1, new))
+        yield Measured(f"decode, batch {batch}", batch * (new - 1), seconds, floor)
+    longest = min(512, engine.fit.length - 1)
+    seconds = min(_prefill(engine, longest, seed) for seed in range(3))
+    yield Measured(f"prefill of {longest}", longest, seconds, work.prefill(device, engine.fit.dtype, longest))
+
+
+def _prompts(engine: Engine, count: int, length: int, seed: int) -> list[list[int]]:
+    size = (count, length)
+    ids: list[list[int]] = np.random.default_rng(seed).integers(0, engine.model.config.vocabulary, size).tolist()
+    return ids
+
+
+def _decode(engine: Engine, batch: int, prompt: int, new: int) -> float:
+    """Seconds from the last first token of the batch to its end."""
+    params = SamplingParams(temperature=0.6, top_k=0, top_p=1.0, min_p=0.0, max_tokens=new, ignore_eos=True)
+    streams = [engine.generate_stream(params, p) for p in _prompts(engine, batch, prompt, batch)]
+    for stream in streams:
+        while not stream.token_count:
+            time.sleep(0.0002)
+    begin, there = time.perf_counter(), sum(s.token_count for s in streams)
+    for stream in streams:
+        stream.result()
+    seconds = time.perf_counter() - begin
+    return seconds * batch * (new - 1) / max(batch * new - there, 1)
+
+
+def _prefill(engine: Engine, length: int, seed: int) -> float:
+    params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
+    (output,) = engine.generate_sync(params, _prompts(engine, 1, length, 1000 + seed))
+    return output.prompt_time
+
+
+__all__ = ["Device", "Measured", "measure"]

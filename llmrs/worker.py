@@ -7,7 +7,9 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from functools import partial
+from typing import TypeVar, cast
 
+from llmrs.backends.base import Backend
 from llmrs.core.config import EngineConfig
 from llmrs.core.engine import EngineCore
 from llmrs.core.errors import EngineClosedError, LlmrsError, LoadCancelledError
@@ -16,6 +18,7 @@ from llmrs.fit import Fit
 from llmrs.loading import Model, OnFit, Progress, load, make_backend
 
 Command = Callable[[EngineCore], None]
+Answer = TypeVar("Answer")
 Event = tuple[str, tuple[object, ...]]  # which callback, and what it is told
 
 
@@ -79,6 +82,22 @@ class Worker:
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
+    def ask(self, question: Callable[[Backend], Answer]) -> Answer:
+        """What the backend answers, on its own thread, between two steps. Raises what it raises."""
+        answers: queue.SimpleQueue[tuple[Answer | None, LlmrsError | None]] = queue.SimpleQueue()
+
+        def answer(core: EngineCore) -> None:
+            try:
+                answers.put((question(self._backend), None))
+            except LlmrsError as error:
+                answers.put((None, error))
+
+        self._give(answer)
+        result, error = answers.get()
+        if error is not None:
+            raise error
+        return cast(Answer, result)
+
     def _give(self, command: Command) -> None:
         if os.getpid() != self._process:
             raise EngineClosedError("the engine belongs to another process", "make one after the fork")
@@ -90,6 +109,7 @@ class Worker:
     def _run(self, config: EngineConfig, model: Model) -> None:
         try:
             with closing(make_backend(config)) as backend:
+                self._backend = backend
                 told = partial(self._report, "progress"), partial(self._report, "fit")
                 self.core, self.fit = load(backend, config, model, *told)
                 self._loaded = True

@@ -297,4 +297,19 @@ def test_bench_of_the_host(monkeypatch, capsys):
     assert all(seconds > 0 for seconds in found.values())
     assert main(["bench", "--host"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 4
-    assert main(["bench"]) == 2
+
+
+def test_bench_of_a_model(call, folder):
+    options = ["--model", folder, "--dtype", "f32", "--batches", "2", "--new-tokens", "4", "--prompt-tokens", "8"]
+    status, out, _ = call("bench", *options)
+    assert status == 0
+    assert "GB/s read" in out
+    assert re.search(r"^decode, batch 2 +6 ", out, re.M)
+    status, out, _ = call("bench", *options, "--json")
+    found = json.loads(out)
+    assert found["bytes_per_second"] > 0
+    assert [r["tokens"] for r in found["results"]] == [6, 511]
+    assert all(0 < r["share_of_ceiling"] for r in found["results"])
+    status, out, err = call("bench", "--model", folder, "--new-tokens", "1000000")
+    assert (status, out) == (2, "")
+    assert "more than the context" in err

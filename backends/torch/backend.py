@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from llmrs.backends.base import Backend
+from llmrs.backends.base import Backend, best_time
 from llmrs.backends.memory import free_host_memory, keep_freed_memory, trim_host_memory
 from llmrs.backends.torch import ops
 from llmrs.backends.torch.attention import Context, context, on_device
@@ -153,6 +153,15 @@ class TorchBackend(Backend):
 
     def to_device(self, logits: np.ndarray) -> torch.Tensor:
         return on_device(logits, self.at)
+
+    @torch.inference_mode()
+    def ceilings(self) -> tuple[float, float]:
+        cuda = self.at.type == "cuda"
+        side, wait = (8192, lambda: torch.cuda.synchronize(self.at)) if cuda else (1024, lambda: None)
+        data = torch.ones(2**30 if cuda else 2**26, device=self.at)
+        matrix = torch.randn(side, side, device=self.at).to(self.type)
+        reading = best_time(lambda: data.sum(), wait)
+        return data.nbytes / reading, 2 * side**3 / best_time(lambda: matrix @ matrix, wait)
 
     def close(self) -> None:
         self.program, self.kv = [], []

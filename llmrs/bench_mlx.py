@@ -1,4 +1,4 @@
-"""The MLX backend against mlx-lm, in turns in one process: python tests/bench_mlx.py host | decode
+"""The MLX backend against mlx-lm, in turns in one process: python -m llmrs.bench_mlx host | decode
 
 host:   CPU time to build the graph of a decode step, on a model so small that arithmetic vanishes
 decode: tokens per second from the first answer's token to the last, on a small model of Qwen3's shape
@@ -20,6 +20,7 @@ import numpy as np
 
 from llmrs.backends.base import pick_device
 from llmrs.backends.mlx.backend import MlxBackend
+from llmrs.backends.mlx.kernels.launch import Kernels
 from llmrs.backends.mlx.lowering import as_array
 from llmrs.backends.mlx.sampling import adjusted
 from llmrs.backends.testing import RandomModel, core_on, request, sampling_batch
@@ -124,6 +125,34 @@ def host(batch: int, dtype: str, device: str, rounds: int) -> dict[str, float]:
             mx.eval(tokens[-1])
             times[name] += seconds[1:]
     return {name: statistics.median(found) for name, found in times.items()}
+
+
+def per_layer() -> dict[str, int]:
+    """What a layer of a decode step is made of on Metal: launches of our kernels, and MLX's own primitives beside them.
+
+    Counted in the graphs of two and of three layers; kernels are stood in for by arrays of zeros.
+    """
+    found = []
+    for layers in (2, 3):
+        launched: list[str] = []
+
+        def make(name: str, **_: Any) -> Callable[..., list[mx.array]]:
+            def launch(output_shapes: Any, output_dtypes: Any, **_: Any) -> list[mx.array]:
+                launched.append(name)  # noqa: B023  # the list of this round
+                return [mx.zeros(s, d) for s, d in zip(output_shapes, output_dtypes, strict=True)]
+
+            return launch
+
+        backend = MlxBackend("cpu", "bf16", "bf16")
+        backend.use_metal(Kernels(make))
+        RandomModel.of("qwen3", **{**TINY, "num_hidden_layers": layers}).on(backend)
+        calls = len(backend.program.calls)
+        _, tokens = build_ours(backend, 1)(0)
+        mx.eval(tokens)
+        found.append((calls, len([n for n in launched if "sample" not in n])))
+        backend.close()
+    (calls, kernels), (more_calls, more_kernels) = found
+    return {"equations": more_calls - calls, "Metal kernels": more_kernels - kernels}
 
 
 def rate_ours(backend: MlxBackend, batch: int, tokens: int) -> tuple[float, list[list[int]]]:

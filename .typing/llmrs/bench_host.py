@@ -1,0 +1,1 @@
+../../llmrs/bench_host.py

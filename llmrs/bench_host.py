@@ -1,0 +1,74 @@
+"""What the host needs for a step: scheduling, batch, commit and text, on a device that answers at once."""
+
+import statistics
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmrs.core.batch import Batch
+from llmrs.core.blocks import BlockPool
+from llmrs.core.config import BUILT_IN, EngineConfig, SamplingParams
+from llmrs.core.engine import EngineCore
+from llmrs.core.request import Request
+from llmrs.core.sampling import Logprobs
+from llmrs.models.detokenize import Detokenizer
+from llmrs.models.tokenizer import Tokenizer
+from llmrs.stream import Sink
+
+PROMPT, STEPS, WARM_UP, BLOCK = 32, 400, 50, 16
+
+
+@dataclass(frozen=True)
+class Answered:
+    """Tokens that are there."""
+
+    result: np.ndarray
+
+    def tokens(self) -> np.ndarray:
+        return self.result
+
+    def logprobs(self) -> Logprobs | None:
+        return None
+
+
+class NoDevice:
+    """A backend that computes nothing: its tokens are drawn beforehand."""
+
+    max_in_flight = 1
+    step_tokens = 2048
+
+    def __init__(self, rows: int, vocabulary: int) -> None:
+        self.drawn = np.random.default_rng(0).integers(0, vocabulary, (256, rows)).astype(np.int32)
+        self.steps = 0
+
+    def launch(self, batch: Batch) -> Answered:
+        self.steps += 1
+        return Answered(self.drawn[self.steps % 256, : len(batch.slots)])
+
+    def forward(self, batch: Batch) -> None:
+        """Nothing."""
+
+    def sample(self, logits: None, batch: Batch, mask: np.ndarray | None) -> Answered:
+        return self.launch(batch)
+
+
+def host_step(tokenizer: Tokenizer, running: int) -> float:
+    """Median seconds of the host for a step of `running` answers, text included."""
+    vocabulary, length = tokenizer.vocab_size, PROMPT + STEPS + WARM_UP + 8
+    pool = BlockPool(running * (-(-length // BLOCK) + 1), BLOCK)
+    config = EngineConfig(max_num_seqs=running, max_num_batched_tokens=max(2048, running))
+    core = EngineCore(NoDevice(running, vocabulary), config, vocabulary, length, pool)
+    for n in range(running):
+        params = SamplingParams(max_tokens=length, temperature=0.8, top_p=0.95).over(BUILT_IN)
+        request = Request([(n + i) % vocabulary for i in range(PROMPT)], params, n)
+        request.on_update = Sink(Detokenizer(tokenizer), core.cancel).update
+        core.submit(request)
+    while core.scheduler.stats["generated_tokens"] < running * WARM_UP:
+        core.step()
+    times = []
+    for _ in range(STEPS - WARM_UP):
+        begin = time.perf_counter()
+        core.step()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)

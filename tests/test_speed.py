@@ -1,0 +1,50 @@
+"""The speed on paper, and the tables that are made of it."""
+
+import math
+
+import paper
+import pytest
+from measure import ROOT
+
+from llmrs import Engine, EngineConfig
+from llmrs.bench import measure
+from llmrs.models.weights import parameters
+from llmrs.speed import Device, Work
+
+
+def test_the_work_of_qwen3():
+    """As counted by hand: 28 layers of 2 x 8 x 128 x 2 bytes of KV; the head is the embedding table, read once."""
+    graph = paper.graph("Qwen3-0.6B")
+    work = Work.of(graph)
+    assert work.token == 114_688
+    assert work.weights == parameters(graph) == 596_049_920
+    assert work.attention == 28 * 4 * 16 * 128
+    untied = paper.graph("Qwen3-8B")
+    assert Work.of(untied).weights == parameters(untied) - 151_936 * 4096  # embeddings are only looked up
+
+
+def test_floors():
+    work, fast = Work.of(paper.graph("Qwen3-0.6B")), Device("fast", 4.66e12, math.inf)
+    assert work.decode(fast, "bf16", 1, 0) == pytest.approx(0.256e-3, rel=0.01)
+    step = work.decode(fast, "bf16", 256, 520)
+    assert 256 / step == pytest.approx(256 * 4.66e12 / (1.192e9 + 256 * 520 * 114_688), rel=0.001)
+    slow = Device("slow", math.inf, 1e12)
+    assert work.prefill(slow, "bf16", 1) == pytest.approx(2 * 596_049_920 / 1e12, rel=0.001)
+    assert work.decode(fast, "q4k", 1, 0) == pytest.approx(0.256e-3 * 4.5 / 16, rel=0.01)
+
+
+def test_the_tables_of_the_docs():
+    page = (ROOT / "docs" / "apple.md").read_text("utf-8")
+    assert paper.renewed(page) == page, "run: python tests/paper.py docs/apple.md"
+
+
+def test_measuring_the_demo_model():
+    config = EngineConfig("demo", device="cpu", prefix_cache=False, max_num_seqs=2, max_model_len=256)
+    with Engine(config) as engine:
+        ceilings = engine.ceilings()
+        found = list(measure(engine, (1, 2), 16, 8))
+    assert ceilings.bandwidth > 1e8
+    assert ceilings.operations > 1e8
+    assert [m.what for m in found] == ["decode, batch 1", "decode, batch 2", "prefill of 255"]
+    assert [m.tokens for m in found] == [7, 14, 255]
+    assert all(m.seconds > 0 and m.floor > 0 for m in found)
