@@ -1,5 +1,6 @@
 """The scheduler and the engine's core on a fake backend: right tokens under every kind of pressure."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -10,7 +11,7 @@ from llmrs.core.blocks import BlockPool
 from llmrs.core.config import BUILT_IN, EngineConfig, SamplingParams
 from llmrs.core.engine import EngineCore
 from llmrs.core.errors import BackendError, ConfigError, ContextLengthError, RequestError
-from llmrs.core.request import Request
+from llmrs.core.request import PRIORITY_SECONDS, Request
 
 VOCABULARY = 50
 
@@ -177,3 +178,54 @@ def test_bad_requests_are_refused_alone(prompt, stops, kind, words):
 def test_a_budget_below_the_number_of_sequences_is_refused():
     with pytest.raises(ConfigError, match="max_num_batched_tokens 3"):
         make_core(max_num_batched_tokens=3)
+
+
+def test_priority_goes_before_arrival_and_waiting_makes_up_for_it():
+    core = make_core(max_num_seqs=1)
+    first, urgent, later = (make_request([n]) for n in range(3))
+    urgent.params = replace(urgent.params, priority=-1)
+    later.params = replace(later.params, priority=1)
+    old = make_request([9])
+    old.params, old.arrival = replace(old.params, priority=1), old.arrival - 3 * PRIORITY_SECONDS
+    for r in (first, later, old, urgent):
+        core.submit(r)
+    run(core, [])
+    assert [r.prompt for r in sorted((first, urgent, later, old), key=lambda r: r.started)] == [[9], [1], [0], [2]]
+
+
+def test_the_last_in_rank_yields_when_blocks_run_out():
+    core = make_core(blocks=8, max_num_seqs=2, max_model_len=32)
+    low, high = make_request([1] * 8, max_tokens=24), make_request([2] * 8, max_tokens=24)
+    low.params = replace(low.params, priority=5)
+    core.submit(low)
+    core.step()
+    run(core, [high])
+    assert core.scheduler.stats["preemptions"] > 0
+    assert high.finished < low.finished  # though it came later
+    assert [low.output, high.output] == [expected([1] * 8, 24), expected([2] * 8, 24)]
+
+
+def test_children_wait_for_the_prompt_and_find_it_in_the_cache():
+    core = make_core(max_num_seqs=4, max_num_batched_tokens=8)
+    parent = make_request(list(range(20)))
+    children = [Request(parent.prompt, parent.params, 0, parent=parent) for _ in range(2)]
+    for r in (parent, *children):
+        core.submit(r)
+    core.step()
+    assert [r.slot >= 0 for r in (parent, *children)] == [True, False, False]
+    run(core, [])
+    assert [r.cached_tokens for r in (parent, *children)] == [0, 16, 16]
+    assert {tuple(r.output) for r in (parent, *children)} == {tuple(parent.output)}
+
+
+def test_children_of_a_parent_that_was_cancelled_go_on():
+    core = make_core()
+    parent = make_request(list(range(20)))
+    children = [Request(parent.prompt, parent.params, 0, parent=parent) for _ in range(3)]
+    for r in (parent, *children):
+        core.submit(r)
+    core.cancel(children[1])
+    core.cancel(parent)
+    run(core, [])
+    assert [r.finish_reason for r in (parent, *children)] == ["cancelled", "length", "cancelled", "length"]
+    assert core.scheduler.pool.free == 40
