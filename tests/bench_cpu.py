@@ -17,7 +17,7 @@ from typing import Any
 import random_checkpoint
 import torch
 
-ROUNDS, NEW, PROMPT, PREFILL = 4, 48, 32, 512
+ROUNDS, NEW, PROMPT, PREFILL = 10, 24, 32, 512
 
 
 def ids(count: int, seed: int) -> list[int]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from llmrs.backends.base import Backend, best_time
-from llmrs.backends.memory import free_host_memory, keep_freed_memory, trim_host_memory
+from llmrs.backends.memory import free_host_memory, keep_freed_memory, trim_host_memory, use_huge_pages
 from llmrs.backends.torch import ops
 from llmrs.backends.torch.attention import Context, context, on_device
 from llmrs.backends.torch.linear import prepare
@@ -21,6 +21,7 @@ from llmrs.core.ir import Equation, Function, Value, Weight, at_layer
 from llmrs.core.sampling import Logprobs
 from llmrs.quant.tensor import Tensor
 
+LARGE = 2**28  # bytes of weights from which huge pages pay
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 
 
@@ -104,6 +105,8 @@ class TorchBackend(Backend):
         self.program, self.value_count = with_lifetimes(lowering.calls, self.results), lowering.count
         lowering.loaded.clear()
         trim_host_memory()
+        if self.at.type == "cpu" and lowering.size > LARGE:
+            use_huge_pages()
 
     def allocate(self, blocks: int, block_size: int, slots: int, max_tokens: int) -> None:
         dtype = DTYPES[self.kv_dtype]
@@ -197,6 +200,7 @@ class _Lowering:
         # a tied head shares the embeddings; the rest must not be kept, since a packed copy takes its place
         self.shared = {w for w, uses in Counter(backend.graph.weights()).items() if uses > 1}
         self.loaded: dict[Weight, torch.Tensor] = {}
+        self.size = 0  # bytes of the weights
         self.count = 0
 
     def number(self) -> int:
@@ -235,7 +239,7 @@ class _Lowering:
         if op == "moe":
             return self._experts(*weights)
         tensors = [self._tensor(w) for w in weights]
-        return tensors[0] if op == "rms_norm" else prepare(tensors[0], *tensors[1:])
+        return ops.Norm.of(tensors[0]) if op == "rms_norm" else prepare(tensors[0], *tensors[1:])
 
     def _head_norms(self, e: Equation, weights: list[Weight]) -> torch.Tensor:
         """The norms' weights for each head, (H + Hk, d); in float32 where something is added to them."""
@@ -266,6 +270,7 @@ class _Lowering:
         parts = [_torch_view(t).to(self.backend.at, self.backend.type) for t in found]
         tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
         self.progress(sum(t.nbytes for t in found))
+        self.size += tensor.nbytes
         if weight in self.shared:
             self.loaded[weight] = tensor
         return tensor

@@ -39,9 +39,27 @@ def scale(_: Context, x: Tensor, *, by: float) -> Tensor:
     return x * torch.tensor(by, dtype=x.dtype).item()
 
 
-def rms_norm(_: Context, x: Tensor, w: Tensor, *, eps: float, offset: float = 0.0) -> Tensor:
+@dataclass(frozen=True)
+class Norm:
+    """A norm's weight (n,), and the same twice for one row on a CPU."""
+
+    weight: Tensor
+    twice: Tensor | None
+
+    @staticmethod
+    def of(weight: Tensor) -> "Norm":
+        half_on_cpu = weight.device.type == "cpu" and weight.dtype != torch.float32
+        return Norm(weight, torch.cat([weight, weight]) if half_on_cpu else None)
+
+
+def rms_norm(_: Context, x: Tensor, norm: Norm, *, eps: float, offset: float = 0.0) -> Tensor:
+    w = norm.weight
     if offset:  # 1 + w would lose w's last bits in bf16
         return torch.nn.functional.rms_norm(x.float(), w.shape, w.float() + offset, eps).to(x.dtype)
+    if norm.twice is not None and len(x) == 1:
+        # (x, -x) has the mean 0 and the mean square of x as variance; layer_norm is one op of torch's, rms_norm ten
+        both = torch.nn.functional.layer_norm(torch.cat([x, -x], -1), norm.twice.shape, norm.twice, None, eps)
+        return both[..., : x.shape[-1]]
     return torch.nn.functional.rms_norm(x, w.shape, w, eps)
 
 
@@ -76,7 +94,8 @@ def norm_rope_store(
 def _joined(q: Tensor, k: Tensor) -> Tensor:
     """Heads side by side: without a copy where they are parts of one merged linear map, as they mostly are."""
     (tokens, count, size), more = q.shape, k.shape[1]
-    if q.stride() == k.stride() and k.data_ptr() == q.data_ptr() + count * size * q.element_size():
+    alike = q.stride()[tokens == 1 :] == k.stride()[tokens == 1 :]  # of one token the first means nothing
+    if alike and k.data_ptr() == q.data_ptr() + count * size * q.element_size():
         return q.as_strided((tokens, count + more, size), q.stride())
     return torch.cat([q, k], dim=1)
 
