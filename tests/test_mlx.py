@@ -251,3 +251,11 @@ def test_a_kv_cache_of_another_type():
     exact, rounded = logits(make(), model), logits(make(kv_dtype="f16"), model)
     error = np.linalg.norm(exact - rounded) / np.linalg.norm(exact)
     assert 0 < error < 0.02
+
+
+def test_what_a_layer_is_made_of_on_metal():
+    from llmrs import bench_mlx
+
+    found = bench_mlx.per_layer()
+    assert found["Metal kernels"] == 4  # norm + rope, attention, gated, add + norm
+    assert found["other primitives of MLX"] >= 6  # four matrix products and two scatters at least
