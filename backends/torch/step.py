@@ -58,9 +58,9 @@ class StepInputs:
     def __init__(self, shape: Shape, tables: int, device: torch.device, copies: int = 1) -> None:
         self.shape, self.spans = shape, _spans(shape, tables)
         size, pinned = self.spans["tables"].stop, device.type == "cuda"
-        self.on_host = [torch.zeros(size, dtype=torch.int32, pin_memory=pinned) for _ in range(copies)]
+        self.on_host = [torch.empty(size, dtype=torch.int32, pin_memory=pinned) for _ in range(copies)]
         self.arrays = [{n: _host_view(h.numpy()[s], n) for n, s in self.spans.items()} for h in self.on_host]
-        self.on_device = torch.zeros(size, dtype=torch.int32, device=device)
+        self.on_device = torch.empty(size, dtype=torch.int32, device=device)
         self.fields = Fields(**{n: _device_view(self.on_device[s], n) for n, s in self.spans.items()})
         self.turn = 0
 
@@ -70,9 +70,24 @@ class StepInputs:
         The host's copies take turns, so that the one before may still be on its way.
         """
         self.turn = (self.turn + 1) % len(self.on_host)
-        tables = _fill(self.arrays[self.turn], batch, block_size, spare, tile)
-        used = self.spans["tables"].start + tables
+        arrays = self.arrays[self.turn]
+        _fill_forward(arrays, batch, block_size, spare, tile)
+        _fill_sampling(arrays, batch)
+        self._send(self.spans["tables"].start + batch.blocks.size)
+
+    def fill_sampling(self, batch: Batch) -> None:
+        """Sends only what sampling needs."""
+        _fill_sampling(self.arrays[self.turn], batch)
+        self._send(self.spans["tables"].start)
+
+    def _send(self, used: int) -> None:
         self.on_device[:used].copy_(self.on_host[self.turn][:used], non_blocking=True)
+
+    def rest(self, cell: int) -> None:
+        """Makes it a step of no sequence, which writes to `cell`: to be recorded before there is a real one."""
+        self.on_device.zero_()
+        self.fields.cells.fill_(cell)
+        self.fields.slots.fill_(-1)
 
 
 def shape_of(batch: Batch, tile: int) -> Shape:
@@ -102,8 +117,7 @@ def _device_view(part: torch.Tensor, name: str) -> torch.Tensor:
     return part.view(torch.float32) if name in FLOATS else part.view(-1, 4) if name in ("singles", "chunks") else part
 
 
-def _fill(to: dict[str, np.ndarray], batch: Batch, block_size: int, spare: int, tile: int) -> int:
-    """Writes the host's arrays; the length of the block tables."""
+def _fill_forward(to: dict[str, np.ndarray], batch: Batch, block_size: int, spare: int, tile: int) -> None:
     counts, (sequences, width) = np.diff(batch.starts), batch.blocks.shape
     tokens, padding = len(batch.tokens), len(to["tokens"]) - len(batch.tokens)
     at, offset = np.divmod(batch.positions, block_size)
@@ -116,12 +130,14 @@ def _fill(to: dict[str, np.ndarray], batch: Batch, block_size: int, spare: int, 
     if len(to["chunks"]):
         _put(to["chunks"], chunk_tiles(batch, counts, width, tile), 0)
     _put(to["rows"], batch.rows, 0)
+    to["tables"][: batch.blocks.size] = batch.blocks.reshape(-1)
+
+
+def _fill_sampling(to: dict[str, np.ndarray], batch: Batch) -> None:
     _put(to["slots"], np.where(batch.sampled, batch.slots, -1), -1)
     for name in ("top_k", "temperature", "top_p", "min_p"):
         _put(to[name], getattr(batch.sampling, name), 0)
     _put(to["keys"], batch.sampling.key.view(np.int32), 0)
-    to["tables"][: batch.blocks.size] = batch.blocks.reshape(-1)
-    return batch.blocks.size
 
 
 def _put(to: np.ndarray, values: np.ndarray, rest: int) -> None:

@@ -27,6 +27,17 @@ LOG2E = 1.4426950408889634
 
 
 @triton.jit
+def _places(table, start, end, key_block, key_token, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """Where the keys start .. start + TILE - 1 lie in the pool, int64 (TILE,); from `end` on it does not matter."""
+    at = start + tl.arange(0, TILE)
+    if BLOCK % TILE == 0:  # within one block
+        block = tl.load(table + start // BLOCK, mask=start < end, other=0).to(tl.int64) * key_block
+    else:
+        block = tl.load(table + at // BLOCK, mask=at < end, other=0).to(tl.int64) * key_block
+    return block + (at % BLOCK) * key_token
+
+
+@triton.jit
 def _over_keys(
     state, q, keys, values, table, low, high, end, seen_from, scale,
     key_block, key_token, d, D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr,
@@ -37,14 +48,11 @@ def _over_keys(
     `state` is (sum of weighted values (R, d), maximum (R,), sum of weights (R,)); `seen_from` (R,) are positions.
     """
     total, most, weight = state
+    base = _places(table, low, end, key_block, key_token, BLOCK, TILE)
     for start in range(low, high, TILE):
         at = start + tl.arange(0, TILE)
-        if BLOCK % TILE == 0:  # a tile lies within one block
-            block = tl.load(table + start // BLOCK).to(tl.int64) * key_block
-            base = block + (at % BLOCK) * key_token  # (TILE,)
-        else:
-            block = tl.load(table + at // BLOCK, mask=at < end, other=0).to(tl.int64)
-            base = block * key_block + (at % BLOCK) * key_token
+        # the next tile's block is looked up now: keys must not wait for it, nor Triton's pipeline reckon with two loads
+        ahead = _places(table, start + TILE, end, key_block, key_token, BLOCK, TILE)
         there = (at < end)[:, None] & (d < D)[None, :]
         k = tl.load(keys + base[:, None] + d[None, :], mask=there, other=0.0).to(q.dtype)  # (TILE, d)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale  # (R, TILE)
@@ -61,6 +69,7 @@ def _over_keys(
         total = tl.dot(part.to(q.dtype), v, total * shrink[:, None], input_precision=PRECISION)
         weight = weight * shrink + tl.sum(part, 1)
         most = higher
+        base = ahead
     return total, most, weight
 
 

@@ -53,10 +53,10 @@ def _norm_rope_store(
         head = (part * HEADS + tl.arange(0, HEADS))[:, None]
         there = head < HQ
         a, b = _turned(q, token * q_row + head * q_head, there, qw, cos, sin, half, eps, offset, D, HALF, NORM)
-        to = out + (token * HQ + head) * D + half[None, :]
+        rotated = out + (token * HQ + head) * D + half[None, :]
         there = there & (half < HALF)[None, :]
-        tl.store(to, a.to(out.dtype.element_ty), mask=there)
-        tl.store(to + HALF, b.to(out.dtype.element_ty), mask=there)
+        tl.store(rotated, a.to(out.dtype.element_ty), mask=there)
+        tl.store(rotated + HALF, b.to(out.dtype.element_ty), mask=there)
     else:
         head = ((part - groups) * HEADS + tl.arange(0, HEADS))[:, None]
         there = head < HK
