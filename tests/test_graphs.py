@@ -70,7 +70,9 @@ def test_a_shape_is_recorded_once_and_run_again(monkeypatch):
     core = core_on(ours)
 
     def ask():
-        return [request(p, max_tokens=n, temperature=t) for p, n, t in zip(prompts(3, 5), (5, 3), (0.0, 0.9), strict=True)]
+        return [
+            request(p, max_tokens=n, temperature=t) for p, n, t in zip(prompts(3, 5), (5, 3), (0.0, 0.9), strict=True)
+        ]
 
     first = run(core, ask())
     count = len(recorded)

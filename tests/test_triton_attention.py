@@ -54,7 +54,9 @@ def run(q, kv, batch: Batch, scale: float, window: int, cut: Tiling, split: int)
 
 def expected(q, kv, batch: Batch, block_size: int, scale: float, window: int) -> np.ndarray:
     keys, values = (x.float().numpy() for x in kv)
-    return ops.attend(ops.Context(batch, block_size), q.float().numpy(), ops.KV(keys, values), scale=scale, window=window)
+    return ops.attend(
+        ops.Context(batch, block_size), q.float().numpy(), ops.KV(keys, values), scale=scale, window=window
+    )
 
 
 @pytest.mark.parametrize("dtype", TYPES)

@@ -38,7 +38,9 @@ def test_norms(rows: int, width: int, dtype: torch.dtype):
     wide = random(rng, rows, width + 16, dtype=dtype)
     x, y, w = wide[:, 8 : width + 8], random(rng, rows, width, dtype=dtype), random(rng, width, dtype=dtype)
     for offset in (0.0, 1.0):
-        assert near(rms_norm(x, w, eps=1e-5, offset=offset), ops.rms_norm(None, *map(numpy, (x, w)), eps=1e-5, offset=offset))
+        assert near(
+            rms_norm(x, w, eps=1e-5, offset=offset), ops.rms_norm(None, *map(numpy, (x, w)), eps=1e-5, offset=offset)
+        )
         total, n = add_norm(x, y, w, eps=1e-5, offset=offset)
         assert torch.equal(total, x + y)
         assert near(n, ops.rms_norm(None, numpy(x + y), numpy(w), eps=1e-5, offset=offset))

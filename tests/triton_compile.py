@@ -36,15 +36,15 @@ def compiled(kernel, pointers: dict[str, str], constants: dict, floats=(), longs
 
 def attentions(dtype: torch.dtype, group: int, size: int, block: int, window: int) -> None:
     t, padded = NAMES[dtype], power(size, 16)
-    ints = {n: "i32" for n in ("tables", "tiles")}
-    parts = {n: "fp32" for n in ("part_sum", "part_most", "part_weight")}
+    ints = dict.fromkeys(("tables", "tiles"), "i32")
+    parts = dict.fromkeys(("part_sum", "part_most", "part_weight"), "fp32")
     for prompt, split in ((False, 1), (False, 8), (True, 1)):
         cut = attention.tiling(group, size, dtype, prompt=prompt)
         constants = {
             "G": group, "D": size, "DP": padded, "BLOCK": block, "R": power(cut.tokens * power(group), 16),
             "TILE": cut.keys, "SPLITS": split, "WINDOW": window, "PROMPT": prompt, "PRECISION": precision(dtype),
         }  # fmt: skip
-        tensors = {n: t for n in ("q", "keys", "values", "y")}
+        tensors = dict.fromkeys(("q", "keys", "values", "y"), t)
         compiled(attention._attend, tensors | ints | parts, constants, ("scale",), (), cut.warps, cut.stages)
     compiled(attention._combine, {"tiles": "i32", "y": t, **parts}, {"D": size, "DP": padded, "SPLITS": 8}, warps=1)
 
@@ -52,19 +52,19 @@ def attentions(dtype: torch.dtype, group: int, size: int, block: int, window: in
 def rows(dtype: torch.dtype, width: int) -> None:
     t, padded = NAMES[dtype], power(width)
     for add in (False, True):
-        tensors = {n: t for n in ("x", "y", "w", "total", "n")}
+        tensors = dict.fromkeys(("x", "y", "w", "total", "n"), t)
         constants = {"D": width, "DP": padded, "ADD": add}
         compiled(norm._norm, tensors, constants, ("eps", "offset"), warps=min(max(padded // 512, 1), 16))
     for gelu in (False, True):
-        constants = {"I": 3 * width, "PART": 1024, "GELU": gelu}
-        compiled(gated._gated, {n: t for n in ("gate", "up", "y")}, constants)
+        constants = {"N": 3 * width, "PART": 1024, "GELU": gelu}
+        compiled(gated._gated, dict.fromkeys(("gate", "up", "y"), t), constants)
     constants = {"D": width, "PART": min(1024, padded)}
     compiled(embed._embed, {"tokens": "i32", "last": "i64", "table": t, "y": t}, constants, warps=2)
 
 
 def ropes(dtype: torch.dtype, heads: int, kv_heads: int, size: int, norms: bool) -> None:
     t = NAMES[dtype]
-    tensors = {n: t for n in ("q", "k", "v", "qw", "kw", "out", "keys", "values")}
+    tensors = dict.fromkeys(("q", "k", "v", "qw", "kw", "out", "keys", "values"), t)
     tensors |= {"positions": "i32", "cells": "i32", "turns": "fp32"}
     constants = {
         "HQ": heads, "HK": kv_heads, "D": size, "HALF": size // 2, "HALF_P": power(size // 2),
@@ -74,7 +74,14 @@ def ropes(dtype: torch.dtype, heads: int, kv_heads: int, size: int, norms: bool)
 
 
 def samplings(dtype: torch.dtype) -> None:
-    tensors = {"logits": NAMES[dtype], "temperature": "fp32", "keys": "i32", "edges": "i32", "scores": "fp32", "ids": "i32"}
+    tensors = {
+        "logits": NAMES[dtype],
+        "temperature": "fp32",
+        "keys": "i32",
+        "edges": "i32",
+        "scores": "fp32",
+        "ids": "i32",
+    }
     for part in (1024, 4096):
         for edges in (False, True):
             compiled(sampling._score, tensors, {"PART": part, "EDGES": edges})

@@ -4,7 +4,6 @@ With plain torch ops; `runner.py` adds Triton kernels and CUDA graphs.
 """
 
 from collections.abc import Callable, Mapping
-
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,9 +11,9 @@ import torch
 
 from llmrs.backends.base import Backend
 from llmrs.backends.memory import free_host_memory, keep_freed_memory, trim_host_memory
-from llmrs.backends.torch.ops import FUSED, KV, OPS
 from llmrs.backends.torch.attention import context, on_device
 from llmrs.backends.torch.lowering import Lowering, Program, join_layers
+from llmrs.backends.torch.ops import FUSED, KV, OPS
 from llmrs.backends.torch.reserve import runner_memory
 from llmrs.backends.torch.sampling import SlotState, logprobs, sample
 from llmrs.core.batch import Batch
@@ -93,9 +92,11 @@ class TorchBackend(Backend):
         if wanted == "torch" or (wanted == "auto" and self.at.type != "cuda"):
             return
         try:
-            from llmrs.backends.torch import runner, rules
+            from llmrs.backends.torch import rules, runner
         except ImportError as error:
             raise BackendError(f"Triton can't be loaded: {error}", "pip install triton, or kernels: torch") from error
+        if self.at.type == "cuda":
+            torch.cuda.set_device(self.at)  # of this thread: Triton launches on it
         self.rules, self.fused_ops = rules.TRITON, rules.FUSED
         self.kernels = runner.KernelRunner(self.at, graphs=graphs)
         self.block_size = runner.BLOCK_SIZE

@@ -52,12 +52,12 @@ class Recorder:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.pool: tuple[int, int] | None = None
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.pool = torch.cuda.graph_pool_handle() if self.stream else None
 
     def record(self, run: Run) -> Run:
         """A function that runs `run` again, and gives the tensor that it gave. `run` must bear to be run twice."""
-        if self.stream is None:
+        if self.stream is None or self.pool is None:
             place = run()
             return lambda: place.copy_(run())
         current = torch.cuda.current_stream(self.device)
@@ -71,7 +71,6 @@ class Recorder:
             finally:
                 graph.capture_end()
         current.wait_stream(self.stream)
-        self.pool = graph.pool()
 
         def replay() -> torch.Tensor:
             graph.replay()

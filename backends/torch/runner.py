@@ -86,8 +86,9 @@ class KernelRunner:
             self.slots.append(batch, tokens.long())
         return tokens
 
+    @torch.inference_mode()
     def warm(self, sizes: Iterable[int]) -> None:
-        """Records the graphs of steps of so many single tokens, the largest first, so that the rest fit into its pool."""
+        """Records the graphs of steps of so many single tokens, the largest first: the rest fit into its memory."""
         for n in sorted({n for n in map(decode_bucket, sizes) if n}, reverse=True):
             found = self._static(Shape(n, n, n, 0))
             found.inputs.rest(self.spare * self.block_size)
@@ -99,7 +100,7 @@ class KernelRunner:
         if self.recorder is None or len(batch.rows) != len(batch.slots):
             return None
         shape = bucket(shape_of(batch, self.tile), self.tile)
-        return shape and self._static(shape)
+        return self._static(shape) if shape else None
 
     def _static(self, shape: Shape) -> Recorded:
         if shape not in self.recorded:

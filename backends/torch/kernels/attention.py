@@ -187,7 +187,7 @@ def attention(
 
     `split` programs share a tile, which then has one token. Raises BackendError for shapes and types it can't do.
     """
-    (blocks, block_size, kv_heads, size), heads = keys.shape, q.shape[1]
+    (_blocks, block_size, kv_heads, size), heads = keys.shape, q.shape[1]
     group = _checked(q, keys, values, tables, tiles, y)
     require(NAME, split == 1 or cut.tokens == 1, "only tiles of one token are split")
     rows, padded = power(cut.tokens * power(group), 16), power(size, 16)
@@ -203,7 +203,12 @@ def attention(
 
 
 def _checked(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tables: torch.Tensor, tiles: torch.Tensor, y: torch.Tensor
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    tables: torch.Tensor,
+    tiles: torch.Tensor,
+    y: torch.Tensor,
 ) -> int:
     """Query heads of a KV head. Raises BackendError."""
     tokens, heads, size = q.shape

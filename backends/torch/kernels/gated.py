@@ -14,16 +14,15 @@ PART = 1024  # elements of a program
 
 
 @triton.jit
-def _gated(gate, up, y, gate_row, up_row, I: tl.constexpr, PART: tl.constexpr, GELU: tl.constexpr):
+def _gated(gate, up, y, gate_row, up_row, N: tl.constexpr, PART: tl.constexpr, GELU: tl.constexpr):
     row, i = tl.program_id(0).to(tl.int64), tl.program_id(1) * PART + tl.arange(0, PART)
-    mask = i < I
+    mask = i < N
     g = tl.load(gate + row * gate_row + i, mask=mask, other=0.0).to(tl.float32)
     u = tl.load(up + row * up_row + i, mask=mask, other=0.0).to(tl.float32)
+    inner = g
     if GELU:  # 0.5 (1 + tanh(z)) = sigmoid(2 z)
         inner = 1.5957691216057308 * (g + 0.044715 * g * g * g)
-    else:
-        inner = g
-    tl.store(y + row * I + i, (g / (1 + tl.exp(-inner)) * u).to(y.dtype.element_ty), mask=mask)
+    tl.store(y + row * N + i, (g / (1 + tl.exp(-inner)) * u).to(y.dtype.element_ty), mask=mask)
 
 
 def gated(gate: torch.Tensor, up: torch.Tensor, *, gelu: bool) -> torch.Tensor:
@@ -33,5 +32,5 @@ def gated(gate: torch.Tensor, up: torch.Tensor, *, gelu: bool) -> torch.Tensor:
     y = torch.empty(rows, width, dtype=gate.dtype, device=gate.device)
     part = min(PART, power(width))
     grid = (rows, triton.cdiv(width, part))
-    _gated[grid](gate, up, y, gate.stride(0), up.stride(0), I=width, PART=part, GELU=gelu, num_warps=4)
+    _gated[grid](gate, up, y, gate.stride(0), up.stride(0), N=width, PART=part, GELU=gelu, num_warps=4)
     return y
