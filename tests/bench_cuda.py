@@ -150,7 +150,8 @@ def steps() -> None:
         total = forward + sample
         print(
             f"{count:4} x {context:5}: forward {forward * 1e6:7.0f} us, sample {sample * 1e6:5.0f}, "
-            f"host {host * 1e6:5.0f}; bound {bound * 1e6:6.0f} us, {100 * bound / total:4.1f} %, {count / total:7.0f} tokens/s", flush=True
+            f"host {host * 1e6:5.0f}; "
+            f"bound {bound * 1e6:6.0f} us, {100 * bound / total:4.1f} %, {count / total:7.0f} tokens/s", flush=True
         )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from llmrs.core.ir import Frequencies
 pytest.importorskip("triton")
 from llmrs.backends.torch.kernels.embed import embed
 from llmrs.backends.torch.kernels.gated import gated
+from llmrs.backends.torch.kernels.matvec import matvec
 from llmrs.backends.torch.kernels.norm import add_norm, rms_norm
 from llmrs.backends.torch.kernels.rope import norm_rope_store
 from llmrs.core.errors import BackendError
@@ -81,6 +82,18 @@ def test_norm_rope_store(heads: int, kv_heads: int, size: int, dtype: torch.dtyp
         assert torch.equal(stored[1, cells], v)
         rest = np.setdiff1d(np.arange(24), cells)
         assert (stored[:, rest] == 77).all()
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("count", "width"), [(3, 8), (211, 64), (9, 1100), (33, 3072)])
+def test_matvec(count: int, width: int, dtype: torch.dtype):
+    rng = np.random.default_rng(width)
+    x, w, bias = (random(rng, *shape, dtype=dtype) for shape in ((1, width), (count, width), (count,)))
+    w = w / width**0.5
+    for b in (None, bias):
+        assert near(
+            matvec(x, w, b), ops.linear(None, *map(numpy, (x, w)), None if b is None else numpy(b), shard="none")
+        )
 
 
 def test_embed():

@@ -10,7 +10,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from llmrs.backends.torch.kernels import attention, embed, gated, norm, rope, sampling
+from llmrs.backends.torch.kernels import attention, embed, gated, matvec, norm, rope, sampling
 from llmrs.backends.torch.kernels.launch import power, precision
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -62,6 +62,13 @@ def rows(dtype: torch.dtype, width: int) -> None:
     compiled(embed._embed, {"tokens": "i32", "last": "i64", "table": t, "y": t}, constants, warps=2)
 
 
+def matvecs(dtype: torch.dtype, count: int, width: int) -> None:
+    t, part = NAMES[dtype], min(matvec.PART, power(width))
+    constants = {"K": width, "PARTS": -(-width // part), "PART": part, "ROWS": matvec.rows_together(count)}
+    for bias in (False, True):
+        compiled(matvec._matvec, dict.fromkeys(("x", "w", "bias", "y"), t), constants | {"BIAS": bias})
+
+
 def ropes(dtype: torch.dtype, heads: int, kv_heads: int, size: int, norms: bool) -> None:
     t = NAMES[dtype]
     tensors = dict.fromkeys(("q", "k", "v", "qw", "kw", "out", "keys", "values"), t)
@@ -97,6 +104,8 @@ def main(few: bool) -> None:
             attentions(dtype, group, size, block, window)
         for width in (1024,) if few else (1024, 80, 5376):
             rows(dtype, width)
+            matvecs(dtype, 1024, 3 * width)
+            matvecs(dtype, 4096, width)
         for shape in ((16, 8, 128),) if few else ((16, 8, 128), (3, 1, 24), (4, 1, 256)):
             for norms in (False, True):
                 ropes(dtype, *shape, norms)

@@ -12,6 +12,7 @@ import torch
 from llmrs.backends.base import Backend
 from llmrs.backends.memory import free_host_memory, keep_freed_memory, trim_host_memory
 from llmrs.backends.torch.attention import context, on_device
+from llmrs.backends.torch.linear import Linear, prepare
 from llmrs.backends.torch.lowering import Lowering, Program, join_layers
 from llmrs.backends.torch.ops import FUSED, KV, OPS
 from llmrs.backends.torch.reserve import runner_memory
@@ -76,6 +77,7 @@ class TorchBackend(Backend):
             keep_freed_memory()
             self.step_tokens = 256  # as fast as more, with temporaries that the caches hold; and nobody waits long
         self.rules: Mapping[str, Callable[..., object]] = OPS
+        self.prepare: Callable[..., Linear] = prepare
         self.program = Program([], 0, [])
         self.kv: list[KV] = []
         self.slots = SlotState(0, 0, self.at)
@@ -97,7 +99,7 @@ class TorchBackend(Backend):
             raise BackendError(f"Triton can't be loaded: {error}", "pip install triton, or kernels: torch") from error
         if self.at.type == "cuda":
             torch.cuda.set_device(self.at)  # of this thread: Triton launches on it
-        self.rules, self.fused_ops = rules.TRITON, rules.FUSED
+        self.rules, self.fused_ops, self.prepare = rules.TRITON, rules.FUSED, rules.prepare
         self.kernels = runner.KernelRunner(self.at, graphs=graphs)
         self.block_size = runner.BLOCK_SIZE
 
@@ -118,7 +120,8 @@ class TorchBackend(Backend):
     # Loading: every equation becomes a call with its weights bound.
 
     def load_weights(self, weights: Mapping[str, Tensor], progress: Callable[[int], None]) -> None:
-        self.program = Lowering(self.graph, self.rules, self.at, self.type, weights, progress).program()
+        lowering = Lowering(self.graph, self.rules, self.at, self.type, weights, progress, self.prepare)
+        self.program = lowering.program()
         if self.kernels:
             self.program = join_layers(self.program, self.rules)
         trim_host_memory()

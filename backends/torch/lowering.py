@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from llmrs.backends.torch import ops
-from llmrs.backends.torch.linear import prepare
+from llmrs.backends.torch.linear import Linear, prepare
 from llmrs.core.ir import Equation, Function, Graph, Value, Weight, at_layer
 from llmrs.quant.tensor import Tensor
 
@@ -76,9 +76,11 @@ class Lowering:
         dtype: torch.dtype,
         weights: Mapping[str, Tensor],
         progress: Callable[[int], None],
+        prepare: Callable[..., Linear] = prepare,
     ) -> None:
+        """`prepare` makes what computes a linear map from its weight and bias."""
         self.graph, self.rules, self.device, self.dtype = graph, rules, device, dtype
-        self.weights, self.progress = weights, progress
+        self.weights, self.progress, self.prepare = weights, progress, prepare
         self.calls: list[Call] = []
         # a tied head shares the embeddings; the rest must not be kept, since a packed copy takes its place
         self.shared = {w for w, uses in Counter(graph.weights()).items() if uses > 1}
@@ -125,7 +127,7 @@ class Lowering:
         tensors = [self._tensor(w) for w in weights]
         if op in VECTORS:
             return tensors[0] if len(tensors) == 1 else tuple(tensors)
-        return prepare(tensors[0], *tensors[1:])
+        return self.prepare(tensors[0], *tensors[1:])
 
     def _table(self, weight: Weight) -> Any:
         """A function to rows from token ids, or the tensor for a kernel.

@@ -14,6 +14,7 @@ from llmrs.backends.torch.kernels import embed as embedding
 from llmrs.backends.torch.kernels import norm
 from llmrs.backends.torch.kernels.gated import gated
 from llmrs.backends.torch.kernels.launch import multiprocessors
+from llmrs.backends.torch.kernels.matvec import matvec
 from llmrs.backends.torch.kernels.rope import norm_rope_store as turn_and_store
 from llmrs.backends.torch.linear import Linear
 from llmrs.backends.torch.ops import KV, OPS
@@ -137,6 +138,17 @@ def last(c: KernelContext, x: Tensor) -> Tensor:
 def head(_: KernelContext, x: Tensor, matrix: Linear) -> Tensor:
     """Logits as the matrix product gives them: sampling widens what it reads."""
     return matrix(x)
+
+
+def prepare(weight: Tensor, bias: Tensor | None = None) -> Linear:
+    """A function of x (n, K) for weight (N, K): our own for one row, the library's matrix product for more."""
+
+    def run(x: Tensor) -> Tensor:
+        if len(x) == 1:
+            return matvec(x, weight, bias)
+        return torch.nn.functional.linear(x, weight, bias)
+
+    return run
 
 
 TRITON: dict[str, Callable[..., Any]] = {
