@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from llmrs.core.batch import Batch
+from llmrs.core.config import EngineConfig
 from llmrs.core.engine import Ticket
-from llmrs.core.errors import BackendError, GraphError, did_you_mean
+from llmrs.core.errors import BackendError, ConfigError, GraphError, did_you_mean
 from llmrs.core.ir import Graph
 from llmrs.core.passes import fuse
 from llmrs.quant.tensor import Tensor
@@ -38,6 +39,15 @@ class Backend(ABC):
         """`device` is "auto" or one of `devices()`. Raises BackendError when it is not there."""
         self.device, self.dtype, self.kv_dtype = device, dtype, kv_dtype
         self.graph: Graph
+
+    def configure(self, config: EngineConfig) -> None:
+        """Takes what the user says about how it runs, before anything is loaded. Raises BackendError, ConfigError."""
+        if config.kernels != "auto":
+            raise ConfigError(f"kernels: backend {self.name} has no choice of kernels", "leave it at auto")
+
+    def reserve(self, graph: Graph, sequences: int, tokens: int) -> int:
+        """Bytes that it needs beside weights and KV cache for steps of at most so many sequences and tokens."""
+        return 0
 
     @classmethod
     @abstractmethod

@@ -125,6 +125,10 @@ class EngineConfig(Checked):
     offline: bool = option(False, "of Hugging Face ids use only what is in the cache, as HF_HUB_OFFLINE=1 does")
     backend: str = option("auto", "auto, mlx, torch, reference, or one that a package registers")
     device: str = option("auto", "auto, cpu, cuda:0, gpu", ("d", "device_ids"))
+    kernels: str = option(
+        "auto", "of the Torch backend; auto: Triton on an NVIDIA GPU", choices=("auto", "torch", "triton")
+    )
+    cuda_graphs: bool = option(True, "record steps and run them again, where Triton kernels run")
     dtype: str = option("bf16", "type of computation and of the KV cache", choices=DTYPES)
     kv_cache_dtype: str = option("auto", "type of the KV cache; auto is that of dtype", choices=("auto", *DTYPES))
     quant: str | None = option(None, "quantize while loading: q4k, q8_0, ...", ("isq",))

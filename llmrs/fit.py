@@ -124,8 +124,18 @@ class Fit:
         return -(-length // self.block_size)
 
 
-def fit(graph: Graph, config: EngineConfig, context: int, block_size: int, dtypes: tuple[str, str], free: int) -> Fit:
+def fit(
+    graph: Graph,
+    config: EngineConfig,
+    context: int,
+    block_size: int,
+    dtypes: tuple[str, str],
+    free: int,
+    reserve: int = 0,
+) -> Fit:
     """How a model fits into `free` bytes. `dtypes` are those of the weights and of the KV cache in the backend.
+
+    `reserve` are the bytes that steps need for themselves.
 
     Raises ConfigError for a max_model_len beyond the model's `context`.
     """
@@ -136,7 +146,7 @@ def fit(graph: Graph, config: EngineConfig, context: int, block_size: int, dtype
         weights=weights,
         token=token_bytes(graph, dtypes[1]),
         free=free,
-        usable=config.kv_cache_memory or int(max(free - weights, 0) * config.memory_fraction),
+        usable=config.kv_cache_memory or int(max(free - weights - reserve, 0) * config.memory_fraction),
         block_size=block_size,
         context=context,
         wanted=context_length(config, context),

@@ -87,7 +87,9 @@ def make_backend(config: EngineConfig) -> base.Backend:
         raise ConfigError(f"quant: {config.quant!r} is not there yet", "leave it out to run the weights as they are")
     kind = base.find(base.choose(config.backend))
     kv_dtype = config.dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
-    return kind(base.pick_device(kind, config.device), config.dtype, kv_dtype)
+    backend = kind(base.pick_device(kind, config.device), config.dtype, kv_dtype)
+    backend.configure(config)
+    return backend
 
 
 def load(
@@ -113,7 +115,9 @@ def load(
 def measure(backend: base.Backend, config: EngineConfig, model: Model, free: int) -> Fit:
     """How the model fits where `free` bytes are free before the weights are there. Raises ConfigError."""
     block_size, dtypes = config.block_size or backend.block_size, (backend.dtype, backend.kv_dtype)
-    return fit(model.graph, config, model.config.context, block_size, dtypes, free)
+    tokens = config.max_num_batched_tokens or max(backend.step_tokens, config.max_num_seqs)
+    reserve = backend.reserve(model.graph, config.max_num_seqs, tokens)
+    return fit(model.graph, config, model.config.context, block_size, dtypes, free, reserve)
 
 
 def _load_weights(backend: base.Backend, model: Model, progress: Progress) -> None:

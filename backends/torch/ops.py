@@ -91,6 +91,12 @@ def norm_rope_store(
     return x[:, : q.shape[1]], store(c, x[:, q.shape[1] :], v, kv)
 
 
+def head_norms(weights: list[Tensor], heads: list[int], offset: float) -> Tensor:
+    """The norms' weights for each head, (H + Hk, d); in float32 where something is added to them."""
+    norms = torch.cat([w.expand(n, -1) for w, n in zip(weights, heads, strict=True)])
+    return norms.float() + offset if offset else norms
+
+
 def _joined(q: Tensor, k: Tensor) -> Tensor:
     """Heads side by side: without a copy where they are parts of one merged linear map, as they mostly are."""
     (tokens, count, size), more = q.shape, k.shape[1]

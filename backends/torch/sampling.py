@@ -44,25 +44,25 @@ class SlotState:
 
 def sample(logits: torch.Tensor, batch: Batch, slots: SlotState, mask: np.ndarray | None) -> torch.Tensor:
     """Token ids int64 (S,) from logits float32 (S, V)."""
-    logits = _adjusted(logits, batch, slots, mask)
+    logits = adjusted(logits, batch, slots, mask)
     tokens = logits.argmax(dim=-1)
     drawn = np.flatnonzero(batch.sampling.temperature > 0)
     if not len(drawn):
         return tokens
     if len(drawn) == len(tokens):
-        return _draw(logits, batch.sampling)
+        return draw(logits, batch.sampling)
     rows = on_device(drawn, logits.device)
-    tokens[rows] = _draw(logits[rows], batch.sampling.take(drawn))
+    tokens[rows] = draw(logits[rows], batch.sampling.take(drawn))
     return tokens
 
 
-def _adjusted(logits: torch.Tensor, batch: Batch, slots: SlotState, mask: np.ndarray | None) -> torch.Tensor:
+def adjusted(logits: torch.Tensor, batch: Batch, slots: SlotState, mask: np.ndarray | None) -> torch.Tensor:
     """After penalties, biases, and what must not be sampled; the same tensor where there is none of them."""
     back = np.flatnonzero(batch.sampling.looks_back())
     biased = [s for s, slot in enumerate(batch.slots.tolist()) if slot in slots.bias] if slots.bias else []
     if not (len(back) or biased or batch.banned is not None or mask is not None):
         return logits
-    logits = logits.clone()
+    logits = logits.float().clone()
     if len(back):
         rows = on_device(back, logits.device)
         logits[rows] = _penalized(logits[rows], batch, back, slots)
@@ -116,7 +116,8 @@ def logprobs(logits: torch.Tensor, tokens: torch.Tensor, count: int) -> tuple[to
     return chosen, top.indices[:, :count], top.values[:, :count]
 
 
-def _draw(logits: torch.Tensor, params: SamplingArrays) -> torch.Tensor:
+def draw(logits: torch.Tensor, params: SamplingArrays) -> torch.Tensor:
+    """Token ids int64 (S,) from adjusted logits float32 (S, V); no temperature is 0."""
     device = logits.device
     logits = logits / on_device(params.temperature, device)[:, None]
     counts = _kept_counts(logits, params)

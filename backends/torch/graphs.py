@@ -1,0 +1,79 @@
+"""Steps that are recorded once and run again: which shapes there are, and CUDA graphs of them.
+
+A step of single tokens runs in the next larger of DECODE, a mixed one in the next larger of MIXED tokens and ROWS
+sequences; a larger one is launched call by call. Each graph is recorded when a step first needs it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from llmrs.backends.torch.step import Shape, StepInputs
+
+Run = Callable[[], torch.Tensor]
+
+DECODE = (1, 2, 4, *range(8, 257, 8), *range(288, 513, 32))
+MIXED = (64, 128, 256, 512, 1024)
+ROWS = (8, 32, 128, 256, 512)
+COPIES = 3  # of a step's array on the host: two steps may be under way while the third is written
+
+
+def bucket(exact: Shape, tile: int) -> Shape | None:
+    """The shape in which a step runs; None: none is large enough. `tile` is the tokens of a prompt's tile."""
+    if exact.plain:
+        n = decode_bucket(exact.tokens)
+        return Shape(n, n, n, 0) if n else None
+    tokens, rows = _next(MIXED, exact.tokens), _next(ROWS, exact.sequences)
+    return Shape(tokens, rows, rows, tokens // tile + rows) if tokens and rows else None  # last tiles are not full
+
+
+def decode_bucket(tokens: int) -> int | None:
+    """Tokens of the graph that runs a step of so many single ones."""
+    return _next(DECODE, tokens)
+
+
+def _next(sizes: tuple[int, ...], n: int) -> int | None:
+    return next((size for size in sizes if size >= n), None)
+
+
+@dataclass
+class Recorded:
+    """One shape: its arrays, its forward part, and its sampling part without and with top-k, top-p, min-p."""
+
+    inputs: StepInputs
+    forward: Run | None = None
+    sample: dict[bool, Run] = field(default_factory=dict)
+
+
+class Recorder:
+    """Records functions of tensors that stay where they are. All graphs share one pool of memory, since one at a
+    time runs, and its results are read before the next. Without a GPU the function itself runs, to the same place."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.pool = torch.cuda.graph_pool_handle() if self.stream else None
+
+    def record(self, run: Run) -> Run:
+        """A function that runs `run` again, and gives the tensor that it gave. `run` must bear to be run twice."""
+        if self.stream is None or self.pool is None:
+            place = run()
+            return lambda: place.copy_(run())
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            run()  # compiles kernels, and lets libraries take their workspaces
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+            try:
+                result = run()
+            finally:
+                graph.capture_end()
+        current.wait_stream(self.stream)
+
+        def replay() -> torch.Tensor:
+            graph.replay()
+            return result
+
+        return replay

@@ -1,0 +1,36 @@
+"""silu(gate) * up and gelu(gate) * up, with tanh's approximation of gelu.
+
+Defined by `silu_mul` and `gelu_mul` in backends/reference/ops.py, computed in float32 and rounded once. gate, up
+(T, I) with any row strides: they are halves of one merged matrix product. Read 2 elements and written 1 for each.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from llmrs.backends.torch.kernels.launch import check_rows, power
+
+PART = 1024  # elements of a program
+
+
+@triton.jit
+def _gated(gate, up, y, gate_row, up_row, N: tl.constexpr, PART: tl.constexpr, GELU: tl.constexpr):
+    row, i = tl.program_id(0).to(tl.int64), tl.program_id(1) * PART + tl.arange(0, PART)
+    mask = i < N
+    g = tl.load(gate + row * gate_row + i, mask=mask, other=0.0).to(tl.float32)
+    u = tl.load(up + row * up_row + i, mask=mask, other=0.0).to(tl.float32)
+    inner = g
+    if GELU:  # 0.5 (1 + tanh(z)) = sigmoid(2 z)
+        inner = 1.5957691216057308 * (g + 0.044715 * g * g * g)
+    tl.store(y + row * N + i, (g / (1 + tl.exp(-inner)) * u).to(y.dtype.element_ty), mask=mask)
+
+
+def gated(gate: torch.Tensor, up: torch.Tensor, *, gelu: bool) -> torch.Tensor:
+    """(T, I) of gate's type. Raises BackendError for shapes and types that differ."""
+    check_rows("gated", gate, up)
+    rows, width = gate.shape
+    y = torch.empty(rows, width, dtype=gate.dtype, device=gate.device)
+    part = min(PART, power(width))
+    grid = (rows, triton.cdiv(width, part))
+    _gated[grid](gate, up, y, gate.stride(0), up.stride(0), N=width, PART=part, GELU=gelu, num_warps=4)
+    return y

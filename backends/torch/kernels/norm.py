@@ -1,0 +1,59 @@
+"""rms_norm, and add + rms_norm, over rows.
+
+Defined by `rms_norm` and `add` in backends/reference/ops.py; `add_norm` in core/passes.py. x, y (T, D), any row
+strides; w (D,). The sum is rounded to x's type before it is normed, as the two equations by themselves would; the
+rest is float32. Bytes moved for each element: 2 rows read and 2 written (add_norm), 1 and 1 (rms_norm).
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from llmrs.backends.torch.kernels.launch import check_rows, power, require
+
+
+@triton.jit
+def _norm(
+    x, y, w, total, n, x_row, y_row, eps, offset,
+    D: tl.constexpr, DP: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    row, d = tl.program_id(0).to(tl.int64), tl.arange(0, DP)
+    mask = d < D
+    a = tl.load(x + row * x_row + d, mask=mask, other=0.0).to(tl.float32)
+    if ADD:
+        a += tl.load(y + row * y_row + d, mask=mask, other=0.0).to(tl.float32)
+        a = a.to(total.dtype.element_ty)
+        tl.store(total + row * D + d, a, mask=mask)
+        a = a.to(tl.float32)
+    weight = tl.load(w + d, mask=mask, other=0.0).to(tl.float32) + offset
+    scale = tl.rsqrt(tl.sum(a * a, 0) / D + eps)
+    tl.store(n + row * D + d, (a * scale * weight).to(n.dtype.element_ty), mask=mask)
+
+
+def rms_norm(x: torch.Tensor, w: torch.Tensor, *, eps: float, offset: float = 0.0) -> torch.Tensor:
+    """x / rms(x) * (w + offset), (T, D)."""
+    n = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _launch(x, x, w, n, n, eps, offset, add=False)
+    return n
+
+
+def add_norm(
+    x: torch.Tensor, y: torch.Tensor, w: torch.Tensor, *, eps: float, offset: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x + y, and rms_norm of it, (T, D) each."""
+    total, n = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    _launch(x, y, w, total, n, eps, offset, add=True)
+    return total, n
+
+
+def _launch(
+    x: torch.Tensor, y: torch.Tensor, w: torch.Tensor, total: torch.Tensor, n: torch.Tensor, eps: float, offset: float,
+    *, add: bool,
+) -> None:  # fmt: skip
+    check_rows("norm", x, y)
+    require("norm", x.ndim == 2 and w.shape == x.shape[1:] and w.is_contiguous(), f"x {x.shape}, w {w.shape}")
+    padded = power(x.shape[1])
+    _norm[(len(x),)](
+        x, y, w, total, n, x.stride(0), y.stride(0), float(eps), float(offset), D=x.shape[1], DP=padded, ADD=add,
+        num_warps=min(max(padded // 512, 1), 16),
+    )  # fmt: skip

@@ -1,0 +1,192 @@
+"""Turns a graph's equations into a list of calls with their weights bound, layer by layer."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from llmrs.backends.torch import ops
+from llmrs.backends.torch.linear import Linear, prepare
+from llmrs.core.ir import Equation, Function, Graph, Value, Weight, at_layer
+from llmrs.quant.tensor import Tensor
+
+VECTORS = ("rms_norm", "add_norm", "norm_rope_store")  # ops whose weights are vectors, taken as they are
+
+
+@dataclass(frozen=True)
+class Call:
+    """One lowered equation: results at `outs` from the values at `inputs`. Values are numbered within a program."""
+
+    op: str
+    rule: Callable[..., Any]
+    inputs: list[int]
+    outs: list[int]
+    weights: tuple[Any, ...] = ()  # at most one: what the rule takes after its values
+    params: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Program:
+    """Calls in their order; `results` are the numbers of the graph's results."""
+
+    calls: list[Call]
+    count: int
+    results: list[int]
+
+    def run(self, context: Any, inputs: Sequence[Any]) -> list[Any]:
+        """The results for the graph's inputs. `context` is what the rules know beside their inputs."""
+        values: list[Any] = [None] * self.count
+        values[: len(inputs)] = inputs
+        for call, dead in zip(self.calls, self.dead, strict=True):
+            result = call.rule(context, *[values[n] for n in call.inputs], *call.weights, **call.params)
+            if len(call.outs) == 1:
+                values[call.outs[0]] = result
+            else:
+                for n, one in zip(call.outs, result, strict=True):
+                    values[n] = one
+            for n in dead:  # its memory is the next ones'
+                values[n] = None
+        return [values[n] for n in self.results]
+
+    @cached_property
+    def dead(self) -> list[list[int]]:
+        """For each call, the values that it is the last to read, or that nobody reads."""
+        last = {n: at for at, call in enumerate(self.calls) for n in (*call.outs, *call.inputs)}
+        found: list[list[int]] = [[] for _ in self.calls]
+        for n, at in last.items():
+            if n not in self.results:
+                found[at].append(n)
+        return found
+
+
+def join_layers(program: Program, rules: Mapping[str, Callable[..., Any]]) -> Program:
+    """With each `add` at the end of a layer and the norm at the beginning of the next one in one call.
+
+    `core/passes.py` fuses within a layer only, since a layer is written once for all.
+    """
+    calls: list[Call] = []
+    for call in program.calls:
+        before = calls[-1] if calls else None
+        if before and before.op == "add" and call.op == "rms_norm" and call.inputs == before.outs:
+            outs = [*before.outs, *call.outs]
+            calls[-1] = Call("add_norm", rules["add_norm"], before.inputs, outs, call.weights, call.params)
+        else:
+            calls.append(call)
+    return Program(calls, program.count, program.results)
+
+
+class Lowering:
+    """Lowers one graph for a device, a type and a table of rules."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        rules: Mapping[str, Callable[..., Any]],
+        device: torch.device,
+        dtype: torch.dtype,
+        weights: Mapping[str, Tensor],
+        progress: Callable[[int], None],
+        prepare: Callable[..., Linear] = prepare,
+    ) -> None:
+        """`prepare` makes what computes a linear map from its weight and bias."""
+        self.graph, self.rules, self.device, self.dtype = graph, rules, device, dtype
+        self.weights, self.progress, self.prepare = weights, progress, prepare
+        self.calls: list[Call] = []
+        # a tied head shares the embeddings; the rest must not be kept, since a packed copy takes its place
+        self.shared = {w for w, uses in Counter(graph.weights()).items() if uses > 1}
+        self.loaded: dict[Weight, torch.Tensor] = {}
+        self.size = 0  # bytes of the weights
+        self.count = 0
+
+    def program(self) -> Program:
+        main = self.graph.main
+        results = self._function(main, {v: self._number() for v in main.inputs}, 0)
+        self.loaded.clear()
+        return Program(self.calls, self.count, results)
+
+    def _number(self) -> int:
+        self.count += 1
+        return self.count - 1
+
+    def _function(self, function: Function, numbers: dict[Value, int], layer: int) -> list[int]:
+        for e in function.equations:
+            if e.op == "call":
+                callee = self.graph.functions[e.params["function"]]
+                inputs = {v: numbers[o] for v, o in zip(callee.inputs, e.inputs, strict=True) if isinstance(o, Value)}
+                outs = self._function(callee, inputs, e.params["index"])
+                numbers.update(zip(e.outs, outs, strict=True))
+            else:
+                numbers.update((v, self._number()) for v in e.outs)
+                self.calls.append(self._equation(e, numbers, layer))
+        return [numbers[v] for v in function.outs]
+
+    def _equation(self, e: Equation, numbers: dict[Value, int], layer: int) -> Call:
+        values = [numbers[o] for o in e.inputs if isinstance(o, Value)]
+        weights = [at_layer(o, layer) for o in e.inputs if isinstance(o, Weight)]
+        params = {k: v for k, v in e.params.items() if k != "shard"}  # one device
+        if e.op == "linears":
+            params["rows"] = [v.type.shape[1] for v in e.outs]
+        bound = (self._bound(e, weights),) if weights else ()
+        return Call(e.op, self.rules[e.op], values, [numbers[v] for v in e.outs], bound, params)
+
+    def _bound(self, e: Equation, weights: list[Weight]) -> Any:
+        """What an equation's rule takes for its weights: functions for matrices and tables, tensors for vectors."""
+        op, rule = e.op, self.rules[e.op]
+        if op == "embed":
+            return self._table(weights[0])
+        if op == "moe":
+            return self._experts(*weights)
+        tensors = [self._tensor(w) for w in weights]
+        if rule is ops.rms_norm:
+            return ops.Norm.of(tensors[0])
+        if rule is ops.norm_rope_store:
+            heads = [o.type.sizes[0] for o in (e.inputs[0], e.inputs[3])]  # of q and k
+            return ops.head_norms(tensors, heads, e.params.get("offset", 0.0))
+        if op in VECTORS:
+            return tensors[0] if len(tensors) == 1 else tuple(tensors)
+        return self.prepare(tensors[0], *tensors[1:])
+
+    def _table(self, weight: Weight) -> Any:
+        """A function to rows from token ids, or the tensor for a kernel.
+
+        On the CPU rows are read from the file, so that a packed head needs no second copy.
+        """
+        kernel = self.rules["embed"] is not ops.embed
+        if self.device.type == "cpu" and len(weight.segments) == 1 and not kernel:
+            rows, dtype = _torch_view(self.weights[weight.segments[0].tensor]), self.dtype
+            return lambda tokens: rows[tokens].to(dtype)
+        table = self._tensor(weight)
+        return table if kernel else lambda tokens: table[tokens]
+
+    def _experts(self, router: Weight, *stacks: Weight) -> ops.Experts:
+        """Every expert's matrices by themselves; a segment holds one expert, or several."""
+        count = router.type.sizes[0]
+        split = [[m for w in _segments(s) for m in self._tensor(w).split(s.type.sizes[0] // count)] for s in stacks]
+        return ops.Experts(
+            self._tensor(router), [(prepare(g), prepare(u), prepare(d)) for g, u, d in zip(*split, strict=True)]
+        )
+
+    def _tensor(self, weight: Weight) -> torch.Tensor:
+        if weight in self.loaded:
+            return self.loaded[weight]
+        found = [self.weights[s.tensor] for s in weight.segments]
+        parts = [_torch_view(t).to(self.device, self.dtype) for t in found]
+        tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+        self.progress(sum(t.nbytes for t in found))
+        self.size += tensor.nbytes
+        if weight in self.shared:
+            self.loaded[weight] = tensor
+        return tensor
+
+
+def _segments(weight: Weight) -> list[Weight]:
+    return [Weight((segment,), weight.columns) for segment in weight.segments]
+
+
+def _torch_view(tensor: Tensor) -> torch.Tensor:
+    """The file's own memory as a torch tensor."""
+    data = torch.from_numpy(tensor.data)
+    return data.view(torch.bfloat16) if tensor.format == "bf16" else data

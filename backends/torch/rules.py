@@ -1,0 +1,174 @@
+"""The rules that take the place of the common ones where Triton kernels run: each calls one kernel.
+
+Beside them the plain rules of `ops.py` stay: a graph without fused ops, on plain rules, is the definition of these.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from llmrs.backends.torch.kernels import attention as paged
+from llmrs.backends.torch.kernels import embed as embedding
+from llmrs.backends.torch.kernels import norm
+from llmrs.backends.torch.kernels.gated import gated
+from llmrs.backends.torch.kernels.launch import multiprocessors
+from llmrs.backends.torch.kernels.matvec import matvec
+from llmrs.backends.torch.kernels.rope import norm_rope_store as turn_and_store
+from llmrs.backends.torch.linear import Linear
+from llmrs.backends.torch.ops import KV, OPS
+from llmrs.backends.torch.step import Fields, Shape
+from llmrs.core.ir import Frequencies
+
+Tensor = torch.Tensor
+
+
+class Turns:
+    """Rope's cos and sin for every position, float32 (2, positions, d / 2), made once for each set of frequencies."""
+
+    def __init__(self, positions: int, device: torch.device) -> None:
+        self.positions, self.device = positions, device
+        self.made: dict[Frequencies, Tensor] = {}
+
+    def of(self, frequencies: Frequencies) -> Tensor:
+        if frequencies not in self.made:
+            values = torch.tensor(frequencies.values, dtype=torch.float32, device=self.device)
+            angles = torch.arange(self.positions, dtype=torch.float32, device=self.device)[:, None] * values
+            self.made[frequencies] = torch.stack([angles.cos(), angles.sin()]) * frequencies.scale
+        return self.made[frequencies]
+
+
+@dataclass(frozen=True)
+class KernelContext:
+    """What the rules need of a step."""
+
+    shape: Shape
+    fields: Fields
+    last: Tensor  # int64 (slots,): the last token of each
+    turns: Turns
+    programs: int  # of attention, that fill the device
+    tile: int  # tokens of a prompt's tile
+
+
+def programs(device: torch.device) -> int:
+    """Two of attention's programs keep a multiprocessor's memory pipes busy."""
+    return 2 * multiprocessors(device)
+
+
+def embed(c: KernelContext, tokens: Tensor, table: Tensor) -> Tensor:
+    return embedding.embed(tokens, c.last, table)
+
+
+def rms_norm(_: KernelContext, x: Tensor, w: Tensor, *, eps: float, offset: float = 0.0) -> Tensor:
+    return norm.rms_norm(x.flatten(0, -2), w, eps=eps, offset=offset).view(x.shape)
+
+
+def add_norm(
+    _: KernelContext, x: Tensor, y: Tensor, w: Tensor, *, eps: float, offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    return norm.add_norm(x, y, w, eps=eps, offset=offset)
+
+
+def rope(c: KernelContext, x: Tensor, positions: Tensor, *, frequencies: Frequencies) -> Tensor:  # (T, H, d), (T,)
+    cos, sin = c.turns.of(frequencies)[:, positions.long(), None]  # (T, 1, d/2)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+def store(c: KernelContext, k: Tensor, v: Tensor, kv: KV) -> KV:
+    cells = c.fields.cells.long()
+    at = cells // kv.keys.shape[1], cells % kv.keys.shape[1]
+    for cache, new in ((kv.keys, k), (kv.values, v)):
+        cache.index_put_(at, new.to(cache.dtype))
+    return kv
+
+
+def rope_store(
+    c: KernelContext, q: Tensor, positions: Tensor, k: Tensor, v: Tensor, kv: KV, *, frequencies: Frequencies
+) -> tuple[Tensor, KV]:
+    turns = c.turns.of(frequencies)
+    return turn_and_store(q, k, v, None, positions, c.fields.cells, turns, kv.keys, kv.values), kv
+
+
+def norm_rope_store(
+    c: KernelContext,
+    q: Tensor,
+    positions: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv: KV,
+    norms: tuple[Tensor, Tensor],
+    *,
+    frequencies: Frequencies,
+    eps: float,
+    offset: float = 0.0,
+) -> tuple[Tensor, KV]:
+    turns, cells = c.turns.of(frequencies), c.fields.cells
+    return turn_and_store(q, k, v, norms, positions, cells, turns, kv.keys, kv.values, eps=eps, offset=offset), kv
+
+
+def attend(c: KernelContext, q: Tensor, kv: KV, *, scale: float, window: int = 0) -> Tensor:
+    """Single tokens in one launch, with their keys split where they are few; parts of prompts in another."""
+    tokens, heads, size = q.shape
+    group, shape, f = heads // kv.keys.shape[2], c.shape, c.fields
+    y = torch.empty(tokens, heads * size, dtype=q.dtype, device=q.device)
+    if shape.singles:
+        cut = paged.tiling(group, size, q.dtype, prompt=False)
+        split = paged.splits(shape.singles, kv.keys.shape[2], c.programs)
+        paged.attention(q, kv.keys, kv.values, f.tables, f.singles, y, scale=scale, window=window, cut=cut, split=split)
+    if shape.chunks:
+        cut = replace(paged.tiling(group, size, q.dtype, prompt=True), tokens=c.tile)
+        paged.attention(q, kv.keys, kv.values, f.tables, f.chunks, y, scale=scale, window=window, cut=cut)
+    return y
+
+
+def silu_mul(_: KernelContext, gate: Tensor, up: Tensor) -> Tensor:
+    return gated(gate, up, gelu=False)
+
+
+def gelu_mul(_: KernelContext, gate: Tensor, up: Tensor) -> Tensor:
+    return gated(gate, up, gelu=True)
+
+
+def last(c: KernelContext, x: Tensor) -> Tensor:
+    return x if c.shape.plain else x.index_select(0, c.fields.rows)
+
+
+def head(_: KernelContext, x: Tensor, matrix: Linear) -> Tensor:
+    """Logits as the matrix product gives them: sampling widens what it reads."""
+    return matrix(x)
+
+
+def prepare(weight: Tensor, bias: Tensor | None = None) -> Linear:
+    """A function of x (n, K) for weight (N, K): our own for one row, the library's matrix product for more."""
+
+    def run(x: Tensor) -> Tensor:
+        if len(x) == 1:
+            return matvec(x, weight, bias)
+        return torch.nn.functional.linear(x, weight, bias)
+
+    return run
+
+
+TRITON: dict[str, Callable[..., Any]] = {
+    **OPS,
+    **{
+        f.__name__: f
+        for f in (
+            embed,
+            rms_norm,
+            add_norm,
+            rope,
+            store,
+            rope_store,
+            norm_rope_store,
+            attend,
+            silu_mul,
+            gelu_mul,
+            last,
+            head,
+        )
+    },
+}
+FUSED = frozenset({"linears", "add_norm", "norm_rope_store", "rope_store"})

@@ -1,0 +1,154 @@
+"""Runs steps with Triton kernels: a step's arrays in one transfer, and recorded graphs where a shape has one.
+
+Nothing here waits for the device. The tokens of a step that the host does not know yet are looked up there, by slot.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+
+from llmrs.backends.torch.graphs import COPIES, Recorded, Recorder, bucket, decode_bucket
+from llmrs.backends.torch.kernels.attention import tiling
+from llmrs.backends.torch.kernels.launch import interpreted
+from llmrs.backends.torch.kernels.sampling import draw
+from llmrs.backends.torch.lowering import Program
+from llmrs.backends.torch.ops import KV
+from llmrs.backends.torch.rules import KernelContext, Turns, programs
+from llmrs.backends.torch.sampling import SlotState, adjusted
+from llmrs.backends.torch.sampling import sample as sample_plainly
+from llmrs.backends.torch.step import Shape, StepInputs, shape_of
+from llmrs.core.batch import Batch
+from llmrs.core.errors import BackendError
+from llmrs.core.ir import Graph
+from llmrs.core.sampling import SamplingArrays
+
+BLOCK_SIZE = 64  # tokens of a KV block: a tile of keys lies in one
+UNRECORDED = {"moe"}  # ops whose rules ask the device what to do
+
+
+class KernelRunner:
+    """The steps of one program on one pool. Life: `begin`, any number of `forward` and `sample`, `end`."""
+
+    def __init__(self, device: torch.device, *, graphs: bool) -> None:
+        """Raises BackendError where kernels can't run: they need an NVIDIA GPU, or Triton's interpreter."""
+        if device.type != "cuda" and not interpreted():
+            raise BackendError(f"Triton kernels don't run on {device}", "kernels: auto uses them where they do")
+        self.device, self.wanted = device, graphs
+        self.end()
+
+    def end(self) -> None:
+        """Lets go of everything."""
+        self.program, self.kv = Program([], 0, []), list[KV]()
+        self.slots = SlotState(0, 0, self.device)
+        self.recorded: dict[Shape, Recorded] = {}
+        self.step: tuple[Batch, StepInputs, Recorded | None] | None = None
+        self.recorder: Recorder | None = None
+
+    def begin(self, graph: Graph, program: Program, kv: Sequence[KV], slots: SlotState, dtype: torch.dtype) -> None:
+        """`kv` have a block more than anybody is given: what is padded goes there."""
+        self.end()
+        self.program, self.kv, self.slots = program, list(kv), slots
+        blocks, self.block_size = kv[0].keys.shape[:2]
+        self.spare = blocks - 1
+        if blocks * self.block_size >= 2**31:
+            raise BackendError(f"{blocks} KV blocks of {self.block_size} tokens are too many", "lower kv_cache_memory")
+        self.longest = slots.tokens.shape[1]
+        self.turns, self.programs = Turns(self.longest, self.device), programs(self.device)
+        self.tile = min(tiling(group, size, dtype, prompt=True).tokens for group, size in _heads(graph))
+        if self.wanted and not UNRECORDED & {c.op for c in program.calls}:
+            self.recorder = Recorder(self.device)
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Logits (R, V), in the type of the computation; they stay until the next step."""
+        found = self._recorded(batch)
+        inputs = found.inputs if found else StepInputs(shape_of(batch, self.tile), batch.blocks.size, self.device)
+        inputs.fill(batch, self.block_size, self.spare, self.tile)
+        self.step = batch, inputs, found
+        if found is None:
+            return self._run(inputs)
+        return self._forward(found)[: len(batch.rows)]
+
+    def sample(self, logits: torch.Tensor, batch: Batch, mask: np.ndarray | None) -> torch.Tensor:
+        """Token ids int32 (S,), kept as the slots' last tokens too."""
+        count, filtered = len(batch.slots), _filters(batch.sampling)
+        if filtered:
+            tokens = sample_plainly(logits[:count].float(), batch, self.slots, mask)
+            self.slots.append(batch, tokens)
+            return tokens
+        inputs, found = self._inputs_of(batch)
+        plain = adjusted(logits[:count], batch, self.slots, mask)
+        if found and plain.data_ptr() == logits.data_ptr():
+            tokens = self._sample(found, logits, filtered)[:count]
+        else:
+            tokens = self._draw(plain, inputs, filtered)
+        if batch.sampling.looks_back().any():
+            self.slots.append(batch, tokens.long())
+        return tokens
+
+    @torch.inference_mode()
+    def warm(self, sizes: Iterable[int]) -> None:
+        """Records the graphs of steps of so many single tokens, the largest first: the rest fit into its memory."""
+        for n in sorted({n for n in map(decode_bucket, sizes) if n}, reverse=True):
+            found = self._static(Shape(n, n, n, 0))
+            found.inputs.rest(self.spare * self.block_size)
+            logits = self._forward(found)
+            self._sample(found, logits, False)
+
+    def _recorded(self, batch: Batch) -> Recorded | None:
+        """The shape that can run a step and be run again; None: there is none."""
+        if self.recorder is None or len(batch.rows) != len(batch.slots):
+            return None
+        shape = bucket(shape_of(batch, self.tile), self.tile)
+        return self._static(shape) if shape else None
+
+    def _static(self, shape: Shape) -> Recorded:
+        if shape not in self.recorded:
+            tables = shape.sequences * -(-self.longest // self.block_size)
+            self.recorded[shape] = Recorded(StepInputs(shape, tables, self.device, COPIES))
+        return self.recorded[shape]
+
+    def _inputs_of(self, batch: Batch) -> tuple[StepInputs, Recorded | None]:
+        """What `forward` sent; a step that is only sampled, as in tests, is sent now."""
+        if self.step is not None and self.step[0] is batch:
+            return self.step[1:]
+        inputs = StepInputs(Shape(0, len(batch.slots), 0, 0), 0, self.device)
+        inputs.fill_sampling(batch)
+        return inputs, None
+
+    def _forward(self, found: Recorded) -> torch.Tensor:
+        if found.forward is None:
+            assert self.recorder is not None
+            found.forward = self.recorder.record(lambda: self._run(found.inputs))
+        return found.forward()
+
+    def _sample(self, found: Recorded, logits: torch.Tensor, filtered: bool) -> torch.Tensor:
+        """`logits` are those of the recorded forward part, of which the first rows are the step's."""
+        if filtered not in found.sample:
+            assert self.recorder is not None
+            whole = logits.as_strided((found.inputs.shape.sequences, logits.shape[1]), logits.stride())
+            found.sample[filtered] = self.recorder.record(lambda: self._draw(whole, found.inputs, filtered))
+        return found.sample[filtered]()
+
+    def _run(self, inputs: StepInputs) -> torch.Tensor:
+        f, last = inputs.fields, self.slots.last_token
+        context = KernelContext(inputs.shape, f, last, self.turns, self.programs, self.tile)
+        logits: torch.Tensor = self.program.run(context, [f.tokens, f.positions, *self.kv])[0]
+        return logits
+
+    def _draw(self, logits: torch.Tensor, inputs: StepInputs, filtered: bool) -> torch.Tensor:
+        """Token ids int32 (n,) of the step's first n sequences."""
+        n, f = len(logits), inputs.fields
+        return draw(logits, f.temperature[:n], f.keys[:n], f.slots[:n], self.slots.last_token)
+
+
+def _filters(params: SamplingArrays) -> bool:
+    """Whether top-k, top-p or min-p drop anything from a row that is drawn."""
+    return bool(((params.temperature > 0) & ((params.top_k > 0) | (params.top_p < 1) | (params.min_p > 0))).any())
+
+
+def _heads(graph: Graph) -> set[tuple[int, int]]:
+    """Query heads of a KV head, and head size, of every attention."""
+    attends = (e for f in graph.functions.values() for e in f.equations if e.op == "attend")
+    shapes = [(e.inputs[0].type.sizes, e.inputs[1].type.sizes) for e in attends]
+    return {(q[0] // kv[0], q[1]) for q, kv in shapes}

@@ -1,0 +1,262 @@
+"""On an NVIDIA GPU: python tests/bench_cuda.py FOLDER [PART ...]
+
+Qwen3-0.6B shapes with random weights (FOLDER is written if it is not there). Prints what the device can do, then how
+near the engine comes: correctness, device time of decode steps, the four workloads, top kernels, cuts of attention.
+A part that fails says so, and the others go on. The last line is JSON.
+"""
+
+import json
+import random
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import random_checkpoint
+import torch
+
+from llmrs import Engine, EngineConfig, SamplingParams
+from llmrs.backends.base import find
+from llmrs.backends.testing import (
+    BLOCK,
+    MODELS,
+    RandomModel,
+    core_on,
+    prefill_batch,
+    prompts,
+    request,
+    run,
+    sampling_batch,
+)
+from llmrs.core.batch import Batch
+from llmrs.core.sampling import SamplingArrays
+
+FOUND: dict[str, Any] = {}
+KV_TOKEN, WEIGHTS = 114_688, 1.192e9  # bytes, of Qwen3-0.6B in bf16
+LIMITS = {"seed": 72_500, "mixed": 38_500, "single": 3_900, "prefill": 596_000}  # tokens/s of an H200 at 4.66 TB/s
+GPU = "cuda:0"
+
+
+def timed(run: Callable[[], object], times: int = 10) -> float:
+    """Seconds of device time for one run, the mean of `times` after two that do not count."""
+    for _ in range(2):
+        run()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(times):
+        run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3 / times
+
+
+def ceilings() -> None:
+    """What the device can do."""
+    x = torch.ones(2**30, device=GPU)  # 4 GB
+    FOUND["read_tb"] = x.nbytes / timed(lambda: x.sum()) / 1e12
+    FOUND["copy_tb"] = 2 * x.nbytes / 2 / timed(lambda: x[: 2**29].copy_(x[2**29 :])) / 1e12
+    a = torch.randn(8192, 8192, device=GPU, dtype=torch.bfloat16)
+    FOUND["bf16_tflops"] = 2 * 8192**3 / timed(lambda: a @ a) / 1e12
+    print(", ".join(f"{k} {FOUND[k]:.2f}" for k in ("read_tb", "copy_tb", "bf16_tflops")))
+
+
+def made(dtype: str, *, graphs: bool, name: str) -> Any:
+    backend = find("torch")(GPU, dtype, dtype)
+    backend.use_kernels("triton", graphs=graphs)
+    return RandomModel.of(name).on(backend)
+
+
+def correctness() -> None:
+    """Float32: the reference's tokens with graphs and without. Bfloat16: logits near float32's."""
+    for name in [n for n in ("qwen3", "mistral", "gemma3", "llama") if n in MODELS]:
+        expected = answers(RandomModel.of(name).on(find("reference")("cpu", "f32", "f32")))
+        for graphs in (False, True):
+            same = answers(made("f32", graphs=graphs, name=name)) == expected
+            print(f"{name} f32 graphs={graphs}: {'the reference tokens' if same else 'OTHER TOKENS'}", flush=True)
+            FOUND.setdefault("correct", {})[f"{name} {graphs}"] = same
+        logits = []
+        for dtype in ("f32", "bf16"):
+            backend = made(dtype, graphs=False, name=name)
+            backend.allocate(64, BLOCK, 4, 256)
+            logits.append(backend.to_host(backend.forward(prefill_batch(prompts(30, 7)))))
+        error = np.linalg.norm(logits[0] - logits[1]) / np.linalg.norm(logits[0])
+        print(f"{name} bf16: logits differ by {error:.4f} of their norm (0.08 is allowed)", flush=True)
+        FOUND["correct"][f"{name} bf16"] = bool(error < 0.08)
+
+
+def answers(backend: Any) -> list[list[int]]:
+    asked = [
+        request(p, n, temperature=t, max_tokens=12)
+        for n, (p, t) in enumerate(zip(prompts(1, 9, 40), (0, 0, 0.8), strict=True))
+    ]
+    return run(core_on(backend, max_num_batched_tokens=24), asked)
+
+
+ENGINE: list[Engine] = []
+
+
+def engine() -> Engine:
+    """The engine, loaded once."""
+    if not ENGINE:
+        begin = time.perf_counter()
+        config = EngineConfig(
+            sys.argv[1], device=GPU, max_num_seqs=256, max_model_len=4224, max_num_batched_tokens=8192,
+            kv_cache_memory=min(60 * 10**9, int(torch.cuda.mem_get_info()[0] * 0.8)), prefix_cache=False,
+        )  # fmt: skip
+        ENGINE.append(Engine(config))
+        print(f"loaded in {time.perf_counter() - begin:.1f} s")
+        begin = time.perf_counter()
+        backend().kernels.warm(range(1, 257))
+        torch.cuda.synchronize()
+        print(f"recorded {len(backend().kernels.recorded)} graphs in {time.perf_counter() - begin:.1f} s", flush=True)
+    return ENGINE[0]
+
+
+def backend() -> Any:
+    return ENGINE[0]._worker.core.backend
+
+
+def decode_batch(count: int, context: int) -> Batch:
+    """A step of one token for each of `count` sequences of `context` tokens."""
+    size = backend().block_size
+    step = sampling_batch(SamplingArrays.zeros(count))
+    step.sampling.temperature[:] = 0.6
+    width = -(-context // size)
+    lengths = np.full(count, context, np.int32)
+    blocks = np.random.default_rng(0).permutation(count * width).astype(np.int32).reshape(count, width)
+    return Batch(**{**vars(step), "positions": lengths - 1, "lengths": lengths, "blocks": blocks})
+
+
+def steps() -> None:
+    """Device time of decode steps, by batch and context, and the host's time to launch one."""
+    engine()
+    rate = FOUND.get("read_tb", 4.66) * 1e12
+    for count, context in ((1, 384), (8, 384), (32, 512), (128, 512), (256, 256), (256, 512), (256, 1000)):
+        batch = decode_batch(count, context)
+        forward = timed(lambda b=batch: backend().forward(b))
+        logits = backend().forward(batch)
+        sample = timed(lambda b=batch, x=logits: backend().sample(x, b))
+        begin = time.perf_counter()
+        for _ in range(20):
+            ticket = backend().launch(batch)
+        host = (time.perf_counter() - begin) / 20
+        ticket.tokens()
+        bound = (WEIGHTS + count * context * KV_TOKEN) / rate
+        FOUND[f"step {count}x{context}"] = [forward, sample, host]
+        total = forward + sample
+        print(
+            f"{count:4} x {context:5}: forward {forward * 1e6:7.0f} us, sample {sample * 1e6:5.0f}, "
+            f"host {host * 1e6:5.0f}; "
+            f"bound {bound * 1e6:6.0f} us, {100 * bound / total:4.1f} %, {count / total:7.0f} tokens/s", flush=True
+        )  # fmt: skip
+
+
+def workload(name: str) -> tuple[list[list[int]], list[SamplingParams]]:
+    rng = random.Random(0)
+
+    def params(count: int) -> SamplingParams:
+        return SamplingParams(temperature=0.6, max_tokens=count, ignore_eos=True, top_k=0, top_p=1.0, min_p=0.0)
+
+    if name == "seed":
+        return [[3 + n] * 16 for n in range(256)], [params(1008)] * 256
+    if name == "mixed":
+        asked = [[rng.randint(0, 10000) for _ in range(rng.randint(100, 1024))] for _ in range(256)]
+        return asked, [params(rng.randint(100, 1024)) for _ in range(256)]
+    if name == "single":
+        return [[rng.randint(0, 10000) for _ in range(128)]], [params(512)]
+    return [[rng.randint(0, 10000) for _ in range(4096)] for _ in range(16)], [params(1)] * 16
+
+
+def workloads() -> None:
+    for name in ("single", "prefill", "seed", "mixed"):
+        asked, params = workload(name)
+        few = [SamplingParams(**{**vars(p), "max_tokens": min(p.max_tokens, 4)}) for p in params]
+        engine().generate_sync(few, asked)  # compiles what is left, records mixed steps
+        begin = time.perf_counter()
+        outputs = engine().generate_sync(params, asked)
+        seconds = time.perf_counter() - begin
+        tokens = sum(map(len, asked)) if name == "prefill" else sum(o.decoded_length for o in outputs)
+        FOUND[name] = tokens / seconds
+        print(f"{name}: {tokens} tokens in {seconds:.2f} s, {tokens / seconds:.0f} tokens/s, "
+              f"{100 * tokens / seconds / LIMITS[name]:.1f} % of an H200's limit", flush=True)  # fmt: skip
+
+
+def profiles() -> None:
+    engine()
+    for count, context in ((256, 512), (1, 384)):
+        batch = decode_batch(count, context)
+        backend().launch(batch).tokens()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for _ in range(5):
+                backend().launch(batch).tokens()
+        print(f"batch {count}, context {context}, 5 steps")
+        print(
+            profile.key_averages().table(sort_by="cuda_time_total", row_limit=16, max_name_column_width=60), flush=True
+        )
+
+
+def cuts() -> None:
+    """Attention by itself, with other tiles than the defaults: 256 sequences of 512; one prompt of 4,096."""
+    from llmrs.backends.torch.kernels.attention import Tiling, attention
+
+    tables = torch.randperm(256 * 8, device=GPU).int()
+    singles = torch.tensor([[8 * s, s, 1, 511] for s in range(256)], dtype=torch.int32, device=GPU)
+    q = torch.randn(4096, 16, 128, device=GPU, dtype=torch.bfloat16)
+    y = torch.empty(4096, 2048, device=GPU, dtype=torch.bfloat16)
+    pools = [
+        torch.randn(2048, 2, 8, 64, 128, device=GPU, dtype=torch.bfloat16) for _ in range(4)
+    ]  # beyond the L2 cache
+    views = {
+        "head by head": lambda p, n: p[:, n].transpose(1, 2),
+        "token by token": lambda p, n: p.view(2048, 2, 64, 8, 128)[:, n],
+    }
+
+    def launch(how: str, tiles: torch.Tensor, cut: Tiling, split: int = 1) -> None:
+        for p in pools:
+            k, v = (views[how](p, n) for n in range(2))
+            attention(q, k, v, tables, tiles, y, scale=0.09, window=0, cut=cut, split=split)
+
+    read = 256 * 512 * 2 * 8 * 128 * 2 * len(pools)
+    for how in views:
+        some = ((64, 2, 3), (64, 4, 3), (32, 2, 3), (32, 2, 4), (64, 2, 2)) if how == "head by head" else ((64, 2, 3),)
+        for keys, warps, stages in some:
+            cut = Tiling(1, keys, warps, stages)
+            seconds = timed(partial(launch, how, singles, cut))
+            print(f"decode, {how}, {cut}: {read / seconds / 1e12:.2f} TB/s", flush=True)
+    flops = 4 * 4096 * 4096 / 2 * 2048 * len(pools)
+    for tokens, keys, warps, stages in ((64, 64, 8, 3), (64, 64, 8, 2), (64, 64, 4, 2), (32, 64, 4, 3)):
+        tiles = torch.tensor([[0, t, tokens, t] for t in range(0, 4096, tokens)], dtype=torch.int32, device=GPU)
+        cut = Tiling(tokens, keys, warps, stages)
+        seconds = timed(partial(launch, "head by head", tiles, cut), 5)
+        print(f"prompt, {cut}: {flops / seconds / 1e12:.0f} TFLOP/s", flush=True)
+
+
+PARTS = {f.__name__: f for f in (ceilings, steps, workloads, profiles, correctness, cuts)}
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    if not (folder / "model.safetensors").exists():
+        random_checkpoint.write("qwen3-0.6b", folder)
+    import triton
+
+    print(torch.cuda.get_device_name(0), "torch", torch.__version__, "triton", triton.__version__, flush=True)
+    for name in sys.argv[2:] or PARTS:
+        begin = time.perf_counter()
+        try:
+            PARTS[name]()
+        except Exception:  # noqa: BLE001 - the others go on: time on a GPU is short
+            print(f"{name} FAILED")
+            traceback.print_exc(file=sys.stdout)
+        print(f"-- {name}: {time.perf_counter() - begin:.1f} s", flush=True)
+    for e in ENGINE:
+        e.close()
+    print(json.dumps(FOUND))
+
+
+if __name__ == "__main__":
+    main()

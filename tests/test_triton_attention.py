@@ -1,0 +1,98 @@
+"""Paged attention against the reference: ragged steps, awkward shapes, and nothing else written."""
+
+import numpy as np
+import pytest
+import torch
+
+from llmrs.backends.reference import ops
+from llmrs.backends.testing import prefill_batch
+from llmrs.core.batch import Batch
+
+pytest.importorskip("triton")
+from llmrs.backends.torch.kernels.attention import Tiling, attention, splits, tiling
+from llmrs.backends.torch.step import chunk_tiles, single_tiles
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
+LEFT = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}  # what may differ
+SIZES = [(4, 2, 16), (3, 1, 24), (8, 8, 64), (4, 1, 96), (2, 1, 128), (2, 2, 256), (20, 1, 8)]  # Hq, Hk, d
+
+
+def step(rng: np.random.Generator, past: list[int], new: list[int], block_size: int) -> Batch:
+    """A step of `new` tokens each after `past` ones, in blocks that lie anywhere."""
+    batch = prefill_batch([[1] * n for n in new], block_size)
+    lengths = np.array(past, np.int32) + np.array(new, np.int32)
+    width = int(-(-lengths.max() // block_size)) + 1
+    blocks = rng.permutation(len(new) * width).astype(np.int32).reshape(len(new), width)
+    positions = np.concatenate([p + np.arange(n, dtype=np.int32) for p, n in zip(past, new, strict=True)])
+    return Batch(**{**vars(batch), "positions": positions, "lengths": lengths, "blocks": blocks})
+
+
+def pool(rng: np.random.Generator, batch: Batch, block_size: int, kv_heads: int, size: int, dtype: torch.dtype):
+    """Keys and values with NaN wherever no token of the step looks; heads before tokens in memory, as on the GPU."""
+    shape = (2, batch.blocks.max() + 2, kv_heads, block_size, size)
+    kv = torch.full(shape, torch.nan, dtype=dtype).transpose(2, 3)
+    for s, length in enumerate(batch.lengths):
+        for p in range(length):
+            block = batch.blocks[s, p // block_size]
+            kv[:, block, p % block_size] = torch.from_numpy(rng.normal(size=(2, kv_heads, size))).to(dtype)
+    return kv
+
+
+def run(q, kv, batch: Batch, scale: float, window: int, cut: Tiling, split: int) -> torch.Tensor:
+    y = torch.full((len(q), q.shape[1] * q.shape[2]), 77.0, dtype=q.dtype)
+    q, keys, values, tables, y = (x.to(DEVICE) for x in (q, *kv, torch.from_numpy(batch.blocks), y))
+    counts, width = np.diff(batch.starts), batch.blocks.shape[1]
+    singles = single_tiles(batch, counts, width)
+    empty = np.zeros((1, 4), np.int32)
+    chunks = chunk_tiles(batch, counts, width, cut.tokens)
+    for tiles, how, n in ((singles, Tiling(1, cut.keys, 4, 1), split), (chunks, cut, 1)):
+        tiles = torch.from_numpy(np.concatenate([empty, tiles])).to(DEVICE)  # an empty tile does nothing
+        attention(q, keys, values, tables, tiles, y, scale=scale, window=window, cut=how, split=n)
+    return y.cpu()
+
+
+def expected(q, kv, batch: Batch, block_size: int, scale: float, window: int) -> np.ndarray:
+    keys, values = (x.float().numpy() for x in kv)
+    return ops.attend(
+        ops.Context(batch, block_size), q.float().numpy(), ops.KV(keys, values), scale=scale, window=window
+    )
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), SIZES)
+def test_ragged_steps(heads: int, kv_heads: int, size: int, dtype: torch.dtype):
+    rng = np.random.default_rng(size)
+    for block_size, window, split in ((4, 0, 1), (5, 7, 2), (16, 0, 4), (32, 0, 1), (16, 19, 1), (64, 3, 8)):
+        batch = step(rng, [0, 37, 3, 0, 65, 8], [1, 1, 13, 5, 1, 1], block_size)
+        kv = pool(rng, batch, block_size, kv_heads, size, dtype)
+        wide = torch.from_numpy(rng.normal(size=(len(batch.tokens), heads + 2, size))).to(dtype)
+        q = wide[:, 1 : heads + 1]  # not contiguous, as a part of a merged product is
+        y = run(q, kv, batch, size**-0.5, window, Tiling(4, 16, 4, 1), split)
+        wanted = expected(q, kv, batch, block_size, size**-0.5, window)
+        assert np.abs(y.float().numpy() - wanted).max() < LEFT[dtype], (block_size, window, split)
+
+
+def test_the_cut_that_the_gpu_gets():
+    """Its tiles, on a chunk that is longer than one and reaches over whole tiles of keys."""
+    rng = np.random.default_rng(0)
+    batch = step(rng, [150, 70], [90, 1], 64)
+    kv = pool(rng, batch, 64, 1, 128, torch.float16)
+    q = torch.from_numpy(rng.normal(size=(91, 2, 128))).to(torch.float16)
+    y = run(q, kv, batch, 0.1, 0, tiling(2, 128, torch.float16, prompt=True), 4)
+    assert np.abs(y.float().numpy() - expected(q, kv, batch, 64, 0.1, 0)).max() < 4e-3
+
+
+def test_rows_of_no_tile_stay_as_they_are():
+    rng = np.random.default_rng(0)
+    batch = step(rng, [5, 6], [1, 1], 4)
+    kv, q = pool(rng, batch, 4, 1, 16, torch.float32), torch.ones(5, 2, 16)
+    y = run(q, kv, batch, 1.0, 0, Tiling(1, 16, 4, 1), 1)
+    assert (y[:2] != 77).all()
+    assert (y[2:] == 77).all()
+
+
+def test_splits_fill_the_chip_and_no_more():
+    assert splits(256, 8, 264) == 1
+    assert splits(1, 8, 264) == 32
+    assert splits(16, 8, 264) == 4

@@ -1,0 +1,116 @@
+"""Compiles every kernel in every configuration that a GPU would run, for sm_90, without one. Prints a line for each.
+
+Run by tests/test_triton_compile.py in a process of its own, where Triton's interpreter is off.
+"""
+
+import sys
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from llmrs.backends.torch.kernels import attention, embed, gated, matvec, norm, rope, sampling
+from llmrs.backends.torch.kernels.launch import power, precision
+
+TARGET = GPUTarget("cuda", 90, 32)
+SHARED = 227 * 1024  # bytes that a program of an H100 may have
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def compiled(kernel, pointers: dict[str, str], constants: dict, floats=(), longs=(), warps: int = 4, stages: int = 3):
+    """The compiled kernel; arguments that are not named are int32, and all are multiples of 16 where they can be."""
+    signature, attributes = {}, {}
+    for n, name in enumerate(kernel.arg_names):
+        kind = "fp32" if name in floats else "i64" if name in longs else "i32"
+        signature[name] = "constexpr" if name in constants else f"*{pointers[name]}" if name in pointers else kind
+        if name in pointers or name.endswith(("_row", "_head", "_block", "_token")):
+            attributes[(n,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    found = triton.compile(source, target=TARGET, options={"num_warps": warps, "num_stages": stages})
+    assert found.metadata.shared <= SHARED, (kernel.__name__, constants, found.metadata.shared)
+    spills = " LOCAL MEMORY" if ".local " in found.asm["ptx"] else ""
+    print(kernel.__name__, constants, f"shared {found.metadata.shared}{spills}")
+    return found
+
+
+def attentions(dtype: torch.dtype, group: int, size: int, block: int, window: int) -> None:
+    t, padded = NAMES[dtype], power(size, 16)
+    ints = dict.fromkeys(("tables", "tiles"), "i32")
+    parts = dict.fromkeys(("part_sum", "part_most", "part_weight"), "fp32")
+    for prompt, split in ((False, 1), (False, 8), (True, 1)):
+        cut = attention.tiling(group, size, dtype, prompt=prompt)
+        constants = {
+            "G": group, "D": size, "DP": padded, "BLOCK": block, "R": power(cut.tokens * power(group), 16),
+            "TILE": cut.keys, "SPLITS": split, "WINDOW": window, "PROMPT": prompt, "PRECISION": precision(dtype),
+        }  # fmt: skip
+        tensors = dict.fromkeys(("q", "keys", "values", "y"), t)
+        compiled(attention._attend, tensors | ints | parts, constants, ("scale",), (), cut.warps, cut.stages)
+    compiled(attention._combine, {"tiles": "i32", "y": t, **parts}, {"D": size, "DP": padded, "SPLITS": 8}, warps=1)
+
+
+def rows(dtype: torch.dtype, width: int) -> None:
+    t, padded = NAMES[dtype], power(width)
+    for add in (False, True):
+        tensors = dict.fromkeys(("x", "y", "w", "total", "n"), t)
+        constants = {"D": width, "DP": padded, "ADD": add}
+        compiled(norm._norm, tensors, constants, ("eps", "offset"), warps=min(max(padded // 512, 1), 16))
+    for gelu in (False, True):
+        constants = {"N": 3 * width, "PART": 1024, "GELU": gelu}
+        compiled(gated._gated, dict.fromkeys(("gate", "up", "y"), t), constants)
+    constants = {"D": width, "PART": min(1024, padded)}
+    compiled(embed._embed, {"tokens": "i32", "last": "i64", "table": t, "y": t}, constants, warps=2)
+
+
+def matvecs(dtype: torch.dtype, count: int, width: int) -> None:
+    t, part = NAMES[dtype], min(matvec.PART, power(width))
+    constants = {"K": width, "PARTS": -(-width // part), "PART": part, "ROWS": matvec.rows_together(count)}
+    for bias in (False, True):
+        compiled(matvec._matvec, dict.fromkeys(("x", "w", "bias", "y"), t), constants | {"BIAS": bias})
+
+
+def ropes(dtype: torch.dtype, heads: int, kv_heads: int, size: int, norms: bool) -> None:
+    t = NAMES[dtype]
+    tensors = dict.fromkeys(("q", "k", "v", "qw", "kw", "out", "keys", "values"), t)
+    tensors |= {"positions": "i32", "cells": "i32", "turns": "fp32"}
+    constants = {
+        "HQ": heads, "HK": kv_heads, "D": size, "HALF": size // 2, "HALF_P": power(size // 2),
+        "HEADS": min(4, power(kv_heads)), "BLOCK": 64, "NORM": norms,
+    }  # fmt: skip
+    compiled(rope._norm_rope_store, tensors, constants, ("eps", "offset"), warps=1)
+
+
+def samplings(dtype: torch.dtype) -> None:
+    tensors = {
+        "logits": NAMES[dtype],
+        "temperature": "fp32",
+        "keys": "i32",
+        "edges": "i32",
+        "scores": "fp32",
+        "ids": "i32",
+    }
+    for part in (1024, 4096):
+        for edges in (False, True):
+            compiled(sampling._score, tensors, {"PART": part, "EDGES": edges})
+    ints = {"scores": "fp32", "ids": "i32", "slots": "i32", "last": "i64", "tokens": "i32"}
+    for parts in (64, 256):
+        compiled(sampling._pick, ints, {"PARTS": parts}, warps=1)
+
+
+def main(few: bool) -> None:
+    every = [(2, 128, 64, 0), (4, 64, 64, 0), (2, 256, 64, 512), (1, 24, 64, 6), (5, 96, 16, 0), (8, 128, 64, 4096)]
+    for dtype in (torch.bfloat16,) if few else (torch.bfloat16, torch.float16, torch.float32):
+        for group, size, block, window in every[:2] if few else every:
+            attentions(dtype, group, size, block, window)
+        for width in (1024,) if few else (1024, 80, 5376):
+            rows(dtype, width)
+            matvecs(dtype, 1024, 3 * width)
+            matvecs(dtype, 4096, width)
+        for shape in ((16, 8, 128),) if few else ((16, 8, 128), (3, 1, 24), (4, 1, 256)):
+            for norms in (False, True):
+                ropes(dtype, *shape, norms)
+        samplings(dtype)
+
+
+if __name__ == "__main__":
+    main("few" in sys.argv)
