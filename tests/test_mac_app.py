@@ -10,7 +10,7 @@ import tomllib
 import pytest
 from measure import ROOT
 
-from llmrs import Engine, LlmrsError, LoadCancelledError, MemoryLimitError, ModelError, SamplingParams
+from llmrs import Engine, EngineConfig, LlmrsError, LoadCancelledError, MemoryLimitError, ModelError, SamplingParams
 from llmrs.models import demo
 
 APP = ROOT / "examples" / "mac_app"
@@ -48,7 +48,7 @@ class Gate:
     """While it lasts, or until `open`, a controller's Engine stops after its first weights."""
 
     def __init__(self, monkeypatch, module):
-        self.reached, self.opened = threading.Event(), threading.Event()
+        self.reached, self.opened, self.steps = threading.Event(), threading.Event(), 0
         monkeypatch.setattr(module, "Engine", self.engine)
 
     def __enter__(self):
@@ -59,6 +59,7 @@ class Gate:
 
     def engine(self, config, *, progress, on_fit):
         def stop(done, total):
+            self.steps += 1
             progress(done, total)
             self.reached.set()
             self.opened.wait()
@@ -177,6 +178,45 @@ def test_closing_ends_a_loading(controllers, monkeypatch):
             await controller.switch("demo", None, ignore)
 
     asyncio.run(close())
+
+
+def test_a_task_that_is_cancelled_ends_its_loading(controllers, monkeypatch):
+    async def cancel():
+        controller = controllers.Controller()
+        with Gate(monkeypatch, controllers) as gate:
+            task = asyncio.ensure_future(controller.switch("demo", None, ignore))
+            await until(gate.reached.is_set, task)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        return gate
+
+    assert asyncio.run(cancel()).steps == 1
+
+
+def test_a_loading_ends_early_and_one_that_ended_too_late_is_given_back(controllers, monkeypatch):
+    config, unwanted, seen = EngineConfig("demo", offline=True), threading.Event(), []
+
+    def progress(done, total):
+        seen.append(done / total)
+        unwanted.set()
+
+    with pytest.raises(LoadCancelledError):
+        controllers.load(config, progress, unwanted)
+    assert seen[-1] < 1
+
+    def engine(*args, **options):
+        loaded.append(Engine(*args, **options))
+        unwanted.set()
+        return loaded[-1]
+
+    loaded = []
+    unwanted.clear()
+    monkeypatch.setattr(controllers, "Engine", engine)
+    with pytest.raises(LoadCancelledError):
+        controllers.load(config, ignore, unwanted)
+    assert loaded
+    assert not engine_threads()
 
 
 def test_closing_ends_an_answer(controllers):
