@@ -300,6 +300,40 @@ assert threading.enumerate() == [threading.current_thread()]
     assert done.returncode == 0, done.stderr
 
 
+WATCHED = """
+import asyncio, os, sys
+from llmrs_chat.controller import Controller
+
+outside = ("socket.connect", "socket.bind", "socket.getaddrinfo", "subprocess", "os.exec", "os.fork", "os.posix_spawn")
+seen = []
+
+def watch(event, args):
+    writes = event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+")
+    if writes or event.startswith(outside):
+        seen.append((event, args[0]))
+
+async def talk():
+    controller = Controller()
+    await controller.switch(sys.argv[1], None, lambda *_: None)
+    await controller.ask("What is 7 + 5?", lambda text: None)
+    await controller.close()
+
+before = dict(os.environ)
+sys.addaudithook(watch)
+asyncio.run(talk())
+assert dict(os.environ) == before
+assert not seen, seen
+open(os.devnull, "w").close()
+assert seen  # the watch was awake
+"""
+
+
+def test_an_answer_needs_no_network_no_process_no_file_and_no_environment(copied):
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(APP)!r})\n{WATCHED}", copied]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_project_names_what_is_there():
     project = tomllib.loads((APP / "pyproject.toml").read_text("utf-8"))
     app = project["tool"]["briefcase"]["app"]["llmrs-chat"]
