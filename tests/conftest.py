@@ -1,6 +1,7 @@
 """Shared fixtures. Tests are imported by path (importlib mode), so helper modules beside them are put on sys.path."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -39,3 +40,34 @@ class Checkpoints:
             folder = self.factory.mktemp(name)
             self.made[name] = folder, tiny.write_checkpoint(name, folder)
         return self.made[name]
+
+
+@pytest.fixture
+def controllers(monkeypatch):
+    """The controller of the Mac app, from the app's folder; every engine that a test makes must have ended with it."""
+    from mac_app import APP, engine_threads
+
+    monkeypatch.syspath_prepend(APP)
+    import llmrs_chat.controller
+
+    yield llmrs_chat.controller
+    assert not engine_threads()
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """A model's folder whose weights are cut off."""
+    from llmrs.models import demo
+
+    folder = shutil.copytree(demo.FILES, tmp_path / "broken")
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    return folder
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """The bundled model as a folder that a user may open."""
+    from llmrs.models import demo
+
+    return shutil.copytree(demo.FILES, tmp_path / "copied")

@@ -1,0 +1,1 @@
+"""A chat app that has its language model inside."""
