@@ -126,7 +126,9 @@ class EngineConfig(Checked):
     backend: str = option("auto", "auto, mlx, torch, reference, or one that a package registers")
     device: str = option("auto", "auto, cpu, cuda:0, gpu", ("d", "device_ids"))
     kernels: str = option(
-        "auto", "of the Torch backend; auto: Triton on an NVIDIA GPU", choices=("auto", "torch", "triton")
+        "auto",
+        "our own on a GPU, Triton's or Metal's; plain: none; triton: on any device",
+        choices=("auto", "plain", "triton"),
     )
     cuda_graphs: bool = option(True, "record steps and run them again, where Triton kernels run")
     dtype: str = option("bf16", "type of computation and of the KV cache", choices=DTYPES)
@@ -142,6 +144,7 @@ class EngineConfig(Checked):
         None, "tokens of one step; long prompts are split; null: 2048, on a CPU 256", low=1, high=2**20
     )
     block_size: int | None = option(None, "tokens of a KV block; null: what suits the backend", low=1, high=1024)
+    memory_limit: int | None = option(None, "bytes for weights and KV cache together; null: what is free", low=1)
     kv_cache_memory: int | None = option(None, "bytes for the KV cache; null: by need and free memory", low=1)
     memory_fraction: float = option(0.9, "part of the free memory that may be used", low=0.01, high=1.0)
     prefix_cache: bool = option(True, "reuse the KV of equal beginnings of prompts")

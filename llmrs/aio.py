@@ -2,11 +2,22 @@
 
 import asyncio
 import queue
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
+from typing import Protocol, TypeVar
 
+from llmrs.core.errors import LoadCancelledError
+from llmrs.loading import Progress
 from llmrs.output import GenerationOutput
 from llmrs.stream import Stream
+
+
+class _Closes(Protocol):
+    def close(self) -> None: ...
+
+
+Closable = TypeVar("Closable", bound=_Closes)
 
 
 class Bell:
@@ -56,8 +67,44 @@ class AsyncStream(AsyncIterator[str]):
         """Ends the answer where it is."""
         self.stream.cancel()
 
+    def output(self) -> GenerationOutput:
+        """The answer so far, without waiting."""
+        return self.stream.output()
+
     async def result(self) -> GenerationOutput:
         """Waits for the end; the whole answer. Raises what ended it when that was an error."""
         async for _ in self:
             pass
         return self.stream.output()
+
+
+async def load(make: Callable[[Progress], Closable], progress: Progress) -> Closable:
+    """What `make(progress)` makes in a thread of its own; `progress` is called in the loop's.
+
+    False from it ends the loading, and so does cancelling the task: what the thread still makes is closed.
+    """
+    loop, unwanted = asyncio.get_running_loop(), threading.Event()
+
+    def tell(done: int, total: int) -> None:
+        if progress(done, total) is False:
+            unwanted.set()
+
+    def advance(done: int, total: int) -> bool:
+        loop.call_soon_threadsafe(tell, done, total)
+        return not unwanted.is_set()
+
+    def run() -> Closable:
+        made = make(advance)
+        if unwanted.is_set():
+            made.close()
+        return made
+
+    try:
+        made = await asyncio.to_thread(run)  # by now every `tell` has been heard
+    except asyncio.CancelledError:
+        unwanted.set()
+        raise
+    if unwanted.is_set():
+        await asyncio.to_thread(made.close)
+        raise LoadCancelledError("the loading of the model was cancelled")
+    return made

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from llmrs import aio
 from llmrs.aio import AsyncStream, Bell
 from llmrs.core.config import BUILT_IN, EngineConfig, SamplingParams
 from llmrs.core.errors import ConfigError, LlmrsError, RequestError
@@ -59,6 +60,18 @@ class Engine:
         self._worker = Worker(self.config, self.model, progress, on_fit)
         self.fit = self._worker.fit  # how model and KV cache fit into memory
         self._finalizer = weakref.finalize(self, self._worker.close)  # also at exit
+
+    @classmethod
+    async def load_async(
+        cls,
+        config: EngineConfig | None = None,
+        dtype: str | None = None,
+        *,
+        defaults: SamplingParams | None = None,
+        progress: Progress = ignore_progress,
+    ) -> "Engine":
+        """The constructor, awaited: in a thread, with `progress` in the event loop's. A cancelled task loads no more."""
+        return await aio.load(lambda p: cls(config, dtype, defaults=defaults, progress=p), progress)
 
     def apply_chat_template(
         self,

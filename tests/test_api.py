@@ -107,6 +107,38 @@ def test_loading_reports_and_can_be_cancelled(folder):
     assert len(threads()) == before
 
 
+def test_loading_in_an_event_loop(folder):
+    before, seen = len(threads()), []
+
+    async def use():
+        config = EngineConfig(str(folder), dtype="f32")
+        async with await Engine.load_async(config, progress=lambda *both: seen.append(both)) as engine:
+            (output,) = await engine.generate_async(GREEDY, ["Hello"])
+        with pytest.raises(LoadCancelledError):
+            await Engine.load_async(config, progress=lambda done, total: False)
+        return output
+
+    assert asyncio.run(use()).decoded_length == 12
+    assert seen[-1][0] == seen[-1][1]
+    assert len(threads()) == before
+
+
+def test_a_cancelled_task_loads_no_more(folder):
+    before = len(threads())
+
+    async def give_up():
+        started = asyncio.Event()
+        loading = Engine.load_async(EngineConfig(str(folder)), progress=lambda *both: started.set())
+        task = asyncio.create_task(loading)
+        await started.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(give_up())  # and waits for its threads
+    assert len(threads()) == before
+
+
 def test_prefill_reports_and_can_be_cancelled(engine):
     prompt = list(range(3, 3 + 150))
     seen = []

@@ -246,6 +246,8 @@ def test_one_wrong_request_is_named_and_none_is_started(quick):
         ({"backend": "tpu"}, "tpu"),
         ({"model_path": "nowhere"}, "nowhere"),
         ({"kv_cache_memory": 1000, "max_model_len": 512}, "one sequence of 512 tokens"),
+        ({"memory_limit": 100_000}, "the weights need"),
+        ({"memory_limit": 400_000, "max_model_len": 512, "dtype": "bf16"}, "one sequence of 512 tokens"),
     ],
 )
 def test_configs_that_cannot_work(folder, config, words):

@@ -12,6 +12,7 @@ import pytest
 
 from llmrs.backends import base
 from llmrs.backends.testing import BLOCK, CONTEXT, MODELS, RandomModel, core_on, prefill_batch, prompts, request, run
+from llmrs.core.config import EngineConfig
 from llmrs.core.errors import BackendError, LoadCancelledError
 from llmrs.fit import token_bytes
 
@@ -19,6 +20,7 @@ mx = pytest.importorskip("mlx.core")
 
 from llmrs.backends.mlx import memory, ops  # noqa: E402
 from llmrs.backends.mlx.backend import MlxBackend  # noqa: E402
+from llmrs.backends.mlx.kernels.launch import Kernels  # noqa: E402
 
 BLOCKS = 16_000
 
@@ -259,3 +261,35 @@ def test_what_a_layer_is_made_of_on_metal():
     found = bench_mlx.per_layer()
     assert found["Metal kernels"] == 4  # norm + rope, attention, gated, add + norm
     assert found["other primitives of MLX"] >= 6  # four matrix products and two scatters at least
+
+
+def test_a_metal_kernel_that_fails_is_named():
+    """At its first launch, with what would help."""
+
+    def make(name, **_):
+        def launch(**_):
+            raise RuntimeError("program_source:7: error: use of undeclared identifier")
+
+        return launch
+
+    backend = MlxBackend("cpu", "f32", "f32")
+    backend.use_metal(Kernels(make))
+    RandomModel.of("qwen3").on(backend)
+    backend.allocate(10, 4, 2, 40)
+    with pytest.raises(BackendError, match=r"Metal kernel \w+ can't be run.*undeclared") as caught:
+        backend.forward(prefill_batch([[1, 2, 3]]))
+    assert "kernels: plain" in caught.value.hint
+    backend.close()
+
+
+def test_kernels_of_mlx_are_an_option():
+    backend = MlxBackend("cpu", "f32", "f32")
+    backend.compiles = True  # as on a Mac's GPU
+    backend.use_metal(Kernels())
+    backend.configure(EngineConfig())
+    assert backend.rules["attend"] is not ops.FAST["attend"]
+    backend.configure(EngineConfig(kernels="plain"))
+    assert backend.rules["attend"] is ops.FAST["attend"]
+    with pytest.raises(BackendError, match="triton"):
+        backend.configure(EngineConfig(kernels="triton"))
+    backend.close()

@@ -17,7 +17,8 @@ from llmrs.backends.mlx.kernels.launch import Kernels
 from llmrs.backends.mlx.lowering import Lowering, Program
 from llmrs.backends.mlx.sampling import SlotState, adjusted, draw, logprobs
 from llmrs.core.batch import Batch
-from llmrs.core.errors import MemoryLimitError
+from llmrs.core.config import EngineConfig
+from llmrs.core.errors import BackendError, MemoryLimitError
 from llmrs.core.sampling import Logprobs
 from llmrs.quant.tensor import Tensor
 
@@ -69,6 +70,13 @@ class MlxBackend(Backend):
         self._end_loan = weakref.finalize(self, memory.give_back, device, self.stream)
         self._end_loan.atexit = False
         self.slots: SlotState | None = None
+
+    def configure(self, config: EngineConfig) -> None:
+        """Raises BackendError for kernels that MLX has no use for."""
+        if config.kernels == "triton":
+            raise BackendError("kernels: triton is not for the mlx backend", "auto or plain")
+        if config.kernels == "plain" and self.compiles:
+            self.rules, self.draw = {**ops.COMMON, **ops.FAST}, draw
 
     def use_metal(self, kernels: Kernels) -> None:
         """Has the rules of Metal win over those of mx ops, before `load`."""

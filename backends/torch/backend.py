@@ -88,16 +88,16 @@ class TorchBackend(Backend):
         self.use_kernels(config.kernels, graphs=config.cuda_graphs)
 
     def use_kernels(self, wanted: str, *, graphs: bool = True) -> None:
-        """Triton kernels, before anything is loaded: "triton", "torch" (none), or "auto": where there is an NVIDIA GPU.
+        """Triton kernels, before anything is loaded: "triton", "plain" (none), or "auto": where there is an NVIDIA GPU.
 
         Raises BackendError where they can't run.
         """
-        if wanted == "torch" or (wanted == "auto" and self.at.type != "cuda"):
+        if wanted == "plain" or (wanted == "auto" and self.at.type != "cuda"):
             return
         try:
             from llmrs.backends.torch import rules, runner
         except ImportError as error:
-            raise BackendError(f"Triton can't be loaded: {error}", "pip install triton, or kernels: torch") from error
+            raise BackendError(f"Triton can't be loaded: {error}", "pip install triton, or kernels: plain") from error
         if self.at.type == "cuda":
             torch.cuda.set_device(self.at)  # of this thread: Triton launches on it
         self.rules, self.fused_ops, self.prepare = rules.TRITON, rules.FUSED, rules.prepare

@@ -37,7 +37,8 @@ class Kernels:
 
     def __init__(self, make: Callable[..., Any] | None = None) -> None:
         self._make: Callable[..., Any] = make or mx.fast.metal_kernel
-        self._made: dict[Kernel, Callable[..., Any]] = {}
+        self._made: dict[Kernel, Callable[..., list[mx.array]]] = {}
+        self._tried: set[Any] = set()  # kernels with their templates
 
     def run(
         self,
@@ -49,17 +50,27 @@ class Kernels:
         outputs: Sequence[Output],
     ) -> list[mx.array]:
         """The outputs, fresh arrays of the given shapes and types. `grid` counts threads."""
-        if kernel not in self._made:
-            self._made[kernel] = self._compile(kernel)
         shapes, dtypes = zip(*outputs, strict=True)
-        return self._made[kernel](
-            inputs=list(inputs),
-            template=list(template.items()),
-            grid=grid,
-            threadgroup=threadgroup,
-            output_shapes=list(shapes),
-            output_dtypes=list(dtypes),
-        )
+        variant = (kernel, *(t for t in template.items()))
+        try:
+            if kernel not in self._made:
+                self._made[kernel] = self._compile(kernel)
+            results = self._made[kernel](
+                inputs=list(inputs),
+                template=list(template.items()),
+                grid=grid,
+                threadgroup=threadgroup,
+                output_shapes=list(shapes),
+                output_dtypes=list(dtypes),
+            )
+            if variant not in self._tried:
+                mx.eval(results)  # Metal compiles it now, so that what it says is said of this kernel
+                self._tried.add(variant)
+        except (RuntimeError, ValueError) as error:
+            raise BackendError(
+                f"the Metal kernel {kernel.name} can't be run: {error}", "kernels: plain does without our kernels"
+            ) from error
+        return results
 
     def _compile(self, kernel: Kernel) -> Callable[..., Any]:
         options: dict[str, Any] = {"compile_options": {"math_mode": "safe"}} if kernel.exact else {}
