@@ -70,7 +70,7 @@ class Engine:
         defaults: SamplingParams | None = None,
         progress: Progress = ignore_progress,
     ) -> "Engine":
-        """The constructor, awaited: in a thread, with `progress` in the event loop's. A cancelled task loads no more."""
+        """The constructor, awaited, with `progress` in the event loop's thread. A cancelled task loads no more."""
         return await aio.load(lambda p: cls(config, dtype, defaults=defaults, progress=p), progress)
 
     def apply_chat_template(
