@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from llmrs.backends.testing import random_sampling
-from llmrs.core.sampling import gumbel, sample
+from llmrs.core.sampling import gumbel, keep, sample
 
 pytest.importorskip("triton")
 from llmrs.backends.torch.kernels import sampling as kernels
+from llmrs.backends.torch.kernels.edges import find_edges
 from llmrs.backends.torch.kernels.sampling import draw
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -31,6 +32,32 @@ def test_draws(vocabulary: int):
         logits = np.round(rng.normal(size=(4, vocabulary)) * 4).astype(np.float32) / 2  # with ties
         for part in (16, 1024):
             np.testing.assert_array_equal(run(logits, params, part=part), sample(logits, params))
+
+
+def cut(logits, params, part=16) -> torch.Tensor:
+    arrays = (params.temperature, params.top_k, params.top_p, params.min_p)
+    return find_edges(torch.as_tensor(logits).to(DEVICE), *(torch.from_numpy(a).to(DEVICE) for a in arrays), part=part)
+
+
+@pytest.mark.parametrize("vocabulary", [2, 33, 211, 3000])
+@pytest.mark.parametrize("ties", [True, False])
+def test_what_top_k_top_p_and_min_p_keep(vocabulary: int, ties: bool):
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        params = random_sampling(rng, 5)
+        logits = (rng.normal(size=(5, vocabulary)) * 4).astype(np.float32)
+        logits = np.round(logits) / 2 if ties else logits
+        logits[0, 1:] -= np.inf
+        edges = cut(logits, params, part=16 if vocabulary < 100 else 1024).cpu()
+        for s in np.flatnonzero(params.temperature > 0):
+            x = logits[s] / params.temperature[s]
+            edge = edges[s : s + 1, 0].view(torch.float32).numpy()
+            kept = (x > edge) | ((x == edge) & (np.arange(vocabulary) < int(edges[s, 1])))
+            expected = keep(x, params.top_k[s], params.top_p[s], params.min_p[s])
+            other = kept != (expected > -np.inf)  # the reference's running sum rounds in a long tail
+            assert np.exp(x[other] - x.max()).sum() <= (1e-4 if vocabulary > 100 else 0), (seed, s)
+        found = run(logits, params, edges=edges.to(DEVICE))
+        np.testing.assert_array_equal(found, sample(logits, params))
 
 
 def test_rows_that_are_masked_out_and_rows_of_nan():

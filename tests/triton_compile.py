@@ -11,6 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from llmrs.backends.torch.kernels import attention, embed, gated, matvec, norm, rope, sampling
+from llmrs.backends.torch.kernels import edges as edges_of
 from llmrs.backends.torch.kernels.launch import power, precision
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -92,6 +93,9 @@ def samplings(dtype: torch.dtype) -> None:
     for part in (1024, 4096):
         for edges in (False, True):
             compiled(sampling._score, tensors, {"PART": part, "EDGES": edges})
+    floats = dict.fromkeys(("temperature", "top_p", "min_p"), "fp32")
+    tensors = {"logits": NAMES[dtype], "top_k": "i32", "edges": "i32", **floats}
+    compiled(edges_of._edges, tensors, {"PART": edges_of.PART}, warps=8)
     ints = {"scores": "fp32", "ids": "i32", "slots": "i32", "last": "i64", "tokens": "i32"}
     for parts in (64, 256):
         compiled(sampling._pick, ints, {"PARTS": parts}, warps=1)

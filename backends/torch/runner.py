@@ -10,13 +10,13 @@ import torch
 
 from llmrs.backends.torch.graphs import COPIES, Recorded, Recorder, bucket, decode_bucket
 from llmrs.backends.torch.kernels.attention import tiling
+from llmrs.backends.torch.kernels.edges import find_edges
 from llmrs.backends.torch.kernels.launch import interpreted
 from llmrs.backends.torch.kernels.sampling import draw
 from llmrs.backends.torch.lowering import Program
 from llmrs.backends.torch.ops import KV
 from llmrs.backends.torch.rules import KernelContext, Turns, programs
 from llmrs.backends.torch.sampling import SlotState, adjusted
-from llmrs.backends.torch.sampling import sample as sample_plainly
 from llmrs.backends.torch.step import Shape, StepInputs, shape_of
 from llmrs.core.batch import Batch
 from llmrs.core.errors import BackendError
@@ -72,10 +72,6 @@ class KernelRunner:
     def sample(self, logits: torch.Tensor, batch: Batch, mask: np.ndarray | None) -> torch.Tensor:
         """Token ids int32 (S,), kept as the slots' last tokens too."""
         count, filtered = len(batch.slots), _filters(batch.sampling)
-        if filtered:
-            tokens = sample_plainly(logits[:count].float(), batch, self.slots, mask)
-            self.slots.append(batch, tokens)
-            return tokens
         inputs, found = self._inputs_of(batch)
         plain = adjusted(logits[:count], batch, self.slots, mask)
         if found and plain.data_ptr() == logits.data_ptr():
@@ -139,7 +135,8 @@ class KernelRunner:
     def _draw(self, logits: torch.Tensor, inputs: StepInputs, filtered: bool) -> torch.Tensor:
         """Token ids int32 (n,) of the step's first n sequences."""
         n, f = len(logits), inputs.fields
-        return draw(logits, f.temperature[:n], f.keys[:n], f.slots[:n], self.slots.last_token)
+        edges = find_edges(logits, f.temperature[:n], f.top_k[:n], f.top_p[:n], f.min_p[:n]) if filtered else None
+        return draw(logits, f.temperature[:n], f.keys[:n], f.slots[:n], self.slots.last_token, edges)
 
 
 def _filters(params: SamplingArrays) -> bool:
