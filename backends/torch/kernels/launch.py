@@ -6,7 +6,6 @@ step as tensors on the device, so that a CUDA graph can replay a launch, and Tri
 
 import torch
 import triton
-from triton.runtime.interpreter import InterpretedFunction
 
 from llmrs.core.errors import BackendError
 
@@ -23,7 +22,7 @@ def interpreted() -> bool:
 
     There bfloat16 is silently wrong.
     """
-    return isinstance(_nothing, InterpretedFunction)
+    return not isinstance(_nothing, triton.JITFunction)
 
 
 def require(kernel: str, true: bool, message: str) -> None:
