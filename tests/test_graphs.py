@@ -1,6 +1,7 @@
 """Recorded steps: shapes, padding, the arrays that are sent; a stand-in for a CUDA graph runs them on the CPU."""
 
 import dataclasses
+import sys
 
 import numpy as np
 import pytest
@@ -8,10 +9,13 @@ import torch
 
 from llmrs.backends.base import find
 from llmrs.backends.testing import BLOCK, RandomModel, core_on, prefill_batch, prompts, request, run, sampling_batch
+from llmrs.core.config import EngineConfig
+from llmrs.core.errors import BackendError, ConfigError
 from llmrs.core.sampling import SamplingArrays
 
 pytest.importorskip("triton")
 from llmrs.backends.torch.graphs import DECODE, MIXED, ROWS, Recorder, bucket
+from llmrs.backends.torch.reserve import LIBRARIES
 from llmrs.backends.torch.step import Shape, StepInputs, shape_of
 
 DEVICE = "cuda:0" if torch.cuda.is_available() else "cpu"
@@ -112,3 +116,29 @@ def test_models_whose_rules_ask_the_device_are_not_recorded():
     moe.allocate(10, BLOCK, 2, 40)
     assert moe.kernels.recorder is None
     assert backend().kernels is not None
+
+
+def test_without_triton_auto_warns_and_triton_is_an_error(monkeypatch):
+    monkeypatch.setitem(sys.modules, "llmrs.backends.torch.runner", None)
+    made = find("torch")("cpu", "f32", "f32")
+    with pytest.raises(BackendError, match="Triton can't be loaded"):
+        made.use_kernels("triton")
+    made.at = torch.device("cuda:0")
+    with pytest.warns(UserWarning, match="plain torch"):
+        made.use_kernels("auto")
+    assert made.kernels is None
+
+
+def test_a_backend_without_a_choice_refuses_one():
+    with pytest.raises(ConfigError, match="no choice of kernels"):
+        find("reference")("cpu", "f32", "f32").configure(EngineConfig(kernels="triton"))
+
+
+def test_memory_for_steps_is_reserved_before_the_cache():
+    graph = RandomModel.of("qwen3").graph
+    made = find("torch")("cpu", "f32", "f32")
+    assert made.reserve(graph, 256, 2048) == 0
+    made.at = torch.device("cuda:0")
+    small, large = made.reserve(graph, 8, 64), made.reserve(graph, 256, 2048)
+    assert 256 * 211 * 4 < large - small < 2**30
+    assert large > LIBRARIES

@@ -30,7 +30,7 @@ def test_draws(vocabulary: int):
         params = random_sampling(rng, 4)
         params.top_k[:], params.top_p[:], params.min_p[:] = 0, 1, 0
         logits = np.round(rng.normal(size=(4, vocabulary)) * 4).astype(np.float32) / 2  # with ties
-        for part in (16, 1024):
+        for part in (16, 1024) if vocabulary < 100 else (1024,):
             np.testing.assert_array_equal(run(logits, params, part=part), sample(logits, params))
 
 

@@ -3,6 +3,7 @@
 With plain torch ops; `runner.py` adds Triton kernels and CUDA graphs.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
@@ -90,14 +91,18 @@ class TorchBackend(Backend):
     def use_kernels(self, wanted: str, *, graphs: bool = True) -> None:
         """Triton kernels, before anything is loaded: "triton", "plain" (none), or "auto": where there is an NVIDIA GPU.
 
-        Raises BackendError where they can't run.
+        Raises BackendError where they are asked for and can't run; "auto" warns and does without a missing Triton.
         """
         if wanted == "plain" or (wanted == "auto" and self.at.type != "cuda"):
             return
         try:
             from llmrs.backends.torch import rules, runner
         except ImportError as error:
-            raise BackendError(f"Triton can't be loaded: {error}", "pip install triton, or kernels: plain") from error
+            missing = BackendError(f"Triton can't be loaded: {error}", "pip install triton, or kernels: plain")
+            if wanted != "auto":
+                raise missing from error
+            warnings.warn(f"{missing}; plain torch runs in its place, at a tenth of the speed", stacklevel=2)
+            return
         if self.at.type == "cuda":
             torch.cuda.set_device(self.at)  # of this thread: Triton launches on it
         self.rules, self.fused_ops, self.prepare = rules.TRITON, rules.FUSED, rules.prepare

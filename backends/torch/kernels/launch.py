@@ -28,7 +28,7 @@ def interpreted() -> bool:
 def require(kernel: str, true: bool, message: str) -> None:
     """Raises BackendError unless a kernel can do what it is asked to."""
     if not true:
-        raise BackendError(f"kernel {kernel}: {message}", "kernels: torch does without Triton")
+        raise BackendError(f"kernel {kernel}: {message}", "kernels: plain does without Triton")
 
 
 def check_rows(kernel: str, *tensors: torch.Tensor) -> None:
