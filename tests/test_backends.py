@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from llmrs.backends.base import Backend, find, pick_device
-from llmrs.backends.testing import BackendSuite, RandomModel
+from llmrs.backends.testing import BackendSuite, RandomModel, core_on, prompts, request, run
+from llmrs.core.request import Request
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
 
@@ -47,17 +48,29 @@ class TestKernels(Kernels):
     def model(self, request: pytest.FixtureRequest) -> RandomModel:
         return RandomModel.of(request.param, num_hidden_layers=2)
 
+    def test_short_answers_do_not_depend_on_how_steps_are_cut(self) -> None:
+        """A small one of the suite's: together, in parts, preempted."""
+        model = RandomModel.of("mistral", num_hidden_layers=1)
+
+        def ask() -> list[Request]:
+            drawn = {"temperature": 0.8, "top_p": 0.9, "top_k": 50}
+            return [request(p, n, max_tokens=6, **(drawn if n else {})) for n, p in enumerate(prompts(1, 9, 14))]
+
+        expected = run(core_on(model.on(find("reference")("cpu", "f32", "f32"))), ask())
+        backend = model.on(self.make())
+        for cut in ({}, {"max_num_batched_tokens": 8}, {"blocks": 9, "max_num_seqs": 3, "prefix_cache": False}):
+            core = core_on(backend, **cut)
+            assert run(core, ask()) == expected, cut
+        assert core.scheduler.stats["preemptions"] > 0
+
 
 @needs_triton
 @pytest.mark.slow
-class TestKernelsOnAll(Kernels):
-    """All of it, with steps in the shapes of graphs."""
+class TestKernelsWithGraphs(Kernels):
+    """All of it, with steps in the shapes of graphs; the longest only on a GPU: the interpreter takes half an hour."""
 
-
-@needs_triton
-@pytest.mark.slow
-class TestKernelsWithoutGraphs(Kernels):
-    graphs = False
+    if not torch.cuda.is_available():
+        test_tokens_do_not_depend_on_how_steps_are_cut = None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")

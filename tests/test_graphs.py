@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import llmrs.backends.torch
 from llmrs.backends.base import find
 from llmrs.backends.testing import BLOCK, RandomModel, core_on, prefill_batch, prompts, request, run, sampling_batch
 from llmrs.core.config import EngineConfig
@@ -120,6 +121,7 @@ def test_models_whose_rules_ask_the_device_are_not_recorded():
 
 def test_without_triton_auto_warns_and_triton_is_an_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "llmrs.backends.torch.runner", None)
+    monkeypatch.delattr(llmrs.backends.torch, "runner", raising=False)
     made = find("torch")("cpu", "f32", "f32")
     with pytest.raises(BackendError, match="Triton can't be loaded"):
         made.use_kernels("triton")
