@@ -91,6 +91,7 @@ class TorchBackend(Backend):
     def use_kernels(self, wanted: str, *, graphs: bool = True) -> None:
         """Triton kernels, before anything is loaded: "triton", "plain" (none), or "auto": where there is an NVIDIA GPU.
 
+        With "auto" top-k, top-p and min-p are left to torch's sort until the kernel for them has run on a GPU.
         Raises BackendError where they are asked for and can't run; "auto" warns and does without a missing Triton.
         """
         if wanted == "plain" or (wanted == "auto" and self.at.type != "cuda"):
@@ -106,7 +107,7 @@ class TorchBackend(Backend):
         if self.at.type == "cuda":
             torch.cuda.set_device(self.at)  # of this thread: Triton launches on it
         self.rules, self.fused_ops, self.prepare = rules.TRITON, rules.FUSED, rules.prepare
-        self.kernels = runner.KernelRunner(self.at, graphs=graphs)
+        self.kernels = runner.KernelRunner(self.at, graphs=graphs, edges=wanted == "triton")
         self.block_size = runner.BLOCK_SIZE
 
     @classmethod

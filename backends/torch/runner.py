@@ -17,6 +17,7 @@ from llmrs.backends.torch.lowering import Program
 from llmrs.backends.torch.ops import KV
 from llmrs.backends.torch.rules import KernelContext, Turns, programs
 from llmrs.backends.torch.sampling import SlotState, adjusted
+from llmrs.backends.torch.sampling import sample as sample_plainly
 from llmrs.backends.torch.step import Shape, StepInputs, shape_of
 from llmrs.core.batch import Batch
 from llmrs.core.errors import BackendError
@@ -30,11 +31,14 @@ UNRECORDED = {"moe"}  # ops whose rules ask the device what to do
 class KernelRunner:
     """The steps of one program on one pool. Life: `begin`, any number of `forward` and `sample`, `end`."""
 
-    def __init__(self, device: torch.device, *, graphs: bool) -> None:
-        """Raises BackendError where kernels can't run: they need an NVIDIA GPU, or Triton's interpreter."""
+    def __init__(self, device: torch.device, *, graphs: bool, edges: bool) -> None:
+        """`edges` says whether top-k, top-p and min-p are a kernel's too, which has not run on a GPU yet.
+
+        Raises BackendError where kernels can't run: they need an NVIDIA GPU, or Triton's interpreter.
+        """
         if device.type != "cuda" and not interpreted():
             raise BackendError(f"Triton kernels don't run on {device}", "kernels: auto uses them where they do")
-        self.device, self.wanted = device, graphs
+        self.device, self.wanted, self.edges = device, graphs, edges
         self.end()
 
     def end(self) -> None:
@@ -72,6 +76,10 @@ class KernelRunner:
     def sample(self, logits: torch.Tensor, batch: Batch, mask: np.ndarray | None) -> torch.Tensor:
         """Token ids int32 (S,), kept as the slots' last tokens too."""
         count, filtered = len(batch.slots), _filters(batch.sampling)
+        if filtered and not self.edges:
+            tokens = sample_plainly(logits[:count].float(), batch, self.slots, mask)
+            self.slots.append(batch, tokens)
+            return tokens
         inputs, found = self._inputs_of(batch)
         plain = adjusted(logits[:count], batch, self.slots, mask)
         if found and plain.data_ptr() == logits.data_ptr():
