@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from llmrs.core.ir import Equation, Function, Graph, Value, Weight, at_layer
+from llmrs.backends.flat import Flat, Placed
+from llmrs.core.ir import Graph, Weight
 from llmrs.quant.tensor import Tensor
 
 Rules = Mapping[str, Callable[..., Callable[..., Any]]]
@@ -53,44 +54,20 @@ class Lowering:
         progress: Callable[[int], None],
     ) -> None:
         self.graph, self.rules, self.dtype, self.weights, self.progress = graph, rules, dtype, weights, progress
-        self.calls: list[Call] = []
         self.shared = {w for w, uses in Counter(graph.weights()).items() if uses > 1}  # a tied head
         self.loaded: dict[Weight, mx.array] = {}
-        self.count = 0
 
     def program(self) -> Program:
-        main = self.graph.main
-        results = self._function(main, {v: self._number() for v in main.inputs}, 0)
-        return Program(list(self.calls), self.count, results[0])
+        flat = Flat(self.graph)
+        return Program([self._call(placed) for placed in flat.placed], flat.count, flat.results[0])
 
     def forget(self) -> None:
         """Lets go of what was loaded."""
-        self.calls.clear()
         self.loaded.clear()
 
-    def _number(self) -> int:
-        self.count += 1
-        return self.count - 1
-
-    def _function(self, function: Function, numbers: dict[Value, int], layer: int) -> list[int]:
-        for e in function.equations:
-            if e.op == "call":
-                callee = self.graph.functions[e.params["function"]]
-                inputs = {v: numbers[o] for v, o in zip(callee.inputs, e.inputs, strict=True) if isinstance(o, Value)}
-                outs = self._function(callee, inputs, e.params["index"])
-                numbers.update(zip(e.outs, outs, strict=True))
-            else:
-                numbers.update((v, self._number()) for v in e.outs)
-                self.calls.append(self._equation(e, numbers, layer))
-        return [numbers[v] for v in function.outs]
-
-    def _equation(self, e: Equation, numbers: dict[Value, int], layer: int) -> Call:
-        values = tuple(numbers[o] for o in e.inputs if isinstance(o, Value))
-        weights = [self._array(at_layer(o, layer)) for o in e.inputs if isinstance(o, Weight)]
-        params = {k: v for k, v in e.params.items() if k != "shard"}  # one device
-        if e.op == "linears":
-            params["rows"] = [v.type.shape[1] for v in e.outs]
-        return Call(self.rules[e.op](*weights, **params), values, tuple(numbers[v] for v in e.outs))
+    def _call(self, placed: Placed) -> Call:
+        weights = [self._array(w) for w in placed.weights]
+        return Call(self.rules[placed.equation.op](*weights, **placed.params), placed.inputs, placed.outs)
 
     def _array(self, weight: Weight) -> mx.array:
         if weight in self.loaded:

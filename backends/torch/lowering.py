@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from llmrs.backends.flat import Flat, Placed
 from llmrs.backends.torch import ops
 from llmrs.backends.torch.linear import Linear, prepare
-from llmrs.core.ir import Equation, Function, Graph, Value, Weight, at_layer
+from llmrs.core.ir import Equation, Graph, Weight
 from llmrs.quant.tensor import Tensor
 
 VECTORS = ("rms_norm", "add_norm", "norm_rope_store")  # ops whose weights are vectors, taken as they are
@@ -94,45 +95,23 @@ class Lowering:
         """`prepare` makes what computes a linear map from its weight and bias."""
         self.graph, self.rules, self.device, self.dtype = graph, rules, device, dtype
         self.weights, self.progress, self.prepare = weights, progress, prepare
-        self.calls: list[Call] = []
         # a tied head shares the embeddings; the rest must not be kept, since a packed copy takes its place
         self.shared = {w for w, uses in Counter(graph.weights()).items() if uses > 1}
         self.loaded: dict[Weight, torch.Tensor] = {}
         self.size = 0  # bytes of the weights
-        self.count = 0
 
     def program(self) -> Program:
-        main = self.graph.main
-        results = self._function(main, {v: self._number() for v in main.inputs}, 0)
+        flat = Flat(self.graph)
+        calls = [self._call(placed) for placed in flat.placed]
         self.loaded.clear()
-        return Program(self.calls, self.count, results)
+        return Program(calls, flat.count, flat.results)
 
-    def _number(self) -> int:
-        self.count += 1
-        return self.count - 1
+    def _call(self, placed: Placed) -> Call:
+        bound = (self._bound(placed.equation, placed.weights),) if placed.weights else ()
+        op = placed.equation.op
+        return Call(op, self.rules[op], list(placed.inputs), list(placed.outs), bound, placed.params)
 
-    def _function(self, function: Function, numbers: dict[Value, int], layer: int) -> list[int]:
-        for e in function.equations:
-            if e.op == "call":
-                callee = self.graph.functions[e.params["function"]]
-                inputs = {v: numbers[o] for v, o in zip(callee.inputs, e.inputs, strict=True) if isinstance(o, Value)}
-                outs = self._function(callee, inputs, e.params["index"])
-                numbers.update(zip(e.outs, outs, strict=True))
-            else:
-                numbers.update((v, self._number()) for v in e.outs)
-                self.calls.append(self._equation(e, numbers, layer))
-        return [numbers[v] for v in function.outs]
-
-    def _equation(self, e: Equation, numbers: dict[Value, int], layer: int) -> Call:
-        values = [numbers[o] for o in e.inputs if isinstance(o, Value)]
-        weights = [at_layer(o, layer) for o in e.inputs if isinstance(o, Weight)]
-        params = {k: v for k, v in e.params.items() if k != "shard"}  # one device
-        if e.op == "linears":
-            params["rows"] = [v.type.shape[1] for v in e.outs]
-        bound = (self._bound(e, weights),) if weights else ()
-        return Call(e.op, self.rules[e.op], values, [numbers[v] for v in e.outs], bound, params)
-
-    def _bound(self, e: Equation, weights: list[Weight]) -> Any:
+    def _bound(self, e: Equation, weights: Sequence[Weight]) -> Any:
         """What an equation's rule takes for its weights: functions for matrices and tables, tensors for vectors."""
         op, rule = e.op, self.rules[e.op]
         if op == "embed":
