@@ -86,12 +86,12 @@ class Tokenizer:
 
     def encode_plain(self, text: str, *, first: bool = True) -> list[int]:
         """Ids of text in which nothing is a control token. If it is not `first`, an added token stands before it,
-        and SentencePiece puts no space there.
+        and SentencePiece puts no space there. Raises RequestError for U+FDD0, which marks that place.
         """
-        if first:
-            return self._plain.encode(checked(text), add_special_tokens=False).ids
         if BOUNDARY in text:
             raise RequestError("the text holds U+FDD0, which is no character", "leave it out")
+        if first:
+            return self._plain.encode(checked(text), add_special_tokens=False).ids
         return self._plain.encode(BOUNDARY + checked(text), add_special_tokens=False).ids[1:]
 
     def encode_marked(self, text: str, mark: str) -> list[int]:

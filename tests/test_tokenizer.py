@@ -36,7 +36,13 @@ def text_of(tokenizer, ids, stops=()):
     return "".join([*map(d.push, ids), d.flush()])
 
 
-@given(text=st.text(max_size=40))
+def test_the_boundary_of_plain_text_is_refused(tokenizer):
+    for first in (True, False):
+        with pytest.raises(RequestError, match="FDD0"):
+            tokenizer.encode_plain("a\ufdd0b", first=first)
+
+
+@given(text=st.text(st.characters(exclude_characters="\ufdd0", codec="utf-8"), max_size=40))
 def test_bytes_of_tokens_are_the_text(tokenizer, text):
     ids = tokenizer.encode_plain(text)
     joined = b"".join(map(tokenizer.token_bytes, ids)).decode()
