@@ -42,10 +42,10 @@ def model(options: BenchOptions, settings: Settings) -> int:
                 f"{length} tokens of prompt and answer are more than the context of {engine.fit.length}",
                 "lower --prompt-tokens or --new-tokens, or raise --max-model-len",
             )
-        device, line, found = engine.ceilings(), StatusLine(), []
+        line = StatusLine()
         line.show(lambda: "measuring")
-        for result in measure(engine, batches, options.prompt_tokens, options.new_tokens):
-            found.append(result)
+        device = engine.ceilings()
+        found = list(measure(engine, device, batches, options.prompt_tokens, options.new_tokens))
         line.clear()
     ceilings = {"bytes_per_second": device.bandwidth, "operations_per_second": device.operations}
     if options.json:

@@ -30,9 +30,8 @@ class Measured:
         return self.floor / self.seconds
 
 
-def measure(engine: Engine, batches: Sequence[int], prompt: int, new: int) -> Iterator[Measured]:
-    """Decode at each batch size, then prefill; random token ids, after one run to warm up."""
-    device = engine.ceilings()
+def measure(engine: Engine, device: Device, batches: Sequence[int], prompt: int, new: int) -> Iterator[Measured]:
+    """Decode at each batch size, then prefill, against the ceilings of `device`; after one run to warm up."""
     work = Work.of(engine.model.graph, engine.fit.kv_dtype)
     _decode(engine, 1, prompt, 4)
     for batch in batches:
@@ -68,6 +67,3 @@ def _prefill(engine: Engine, length: int, seed: int) -> float:
     params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
     (output,) = engine.generate_sync(params, _prompts(engine, 1, length, 1000 + seed))
     return output.prompt_time
-
-
-__all__ = ["Device", "Measured", "measure"]

@@ -49,9 +49,8 @@ class Engine:
 
         So is `on_download` before, where files of a Hugging Face id are missing; `on_fit` is given what the model
         needs of memory and what there is. What they raise, or LoadCancelledError where they return False, ends the
-        loading. `dtype` ("bf16",
-        "f16", "f32") replaces the config's. `defaults` stand between a request's own sampling values and those that
-        the model's author recommends. Raises ConfigError, ModelError, BackendError.
+        loading. `dtype` ("bf16", "f16", "f32") replaces the config's. `defaults` stand between a request's own
+        sampling values and those that the model's author recommends. Raises ConfigError, ModelError, BackendError.
         """
         config = config or EngineConfig()
         self.config = config if dtype is None else replace(config, dtype=dtype)

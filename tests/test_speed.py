@@ -42,7 +42,7 @@ def test_measuring_the_demo_model():
     config = EngineConfig("demo", device="cpu", prefix_cache=False, max_num_seqs=2, max_model_len=256)
     with Engine(config) as engine:
         ceilings = engine.ceilings()
-        found = list(measure(engine, (1, 2), 16, 8))
+        found = list(measure(engine, ceilings, (1, 2), 16, 8))
     assert ceilings.bandwidth > 1e8
     assert ceilings.operations > 1e8
     assert [m.what for m in found] == ["decode, batch 1", "decode, batch 2", "prefill of 255"]
