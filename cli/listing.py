@@ -1,7 +1,6 @@
 """`llmrs list`: the models on this machine."""
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmrs.cli.terminal import guarded, one_line
+from llmrs.cli.terminal import guarded, note, one_line
 from llmrs.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ def models_in(folders: Sequence[str]) -> list[Path]:
             raise ConfigError(f"there is no folder {folder}", "give model folders, or folders of them")
         models = local_models(folder)
         if not models:
-            print(f"note: {one_line(str(folder))} holds no models with safetensors", file=sys.stderr)
+            note(f"{folder} holds no models with safetensors")
         found += models
     return found
 

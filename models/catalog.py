@@ -9,10 +9,9 @@ from pathlib import Path
 from llmrs.core.errors import LlmrsError
 from llmrs.models.config import architecture, read_json
 from llmrs.models.families import graph_of, read_config
+from llmrs.models.hub import CONFIG, TOKENIZER
 from llmrs.models.locate import BUNDLED
 from llmrs.models.safetensors import NAMES, SafetensorsSource
-
-CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 
 
 @dataclass(frozen=True)
