@@ -16,16 +16,17 @@ from llmrs.models.weights import _translate, parameters
 
 SHAPE = {
     "architectures": ["Qwen3ForCausalLM"],
-    "vocab_size": 6000,
-    "hidden_size": 512,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 8,
+    "vocab_size": 4000,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 4,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "head_dim": 64,
     "tie_word_embeddings": True,
 }
-LARGEST = 2 * 1536 * 512  # elements: gate and up, merged
+LARGEST = 2 * 3072 * 1024  # elements: gate and up, merged
+SLACK = 16_000_000  # bytes that the allocator keeps between what it gives out: 4 to 6 million here; a tensor has 12.6
 SCRIPT = """
 import json, sys
 from pathlib import Path
@@ -52,7 +53,7 @@ print(json.dumps({"peak": max(seen), "end": anonymous() - before, "done": sum(do
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """About 24 million weights in float32, without transformers' help."""
+    """About 50 million weights in float32, without transformers' help."""
     folder = tmp_path_factory.mktemp("large")
     (folder / "config.json").write_text(json.dumps(SHAPE))
     config = read_config(folder)
@@ -74,9 +75,8 @@ def test_peak_memory_is_the_weights_and_two_tensors(folder, backend, dtype, size
     command = [sys.executable, "-c", SCRIPT, str(folder), dtype, str(Path(__file__).parent), backend]
     found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     count = parameters(graph_of(read_config(folder)))
-    slack = 10_000_000  # what the allocator keeps
-    assert found["peak"] <= size * (count + 2 * LARGEST) + slack
-    assert found["end"] <= size * count + slack
+    assert found["peak"] <= size * (count + 2 * LARGEST) + SLACK
+    assert found["end"] <= size * count + SLACK
     assert found["done"] == 4 * count  # progress counts bytes of the file
 
 
