@@ -102,7 +102,7 @@ def test_noise():
     import triton
     import triton.language as tl
 
-    noise = kernels._gumbel
+    noise = kernels.gumbel
 
     @triton.jit
     def fill(y, key, noise: tl.constexpr, N: tl.constexpr):

@@ -3,6 +3,7 @@
 Run by tests/test_triton_compile.py in a process of its own, where Triton's interpreter is off.
 """
 
+import re
 import sys
 
 import torch
@@ -10,29 +11,63 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from llmrs.backends.torch.kernels import attention, embed, gated, matvec, norm, rope, sampling
+from llmrs.backends.torch.kernels import attention, bounds, embed, gated, matvec, norm, rope, sampling
 from llmrs.backends.torch.kernels import edges as edges_of
 from llmrs.backends.torch.kernels.launch import power, precision
 
 TARGET = GPUTarget("cuda", 90, 32)
 SHARED = 227 * 1024  # bytes that a program of an H100 may have
+EARLY = {"w", "tiles", "positions"}  # weights, and arrays of the step that a copy brings
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def compiled(kernel, pointers: dict[str, str], constants: dict, floats=(), longs=(), warps: int = 4, stages: int = 3):
-    """The compiled kernel; arguments that are not named are int32, and all are multiples of 16 where they can be."""
+    """The kernel, chained and not; arguments that are not named are int32, and all are multiples of 16 where they can
+    be."""
     signature, attributes = {}, {}
     for n, name in enumerate(kernel.arg_names):
         kind = "fp32" if name in floats else "i64" if name in longs else "i32"
-        signature[name] = "constexpr" if name in constants else f"*{pointers[name]}" if name in pointers else kind
+        fixed = "constexpr" if name in constants or name == "PDL" else None
+        signature[name] = fixed or (f"*{pointers[name]}" if name in pointers else kind)
         if name in pointers or name.endswith(("_row", "_head", "_block", "_token")):
             attributes[(n,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, attributes)
-    found = triton.compile(source, target=TARGET, options={"num_warps": warps, "num_stages": stages})
-    assert found.metadata.shared <= SHARED, (kernel.__name__, constants, found.metadata.shared)
-    spills = " LOCAL MEMORY" if ".local " in found.asm["ptx"] else ""
-    print(kernel.__name__, constants, f"shared {found.metadata.shared}{spills}")
-    return found
+    for chained in (False, True):
+        source = ASTSource(kernel, signature, constants | {"PDL": chained}, attributes)
+        found = triton.compile(source, target=TARGET, options={"num_warps": warps, "num_stages": stages})
+        assert found.metadata.shared <= SHARED, (kernel.__name__, constants, found.metadata.shared)
+        check_chain(found, chained)
+        spills = " LOCAL MEMORY" if ".local " in found.asm["ptx"] else ""
+        chain = " chained" if chained else ""
+        print(kernel.__name__, constants, f"shared {found.metadata.shared}{chain}{spills}")
+
+
+def check_chain(found, chained: bool) -> None:
+    """A chained kernel waits once, and before that it reads only what no kernel writes; others know nothing of it."""
+    ptx = found.asm["ptx"]
+    if not chained:
+        assert "griddepcontrol" not in ptx
+        return
+    assert ptx.count("griddepcontrol.wait") == 1
+    assert ptx.count("griddepcontrol.launch_dependents") == 1
+    assert ptx.index("griddepcontrol.wait") < ptx.index("griddepcontrol.launch_dependents")
+    early = ptx[: ptx.index("griddepcontrol.wait")]
+    assert not re.search(r"\b(st|red|atom)\.", early)
+    assert not re.search(r"^\s*(ret|@%p\d+ bra|bra)\b", early, re.M)  # every way out comes after the wait
+    assert read_early(found.asm["ttir"]) <= EARLY, read_early(found.asm["ttir"])
+    assert bool(read_early(found.asm["ttir"])) == ("ld.global" in early)
+
+
+def read_early(ttir: str) -> set[str]:
+    """The arguments from which a kernel loads before it waits."""
+    sources: dict[str, set[str]] = {name: {name} for name in re.findall(r"%(\w+): !tt\.ptr", ttir)}
+    read = set()
+    for line in ttir[: ttir.index("griddepcontrol.wait")].splitlines():
+        if made := re.match(r"\s*%([\w:#]+) = (.*)", line):
+            names = re.findall(r"%(\w+)", made[2])
+            sources[made[1]] = set().union(*(sources.get(n, set()) for n in names))
+            if "tt.load" in made[2]:
+                read |= sources[made[1]]
+    return read
 
 
 def attentions(dtype: torch.dtype, group: int, size: int, block: int, window: int) -> None:
@@ -93,12 +128,14 @@ def samplings(dtype: torch.dtype) -> None:
     for part in (1024, 4096):
         for edges in (False, True):
             compiled(sampling._score, tensors, {"PART": part, "EDGES": edges})
+    for edges in (False, True):
+        compiled(bounds._search, tensors, {"CHUNK": bounds.CHUNK, "EDGES": edges}, warps=1)
     floats = dict.fromkeys(("temperature", "top_p", "min_p"), "fp32")
     tensors = {"logits": NAMES[dtype], "top_k": "i32", "edges": "i32", **floats}
     compiled(edges_of._edges, tensors, {"PART": edges_of.PART}, warps=8)
     ints = {"scores": "fp32", "ids": "i32", "slots": "i32", "last": "i64", "tokens": "i32"}
     for parts in (64, 256):
-        compiled(sampling._pick, ints, {"PARTS": parts}, warps=1)
+        compiled(sampling.pick, ints, {"PARTS": parts}, warps=1)
 
 
 def main(few: bool) -> None:

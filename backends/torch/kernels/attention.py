@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from llmrs.backends.torch.kernels.launch import check_rows, power, precision, require
+from llmrs.backends.torch.kernels.launch import chained, check_rows, power, precision, require
 
 NAME = "attention"
 LEAST = tl.constexpr(-1e30)  # a score of what is not seen; finite, so that exp2 of differences never meets inf - inf
@@ -78,13 +78,16 @@ def _attend(
     q, keys, values, tables, tiles, y, part_sum, part_most, part_weight, scale,
     q_row, q_head, key_block, key_token, key_head, y_row,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr,
-    SPLITS: tl.constexpr, WINDOW: tl.constexpr, PROMPT: tl.constexpr, PRECISION: tl.constexpr,
+    SPLITS: tl.constexpr, WINDOW: tl.constexpr, PROMPT: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     head, tile, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     table = tables + tl.load(tiles + tile * 4)
     row = tl.load(tiles + tile * 4 + 1)
     count = tl.load(tiles + tile * 4 + 2)
     first = tl.load(tiles + tile * 4 + 3)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     if count == 0:
         return
     r, d = tl.arange(0, R), tl.arange(0, DP)
@@ -128,12 +131,17 @@ def _attend(
 
 @triton.jit
 def _combine(
-    part_sum, part_most, part_weight, tiles, y, y_row, D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr
-):
+    part_sum, part_most, part_weight, tiles, y, y_row,
+    D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """y of one head of one tile from what the splits found; one that saw nothing has LEAST as its maximum."""
     head, tile = tl.program_id(0), tl.program_id(1)
     row = tl.load(tiles + tile * 4 + 1)
-    if tl.load(tiles + tile * 4 + 2) == 0:
+    count = tl.load(tiles + tile * 4 + 2)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    if count == 0:
         return
     s, d = tl.arange(0, SPLITS), tl.arange(0, DP)
     at = (tile * tl.num_programs(0) + head) * SPLITS + s
@@ -190,16 +198,19 @@ def attention(
     (_blocks, block_size, kv_heads, size), heads = keys.shape, q.shape[1]
     group = _checked(q, keys, values, tables, tiles, y)
     require(NAME, split == 1 or cut.tokens == 1, "only tiles of one token are split")
-    rows, padded = power(cut.tokens * power(group), 16), power(size, 16)
+    rows, padded, pdl = power(cut.tokens * power(group), 16), power(size, 16), chained(q.device)
     found = _workspace(len(tiles) * heads if split > 1 else 0, split, size, q.device)
     _attend[(kv_heads, len(tiles), split)](
         q, keys, values, tables, tiles, y, *found, scale * LOG2E,
         q.stride(0), q.stride(1), keys.stride(0), keys.stride(1), keys.stride(2), y.stride(0),
         G=group, D=size, DP=padded, BLOCK=block_size, R=rows, TILE=cut.keys, SPLITS=split, WINDOW=window,
-        PROMPT=cut.tokens > 1, PRECISION=precision(q.dtype), num_warps=cut.warps, num_stages=cut.stages,
+        PROMPT=cut.tokens > 1, PRECISION=precision(q.dtype), PDL=pdl, num_warps=cut.warps, num_stages=cut.stages,
+        launch_pdl=pdl,
     )  # fmt: skip
     if split > 1:
-        _combine[(heads, len(tiles))](*found, tiles, y, y.stride(0), D=size, DP=padded, SPLITS=split, num_warps=1)
+        _combine[(heads, len(tiles))](
+            *found, tiles, y, y.stride(0), D=size, DP=padded, SPLITS=split, PDL=pdl, num_warps=1, launch_pdl=pdl
+        )
 
 
 def _checked(

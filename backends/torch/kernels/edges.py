@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from llmrs.backends.torch.kernels.launch import FLOATS, require
+from llmrs.backends.torch.kernels.launch import FLOATS, chained, require
 
 NAME = "edges"
 PART = 4096
@@ -116,8 +116,11 @@ def _id_after(row, warmth, key, count, V, PART: tl.constexpr):
 
 
 @triton.jit
-def _edges(logits, temperature, top_k, top_p, min_p, edges, logits_row, V, PART: tl.constexpr):
+def _edges(logits, temperature, top_k, top_p, min_p, edges, logits_row, V, PART: tl.constexpr, PDL: tl.constexpr):
     s = tl.program_id(0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     row, warmth = logits + s.to(tl.int64) * logits_row, tl.load(temperature + s)
     k, p, least = tl.load(top_k + s), tl.load(top_p + s), tl.load(min_p + s)
     k = tl.where((k <= 0) | (k > V), V, k)
@@ -184,7 +187,9 @@ def find_edges(
     require(NAME, temperature.dtype == top_p.dtype == min_p.dtype == torch.float32, "types")
     require(NAME, top_k.dtype == torch.int32, "types")
     edges = torch.empty(rows, 2, dtype=torch.int32, device=logits.device)
+    pdl = chained(logits.device)
     _edges[(rows,)](
-        logits, temperature, top_k, top_p, min_p, edges, logits.stride(0), vocabulary, PART=part, num_warps=8
-    )
+        logits, temperature, top_k, top_p, min_p, edges, logits.stride(0), vocabulary,
+        PART=part, PDL=pdl, num_warps=8, launch_pdl=pdl,
+    )  # fmt: skip
     return edges

@@ -8,17 +8,21 @@ import torch
 import triton
 import triton.language as tl
 
-from llmrs.backends.torch.kernels.launch import check_rows, power
+from llmrs.backends.torch.kernels.launch import chained, check_rows, power
 
 PART = 1024  # elements of a program
 
 
 @triton.jit
-def _gated(gate, up, y, gate_row, up_row, N: tl.constexpr, PART: tl.constexpr, GELU: tl.constexpr):
+def _gated(gate, up, y, gate_row, up_row, N: tl.constexpr, PART: tl.constexpr, GELU: tl.constexpr, PDL: tl.constexpr):
     row, i = tl.program_id(0).to(tl.int64), tl.program_id(1) * PART + tl.arange(0, PART)
     mask = i < N
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     g = tl.load(gate + row * gate_row + i, mask=mask, other=0.0).to(tl.float32)
     u = tl.load(up + row * up_row + i, mask=mask, other=0.0).to(tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     inner = g
     if GELU:  # 0.5 (1 + tanh(z)) = sigmoid(2 z)
         inner = 1.5957691216057308 * (g + 0.044715 * g * g * g)
@@ -30,7 +34,9 @@ def gated(gate: torch.Tensor, up: torch.Tensor, *, gelu: bool) -> torch.Tensor:
     check_rows("gated", gate, up)
     rows, width = gate.shape
     y = torch.empty(rows, width, dtype=gate.dtype, device=gate.device)
-    part = min(PART, power(width))
+    part, pdl = min(PART, power(width)), chained(gate.device)
     grid = (rows, triton.cdiv(width, part))
-    _gated[grid](gate, up, y, gate.stride(0), up.stride(0), N=width, PART=part, GELU=gelu, num_warps=4)
+    _gated[grid](
+        gate, up, y, gate.stride(0), up.stride(0), N=width, PART=part, GELU=gelu, PDL=pdl, num_warps=4, launch_pdl=pdl
+    )
     return y

@@ -2,7 +2,22 @@
 
 Kernels take sizes that shape the code as constexpr, strides in elements, and everything that changes from step to
 step as tensors on the device, so that a CUDA graph can replay a launch, and Triton compiles nothing twice.
+
+Where kernels are chained (programmatic dependent launch, constexpr PDL, NVIDIA from sm_90 on) one may start before the
+kernel ahead of it has ended, and so come over the gap between them. Every kernel so launched
+
+- calls `gdc_wait` before it reads or writes what another kernel writes or reads, and before it returns. Only weights
+  and the step's own arrays, which a copy brings, are read before. The wait ends when the kernel ahead has ended and
+  its writes are seen; since that one waited too, so have all before it;
+- calls `gdc_launch_dependents` after the wait. That lets the next one start, and says nothing about results.
+
+A kernel without the attribute, such as a library's, waits for the end of the one ahead as ever, and so does a copy.
 """
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
 
 import torch
 import triton
@@ -10,6 +25,7 @@ import triton
 from llmrs.core.errors import BackendError
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+CHAIN: ContextVar[bool] = ContextVar("CHAIN", default=False)  # the switch of `chaining`
 
 
 @triton.jit
@@ -52,3 +68,23 @@ def precision(dtype: torch.dtype) -> str:
 
 def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+@contextmanager
+def chaining(on: bool) -> Iterator[None]:
+    """Whether kernels that are launched, or recorded, in this block are chained where the device can."""
+    token = CHAIN.set(on)
+    try:
+        yield
+    finally:
+        CHAIN.reset(token)
+
+
+def chained(device: torch.device) -> bool:
+    """Whether a launcher asks for programmatic dependent launch: PDL=..., launch_pdl=..."""
+    return CHAIN.get() and device.type == "cuda" and not interpreted() and _capability(device) >= (9, 0)
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)

@@ -9,23 +9,28 @@ import torch
 import triton
 import triton.language as tl
 
-from llmrs.backends.torch.kernels.launch import check_rows, power, require
+from llmrs.backends.torch.kernels.launch import chained, check_rows, power, require
 
 
 @triton.jit
 def _norm(
     x, y, w, total, n, x_row, y_row, eps, offset,
-    D: tl.constexpr, DP: tl.constexpr, ADD: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row, d = tl.program_id(0).to(tl.int64), tl.arange(0, DP)
     mask = d < D
+    weight = tl.load(w + d, mask=mask, other=0.0).to(tl.float32) + offset
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     a = tl.load(x + row * x_row + d, mask=mask, other=0.0).to(tl.float32)
     if ADD:
         a += tl.load(y + row * y_row + d, mask=mask, other=0.0).to(tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    if ADD:
         a = a.to(total.dtype.element_ty)
         tl.store(total + row * D + d, a, mask=mask)
         a = a.to(tl.float32)
-    weight = tl.load(w + d, mask=mask, other=0.0).to(tl.float32) + offset
     scale = tl.rsqrt(tl.sum(a * a, 0) / D + eps)
     tl.store(n + row * D + d, (a * scale * weight).to(n.dtype.element_ty), mask=mask)
 
@@ -52,8 +57,8 @@ def _launch(
 ) -> None:  # fmt: skip
     check_rows("norm", x, y)
     require("norm", x.ndim == 2 and w.shape == x.shape[1:] and w.is_contiguous(), f"x {x.shape}, w {w.shape}")
-    padded = power(x.shape[1])
+    padded, pdl = power(x.shape[1]), chained(x.device)
     _norm[(len(x),)](
         x, y, w, total, n, x.stride(0), y.stride(0), float(eps), float(offset), D=x.shape[1], DP=padded, ADD=add,
-        num_warps=min(max(padded // 512, 1), 16),
+        PDL=pdl, num_warps=min(max(padded // 512, 1), 16), launch_pdl=pdl,
     )  # fmt: skip

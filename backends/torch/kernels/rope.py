@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from llmrs.backends.torch.kernels.launch import check_rows, power, require
+from llmrs.backends.torch.kernels.launch import chained, check_rows, power, require
 
 NAME = "norm_rope_store"
 
@@ -41,11 +41,14 @@ def _norm_rope_store(
     q, k, v, qw, kw, positions, cells, turns, out, keys, values, eps, offset, sines,
     q_row, q_head, k_row, k_head, v_row, v_head, key_block, key_token, key_head,
     HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, HALF_P: tl.constexpr,
-    HEADS: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    half = tl.arange(0, HALF_P)
-    angle = turns + tl.load(positions + token).to(tl.int64) * HALF + half
+    half, position = tl.arange(0, HALF_P), tl.load(positions + token).to(tl.int64)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    angle = turns + position * HALF + half
     cos = tl.load(angle, mask=half < HALF, other=0.0)
     sin = tl.load(angle + sines, mask=half < HALF, other=0.0)
     groups = (HQ + HEADS - 1) // HEADS
@@ -93,14 +96,14 @@ def norm_rope_store(
     kv_heads, half = k.shape[1], size // 2
     _check(q, k, v, positions, cells, turns, keys, values)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    together = min(4, power(kv_heads))
+    together, pdl = min(4, power(kv_heads)), chained(q.device)
     qw, kw = norms or (q, q)
     require(NAME, norms is None or qw.shape == kw.shape == (size,), f"norms {qw.shape}, {kw.shape}")
     _norm_rope_store[(tokens, triton.cdiv(heads, together) + triton.cdiv(kv_heads, together))](
         q, k, v, qw, kw, positions, cells, turns, out, keys, values, float(eps), float(offset), turns.stride(0),
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *keys.stride()[:3],
         HQ=heads, HK=kv_heads, D=size, HALF=half, HALF_P=power(half), HEADS=together, BLOCK=keys.shape[1],
-        NORM=norms is not None, num_warps=1,
+        NORM=norms is not None, PDL=pdl, num_warps=1, launch_pdl=pdl,
     )  # fmt: skip
     return out
 

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from llmrs.backends.torch.kernels.launch import FLOATS, power, require
+from llmrs.backends.torch.kernels.launch import FLOATS, chained, power, require
 
 NAME = "sampling"
 NOWHERE = tl.constexpr(2**31 - 1)
@@ -42,7 +42,7 @@ def _minus_log1p(v):
 
 
 @triton.jit
-def _gumbel(key, ids):
+def gumbel(key, ids):
     h = _mix(_mix(ids.to(tl.uint32)) ^ key)
     v = tl.minimum((h.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994)
     return -tl.log(_minus_log1p(v))
@@ -51,19 +51,23 @@ def _gumbel(key, ids):
 @triton.jit
 def _score(
     logits, temperature, keys, edges, scores, ids, logits_row, V,
-    PART: tl.constexpr, EDGES: tl.constexpr,
+    PART: tl.constexpr, EDGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The largest score of a part, and the lowest id that has it."""
     row, part = tl.program_id(0), tl.program_id(1)
     at = part * PART + tl.arange(0, PART)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     x = tl.load(logits + row.to(tl.int64) * logits_row + at, mask=at < V, other=-float("inf")).to(tl.float32)
     warmth = tl.load(temperature + row)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     if warmth > 0:
         x = tl.div_rn(x, tl.zeros_like(x) + warmth)
         if EDGES:  # what top-k, top-p and min-p drop: what is below the edge, and of its equals those from an id on
             edge = tl.load(edges + row * 2).to(tl.float32, bitcast=True)
             x = tl.where((x > edge) | ((x == edge) & (at < tl.load(edges + row * 2 + 1))), x, -float("inf"))
-        x += _gumbel(tl.load(keys + row).to(tl.uint32, bitcast=True), at)
+        x += gumbel(tl.load(keys + row).to(tl.uint32, bitcast=True), at)
         x = tl.where(at < V, x, -float("inf"))
     best = tl.max(x, 0)
     to = row * tl.num_programs(1) + part
@@ -72,9 +76,12 @@ def _score(
 
 
 @triton.jit
-def _pick(scores, ids, slots, last, tokens, parts, V, PARTS: tl.constexpr):
+def pick(scores, ids, slots, last, tokens, parts, V, PARTS: tl.constexpr, PDL: tl.constexpr):
     """The best part's token, kept for the slot's next step."""
     row, p = tl.program_id(0), tl.arange(0, PARTS)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     score = tl.load(scores + row * parts + p, mask=p < parts, other=-float("inf"))
     at = tl.load(ids + row * parts + p, mask=p < parts, other=NOWHERE)
     best = tl.max(score, 0)
@@ -85,6 +92,13 @@ def _pick(scores, ids, slots, last, tokens, parts, V, PARTS: tl.constexpr):
         tl.store(last + slot, token.to(tl.int64))
 
 
+def check(logits: torch.Tensor, temperature: torch.Tensor, keys: torch.Tensor, slots: torch.Tensor) -> None:
+    """Raises BackendError for what `draw` can't do."""
+    require(NAME, logits.ndim == 2 and logits.dtype in FLOATS and logits.stride(1) == 1, f"logits {logits.shape}")
+    require(NAME, {len(t) for t in (temperature, keys, slots)} == {len(logits)}, "one value a sequence")
+    require(NAME, temperature.dtype == torch.float32 and keys.dtype == slots.dtype == torch.int32, "types")
+
+
 def draw(
     logits: torch.Tensor,
     temperature: torch.Tensor,
@@ -93,21 +107,36 @@ def draw(
     last: torch.Tensor,
     edges: torch.Tensor | None = None,
     part: int = 0,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Token ids int32 (S,); the module says what is what. `edges` int32 (S, 2) are those of `edges.find`."""
-    require(NAME, logits.ndim == 2 and logits.dtype in FLOATS and logits.stride(1) == 1, f"logits {logits.shape}")
+    """Token ids int32 (S,), in `out` where it is given; the module says what is what. `edges` int32 (S, 2) are those
+    of `edges.find`."""
+    check(logits, temperature, keys, slots)
     rows, vocabulary = logits.shape
-    require(NAME, {len(t) for t in (temperature, keys, slots)} == {rows}, "one value a sequence")
-    require(NAME, temperature.dtype == torch.float32 and keys.dtype == slots.dtype == torch.int32, "types")
     part = part or (1024 if rows < 16 else 4096)
-    parts = triton.cdiv(vocabulary, part)
+    parts, pdl = triton.cdiv(vocabulary, part), chained(logits.device)
     scores = torch.empty(rows, parts, dtype=torch.float32, device=logits.device)
     ids = torch.empty(rows, parts, dtype=torch.int32, device=logits.device)
-    tokens = torch.empty(rows, dtype=torch.int32, device=logits.device)
     given = keys if edges is None else edges
     _score[(rows, parts)](
         logits, temperature, keys, given, scores, ids, logits.stride(0), vocabulary,
-        PART=part, EDGES=edges is not None, num_warps=4,
+        PART=part, EDGES=edges is not None, PDL=pdl, num_warps=4, launch_pdl=pdl,
     )  # fmt: skip
-    _pick[(rows,)](scores, ids, slots, last, tokens, parts, vocabulary, PARTS=power(parts), num_warps=1)
+    return picked(scores, ids, slots, last, vocabulary, out)
+
+
+def picked(
+    scores: torch.Tensor,
+    ids: torch.Tensor,
+    slots: torch.Tensor,
+    last: torch.Tensor,
+    vocabulary: int,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Token ids int32 (S,) from the largest scores float32 (S, P) of parts and the ids int32 (S, P) that have them."""
+    (rows, parts), pdl = scores.shape, chained(scores.device)
+    tokens = torch.empty(rows, dtype=torch.int32, device=scores.device) if out is None else out
+    pick[(rows,)](
+        scores, ids, slots, last, tokens, parts, vocabulary, PARTS=power(parts), PDL=pdl, num_warps=1, launch_pdl=pdl
+    )
     return tokens
