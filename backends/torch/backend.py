@@ -18,12 +18,12 @@ from llmrs.backends.torch.lowering import Lowering, Program, join_layers
 from llmrs.backends.torch.ops import FUSED, KV, OPS
 from llmrs.backends.torch.reserve import runner_memory
 from llmrs.backends.torch.sampling import SlotState, logprobs, sample
+from llmrs.backends.torch.tickets import Outbox, Sent, TorchTicket
 from llmrs.core.batch import Batch
 from llmrs.core.config import EngineConfig
 from llmrs.core.errors import BackendError, MemoryLimitError
 from llmrs.core.ir import Graph
 from llmrs.core.passes import FUSED_OPS
-from llmrs.core.sampling import Logprobs
 from llmrs.quant.tensor import Tensor
 
 if TYPE_CHECKING:  # Triton is not there on every system
@@ -31,36 +31,6 @@ if TYPE_CHECKING:  # Triton is not there on every system
 
 LARGE = 2**28  # bytes of weights from which huge pages pay
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
-
-
-class TorchTicket:
-    """A step whose tokens, and log probabilities where asked for, are on their way to the host."""
-
-    def __init__(self, tokens: torch.Tensor, likely: tuple[torch.Tensor, ...] | None) -> None:
-        self.host = [_on_host(t) for t in (tokens, *(likely or ()))]
-        self.event = None
-        if tokens.is_cuda:
-            self.event = torch.cuda.Event()
-            self.event.record()
-
-    def tokens(self) -> np.ndarray:
-        if self.event is not None:
-            self.event.synchronize()
-        return self.host[0].numpy().astype(np.int32)
-
-    def logprobs(self) -> Logprobs | None:
-        if len(self.host) == 1:
-            return None
-        chosen, ids, top = (t.numpy() for t in self.host[1:])
-        return Logprobs(chosen, ids.astype(np.int32), top)
-
-
-def _on_host(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy that will be there when the device has come so far; a CPU tensor as it is."""
-    if not tensor.is_cuda:
-        return tensor
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return host.copy_(tensor, non_blocking=True)
 
 
 class TorchBackend(Backend):
@@ -84,6 +54,7 @@ class TorchBackend(Backend):
         self.kv: list[KV] = []
         self.slots = SlotState(0, 0, self.at)
         self.kernels: KernelRunner | None = None
+        self.outbox: Outbox | None = None
 
     def configure(self, config: EngineConfig) -> None:
         self.use_kernels(config.kernels, graphs=config.cuda_graphs)
@@ -91,7 +62,7 @@ class TorchBackend(Backend):
     def use_kernels(self, wanted: str, *, graphs: bool = True) -> None:
         """Triton kernels, before anything is loaded: "triton", "plain" (none), or "auto": where there is an NVIDIA GPU.
 
-        With "auto" top-k, top-p and min-p are left to torch's sort until the kernel for them has run on a GPU.
+        "auto" does without what has not run on a GPU yet; runner.KernelRunner says what that is.
         Raises BackendError where they are asked for and can't run; "auto" warns and does without a missing Triton.
         """
         if wanted == "plain" or (wanted == "auto" and self.at.type != "cuda"):
@@ -107,7 +78,7 @@ class TorchBackend(Backend):
         if self.at.type == "cuda":
             torch.cuda.set_device(self.at)  # of this thread: Triton launches on it
         self.rules, self.fused_ops, self.prepare = rules.TRITON, rules.FUSED, rules.prepare
-        self.kernels = runner.KernelRunner(self.at, graphs=graphs, edges=wanted == "triton")
+        self.kernels = runner.KernelRunner(self.at, graphs=graphs, untried=wanted == "triton")
         self.block_size = runner.BLOCK_SIZE
 
     @classmethod
@@ -144,6 +115,7 @@ class TorchBackend(Backend):
         self.slots = SlotState(slots, max_tokens, self.at)
         if self.kernels:
             self.kernels.begin(self.graph, self.program, self.kv, self.slots, self.type)
+            self.outbox = Outbox(self.at, slots, self.max_in_flight + 1) if self.kernels.aside else None
 
     def _pool(self, blocks: int, block_size: int, heads: int, size: int) -> KV:
         """One layer's cache. For kernels a head's tokens lie together, K and V of a block side by side, and there is
@@ -165,17 +137,20 @@ class TorchBackend(Backend):
         return logits
 
     @torch.inference_mode()
-    def sample(self, logits: torch.Tensor, batch: Batch, mask: np.ndarray | None = None) -> TorchTicket:
+    def sample(self, logits: torch.Tensor, batch: Batch, mask: np.ndarray | None = None) -> TorchTicket | Sent:
         self.slots.begin(batch.begun)
+        if self.outbox:
+            self.outbox.hold()
         if self.kernels:
             tokens = self.kernels.sample(logits, batch, mask)
         else:
             tokens = sample(logits[: len(batch.slots)], batch, self.slots, mask)
             self.slots.append(batch, tokens)
+        send = self.outbox.send if self.outbox else TorchTicket
         if batch.logprobs < 0:
-            return TorchTicket(tokens, None)
+            return send(tokens, None)
         came = torch.cat([tokens.long(), on_device(batch.targets.astype(np.int64), self.at)])
-        return TorchTicket(tokens, logprobs(logits.float(), came, batch.logprobs))
+        return send(tokens, logprobs(logits.float(), came, batch.logprobs))
 
     def to_host(self, logits: torch.Tensor) -> np.ndarray:
         return logits.float().cpu().numpy()
@@ -194,7 +169,7 @@ class TorchBackend(Backend):
 
     def close(self) -> None:
         self.program, self.kv = Program([], 0, []), []
-        self.slots = SlotState(0, 0, self.at)
+        self.slots, self.outbox = SlotState(0, 0, self.at), None
         if self.kernels:
             self.kernels.end()
         if self.at.type == "cuda":

@@ -8,10 +8,11 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
-from llmrs.backends.torch.graphs import COPIES, Recorded, Recorder, bucket, decode_bucket
+from llmrs.backends.torch.graphs import COPIES, DECODE, Recorded, Recorder, bucket, decode_bucket
 from llmrs.backends.torch.kernels.attention import tiling
+from llmrs.backends.torch.kernels.bounds import draw_bounded
 from llmrs.backends.torch.kernels.edges import find_edges
-from llmrs.backends.torch.kernels.launch import interpreted
+from llmrs.backends.torch.kernels.launch import chaining, interpreted
 from llmrs.backends.torch.kernels.sampling import draw
 from llmrs.backends.torch.lowering import Program
 from llmrs.backends.torch.ops import KV
@@ -31,20 +32,25 @@ UNRECORDED = {"moe"}  # ops whose rules ask the device what to do
 class KernelRunner:
     """The steps of one program on one pool. Life: `begin`, any number of `forward` and `sample`, `end`."""
 
-    def __init__(self, device: torch.device, *, graphs: bool, edges: bool) -> None:
-        """`edges` says whether top-k, top-p and min-p are a kernel's too, which has not run on a GPU yet.
+    def __init__(self, device: torch.device, *, graphs: bool, untried: bool) -> None:
+        """`untried` takes what has not run on a GPU yet: `edges`, `bounded`, `chain` and `aside`, below.
 
         Raises BackendError where kernels can't run: they need an NVIDIA GPU, or Triton's interpreter.
         """
         if device.type != "cuda" and not interpreted():
             raise BackendError(f"Triton kernels don't run on {device}", "kernels: auto uses them where they do")
-        self.device, self.wanted, self.edges = device, graphs, edges
+        self.device, self.wanted = device, graphs
+        self.edges = untried  # top-k, top-p and min-p by a kernel, not by torch's sort
+        self.bounded = untried  # few scores are worked out, not all
+        self.chain = untried  # programmatic dependent launch, where the GPU has it; see kernels/launch.py
+        self.aside = untried and device.type == "cuda"  # tokens are copied on a stream of their own; see tickets.py
         self.end()
 
     def end(self) -> None:
         """Lets go of everything."""
         self.program, self.kv = Program([], 0, []), list[KV]()
         self.slots = SlotState(0, 0, self.device)
+        self.tokens = torch.empty(0, dtype=torch.int32, device=self.device)  # of the last step, where they go aside
         self.recorded: dict[Shape, Recorded] = {}
         self.step: tuple[Batch, StepInputs, Recorded | None] | None = None
         self.recorder: Recorder | None = None
@@ -58,6 +64,7 @@ class KernelRunner:
         if blocks * self.block_size >= 2**31:
             raise BackendError(f"{blocks} KV blocks of {self.block_size} tokens are too many", "lower kv_cache_memory")
         self.longest = slots.tokens.shape[1]
+        self.tokens = torch.empty(max(len(slots.tokens), DECODE[-1]), dtype=torch.int32, device=self.device)
         self.turns, self.programs = Turns(self.longest, self.device), programs(self.device)
         self.tile = min(tiling(group, size, dtype, prompt=True).tokens for group, size in _heads(graph))
         if self.wanted and not UNRECORDED & {c.op for c in program.calls}:
@@ -137,14 +144,20 @@ class KernelRunner:
     def _run(self, inputs: StepInputs) -> torch.Tensor:
         f, last = inputs.fields, self.slots.last_token
         context = KernelContext(inputs.shape, f, last, self.turns, self.programs, self.tile)
-        logits: torch.Tensor = self.program.run(context, [f.tokens, f.positions, *self.kv])[0]
+        with chaining(self.chain):
+            logits: torch.Tensor = self.program.run(context, [f.tokens, f.positions, *self.kv])[0]
         return logits
 
     def _draw(self, logits: torch.Tensor, inputs: StepInputs, filtered: bool) -> torch.Tensor:
         """Token ids int32 (n,) of the step's first n sequences."""
-        n, f = len(logits), inputs.fields
-        edges = find_edges(logits, f.temperature[:n], f.top_k[:n], f.top_p[:n], f.min_p[:n]) if filtered else None
-        return draw(logits, f.temperature[:n], f.keys[:n], f.slots[:n], self.slots.last_token, edges)
+        n, f, edges = len(logits), inputs.fields, None
+        temperature, last = f.temperature[:n], self.slots.last_token
+        out = self.tokens[:n] if self.aside else None
+        with chaining(self.chain):
+            if filtered:
+                edges = find_edges(logits, temperature, f.top_k[:n], f.top_p[:n], f.min_p[:n])
+            run = draw_bounded if self.bounded else draw
+            return run(logits, temperature, f.keys[:n], f.slots[:n], last, edges, out=out)
 
 
 def _filters(params: SamplingArrays) -> bool:
