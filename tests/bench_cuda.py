@@ -23,6 +23,7 @@ import torch
 if find_spec("pytest") is None:  # its decorators stand in llmrs.backends.testing, whose tests are not run here
     sys.modules["pytest"] = MagicMock()
 
+import bench_chain
 import random_checkpoint
 
 from llmrs import Engine, EngineConfig, SamplingParams
@@ -247,7 +248,20 @@ def cuts() -> None:
         print(f"prompt, {cut}: {flops / seconds / 1e12:.0f} TFLOP/s", flush=True)
 
 
-PARTS = {f.__name__: f for f in (ceilings, correctness, steps, workloads, profiles, cuts, more_correctness)}
+def sampling() -> None:
+    """Drawing by itself, the old way and the new."""
+    bench_chain.sampling(timed, FOUND)
+
+
+def pdl() -> None:
+    """Decode steps with chained kernels and without."""
+    engine()
+    bench_chain.pdl(backend(), decode_batch, timed, FOUND)
+
+
+PARTS = {
+    f.__name__: f for f in (ceilings, correctness, steps, workloads, profiles, cuts, sampling, pdl, more_correctness)
+}
 
 
 def main() -> None:

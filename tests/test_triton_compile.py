@@ -19,4 +19,5 @@ def test_kernels_compile(part: str, tmp_path: Path):
     done = subprocess.run([sys.executable, script, part], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "_attend" in done.stdout
+    assert "chained" in done.stdout
     assert "LOCAL MEMORY" not in done.stdout

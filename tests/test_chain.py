@@ -1,0 +1,83 @@
+"""Chained kernels: when they are, and what each program of a step then does. tests/triton_compile.py reads the code."""
+
+import importlib
+import pkgutil
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+import triton.language as tl
+
+from llmrs.backends.base import find
+from llmrs.backends.testing import RandomModel, core_on, prompts, request, run
+from llmrs.backends.torch import kernels
+from llmrs.backends.torch.kernels import launch
+from llmrs.backends.torch.kernels.launch import chained, chaining
+from llmrs.backends.torch.lowering import Program
+from llmrs.backends.torch.runner import KernelRunner
+
+GPU = torch.device("cuda:0")
+
+
+@pytest.mark.parametrize(("capability", "chains"), [((8, 0), False), ((8, 9), False), ((9, 0), True), ((10, 0), True)])
+def test_only_where_the_device_can_and_somebody_wants_it(monkeypatch, capability, chains: bool):
+    monkeypatch.setattr(launch, "interpreted", lambda: False)
+    monkeypatch.setattr(launch, "_capability", lambda device: capability)
+    assert not chained(GPU)
+    with chaining(True):
+        assert chained(GPU) == chains
+        assert not chained(torch.device("cpu"))
+        with chaining(False):
+            assert not chained(GPU)
+    assert not chained(GPU)
+
+
+def test_not_in_the_interpreter(monkeypatch):
+    monkeypatch.setattr(launch, "interpreted", lambda: True)
+    with chaining(True):
+        assert not chained(GPU)
+
+
+@pytest.mark.skipif(not launch.interpreted(), reason="compiled kernels call nothing of ours")
+def test_every_program_of_a_step_waits_once_and_then_lets_the_next_one_start(monkeypatch):
+    """And runs as if alone otherwise. Sampling by bounds, top-k and prompts are among the steps."""
+
+    def answers() -> list[list[int]]:
+        backend = find("torch")("cpu", "f32", "f32")
+        backend.use_kernels("triton", graphs=False)
+        model = RandomModel.of("qwen3", num_hidden_layers=1).on(backend)
+        asked = [request(p, n, max_tokens=2, temperature=0.9, top_k=5 * n) for n, p in enumerate(prompts(3, 5))]
+        return run(core_on(model), asked)
+
+    expected, calls = answers(), []
+    for module in pkgutil.iter_modules(kernels.__path__, kernels.__name__ + "."):
+        monkeypatch.setattr(importlib.import_module(module.name), "chained", lambda device: True, raising=False)
+    monkeypatch.setattr(tl.extra.cuda, "gdc_wait", lambda: calls.append("wait"))
+    monkeypatch.setattr(tl.extra.cuda, "gdc_launch_dependents", lambda: calls.append("go"))
+    assert answers() == expected
+    assert len(calls) > 50
+    assert calls == ["wait", "go"] * (len(calls) // 2)
+
+
+def test_the_runner_chains_what_it_runs_when_it_takes_what_is_untried(monkeypatch):
+    for untried in (False, True):
+        backend = find("torch")("cpu", "f32", "f32")
+        backend.use_kernels("triton", graphs=False)
+        runner = backend.kernels = KernelRunner(backend.at, graphs=False, untried=untried)
+        assert (runner.chain, runner.bounded, runner.edges) == (untried,) * 3
+        model, seen = RandomModel.of("qwen3", num_hidden_layers=1).on(backend), []
+        core = core_on(model)
+        with monkeypatch.context() as patch:
+            patch.setattr(Program, "run", watched(Program.run, seen))
+            run(core, [request([1, 2], max_tokens=2)])
+        assert set(seen) == {untried}
+        assert not launch.CHAIN.get()
+
+
+def watched(function, seen: list[bool]):
+    def call(*args):
+        seen.append(launch.CHAIN.get())
+        return function(*args)
+
+    return call
