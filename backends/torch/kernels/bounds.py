@@ -14,7 +14,7 @@ scores are all worked out, and the lowest id stays.
 
 Instructions for each drawn logit: widened 1, hash 10 (6 logical, 4 multiplications), chord 3, bound 1, maximum 1; with
 addresses and masks the compiler makes it 20, which is 26 us for 256 x 151,936 on an H200; reading takes 18. `draw` has
-about 100. Of the hash's six x ^ (x >> n) four are left: the second mix begins with what undoes the end of the first,
+about 120. Of the hash's six x ^ (x >> n) four are left: the second mix begins with what undoes the end of the first,
 and the very last one changes h by less than h / 2^16, which the allowance for rounding covers.
 """
 
