@@ -59,15 +59,16 @@ def test_more_rows_than_there_is_room_for():
 def test_log_probabilities_come_along():
     likely = (torch.tensor([-0.5, -1.0]), torch.tensor([[3], [4]]), torch.tensor([[-0.5], [-0.25]]))
     likely = tuple(t.to(DEVICE) for t in likely)
-    for ticket in (send(Outbox(DEVICE, ROWS, STEPS), 1, 2, likely=likely), TorchTicket(torch.tensor([1, 2]), likely)):
+    for ticket in (
+        send(Outbox(DEVICE, ROWS, STEPS), 1, 2, likely=likely),
+        TorchTicket(torch.tensor([1, 2]).to(DEVICE), likely),
+    ):
         assert ticket.tokens().dtype == np.int32
         found = ticket.logprobs()
         assert found.chosen.tolist() == [-0.5, -1.0]
         assert (found.top_ids.dtype, found.top_ids.tolist()) == (np.int32, [[3], [4]])
         assert found.top.tolist() == [[-0.5], [-0.25]]
-    without = send(Outbox(DEVICE, ROWS, STEPS), 1)
-    without.tokens()
-    assert without.logprobs() is None
+    assert send(Outbox(DEVICE, ROWS, STEPS), 1).logprobs() is None
 
 
 @pytest.mark.parametrize("graphs", [True, False])

@@ -29,7 +29,7 @@ def compiled(kernel, pointers: dict[str, str], constants: dict, floats=(), longs
         kind = "fp32" if name in floats else "i64" if name in longs else "i32"
         fixed = "constexpr" if name in constants or name == "PDL" else None
         signature[name] = fixed or (f"*{pointers[name]}" if name in pointers else kind)
-        if name in pointers or name.endswith(("_row", "_head", "_block", "_token")):
+        if name in (*pointers, "V", "span") or name.endswith(("_row", "_head", "_block", "_token")):
             attributes[(n,)] = [["tt.divisibility", 16]]
     for chained in (False, True):
         source = ASTSource(kernel, signature, constants | {"PDL": chained}, attributes)

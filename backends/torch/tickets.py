@@ -126,6 +126,6 @@ class Sent:
         return self.found
 
     def logprobs(self) -> Logprobs | None:
-        """None where none were asked for. The tokens come first."""
-        assert self.found is not None, "the tokens are read before"
+        """None where none were asked for."""
+        self.tokens()  # waits for the copies
         return _logprobs(self.rest)
