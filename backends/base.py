@@ -5,8 +5,9 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -20,6 +21,27 @@ from llmrs.quant.tensor import Tensor
 
 GROUP = "llmrs.backends"  # entry points; a third party registers a backend here
 DTYPE_BYTES = {"bf16": 2, "f16": 2, "f32": 4}
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A kernel or a copy that ran on the device, or an op of a CPU; seconds of the profiler's own clock."""
+
+    name: str
+    begin: float
+    end: float
+
+
+class Profiler(Protocol):
+    """Records what runs on a device. Used by the backend's thread."""
+
+    asynchronous: bool  # whether the device runs beside the host, so that it may be idle while the host works
+
+    def start(self) -> None:
+        """Records from now on."""
+
+    def stop(self) -> list[Ran]:
+        """What ran since, in the order in which it began."""
 
 
 class Backend(ABC):
@@ -111,6 +133,10 @@ class Backend(ABC):
         data, matrix = np.ones(2**26, np.float32), np.ones((768, 768), np.float32)
         reading = best_time(lambda: data.sum(), lambda: None)
         return data.nbytes / reading, 2 * 768**3 / best_time(lambda: matrix @ matrix, lambda: None)
+
+    def profiler(self) -> Profiler | None:
+        """What tells when which kernel ran; None: that can't be measured here."""
+        return None
 
     @abstractmethod
     def close(self) -> None:

@@ -1,97 +1,143 @@
 """`llmrs bench`: how fast a model runs here, beside what the device allows; or what a step costs the host."""
 
-import json
-import os
-import platform
-from dataclasses import asdict, replace
-from typing import Any
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-from llmrs.cli.flags import Values
+from llmrs.cli import bench_tables as tables
+from llmrs.cli.bench_host import host, mlx_host
+from llmrs.cli.flags import Values, spelled
 from llmrs.cli.loading import load_engine
 from llmrs.cli.options import BenchOptions
+from llmrs.cli.run import check_output
 from llmrs.cli.settings import Settings, load_settings
 from llmrs.cli.terminal import StatusLine
-from llmrs.core.config import EngineConfig
-from llmrs.core.errors import BackendError, ConfigError
+from llmrs.core.config import EngineConfig, options
+from llmrs.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from llmrs.engine import Engine
+    from llmrs.workloads import Workload
 
 SECTIONS: dict[str, type] = {"What is measured": BenchOptions, "Model and memory": EngineConfig}
-RUNNING = (1, 8, 32, 128, 256)  # requests at once, for the host's part
 BATCHES = (1, 8, 32)
+CONTEXTS = (512,)
+PROMPT = 512  # tokens of the prompt that is timed beside decoding
+Found = dict[str, list[Any]]  # what was measured: heading -> records
 
 
 def bench(config: str | None, flags: Values) -> int:
     """Measures a model's speed and the device's ceilings, or with --host the engine's own time per step."""
     mine = BenchOptions(**{name: value for name, value in flags.items() if name in vars(BenchOptions())})
     settings = load_settings(config, {name: value for name, value in flags.items() if name not in vars(mine)})
+    mine.check()
+    check_output("plot", mine.plot)
     if mine.host:
         return mlx_host(mine) if settings.engine.backend == "mlx" else host(mine)
     return model(mine, settings)
 
 
-def model(options: BenchOptions, settings: Settings) -> int:
-    # here, since `llmrs --help` should not wait for it
-    from llmrs.bench import measure
+def model(mine: BenchOptions, settings: Settings) -> int:
+    """Everything that needs the model, in one engine; and the start of processes, beside none."""
+    from llmrs.workloads import named  # here and below, since `llmrs --help` should not wait for it
 
-    batches = tuple(options.batches or BATCHES)
-    length = options.prompt_tokens + options.new_tokens
-    wanted = max(settings.engine.max_num_seqs, *batches)
-    engine_config = replace(settings.engine, max_num_seqs=wanted, prefix_cache=False)
-    with load_engine(replace(settings, engine=engine_config)) as engine:
-        if length > engine.fit.length:
-            raise ConfigError(
-                f"{length} tokens of prompt and answer are more than the context of {engine.fit.length}",
-                "lower --prompt-tokens or --new-tokens, or raise --max-model-len",
-            )
-        line = StatusLine()
-        line.show(lambda: "measuring")
-        device = engine.ceilings()
-        found = list(measure(engine, device, batches, options.prompt_tokens, options.new_tokens))
-        line.clear()
-    ceilings = {"bytes_per_second": device.bandwidth, "operations_per_second": device.operations}
-    if options.json:
-        rows = [{**asdict(r), "tokens_per_second": r.rate, "share_of_ceiling": r.share} for r in found]
-        print(json.dumps({**ceilings, "results": rows}))
-        return 0
-    print(f"ceilings: {device.bandwidth / 1e9:.1f} GB/s read, {device.operations / 1e12:.2f} TFLOP/s")
-    print(f"{'':22}{'tokens':>8}{'seconds':>10}{'tokens/s':>12}{'of ceiling':>12}")
-    for r in found:
-        print(f"{r.what:22}{r.tokens:8}{r.seconds:10.3f}{r.rate:12.1f}{100 * r.share:10.1f} %")
+    chosen = named(mine.workloads, mine.scale) if mine.workloads else []
+    arriving = named("mixed", mine.scale) if mine.arrivals else []
+    found: Found = {}
+    if mine.start:
+        from llmrs import bench_start
+
+        run = [sys.executable, "-m", "llmrs.cli", "run", *arguments(settings.engine)]
+        found["start"] = [bench_start.measure(settings.engine, run)]
+    ceilings = None
+    if mine.table or chosen or arriving or mine.grid or mine.profile:
+        engine_config = with_room(settings.engine, mine, [*chosen, *arriving])
+        with load_engine(replace(settings, engine=engine_config)) as engine:
+            ceilings = engine.ceilings()
+            found |= measured(engine, ceilings, mine, chosen, arriving)
+    if mine.plot is not None:
+        tables.draw(mine.plot, found["grid"])
+    tables.show(mine, ceilings, found)
     return 0
 
 
-def host(options: BenchOptions) -> int:
-    from llmrs.bench_host import host_step
-    from llmrs.models import demo
-    from llmrs.models.tokenizer import Tokenizer
+def measured(
+    engine: "Engine",
+    ceilings: Any,
+    mine: BenchOptions,
+    chosen: "Sequence[Workload]",
+    arriving: "Sequence[Workload]",
+) -> Found:
+    from llmrs import bench, bench_profile, bench_steps, bench_workloads
 
-    line, tokenizer, found = StatusLine(), Tokenizer.load(demo.FILES), {}
-    for running in options.batches or RUNNING:
-        line.show(lambda n=running: f"measuring {n} requests")  # type: ignore[misc]
-        found[running] = host_step(tokenizer, running)
+    batches, contexts, found = mine.batches or BATCHES, mine.contexts or CONTEXTS, Found()
+    line = StatusLine()
+
+    def note(doing: str, records: Any) -> None:
+        line.show(lambda: f"measuring {doing}")
+        found[doing] = list(records)
+
+    if mine.table:
+        note("results", bench.measure(engine, ceilings, batches, mine.prompt_tokens, mine.new_tokens, PROMPT))
+    bench_workloads.check(engine, [*chosen, *arriving])
+    if chosen:
+        note("workloads", bench_workloads.measure(engine, ceilings, chosen))
+    for w in arriving:
+        closed = next((m for m in found.get("workloads", ()) if m.name == w.name), None)
+        note("arrivals", bench_workloads.over_time(engine, ceilings, w, mine.arrivals or (), closed))
+    if mine.grid:
+        note("grid", bench_steps.grid(engine, ceilings, batches, contexts))
+    if mine.profile:
+        shapes = [(b, c) for c in contexts for b in batches]
+        check_shapes(engine, shapes)
+        note("profiles", (bench_profile.profile_step(engine, ceilings, b, c) for b, c in shapes))
     line.clear()
-    if options.json:
-        print(json.dumps({"host_seconds_per_step": found, "python": platform.python_version()}))
-        return 0
-    print(f"host time per step, median, Python {platform.python_version()}, {os.cpu_count()} cores")
-    print(f"{'running':>8}{'ms per step':>14}{'µs per request':>16}")
-    for running, seconds in found.items():
-        print(f"{running:8}{1e3 * seconds:14.3f}{1e6 * seconds / running:16.2f}")
-    return 0
+    return found
 
 
-def mlx_host(options: BenchOptions) -> int:
-    """The time to build MLX's graph of a decode step, against mlx-lm's where that is installed."""
-    try:
-        from llmrs import bench_mlx
-    except ImportError as error:
-        raise BackendError(f"MLX can't be loaded: {error}", "pip install 'llmrs[mlx]'") from error
-    results: dict[int, Any] = {n: bench_mlx.host(n, "f32", "auto", 15) for n in options.batches or (1, 32)}
-    counts = bench_mlx.per_layer()
-    if options.json:
-        print(json.dumps({"graph_seconds_per_step": results, "per_layer": counts}))
-        return 0
-    print("time to build the graph of a decode step of 28 layers, median")
-    for batch, times in results.items():
-        print(f"batch {batch:4}: " + ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in times.items()))
-    print("per layer: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
-    return 0
+def check_shapes(engine: "Engine", shapes: Sequence[tuple[int, int]]) -> None:
+    """Raises ConfigError for a step that can't be run."""
+    from llmrs.bench_steps import too_large
+
+    for batch, context in shapes:
+        if reason := too_large(engine, batch, context):
+            raise ConfigError(f"a step of {batch} x {context} {reason}", "give smaller batches or contexts")
+
+
+def with_room(config: EngineConfig, mine: BenchOptions, workloads: "Sequence[Workload]") -> EngineConfig:
+    """The config with slots and context for what is measured. Raises ConfigError where the model has no such context.
+
+    Steps of the grid that are too long are left out there, and said to be.
+    """
+    steps = mine.grid or mine.profile
+    batches = (mine.batches or BATCHES) if steps or mine.table else ()
+    sequences = max(config.max_num_seqs, *batches, *(w.requests for w in workloads), 1)
+    needed = [w.longest for w in workloads] + [mine.prompt_tokens + mine.new_tokens] * mine.table
+    wanted = [*needed, *((mine.contexts or CONTEXTS) if steps else ()), (PROMPT + 1) * mine.table, 2]
+    length = config.max_model_len or min(max(wanted), model_context(config))
+    if needed and max(needed) > length:
+        raise ConfigError(
+            f"{max(needed)} tokens of prompt and answer are more than the context of {length}",
+            "lower --scale, --prompt-tokens or --new-tokens, or raise --max-model-len",
+        )
+    return replace(config, max_num_seqs=sequences, max_model_len=length, prefix_cache=False)
+
+
+def model_context(config: EngineConfig) -> int:
+    """Tokens of a context of the model."""
+    from llmrs.models.families import read_config
+    from llmrs.models.locate import locate
+
+    return read_config(locate(config.model_path, config.revision, offline=config.offline)).context
+
+
+def arguments(config: EngineConfig) -> list[str]:
+    """The flags that make this config."""
+    found = []
+    for o in options(EngineConfig):
+        value = getattr(config, o.name)
+        if value != o.default:
+            flag = spelled(o.name)
+            found += [flag if value else f"--no-{flag[2:]}"] if o.kind is bool else [flag, str(value)]
+    return found

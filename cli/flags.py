@@ -72,6 +72,9 @@ def read_any(o: Option, value: Any) -> Any:
 
 
 def read_list(o: Option, texts: list[str]) -> list[Any]:
+    """Numbers may also stand in one text, with commas between."""
+    if o.element in (int, float):
+        texts = [part for text in texts for part in text.split(",")]
     return [read(o, text) for text in texts]
 
 

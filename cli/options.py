@@ -41,13 +41,51 @@ class LaterOptions(Checked):
 
 @dataclass(frozen=True)
 class BenchOptions(Checked):
-    """What `llmrs bench` measures, and how it is shown."""
+    """What `llmrs bench` measures, and how it is shown. Without any of the first: decoding, and a prompt of 512."""
 
+    workloads: str | None = option(None, "run these, with commas between: seed, mixed, single, prefill")
+    arrivals: list[float] | None = option(
+        None, "run mixed with requests coming at these shares of the rate of all at once", low=0.01, high=10.0, most=16
+    )
+    scale: float = option(1.0, "part of a workload's requests and tokens", low=0.001, high=1.0)
+    contexts: list[int] | None = option(
+        None, "time decode steps of every batch at these contexts (512)", low=1, high=2**24, most=64
+    )
+    plot: str | None = option(None, "draw tokens/s by batch and context, with the ceiling, to this SVG file")
+    profile: bool = option(False, "show where a decode step goes, kernel by kernel, at these batches and contexts")
+    start: bool = option(False, "time fresh processes from their start to the first token")
     host: bool = option(False, "only the host's part of a step, on a device that answers at once")
     batches: list[int] | None = option(None, "answers at once (1, 8, 32)", low=1, high=4096, most=64)
     prompt_tokens: int = option(32, "tokens of each prompt", low=1, high=2**20)
     new_tokens: int = option(128, "tokens of each answer", low=2, high=2**20)
     json: bool = option(False, "print one JSON object")
+
+    @property
+    def grid(self) -> bool:
+        """Whether decode steps are timed at batches and contexts."""
+        return self.plot is not None or (self.contexts is not None and not self.profile)
+
+    @property
+    def table(self) -> bool:
+        """Whether nothing else was asked for."""
+        return not (self.workloads or self.arrivals or self.grid or self.profile or self.start or self.host)
+
+    def check(self) -> None:
+        """Raises ConfigError for an option that would change nothing."""
+        steps = self.grid or self.profile
+        matters = {
+            "scale": bool(self.workloads or self.arrivals),
+            "contexts": steps,
+            "batches": steps or self.table or self.host,
+            "prompt_tokens": self.table,
+            "new_tokens": self.table,
+        }
+        asked = [n for n in ("workloads", "arrivals", "profile", "plot", "start") if getattr(self, n)]
+        if self.host and asked:
+            raise ConfigError(f"host: nothing else is measured with it, not {asked[0]}", "leave one of them out")
+        for name, there in matters.items():
+            if not there and getattr(self, name) != getattr(BenchOptions, name):
+                raise ConfigError(f"{name} changes nothing in what is measured", "leave it out")
 
 
 # What a config file and the flags may hold, with the headings for help and docs.

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llmrs.cli.flags import hidden, visible
-from llmrs.cli.options import SECTIONS
+from llmrs.cli.options import SECTIONS, BenchOptions
 from llmrs.core.config import Option, options
 
 MARK = "<!-- options: {} -->"
@@ -14,7 +14,8 @@ MARK = "<!-- options: {} -->"
 
 def tables() -> dict[str, str]:
     """Heading -> Markdown table."""
-    return {title: "\n".join(_rows(cls)) for title, cls in SECTIONS.items()}
+    sections: dict[str, type] = {**SECTIONS, "llmrs bench": BenchOptions}
+    return {title: "\n".join(_rows(cls)) for title, cls in sections.items()}
 
 
 def renewed(text: str) -> str:
@@ -38,7 +39,7 @@ def _rows(cls: type) -> Iterator[str]:
 def _default(o: Option) -> str:
     if o.name == "max_num_seqs":
         return "32, 8 on macOS"
-    return {None: "null", True: "true", False: "false"}.get(o.default, str(o.default))
+    return str(o.default).lower() if isinstance(o.default, bool) else "null" if o.default is None else str(o.default)
 
 
 if __name__ == "__main__":

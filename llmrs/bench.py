@@ -30,15 +30,18 @@ class Measured:
         return self.floor / self.seconds
 
 
-def measure(engine: Engine, device: Device, batches: Sequence[int], prompt: int, new: int) -> Iterator[Measured]:
-    """Decode at each batch size, then prefill, against the ceilings of `device`; after one run to warm up."""
+def measure(
+    engine: Engine, device: Device, batches: Sequence[int], prompt: int, new: int, longest: int = 512
+) -> Iterator[Measured]:
+    """Decode at each batch size, then a prompt of `longest` tokens, or of as many as there is room for, against the
+    ceilings of `device`; after one run to warm up."""
     work = Work.of(engine.model.graph, engine.fit.kv_dtype)
     _decode(engine, 1, prompt, 4)
     for batch in batches:
         seconds = _decode(engine, batch, prompt, new)
         floor = sum(work.decode(device, engine.fit.dtype, batch, prompt + n) for n in range(1, new))
         yield Measured(f"decode, batch {batch}", batch * (new - 1), seconds, floor)
-    longest = min(512, engine.fit.length - 1)
+    longest = min(longest, engine.fit.length - 1)
     seconds = min(_prefill(engine, longest, seed) for seed in range(3))
     yield Measured(f"prefill of {longest}", longest, seconds, work.prefill(device, engine.fit.dtype, longest))
 

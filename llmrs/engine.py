@@ -29,6 +29,7 @@ COUNTS = (
     *("steps", "prompt_tokens", "generated_tokens", "prefix_queries", "prefix_hits", "preemptions"),
     *(f"finished_{reason}" for reason in ("stop", "length", "cancelled", "error")),
 )
+OnUpdate = Callable[[Request, list[int]], None]
 Prompt = str | Sequence[int]  # a ChatPrompt is a str that carries its token ids
 
 
@@ -236,11 +237,13 @@ class Engine:
         request: Request,
         notify: Callable[[], None] = lambda: None,
         progress: PromptProgress | None = None,
+        around: Callable[[OnUpdate], OnUpdate] = lambda update: update,
     ) -> Stream:
+        """`around` may wrap what the engine's thread calls with new tokens, to look on."""
         p = request.params
         detokenizer = Detokenizer(self.model.tokenizer, tuple(p.stop or ()), p.min_tokens)
         sink = Sink(detokenizer, self._worker.core.cancel, notify)
-        request.on_update = sink.update
+        request.on_update = around(sink.update)
         self._worker.submit(request)
         return Stream(request, sink, self._worker.cancel, progress)
 

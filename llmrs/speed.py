@@ -1,6 +1,8 @@
 """The speed of a model on paper: bytes and operations of a step, and the time that a device takes for them at least."""
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llmrs.core.ir import Graph
@@ -26,26 +28,48 @@ class Work:
     weights: int  # numbers that a step reads
     token: int  # bytes of KV cache of a token
     attention: int  # operations for each token and each key that it sees, all layers
+    head: int = 0  # of the weights, those of logits: only the last token of a prompt goes through them
 
     @staticmethod
     def of(graph: Graph, kv_dtype: str = "bf16") -> "Work":
-        """Mixtures of experts count whole: in a batch every expert has something to do."""
-        used = [w for e, w in _weights(graph) if e != "embed"]
+        """Mixtures of experts count whole: in a batch every expert has something to do. So do windows of attention."""
+        used = [(op, math.prod(w)) for op, w in _weights(graph) if op != "embed"]
         calls = [graph.functions[e.params["function"]] for e in graph.main.equations if e.op == "call"]
         queries = [e.inputs[0].type.sizes for f in calls for e in f.equations if e.op == "attend"]
         attention = 4 * sum(math.prod(q) for q in queries)
-        return Work(sum(math.prod(t) for t in used), token_bytes(graph, kv_dtype), attention)
+        head = sum(count for op, count in used if op == "head")
+        return Work(sum(count for _, count in used), token_bytes(graph, kv_dtype), attention, head)
 
     def decode(self, device: Device, dtype: str, batch: int, context: int) -> float:
         """Seconds of a step for `batch` answers of `context` tokens each: the larger of reading and computing."""
-        read = self.weights * WEIGHT_BYTES[dtype] + batch * context * self.token
-        computed = batch * (2 * self.weights + context * self.attention)
+        return self.step(device, dtype, batch, batch * context)
+
+    def step(self, device: Device, dtype: str, answers: int, keys: int) -> float:
+        """Seconds of a step of one token for each of some answers, whose contexts have `keys` tokens together."""
+        read = self.weights * WEIGHT_BYTES[dtype] + keys * self.token
+        computed = answers * 2 * self.weights + keys * self.attention
         return max(read / device.bandwidth, computed / device.operations)
 
-    def prefill(self, device: Device, dtype: str, tokens: int) -> float:
-        """Seconds for a prompt: every token through all weights, and half of all pairs of tokens; one row of logits."""
-        computed = tokens * 2 * self.weights + tokens * tokens // 2 * self.attention
+    def prefill(self, device: Device, dtype: str, *prompts: int) -> float:
+        """Seconds for prompts of so many tokens: every token through all weights but the head's, which give one row of
+        logits a prompt, and half of all pairs of tokens."""
+        through = 2 * (self.weights - self.head)
+        computed = sum(n * through + 2 * self.head + n * n // 2 * self.attention for n in prompts)
         return max(computed / device.operations, self.weights * WEIGHT_BYTES[dtype] / device.bandwidth)
+
+    def answers(self, device: Device, dtype: str, asked: Sequence[tuple[int, int]]) -> float:
+        """Seconds for requests of (prompt, new) tokens that begin at once and all run together.
+
+        First the prompts, whose last tokens give the first new ones, then a step for each further one.
+        """
+        steps: Counter[int] = Counter()  # number of the step -> answers, and keys that they see
+        keys: Counter[int] = Counter()
+        for prompt, new in asked:
+            for n in range(1, new):
+                steps[n] += 1
+                keys[n] += prompt + n
+        prompts = self.prefill(device, dtype, *(prompt for prompt, _ in asked))
+        return prompts + sum(self.step(device, dtype, count, keys[n]) for n, count in steps.items())
 
 
 def _weights(graph: Graph) -> list[tuple[str, tuple[int, ...]]]:

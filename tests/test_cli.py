@@ -290,7 +290,7 @@ def test_a_reader_that_goes_away(folder):
 
 
 def test_bench_of_the_host(monkeypatch, capsys):
-    monkeypatch.setattr("llmrs.cli.bench.RUNNING", (1, 3))
+    monkeypatch.setattr("llmrs.cli.bench_host.RUNNING", (1, 3))
     assert main(["bench", "--host", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["host_seconds_per_step"]
     assert set(found) == {"1", "3"}

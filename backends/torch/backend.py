@@ -16,6 +16,7 @@ from llmrs.backends.torch.attention import context, on_device
 from llmrs.backends.torch.linear import Linear, prepare
 from llmrs.backends.torch.lowering import Lowering, Program, join_layers
 from llmrs.backends.torch.ops import FUSED, KV, OPS
+from llmrs.backends.torch.profile import TorchProfiler
 from llmrs.backends.torch.reserve import runner_memory
 from llmrs.backends.torch.sampling import SlotState, logprobs, sample
 from llmrs.backends.torch.tickets import Outbox, Sent, TorchTicket
@@ -166,6 +167,9 @@ class TorchBackend(Backend):
         matrix = torch.randn(side, side, device=self.at).to(self.type)
         reading = best_time(lambda: data.sum(), wait)
         return data.nbytes / reading, 2 * side**3 / best_time(lambda: matrix @ matrix, wait)
+
+    def profiler(self) -> TorchProfiler:
+        return TorchProfiler(self.at)
 
     def close(self) -> None:
         self.program, self.kv = Program([], 0, []), []

@@ -1,0 +1,53 @@
+"""What runs on the device and when, from torch's profiler: kernels and copies of a GPU, ops of a CPU."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from llmrs.backends.base import Ran
+
+
+class TorchProfiler:
+    """On a CPU, where a launch computes, an op stands for all that it calls."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.asynchronous = device, device.type == "cuda"
+        activity = torch.profiler.ProfilerActivity
+        self.activity = activity.CUDA if self.asynchronous else activity.CPU
+        self.running: Any = None
+
+    def start(self) -> None:
+        self._wait()
+        self.running = torch.profiler.profile(activities=[self.activity])
+        self.running.start()
+
+    def stop(self) -> list[Ran]:
+        self._wait()
+        self.running.stop()
+        # the raw events: torch's own tables take seconds for the steps of a workload
+        events = self.running.profiler.kineto_results.events()
+        kind = "CUDA" if self.asynchronous else "CPU"
+        found = ran([(e.name(), e.start_ns(), e.duration_ns()) for e in events if e.device_type().name == kind])
+        self.running = None
+        return found if self.asynchronous else outermost(found)
+
+    def _wait(self) -> None:
+        if self.asynchronous:
+            torch.cuda.synchronize(self.device)
+
+
+def ran(events: Sequence[tuple[str, int, int]]) -> list[Ran]:
+    """From names, beginnings and durations in nanoseconds; seconds count from the first one's beginning."""
+    first = min((begin for _, begin, _ in events), default=0)
+    found = [Ran(name, (at - first) * 1e-9, (at - first + lasts) * 1e-9) for name, at, lasts in events]
+    return sorted(found, key=lambda r: (r.begin, -r.end))
+
+
+def outermost(found: list[Ran]) -> list[Ran]:
+    """Those that do not run within another one, of a list in order of their beginnings."""
+    kept: list[Ran] = []
+    for r in found:
+        if not kept or r.begin >= kept[-1].end:
+            kept.append(r)
+    return kept

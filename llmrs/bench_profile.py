@@ -1,0 +1,45 @@
+"""Where a decode step goes, kernel by kernel, each against the floor of what it computes."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llmrs.backends.base import Backend, Ran
+from llmrs.bench_steps import busy, decode_batch, profiled, run_steps, timed
+from llmrs.core.errors import BackendError
+from llmrs.engine import Engine
+from llmrs.floors import Kernel, costs, kernels
+from llmrs.speed import Device, Work
+
+STEPS = 5  # under the profiler
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A decode step of `batch` sequences of `context` tokens."""
+
+    batch: int
+    context: int
+    seconds: float  # of a step without the profiler, host included
+    busy: float  # of them something runs on the device
+    floor: float
+    kernels: list[Kernel]
+
+
+def profile_step(engine: Engine, device: Device, batch: int, context: int) -> Profile:
+    """Raises BackendError where the backend can't say what runs."""
+    seconds, ran = engine._worker.ask(lambda backend: recorded(backend, batch, context))
+    fit, graph = engine.fit, engine._worker.ask(lambda backend: backend.graph)
+    found = costs(graph, (fit.dtype, fit.kv_dtype), batch, context)
+    floor = Work.of(engine.model.graph, fit.kv_dtype).decode(device, fit.dtype, batch, context)
+    return Profile(batch, context, seconds, busy(ran) / STEPS, floor, kernels(ran, STEPS, found, device))
+
+
+def recorded(backend: Backend, count: int, context: int) -> tuple[float, Sequence[Ran]]:
+    """Seconds of a step, and what ran in STEPS of them."""
+    profiler = backend.profiler()
+    if profiler is None:
+        raise BackendError(f"backend {backend.name} does not say what runs on its device", "leave out --profile")
+    batch = decode_batch(backend.block_size, count, context)
+    seconds, _ = timed(backend, batch, time.perf_counter)
+    return seconds, profiled(profiler, lambda: run_steps(backend, batch, STEPS))

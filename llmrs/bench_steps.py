@@ -1,0 +1,153 @@
+"""Decode steps by themselves, at any batch and context: what a step takes, beside its floor, on the pool's own blocks.
+
+The batch is made up: random blocks, whatever they hold, and a token for each sequence. Nothing else may run meanwhile.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmrs.backends.base import Backend, Profiler, Ran
+from llmrs.core.batch import Batch
+from llmrs.core.engine import Ticket
+from llmrs.core.sampling import SamplingArrays
+from llmrs.engine import Engine
+from llmrs.speed import Device, Work
+
+ROUNDS, ENOUGH, FEWEST, MOST = 3, 0.3, 3, 50  # rounds of steps, the seconds of one, and how many steps it has
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A step of `batch` sequences of `context` tokens. `skipped` says why it was not run; then there are no seconds."""
+
+    batch: int
+    context: int
+    seconds: float = 0.0
+    floor: float = 0.0
+    idle: float | None = None  # share of the time in which the device does nothing; None: can't be measured
+    skipped: str = ""
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second."""
+        return self.batch / self.seconds if self.seconds else 0.0
+
+    @property
+    def ceiling(self) -> float:
+        """Tokens per second that the device's ceilings allow."""
+        return self.batch / self.floor if self.floor else 0.0
+
+    @property
+    def share(self) -> float:
+        return self.floor / self.seconds if self.seconds else 0.0
+
+
+def grid(engine: Engine, device: Device, batches: Sequence[int], contexts: Sequence[int]) -> Iterator[Cell]:
+    """Every batch at every context; what does not fit comes with the reason."""
+    work = Work.of(engine.model.graph, engine.fit.kv_dtype)
+    for context in contexts:
+        for batch in batches:
+            if reason := too_large(engine, batch, context):
+                yield Cell(batch, context, skipped=reason)
+                continue
+            seconds, idle = engine._worker.ask(lambda backend, b=batch, c=context: measured(backend, b, c))  # type: ignore[misc]
+            yield Cell(batch, context, seconds, work.decode(device, engine.fit.dtype, batch, context), idle)
+
+
+def too_large(engine: Engine, batch: int, context: int) -> str:
+    """Why a step can't be run here; empty: it can."""
+    fit = engine.fit
+    if context > fit.length:
+        return f"the context has at most {fit.length} tokens"
+    needed = batch * -(-context // fit.block_size)
+    if needed > fit.blocks:
+        return f"needs {needed} blocks of KV cache, and there are {fit.blocks}"
+    return "" if batch <= fit.sequences else f"at most {fit.sequences} sequences run at once"
+
+
+def decode_batch(block_size: int, count: int, context: int) -> Batch:
+    """A step of one token for each of `count` sequences of `context` tokens, in the first blocks of the pool, mixed."""
+    sampling = SamplingArrays.zeros(count)
+    sampling.temperature[:] = 0.6
+    sampling.key[:] = np.arange(count)
+    lengths, width = np.full(count, context, np.int32), -(-context // block_size)
+    return Batch(
+        tokens=np.zeros(count, np.int32),
+        positions=lengths - 1,
+        starts=np.arange(count + 1, dtype=np.int32),
+        lengths=lengths,
+        blocks=np.random.default_rng(0).permutation(count * width).astype(np.int32).reshape(count, width),
+        slots=np.arange(count, dtype=np.int32),
+        sampled=np.ones(count, bool),
+        sampling=sampling,
+        rows=np.arange(count, dtype=np.int32),
+        targets=np.zeros(0, np.int32),
+    )
+
+
+def run_steps(backend: Backend, batch: Batch, count: int) -> None:
+    """Runs a step again and again, as far ahead as the engine does."""
+    tickets: deque[Ticket] = deque()
+    for _ in range(count):
+        tickets.append(backend.launch(batch))
+        if len(tickets) >= backend.max_in_flight:
+            tickets.popleft().tokens()
+    while tickets:
+        tickets.popleft().tokens()
+
+
+def measured(
+    backend: Backend, count: int, context: int, clock: Callable[[], float] = time.perf_counter
+) -> tuple[float, float | None]:
+    """Seconds of a step, host and device together, of the fastest round; and the device's idle share."""
+    batch = decode_batch(backend.block_size, count, context)
+    seconds, steps = timed(backend, batch, clock)
+    profiler = backend.profiler()
+    if profiler is None or not profiler.asynchronous:
+        return seconds, None
+    return seconds, idle_share(profiled(profiler, lambda: run_steps(backend, batch, steps)), seconds * steps)
+
+
+def timed(backend: Backend, batch: Batch, clock: Callable[[], float]) -> tuple[float, int]:
+    """Seconds of a step in the fastest round, and the steps of a round."""
+
+    def lasts(steps: int) -> float:
+        begin = clock()
+        run_steps(backend, batch, steps)
+        return clock() - begin
+
+    lasts(FEWEST)  # compiles, records, fills caches
+    steps = min(max(round(ENOUGH * FEWEST / max(lasts(FEWEST), 1e-9)), FEWEST), MOST)
+    return min(lasts(steps) for _ in range(ROUNDS)) / steps, steps
+
+
+def profiled(profiler: Profiler, run: Callable[[], object]) -> list[Ran]:
+    """What ran on the device during a run."""
+    profiler.start()
+    try:
+        run()
+    finally:
+        found = profiler.stop()
+    return found
+
+
+def idle_share(ran: Sequence[Ran], seconds: float) -> float:
+    """The part of `seconds` in which nothing ran on the device.
+
+    A profiler slows the host down: `seconds` are those of the same steps without one, and only what kernels took is
+    the profiler's. Kernels that overlap count once.
+    """
+    return max(1 - busy(ran) / seconds, 0.0)
+
+
+def busy(ran: Sequence[Ran]) -> float:
+    """Seconds in which something ran, of a list in order of the beginnings."""
+    total, reached = 0.0, float("-inf")
+    for r in ran:
+        total += max(r.end - max(r.begin, reached), 0.0)
+        reached = max(reached, r.end)
+    return total
