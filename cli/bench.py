@@ -42,7 +42,7 @@ def model(mine: BenchOptions, settings: Settings) -> int:
     """Everything that needs the model, in one engine; and the start of processes, beside none."""
     from llmrs.workloads import named  # here and below, since `llmrs --help` should not wait for it
 
-    chosen = named(mine.workloads, mine.scale) if mine.workloads else []
+    chosen = named(mine.workloads, mine.scale) if mine.workloads is not None else []
     arriving = named("mixed", mine.scale) if mine.arrivals else []
     found: Found = {}
     if mine.start:

@@ -68,19 +68,22 @@ class BenchOptions(Checked):
     @property
     def table(self) -> bool:
         """Whether nothing else was asked for."""
-        return not (self.workloads or self.arrivals or self.grid or self.profile or self.start or self.host)
+        others = self.grid or self.profile or self.start or self.host
+        return self.workloads is None and self.arrivals is None and not others
 
     def check(self) -> None:
         """Raises ConfigError for an option that would change nothing."""
         steps = self.grid or self.profile
         matters = {
-            "scale": bool(self.workloads or self.arrivals),
+            "scale": self.workloads is not None or self.arrivals is not None,
             "contexts": steps,
             "batches": steps or self.table or self.host,
             "prompt_tokens": self.table,
             "new_tokens": self.table,
         }
-        asked = [n for n in ("workloads", "arrivals", "profile", "plot", "start") if getattr(self, n)]
+        asked = [
+            n for n in ("workloads", "arrivals", "profile", "plot", "start") if getattr(self, n) not in (None, False)
+        ]
         if self.host and asked:
             raise ConfigError(f"host: nothing else is measured with it, not {asked[0]}", "leave one of them out")
         for name, there in matters.items():

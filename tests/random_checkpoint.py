@@ -1,6 +1,6 @@
 """A checkpoint with the exact shapes of a real model and random weights, which has the real one's speed.
 
-python tests/random_checkpoint.py qwen3-0.6b FOLDER
+python tests/random_checkpoint.py qwen3-0.6b|qwen3-8b|llama-3.2-1b FOLDER
 """
 
 import json
@@ -64,6 +64,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         "eos_token_id": 2,
     },
 }
+# The same models for tests: everything but what their layers are made of is small.
+TINY = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+SHAPES |= {f"{name}-tiny": {**shape, **TINY, **HEADS} for name, shape in SHAPES.items()}
 
 
 def write(name: str, folder: Path) -> Path:

@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+import torch
 from safetensors.numpy import save_file
 
+from llmrs.backends.torch.backend import zeros
 from llmrs.models.families import family, graph_of, read_config
 from llmrs.models.layers import LAYER
 from llmrs.models.weights import _translate, parameters
@@ -78,6 +80,22 @@ def test_peak_memory_is_the_weights_and_two_tensors(folder, backend, dtype, size
     assert found["peak"] <= size * (count + 2 * LARGEST) + SLACK
     assert found["end"] <= size * count + SLACK
     assert found["done"] == 4 * count  # progress counts bytes of the file
+
+
+def anonymous() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_kv_cache_is_zeros_that_take_memory_only_when_they_are_touched():
+    before = anonymous()
+    pool = zeros((1024, 16, 128, 64), torch.bfloat16, torch.device("cpu"))  # 256 MiB
+    assert anonymous() - before < pool.nbytes / 8
+    assert pool.shape == (1024, 16, 128, 64)
+    assert not pool[::128].any()
+    pool += 1
+    assert anonymous() - before >= 0.9 * pool.nbytes
 
 
 def test_canonical_names_become_those_of_the_file():

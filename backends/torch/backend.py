@@ -3,6 +3,7 @@
 With plain torch ops; `runner.py` adds Triton kernels and CUDA graphs.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
@@ -125,7 +126,7 @@ class TorchBackend(Backend):
         if self.kernels:
             both = torch.zeros(blocks + 1, 2, heads, block_size, size, dtype=dtype, device=self.at)
             return KV(both[:, 0].transpose(1, 2), both[:, 1].transpose(1, 2))
-        return KV(*(torch.zeros(blocks, block_size, heads, size, dtype=dtype, device=self.at) for _ in range(2)))
+        return KV(*(zeros((blocks, block_size, heads, size), dtype, self.at) for _ in range(2)))
 
     # Running
 
@@ -186,3 +187,11 @@ class TorchBackend(Backend):
         if (batch.tokens >= 0).all():
             return tokens
         return torch.where(tokens < 0, self.slots.last_token[(-1 - tokens).clamp(min=0)], tokens)
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """On a CPU memory that the system gives as zeros when it is first touched: `torch.zeros` writes all of it."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    raw = torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8))
+    return raw.view(dtype).view(shape)
