@@ -80,7 +80,6 @@ def measured(
 
     if mine.table:
         note("results", bench.measure(engine, ceilings, batches, mine.prompt_tokens, mine.new_tokens, PROMPT))
-    bench_workloads.check(engine, [*chosen, *arriving])
     if chosen:
         note("workloads", bench_workloads.measure(engine, ceilings, chosen))
     for w in arriving:

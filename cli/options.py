@@ -81,11 +81,9 @@ class BenchOptions(Checked):
             "prompt_tokens": self.table,
             "new_tokens": self.table,
         }
-        asked = [
-            n for n in ("workloads", "arrivals", "profile", "plot", "start") if getattr(self, n) not in (None, False)
-        ]
-        if self.host and asked:
-            raise ConfigError(f"host: nothing else is measured with it, not {asked[0]}", "leave one of them out")
+        for name in ("workloads", "arrivals", "profile", "plot", "start") if self.host else ():
+            if getattr(self, name) not in (None, False):
+                raise ConfigError(f"host: nothing else is measured with it, not {name}", "leave one of them out")
         for name, there in matters.items():
             if not there and getattr(self, name) != getattr(BenchOptions, name):
                 raise ConfigError(f"{name} changes nothing in what is measured", "leave it out")

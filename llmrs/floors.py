@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from llmrs.backends.base import DTYPE_BYTES, Ran
 from llmrs.backends.flat import Flat, Placed
 from llmrs.core.ir import Graph, S, T, Type, Value, Weight
+from llmrs.fit import token_bytes
 from llmrs.speed import Device
 
 LINEAR = ("linear", "linears", "head")
@@ -19,7 +20,7 @@ NORM = ("rms_norm", "add_norm")
 # Several kernels may share an op's work (parts of a split product): only the one that is named here gets the floor.
 KERNELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"splitk.*reduce|reduce.*splitk|_combine|memcpy|memset", ()),
-    (r"matvec|gemm|gemv|nvjet|cutlass|_linear_pointwise|aten::(linear|addmm|mm|matmul)$|_rows|_linear", LINEAR),
+    (r"matvec|gemm|gemv|nvjet|cutlass|_linear_pointwise|aten::(linear|addmm|mm|matmul)$|^_?(few|some)$", LINEAR),
     (r"_attend|scaled_dot_product|flash", ("attend",)),
     (r"norm_rope_store|rope_store", ("norm_rope_store", "rope_store")),
     (r"^_(add_)?norm", NORM),
@@ -56,34 +57,36 @@ class Kernel:
 
 def costs(graph: Graph, dtypes: tuple[str, str], batch: int, context: int) -> list[Cost]:
     """Of a decode step of a lowered graph, in order, sampling last; `dtypes` are those of weights and of the cache."""
-    found = [_cost(p, dtypes, batch, context) for p in Flat(graph).placed]
+    elements = 2 * sum(math.prod(t.sizes) for t in graph.kv_types())
+    each = DTYPE_BYTES[dtypes[0]], token_bytes(graph, dtypes[1]) / elements
+    found = [_cost(p, each, batch, context) for p in Flat(graph).placed]
     logits = graph.main.outs[0].type.sizes[0]
-    return [*found, Cost("sample", "sample", batch * logits * DTYPE_BYTES[dtypes[0]])]
+    return [*found, Cost("sample", "sample", batch * logits * each[0])]
 
 
-def _cost(placed: Placed, dtypes: tuple[str, str], batch: int, context: int) -> Cost:
-    e = placed.equation
+def _cost(placed: Placed, each: tuple[float, float], batch: int, context: int) -> Cost:
+    """`each` are the bytes of an element of weights and values, and of the KV cache with what belongs to it."""
+    e, (own, cached) = placed.equation, each
     weights = [o for o in e.inputs if isinstance(o, Weight)]
-    values = [o for o in (*e.inputs, *e.outs) if isinstance(o, Value) and o.type.dtype != "kv"]
-    moved = sum(_bytes(v.type, dtypes[0], batch) for v in values)
-    kv = 2 * sum(math.prod(o.type.sizes) for o in e.outs if o.type.dtype == "kv")  # K and V of a token
-    moved += batch * kv * DTYPE_BYTES[dtypes[1]]
-    label = " ".join([e.op, *("x".join(map(str, w.type.sizes)) for w in weights[:1])])
-    size = sum(math.prod(w.type.sizes) for w in weights)
+    moved = sum(_bytes(o.type, own, batch) for o in (*e.inputs, *e.outs) if isinstance(o, Value))
+    stored = 2 * sum(math.prod(o.type.sizes) for o in e.outs if o.type.dtype == "kv")  # K and V of a token
+    moved += batch * stored * cached
     if e.op == "embed":  # only the rows of the step's tokens are read
-        return Cost(e.op, e.op, moved + batch * weights[0].type.sizes[1] * DTYPE_BYTES[dtypes[0]])
+        return Cost(e.op, e.op, moved + batch * weights[0].type.sizes[1] * own)
     if e.op == "attend":
         q, cache = e.inputs[0].type.sizes, e.inputs[1].type.sizes
         keys = batch * min(context, e.params.get("window") or context)
-        read = 2 * math.prod(cache) * keys * DTYPE_BYTES[dtypes[1]]
-        return Cost(e.op, e.op, moved + read, 4 * math.prod(q) * keys)
-    operations = 2 * batch * size if e.op in (*LINEAR, "moe") else 0
-    return Cost(e.op, label, moved + size * DTYPE_BYTES[dtypes[0]], operations)
+        return Cost(e.op, e.op, moved + 2 * math.prod(cache) * keys * cached, 4 * math.prod(q) * keys)
+    size = sum(math.prod(w.type.sizes) for w in weights)
+    label = " ".join([e.op, *("x".join(map(str, w.type.sizes)) for w in weights[:1])])
+    return Cost(e.op, label, moved + size * own, 2 * batch * size if e.op in (*LINEAR, "moe") else 0)
 
 
-def _bytes(t: Type, dtype: str, batch: int) -> int:
-    each = DTYPE_BYTES[dtype] if t.dtype == "act" else 4
-    return each * math.prod(batch if d in (T, S) else int(d) for d in t.shape)
+def _bytes(t: Type, own: float, batch: int) -> float:
+    """Of a value of the step; a cache is none."""
+    if t.dtype == "kv":
+        return 0
+    return (own if t.dtype == "act" else 4) * math.prod(batch if d in (T, S) else int(d) for d in t.shape)
 
 
 def ops_of(name: str) -> tuple[str, ...]:

@@ -1,17 +1,17 @@
 """On an NVIDIA GPU: python tests/bench_cuda.py FOLDER [PART ...]
 
 Qwen3-0.6B shapes with random weights (FOLDER is written if it is not there). Prints what the device can do, then how
-near the engine comes: correctness, device time of decode steps, the four workloads, top kernels, cuts of attention.
-A part that fails says so, and the others go on. The last line is JSON.
+near the engine comes: correctness, device time of decode steps, the four workloads, arrivals, kernels against their
+floors, cuts of attention. Workloads, steps and profiles are those of `llmrs bench`. A part that fails says so, and the
+others go on. The last line is JSON.
 """
 
 import json
-import random
 import sys
 import time
 import traceback
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ if find_spec("pytest") is None:  # its decorators stand in llmrs.backends.testin
 import bench_chain
 import random_checkpoint
 
-from llmrs import Engine, EngineConfig, SamplingParams
+from llmrs import Engine, EngineConfig, bench_steps, bench_workloads
 from llmrs.backends.base import find
 from llmrs.backends.testing import (
     BLOCK,
@@ -37,15 +37,16 @@ from llmrs.backends.testing import (
     prompts,
     request,
     run,
-    sampling_batch,
 )
+from llmrs.bench_profile import profile_step
+from llmrs.cli import bench_tables
 from llmrs.core.batch import Batch
-from llmrs.core.sampling import SamplingArrays
+from llmrs.speed import Device
+from llmrs.workloads import WORKLOADS
 
 FOUND: dict[str, Any] = {}
-KV_TOKEN, WEIGHTS = 114_688, 1.192e9  # bytes, of Qwen3-0.6B in bf16
-LIMITS = {"seed": 72_500, "mixed": 38_500, "single": 3_900, "prefill": 596_000}  # tokens/s of an H200 at 4.66 TB/s
 GPU = "cuda:0"
+SHAPES = ((1, 384), (8, 384), (32, 512), (128, 512), (256, 256), (256, 512), (256, 1000))  # sequences, context
 
 
 def timed(run: Callable[[], object], times: int = 10) -> float:
@@ -134,20 +135,25 @@ def backend() -> Any:
 
 def decode_batch(count: int, context: int) -> Batch:
     """A step of one token for each of `count` sequences of `context` tokens."""
-    size = backend().block_size
-    step = sampling_batch(SamplingArrays.zeros(count))
-    step.sampling.temperature[:] = 0.6
-    width = -(-context // size)
-    lengths = np.full(count, context, np.int32)
-    blocks = np.random.default_rng(0).permutation(count * width).astype(np.int32).reshape(count, width)
-    return Batch(**{**vars(step), "positions": lengths - 1, "lengths": lengths, "blocks": blocks})
+    return bench_steps.decode_batch(backend().block_size, count, context)
+
+
+@cache
+def device() -> Device:
+    """The ceilings as the engine measures them."""
+    return engine().ceilings()
+
+
+def tell(kind: str, records: list[Any]) -> None:
+    """Prints what `llmrs bench` would, and keeps it for the JSON."""
+    print("\n".join(bench_tables.TABLES[kind](records)), flush=True)
+    FOUND.setdefault(kind, []).extend(map(bench_tables.record, records))
 
 
 def steps() -> None:
-    """Device time of decode steps, by batch and context, and the host's time to launch one."""
-    engine()
-    rate = FOUND.get("read_tb", 4.66) * 1e12
-    for count, context in ((1, 384), (8, 384), (32, 512), (128, 512), (256, 256), (256, 512), (256, 1000)):
+    """Decode steps as the engine runs them, and device time of their two parts beside the host's time to launch one."""
+    tell("grid", [cell for n, context in SHAPES for cell in bench_steps.grid(engine(), device(), [n], [context])])
+    for count, context in SHAPES:
         batch = decode_batch(count, context)
         forward = timed(lambda b=batch: backend().forward(b))
         logits = backend().forward(batch)
@@ -157,59 +163,23 @@ def steps() -> None:
             ticket = backend().launch(batch)
         host = (time.perf_counter() - begin) / 20
         ticket.tokens()
-        bound = (WEIGHTS + count * context * KV_TOKEN) / rate
         FOUND[f"step {count}x{context}"] = [forward, sample, host]
-        total = forward + sample
         print(
             f"{count:4} x {context:5}: forward {forward * 1e6:7.0f} us, sample {sample * 1e6:5.0f}, "
-            f"host {host * 1e6:5.0f}; "
-            f"bound {bound * 1e6:6.0f} us, {100 * bound / total:4.1f} %, {count / total:7.0f} tokens/s", flush=True
+            f"host {host * 1e6:5.0f}", flush=True
         )  # fmt: skip
 
 
-def workload(name: str) -> tuple[list[list[int]], list[SamplingParams]]:
-    rng = random.Random(0)
-
-    def params(count: int) -> SamplingParams:
-        return SamplingParams(temperature=0.6, max_tokens=count, ignore_eos=True, top_k=0, top_p=1.0, min_p=0.0)
-
-    if name == "seed":
-        return [[3 + n] * 16 for n in range(256)], [params(1008)] * 256
-    if name == "mixed":
-        asked = [[rng.randint(0, 10000) for _ in range(rng.randint(100, 1024))] for _ in range(256)]
-        return asked, [params(rng.randint(100, 1024)) for _ in range(256)]
-    if name == "single":
-        return [[rng.randint(0, 10000) for _ in range(128)]], [params(512)]
-    return [[rng.randint(0, 10000) for _ in range(4096)] for _ in range(16)], [params(1)] * 16
-
-
 def workloads() -> None:
-    for name in ("single", "prefill", "seed", "mixed"):
-        asked, params = workload(name)
-        few = [SamplingParams(**{**vars(p), "max_tokens": min(p.max_tokens, 4)}) for p in params]
-        engine().generate_sync(few, asked)  # compiles what is left, records mixed steps
-        begin = time.perf_counter()
-        outputs = engine().generate_sync(params, asked)
-        seconds = time.perf_counter() - begin
-        tokens = sum(map(len, asked)) if name == "prefill" else sum(o.decoded_length for o in outputs)
-        FOUND[name] = tokens / seconds
-        print(f"{name}: {tokens} tokens in {seconds:.2f} s, {tokens / seconds:.0f} tokens/s, "
-              f"{100 * tokens / seconds / LIMITS[name]:.1f} % of an H200's limit", flush=True)  # fmt: skip
+    tell("workloads", list(bench_workloads.measure(engine(), device(), [*WORKLOADS.values()])))
+
+
+def arrivals() -> None:
+    tell("arrivals", list(bench_workloads.over_time(engine(), device(), WORKLOADS["mixed"], (0.5, 0.8))))
 
 
 def profiles() -> None:
-    engine()
-    for count, context in ((256, 512), (1, 384)):
-        batch = decode_batch(count, context)
-        backend().launch(batch).tokens()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            for _ in range(5):
-                backend().launch(batch).tokens()
-        print(f"batch {count}, context {context}, 5 steps")
-        print(
-            profile.key_averages().table(sort_by="self_device_time_total", row_limit=16, max_name_column_width=60),
-            flush=True,
-        )
+    tell("profiles", [profile_step(engine(), device(), *shape) for shape in ((256, 512), (32, 512), (1, 384))])
 
 
 def cuts() -> None:
@@ -260,7 +230,19 @@ def pdl() -> None:
 
 
 PARTS = {
-    f.__name__: f for f in (ceilings, correctness, steps, workloads, profiles, cuts, sampling, pdl, more_correctness)
+    f.__name__: f
+    for f in (
+        ceilings,
+        correctness,
+        steps,
+        workloads,
+        arrivals,
+        profiles,
+        cuts,
+        sampling,
+        pdl,
+        more_correctness,
+    )
 }
 
 

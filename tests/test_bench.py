@@ -15,15 +15,16 @@ import random_checkpoint
 from llmrs import ConfigError, Engine, EngineConfig, bench_start
 from llmrs.backends.base import Ran
 from llmrs.backends.torch.profile import outermost, ran
+from llmrs.bench_profile import Profile
 from llmrs.bench_start import failed
 from llmrs.bench_steps import Cell, busy, decode_batch, grid, idle_share, measured
 from llmrs.bench_workloads import idle, measure, over_time
+from llmrs.cli import bench_tables as tables
 from llmrs.cli import main
 from llmrs.cli.bench import arguments
-from llmrs.cli.bench_tables import draw
 from llmrs.cli.options import BenchOptions
 from llmrs.core.passes import FUSED_OPS, fuse
-from llmrs.floors import Cost, costs, joined, kernels, ops_of
+from llmrs.floors import Cost, Kernel, costs, joined, kernels, ops_of
 from llmrs.plot import Axis, Curve, svg
 from llmrs.speed import Device, Work
 from llmrs.workloads import WORKLOADS, Answered, Outcome, Workload, arrivals, named, percentiles, run
@@ -342,11 +343,11 @@ def test_one_point_is_a_picture_too():
 
 def test_the_curves_of_a_grid(tmp_path):
     cells = [Cell(4, 9, 2.0, 1.0), Cell(1, 9, 1.0, 0.5), Cell(1, 90, skipped="no")]
-    draw(str(tmp_path / "a.svg"), cells)
+    tables.draw(str(tmp_path / "a.svg"), cells)
     texts = [t.text for t in ElementTree.parse(tmp_path / "a.svg").getroot().iter("{http://www.w3.org/2000/svg}text")]
     assert [t for t in texts if t.startswith(("context", "ceiling"))] == ["context 9", "ceiling at 9"]
     with pytest.raises(ConfigError, match="no step"):
-        draw(str(tmp_path / "b.svg"), cells[2:])
+        tables.draw(str(tmp_path / "b.svg"), cells[2:])
 
 
 # As a command
@@ -376,18 +377,22 @@ def test_all_of_it_in_one_command(call, tmp_path):
     assert (tmp_path / "a.svg").exists()
 
 
-def test_a_profile_as_a_table_and_as_json(call):
-    shapes = ["--profile", "--batches", "2", "--contexts", "16"]
-    status, out, _ = call(*shapes)
-    assert status == 0
-    assert re.search(r"^step of 2 x 16: \d+ us, floor \d+, [\d.]+ % of it in kernels$", out, re.M)
-    assert re.search(r"head 2048x256$", out, re.M)
-    (found,) = json.loads(call(*shapes, "--json")[1])["profiles"]
+def test_a_profile_of_a_step(call):
+    (found,) = json.loads(call("--profile", "--batches", "2", "--contexts", "16", "--json")[1])["profiles"]
     head = next(k for k in found["kernels"] if k["what"].startswith("head"))
     assert head["count"] == 1
     assert head["floor"] > 0
     assert found["busy"] > 0
     assert any(k["floor"] is None for k in found["kernels"])
+
+
+def test_a_profile_as_a_table():
+    rows = [Kernel("gemm", "head 8x4", 1, 90e-6, 45e-6), Kernel("copy", "", 2, 9.8e-6), Kernel("x", "", 9, 0.2e-6)]
+    head, _, first, second, rest = tables.profiles([Profile(2, 16, 200e-6, 100e-6, 40e-6, rows)])
+    assert head == "step of 2 x 16: 200 us, floor 40, 50.0 % of it in kernels"
+    assert first.split() == ["1.0", "90.0", "90.0", "%", "45.0", "50.0", "%", "gemm,", "head", "8x4"]
+    assert second.split() == ["2.0", "9.8", "9.8", "%", "-", "-", "copy"]
+    assert rest.endswith("the rest, of 1 names")
 
 
 def test_workloads_as_json(call):
