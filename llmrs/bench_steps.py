@@ -109,7 +109,8 @@ def measured(
     profiler = backend.profiler()
     if profiler is None or not profiler.asynchronous:
         return seconds, None
-    return seconds, idle_share(profiled(profiler, lambda: run_steps(backend, batch, steps)), seconds * steps)
+    ran = profiled(profiler, lambda: run_steps(backend, batch, steps))
+    return seconds, max(1 - busy(ran) / (seconds * steps), 0.0)  # the profiler slows the host, but not the kernels
 
 
 def timed(backend: Backend, batch: Batch, clock: Callable[[], float]) -> tuple[float, int]:
@@ -135,17 +136,8 @@ def profiled(profiler: Profiler, run: Callable[[], object]) -> list[Ran]:
     return found
 
 
-def idle_share(ran: Sequence[Ran], seconds: float) -> float:
-    """The part of `seconds` in which nothing ran on the device.
-
-    A profiler slows the host down: `seconds` are those of the same steps without one, and only what kernels took is
-    the profiler's. Kernels that overlap count once.
-    """
-    return max(1 - busy(ran) / seconds, 0.0)
-
-
 def busy(ran: Sequence[Ran]) -> float:
-    """Seconds in which something ran, of a list in order of the beginnings."""
+    """Seconds in which something ran, of a list in order of the beginnings; what overlaps counts once."""
     total, reached = 0.0, float("-inf")
     for r in ran:
         total += max(r.end - max(r.begin, reached), 0.0)

@@ -17,7 +17,7 @@ from llmrs.backends.base import Ran
 from llmrs.backends.torch.profile import outermost, ran
 from llmrs.bench_profile import Profile
 from llmrs.bench_start import failed
-from llmrs.bench_steps import Cell, busy, decode_batch, grid, idle_share, measured
+from llmrs.bench_steps import Cell, busy, decode_batch, grid, measured
 from llmrs.bench_workloads import idle, measure, over_time
 from llmrs.cli import bench_tables as tables
 from llmrs.cli import main
@@ -27,7 +27,7 @@ from llmrs.core.passes import FUSED_OPS, fuse
 from llmrs.floors import Cost, Kernel, costs, joined, kernels, ops_of
 from llmrs.plot import Axis, Curve, svg
 from llmrs.speed import Device, Work
-from llmrs.workloads import WORKLOADS, Answered, Outcome, Workload, arrivals, named, percentiles, run
+from llmrs.workloads import WORKLOADS, Answered, Asked, Outcome, Workload, arrivals, named, percentiles, run
 
 DEVICE = Device("made up", 1e9, 1e12)
 H200 = Device("H200", 4.66e12, 803e12)
@@ -143,6 +143,33 @@ def test_prompt_tokens_count_where_there_is_one_new_one(engine):
     assert list(found.latencies) == ["first_token"]
 
 
+class Busy:
+    """A profiler of a device that works a tenth of a second between start and stop."""
+
+    asynchronous = True
+
+    def __init__(self):
+        self.calls = []
+
+    def start(self):
+        self.calls.append("start")
+
+    def stop(self):
+        self.calls.append("stop")
+        return [Ran("kernel", 0.0, 0.1), Ran("kernel", 0.05, 0.1)]
+
+
+def test_the_idle_share_of_a_workload(engine, monkeypatch):
+    profiler, core = Busy(), engine._worker.core
+    monkeypatch.setattr("llmrs.bench_workloads.PIECE", 3)
+    monkeypatch.setattr(core.backend, "profiler", lambda: profiler)
+    before = core.span
+    assert idle(engine, [Asked([5, 6, 7], 7)], 1.0) == pytest.approx(0.7)  # 7 steps: pieces of 2, 3 and 2
+    assert profiler.calls == ["start", "stop"] * 3
+    assert core.span is before
+    assert idle(engine, [Asked([5], 2)], 0.05) == 0.0  # a profiler that slows kernels down
+
+
 def test_arrivals_on_the_demo_model(engine):
     w = Workload("small", 3, (4, 4), (3, 3))
     closed = replace(next(measure(engine, DEVICE, [w])), seconds=0.03)
@@ -234,8 +261,6 @@ def test_time_in_which_something_runs():
     assert busy(apart) == 2
     assert busy([Ran("a", 0.0, 2.0), Ran("b", 1.0, 1.5), Ran("c", 1.0, 3.0)]) == 3  # they overlap
     assert busy([]) == 0
-    assert idle_share(apart, 4.0) == 0.5
-    assert idle_share(apart, 1.0) == 0.0  # a profiler that slowed the kernels down
 
 
 def test_events_of_a_profiler_keep_their_nanoseconds():
