@@ -1,22 +1,25 @@
 """`llmrs bench`: how fast a model runs here, beside what the device allows; or what a step costs the host."""
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from llmrs.cli import bench_tables as tables
 from llmrs.cli.bench_host import host, mlx_host
-from llmrs.cli.flags import Values, spelled
+from llmrs.cli.flags import Values
 from llmrs.cli.loading import load_engine
 from llmrs.cli.options import BenchOptions
 from llmrs.cli.run import check_output
 from llmrs.cli.settings import Settings, load_settings
-from llmrs.cli.terminal import StatusLine
-from llmrs.core.config import EngineConfig, options
+from llmrs.core.config import EngineConfig
 from llmrs.core.errors import ConfigError
 
 if TYPE_CHECKING:
+    from llmrs.bench_start import Start
     from llmrs.engine import Engine
     from llmrs.workloads import Workload
 
@@ -24,7 +27,6 @@ SECTIONS: dict[str, type] = {"What is measured": BenchOptions, "Model and memory
 BATCHES = (1, 8, 32)
 CONTEXTS = (512,)
 PROMPT = 512  # tokens of the prompt that is timed beside decoding
-Found = dict[str, list[Any]]  # what was measured: heading -> records
 
 
 def bench(config: str | None, flags: Values) -> int:
@@ -44,64 +46,54 @@ def model(mine: BenchOptions, settings: Settings) -> int:
 
     chosen = named(mine.workloads, mine.scale) if mine.workloads is not None else []
     arriving = named("mixed", mine.scale) if mine.arrivals else []
-    found: Found = {}
+    report = tables.Report(mine)
     if mine.start:
-        from llmrs import bench_start
-
-        run = [sys.executable, "-m", "llmrs.cli", "run", *arguments(settings.engine)]
-        found["start"] = [bench_start.measure(settings.engine, run)]
-    ceilings = None
+        report.add("start", [started(settings.engine)])
     if mine.table or chosen or arriving or mine.grid or mine.profile:
-        engine_config = with_room(settings.engine, mine, [*chosen, *arriving])
-        with load_engine(replace(settings, engine=engine_config)) as engine:
-            ceilings = engine.ceilings()
-            found |= measured(engine, ceilings, mine, chosen, arriving)
-    if mine.plot is not None:
-        tables.draw(mine.plot, found["grid"])
-    tables.show(mine, ceilings, found)
+        config = with_room(settings.engine, mine, [*chosen, *arriving])
+        with load_engine(replace(settings, engine=config)) as engine:
+            measure(engine, mine, report, chosen, arriving)
+    report.end()
     return 0
 
 
-def measured(
+def started(config: EngineConfig) -> "Start":
+    """Times `llmrs run` with a file of this config."""
+    from llmrs import bench_start
+
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "config.yaml"
+        file.write_text(json.dumps(vars(config)), "utf-8")  # JSON is YAML
+        return bench_start.measure(config, [sys.executable, "-m", "llmrs.cli", "run", str(file)])
+
+
+def measure(
     engine: "Engine",
-    ceilings: Any,
     mine: BenchOptions,
+    report: tables.Report,
     chosen: "Sequence[Workload]",
     arriving: "Sequence[Workload]",
-) -> Found:
+) -> None:
     from llmrs import bench, bench_profile, bench_steps, bench_workloads
 
-    batches, contexts, found = mine.batches or BATCHES, mine.contexts or CONTEXTS, Found()
-    line = StatusLine()
-
-    def note(doing: str, records: Any) -> None:
-        line.show(lambda: f"measuring {doing}")
-        found[doing] = list(records)
-
-    if mine.table:
-        note("results", bench.measure(engine, ceilings, batches, mine.prompt_tokens, mine.new_tokens, PROMPT))
-    if chosen:
-        note("workloads", bench_workloads.measure(engine, ceilings, chosen))
-    for w in arriving:
-        closed = next((m for m in found.get("workloads", ()) if m.name == w.name), None)
-        note("arrivals", bench_workloads.over_time(engine, ceilings, w, mine.arrivals or (), closed))
-    if mine.grid:
-        note("grid", bench_steps.grid(engine, ceilings, batches, contexts))
+    batches, contexts = mine.batches or BATCHES, mine.contexts or CONTEXTS
+    shapes = [(b, c) for c in contexts for b in batches]
     if mine.profile:
-        shapes = [(b, c) for c in contexts for b in batches]
-        check_shapes(engine, shapes)
-        note("profiles", (bench_profile.profile_step(engine, ceilings, b, c) for b, c in shapes))
-    line.clear()
-    return found
-
-
-def check_shapes(engine: "Engine", shapes: Sequence[tuple[int, int]]) -> None:
-    """Raises ConfigError for a step that can't be run."""
-    from llmrs.bench_steps import too_large
-
-    for batch, context in shapes:
-        if reason := too_large(engine, batch, context):
-            raise ConfigError(f"a step of {batch} x {context} {reason}", "give smaller batches or contexts")
+        bench_profile.check(engine, shapes)
+    device = report.with_ceilings(engine.ceilings())
+    if mine.table:
+        report.add("results", bench.measure(engine, device, batches, mine.prompt_tokens, mine.new_tokens, PROMPT))
+    if chosen:
+        report.add("workloads", bench_workloads.measure(engine, device, chosen))
+    for w in arriving:
+        closed = next((m for m in report.found.get("workloads", ()) if m.name == w.name), None)
+        report.add("arrivals", bench_workloads.over_time(engine, device, w, mine.arrivals or (), closed))
+    if mine.grid:
+        report.add("grid", bench_steps.grid(engine, device, batches, contexts))
+    if mine.plot is not None:
+        tables.draw(mine.plot, report.found["grid"])
+    if mine.profile:
+        report.add("profiles", (bench_profile.profile_step(engine, device, b, c) for b, c in shapes))
 
 
 def with_room(config: EngineConfig, mine: BenchOptions, workloads: "Sequence[Workload]") -> EngineConfig:
@@ -129,14 +121,3 @@ def model_context(config: EngineConfig) -> int:
     from llmrs.models.locate import locate
 
     return read_config(locate(config.model_path, config.revision, offline=config.offline)).context
-
-
-def arguments(config: EngineConfig) -> list[str]:
-    """The flags that make this config."""
-    found = []
-    for o in options(EngineConfig):
-        value = getattr(config, o.name)
-        if value != o.default:
-            flag = spelled(o.name)
-            found += [flag if value else f"--no-{flag[2:]}"] if o.kind is bool else [flag, str(value)]
-    return found

@@ -1,12 +1,13 @@
 """What `llmrs bench` prints: tables, or one JSON object, and the picture."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmrs.cli.options import BenchOptions
+from llmrs.cli.terminal import StatusLine
 from llmrs.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,29 +18,41 @@ if TYPE_CHECKING:
     from llmrs.speed import Device
 
 LEAST = 0.005  # part of a step from which a kernel has a line of its own
+NOT_MEASURED = "idle: not measured on this backend and device"
 FULL = 1.0  # scale of a workload as it is defined
 
 
-def show(options: BenchOptions, ceilings: "Device | None", found: dict[str, list[Any]]) -> None:
-    """Prints what was measured."""
-    if options.json:
-        print(json.dumps(as_json(options, ceilings, found)))
-        return
-    if ceilings is not None:
-        print(f"ceilings: {ceilings.bandwidth / 1e9:.1f} GB/s read, {ceilings.operations / 1e12:.2f} TFLOP/s")
-    if options.scale != FULL:
-        print(f"scaled: {options.scale:g} of each workload's requests and tokens")
-    for name, lines in TABLES.items():
-        for line in lines(found[name]) if name in found else ():
-            print(line)
+class Report:
+    """What was measured, by heading; each part is printed when it is there, or all of it at the end as JSON."""
 
+    def __init__(self, options: BenchOptions) -> None:
+        self.options, self.found = options, dict[str, list[Any]]()
+        self.head: dict[str, float] = {} if options.scale == FULL else {"scale": options.scale}
+        if self.head:
+            self._print(f"scaled: {options.scale:g} of each workload's requests and tokens")
 
-def as_json(options: BenchOptions, ceilings: "Device | None", found: dict[str, list[Any]]) -> dict[str, Any]:
-    known = {} if ceilings is None else {
-        "bytes_per_second": ceilings.bandwidth, "operations_per_second": ceilings.operations,
-    }  # fmt: skip
-    scaled = {"scale": options.scale} if options.scale != FULL else {}
-    return {**known, **scaled, **{name: [record(r) for r in records] for name, records in found.items()}}
+    def with_ceilings(self, device: "Device") -> "Device":
+        """The device itself."""
+        self.head |= {"bytes_per_second": device.bandwidth, "operations_per_second": device.operations}
+        read, computed = device.bandwidth / 1e9, device.operations / 1e12
+        self._print(f"ceilings: {read:.1f} GB/s read, {computed:.2f} TFLOP/s")
+        return device
+
+    def add(self, heading: str, records: Iterable[Any]) -> None:
+        """Takes what is measured meanwhile."""
+        line = StatusLine()
+        line.show(lambda: f"measuring {heading}")
+        self.found[heading] = list(records)
+        line.clear()
+        self._print(*TABLES[heading](self.found[heading]))
+
+    def end(self) -> None:
+        if self.options.json:
+            print(json.dumps({**self.head, **{name: [*map(record, found)] for name, found in self.found.items()}}))
+
+    def _print(self, *lines: str) -> None:
+        if not self.options.json:
+            print("\n".join(lines), flush=True)
 
 
 def record(r: Any) -> dict[str, Any]:
@@ -63,6 +76,8 @@ def workloads(found: "Sequence[Measured]") -> Iterator[str]:
     for r in found:
         numbers = f"{r.requests:9}{r.tokens:9}{r.seconds:9.2f}{r.rate:10.1f}{percent(r.share):>12}{percent(r.idle):>8}"
         yield f"{r.name:16}{numbers}"
+    if all(r.idle is None for r in found):
+        yield NOT_MEASURED
     yield from latencies(found)
 
 
@@ -93,6 +108,8 @@ def grid(found: "Sequence[Cell]") -> Iterator[str]:
             continue
         times = f"{1e3 * c.seconds:11.3f}{1e3 * c.floor:9.3f}{c.rate:11.1f}"
         yield f"{shape:18}{times}{percent(c.share):>12}{percent(c.idle):>8}"
+    if all(c.idle is None for c in found):
+        yield NOT_MEASURED
 
 
 def profiles(found: "Sequence[Profile]") -> Iterator[str]:

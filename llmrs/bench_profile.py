@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llmrs.backends.base import Backend, Ran
-from llmrs.bench_steps import busy, decode_batch, profiled, run_steps, timed
-from llmrs.core.errors import BackendError
+from llmrs.bench_steps import busy, decode_batch, profiled, run_steps, timed, too_large
+from llmrs.core.errors import BackendError, ConfigError
 from llmrs.engine import Engine
 from llmrs.floors import Kernel, costs, kernels
 from llmrs.speed import Device, Work
@@ -26,8 +26,18 @@ class Profile:
     kernels: list[Kernel]
 
 
+def check(engine: Engine, shapes: Sequence[tuple[int, int]]) -> None:
+    """Raises BackendError where the backend can't say what runs, ConfigError for a step that does not fit."""
+    name, profiler = engine._worker.ask(lambda backend: (backend.name, backend.profiler()))
+    if profiler is None:
+        raise BackendError(f"backend {name} does not say what runs on its device", "leave out --profile")
+    for batch, context in shapes:
+        if reason := too_large(engine, batch, context):
+            raise ConfigError(f"a step of {batch} x {context}: {reason}", "give smaller batches or contexts")
+
+
 def profile_step(engine: Engine, device: Device, batch: int, context: int) -> Profile:
-    """Raises BackendError where the backend can't say what runs."""
+    """A step that `check` found to be possible."""
     seconds, ran = engine._worker.ask(lambda backend: recorded(backend, batch, context))
     fit, graph = engine.fit, engine._worker.ask(lambda backend: backend.graph)
     found = costs(graph, (fit.dtype, fit.kv_dtype), batch, context)
@@ -38,8 +48,7 @@ def profile_step(engine: Engine, device: Device, batch: int, context: int) -> Pr
 def recorded(backend: Backend, count: int, context: int) -> tuple[float, Sequence[Ran]]:
     """Seconds of a step, and what ran in STEPS of them."""
     profiler = backend.profiler()
-    if profiler is None:
-        raise BackendError(f"backend {backend.name} does not say what runs on its device", "leave out --profile")
+    assert profiler is not None, "check says so"
     batch = decode_batch(backend.block_size, count, context)
     seconds, _ = timed(backend, batch, time.perf_counter)
     return seconds, profiled(profiler, lambda: run_steps(backend, batch, STEPS))

@@ -13,6 +13,7 @@ import numpy as np
 from llmrs.backends.base import Backend, Profiler, Ran
 from llmrs.core.batch import Batch
 from llmrs.core.engine import Ticket
+from llmrs.core.errors import BackendError
 from llmrs.core.sampling import SamplingArrays
 from llmrs.engine import Engine
 from llmrs.speed import Device, Work
@@ -54,8 +55,16 @@ def grid(engine: Engine, device: Device, batches: Sequence[int], contexts: Seque
             if reason := too_large(engine, batch, context):
                 yield Cell(batch, context, skipped=reason)
                 continue
-            seconds, idle = engine._worker.ask(lambda backend, b=batch, c=context: measured(backend, b, c))  # type: ignore[misc]
-            yield Cell(batch, context, seconds, work.decode(device, engine.fit.dtype, batch, context), idle)
+            yield _cell(engine, work.decode(device, engine.fit.dtype, batch, context), batch, context)
+
+
+def _cell(engine: Engine, floor: float, batch: int, context: int) -> Cell:
+    """A step that the device has no memory for is left out like one that the cache is too small for."""
+    try:
+        seconds, idle = engine._worker.ask(lambda backend: measured(backend, batch, context))
+    except BackendError as error:
+        return Cell(batch, context, skipped=error.message.splitlines()[0])
+    return Cell(batch, context, seconds, floor, idle)
 
 
 def too_large(engine: Engine, batch: int, context: int) -> str:

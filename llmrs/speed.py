@@ -1,7 +1,7 @@
 """The speed of a model on paper: bytes and operations of a step, and the time that a device takes for them at least."""
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,23 +29,26 @@ class Work:
     token: int  # bytes of KV cache of a token
     attention: int  # operations for each token and each key that it sees, all layers
     head: int = 0  # of the weights, those of logits: only the last token of a prompt goes through them
+    windows: tuple[tuple[int, float], ...] = ((0, 1.0),)  # tokens that a layer sees (0: all), and the part of layers
 
     @staticmethod
     def of(graph: Graph, kv_dtype: str = "bf16") -> "Work":
-        """Mixtures of experts count whole: in a batch every expert has something to do. So do windows of attention."""
+        """Mixtures of experts count whole: in a batch every expert has something to do."""
         used = [(op, math.prod(w)) for op, w in _weights(graph) if op != "embed"]
         calls = [graph.functions[e.params["function"]] for e in graph.main.equations if e.op == "call"]
-        queries = [e.inputs[0].type.sizes for f in calls for e in f.equations if e.op == "attend"]
-        attention = 4 * sum(math.prod(q) for q in queries)
+        attends = [e for f in calls for e in f.equations if e.op == "attend"]
+        attention = 4 * sum(math.prod(e.inputs[0].type.sizes) for e in attends)
+        windows = Counter(e.params.get("window", 0) for e in attends)
+        parts = tuple((window, count / len(attends)) for window, count in windows.items())
         head = sum(count for op, count in used if op == "head")
-        return Work(sum(count for _, count in used), token_bytes(graph, kv_dtype), attention, head)
+        return Work(sum(count for _, count in used), token_bytes(graph, kv_dtype), attention, head, parts)
 
     def decode(self, device: Device, dtype: str, batch: int, context: int) -> float:
         """Seconds of a step for `batch` answers of `context` tokens each: the larger of reading and computing."""
-        return self.step(device, dtype, batch, batch * context)
+        return self.step(device, dtype, batch, batch * self.seen(context))
 
-    def step(self, device: Device, dtype: str, answers: int, keys: int) -> float:
-        """Seconds of a step of one token for each of some answers, whose contexts have `keys` tokens together."""
+    def step(self, device: Device, dtype: str, answers: int, keys: float) -> float:
+        """Seconds of a step of one token for each of some answers, which see `keys` tokens together."""
         read = self.weights * WEIGHT_BYTES[dtype] + keys * self.token
         computed = answers * 2 * self.weights + keys * self.attention
         return max(read / device.bandwidth, computed / device.operations)
@@ -54,7 +57,7 @@ class Work:
         """Seconds for prompts of so many tokens: every token through all weights but the head's, which give one row of
         logits a prompt, and half of all pairs of tokens."""
         through = 2 * (self.weights - self.head)
-        computed = sum(n * through + 2 * self.head + n * n // 2 * self.attention for n in prompts)
+        computed = sum(n * through + 2 * self.head + self.pairs(n) * self.attention for n in prompts)
         return max(computed / device.operations, self.weights * WEIGHT_BYTES[dtype] / device.bandwidth)
 
     def answers(self, device: Device, dtype: str, asked: Sequence[tuple[int, int]]) -> float:
@@ -62,14 +65,23 @@ class Work:
 
         First the prompts, whose last tokens give the first new ones, then a step for each further one.
         """
-        steps: Counter[int] = Counter()  # number of the step -> answers, and keys that they see
-        keys: Counter[int] = Counter()
+        steps: Counter[int] = Counter()  # number of the step -> answers
+        keys: dict[int, float] = defaultdict(float)  # that they see
         for prompt, new in asked:
             for n in range(1, new):
                 steps[n] += 1
-                keys[n] += prompt + n
+                keys[n] += self.seen(prompt + n)
         prompts = self.prefill(device, dtype, *(prompt for prompt, _ in asked))
         return prompts + sum(self.step(device, dtype, count, keys[n]) for n, count in steps.items())
+
+    def seen(self, context: int) -> float:
+        """Keys that a token sees, the mean of all layers."""
+        return sum(part * min(context, window or context) for window, part in self.windows)
+
+    def pairs(self, tokens: int) -> float:
+        """Pairs of a prompt's tokens of which one sees the other, the mean of all layers."""
+        reach = [(min(tokens, window or tokens), part) for window, part in self.windows]
+        return sum(part * (near * tokens - near * near / 2) for near, part in reach)
 
 
 def _weights(graph: Graph) -> list[tuple[str, tuple[int, ...]]]:

@@ -12,7 +12,7 @@ from typing import TypeVar, cast
 from llmrs.backends.base import Backend
 from llmrs.core.config import EngineConfig
 from llmrs.core.engine import EngineCore
-from llmrs.core.errors import EngineClosedError, LlmrsError, LoadCancelledError
+from llmrs.core.errors import BackendError, EngineClosedError, LlmrsError, LoadCancelledError
 from llmrs.core.request import Request
 from llmrs.fit import Fit
 from llmrs.loading import Model, OnFit, Progress, load, make_backend
@@ -83,14 +83,19 @@ class Worker:
             self._thread.join()
 
     def ask(self, question: Callable[[Backend], Answer]) -> Answer:
-        """What the backend answers, on its own thread, between two steps. Raises what it raises."""
+        """What the backend answers, on its own thread, between two steps. Raises BackendError where that fails."""
         answers: queue.SimpleQueue[tuple[Answer | None, LlmrsError | None]] = queue.SimpleQueue()
 
         def answer(core: EngineCore) -> None:
+            found: tuple[Answer | None, LlmrsError | None] = None, EngineClosedError("the engine stopped")
             try:
-                answers.put((question(self._backend), None))
+                found = question(self._backend), None
             except LlmrsError as error:
-                answers.put((None, error))
+                found = None, error
+            except (RuntimeError, MemoryError, ArithmeticError) as error:
+                found = None, BackendError(f"the device failed: {error}")
+            finally:  # whatever happens, nobody may be left waiting
+                answers.put(found)
 
         self._give(answer)
         result, error = answers.get()

@@ -21,8 +21,6 @@ from llmrs.bench_steps import Cell, busy, decode_batch, grid, measured
 from llmrs.bench_workloads import idle, measure, over_time
 from llmrs.cli import bench_tables as tables
 from llmrs.cli import main
-from llmrs.cli.bench import arguments
-from llmrs.cli.options import BenchOptions
 from llmrs.core.passes import FUSED_OPS, fuse
 from llmrs.floors import Cost, Kernel, costs, joined, kernels, ops_of
 from llmrs.plot import Axis, Curve, svg
@@ -80,6 +78,26 @@ def test_only_the_last_token_of_a_prompt_goes_through_the_head():
     work, slow = Work(weights=1000, token=10, attention=4, head=100), Device("slow", 1e30, 1.0)
     assert work.prefill(slow, "bf16", 6) == 2 * 900 * 6 + 2 * 100 + 6 * 6 / 2 * 4
     assert work.prefill(slow, "bf16", 6, 6) == 2 * work.prefill(slow, "bf16", 6)
+
+
+def test_layers_with_a_window_see_no_more_than_it():
+    work = Work(weights=1000, token=10, attention=4, windows=((0, 0.25), (8, 0.75)))
+    assert work.seen(6) == 6
+    assert work.seen(20) == 0.25 * 20 + 0.75 * 8
+    assert work.decode(DEVICE, "bf16", 3, 20) == work.step(DEVICE, "bf16", 3, 3 * work.seen(20))
+    assert work.pairs(6) == 6 * 6 / 2
+    assert work.pairs(20) == 0.25 * 20 * 20 / 2 + 0.75 * (8 * 8 / 2 + 12 * 8)
+    plain = paper.graph("Qwen3-0.6B")
+    assert Work.of(plain).windows == ((0, 1.0),)
+    assert Work.of(with_window(plain, 8)).windows == ((8, 1.0),)
+
+
+def with_window(graph, window):
+    """The graph with a window in every layer's attention."""
+    layer = graph.functions["layer"]
+    more = {"attend": {"window": window}}
+    equations = tuple(replace(e, params={**e.params, **more.get(e.op, {})}) for e in layer.equations)
+    return replace(graph, functions={"layer": replace(layer, equations=equations)})
 
 
 def test_scaled_workloads_keep_their_form():
@@ -253,6 +271,18 @@ def test_a_grid_says_what_does_not_fit(engine):
     assert cell.skipped == "needs 8 blocks of KV cache, and there are 4"
 
 
+def test_a_step_that_fails_is_named_and_the_engine_goes_on(engine, monkeypatch):
+    def full(batch):
+        raise RuntimeError("out of memory\nand more about it")
+
+    monkeypatch.setattr(engine._worker.core.backend, "launch", full)
+    (cell,) = grid(engine, DEVICE, [2], [30])
+    assert cell.skipped == "the device failed: out of memory"
+    monkeypatch.undo()
+    (cell,) = grid(engine, DEVICE, [2], [30])
+    assert cell.seconds > 0
+
+
 # Profiles
 
 
@@ -293,10 +323,8 @@ def norms() -> int:
 
 def test_windows_bound_what_attention_reads():
     graph = paper.graph("Qwen3-0.6B")
-    layer = graph.functions["layer"]
-    equations = tuple(replace(e, params={**e.params, "window": 8}) if e.op == "attend" else e for e in layer.equations)
-    short = replace(graph, functions={"layer": replace(layer, equations=equations)})
-    found = [next(c for c in costs(g, ("bf16", "f32"), 1, n) if c.op == "attend") for g, n in ((short, 99), (graph, 8))]
+    cases = (with_window(graph, 8), 99), (graph, 8)
+    found = [next(c for c in costs(g, ("bf16", "f32"), 1, n) if c.op == "attend") for g, n in cases]
     assert found[0] == found[1]
 
 
@@ -471,17 +499,6 @@ def test_the_start_of_processes(monkeypatch, call):
     (found,) = json.loads(call("--start", "--json", "--backend", "reference", "--max-model-len", "64")[1])["start"]
     assert min(found["first_token"], found["imported"], found["loaded"], found["answered"]) > 0
     assert "it was this" in failed(2, b"noise\nerror: it was this\nhint: no\n").message
-
-
-def test_the_flags_of_a_config():
-    config = EngineConfig("a", dtype="f32", prefix_cache=False, max_model_len=64, memory_fraction=0.5)
-    flags = arguments(config)
-    assert flags == [
-        *("--model-path", "a", "--dtype", "f32", "--max-model-len", "64", "--memory-fraction", "0.5"),
-        "--no-prefix-cache",
-    ]
-    assert arguments(EngineConfig()) == []
-    assert BenchOptions().table
 
 
 @pytest.mark.parametrize("name", [n for n in random_checkpoint.SHAPES if n.endswith("-tiny")])
