@@ -8,8 +8,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from llmrs.cli import bench_tables as tables
 from llmrs.cli.bench_host import host, mlx_host
+from llmrs.cli.bench_report import Report
 from llmrs.cli.flags import Values
 from llmrs.cli.loading import load_engine
 from llmrs.cli.options import BenchOptions
@@ -46,7 +46,7 @@ def model(mine: BenchOptions, settings: Settings) -> int:
 
     chosen = named(mine.workloads, mine.scale) if mine.workloads is not None else []
     arriving = named("mixed", mine.scale) if mine.arrivals else []
-    report = tables.Report(mine)
+    report = Report(mine)
     if mine.start:
         report.add("start", [started(settings.engine)])
     if mine.table or chosen or arriving or mine.grid or mine.profile:
@@ -70,7 +70,7 @@ def started(config: EngineConfig) -> "Start":
 def measure(
     engine: "Engine",
     mine: BenchOptions,
-    report: tables.Report,
+    report: Report,
     chosen: "Sequence[Workload]",
     arriving: "Sequence[Workload]",
 ) -> None:
@@ -91,7 +91,7 @@ def measure(
     if mine.grid:
         report.add("grid", bench_steps.grid(engine, device, batches, contexts))
     if mine.plot is not None:
-        tables.draw(mine.plot, report.found["grid"])
+        report.draw(mine.plot)
     if mine.profile:
         report.add("profiles", (bench_profile.profile_step(engine, device, b, c) for b, c in shapes))
 

@@ -1,12 +1,14 @@
 """On an NVIDIA GPU: python tests/bench_cuda.py FOLDER [PART ...]
 
-Qwen3-0.6B shapes with random weights (FOLDER is written if it is not there). Prints what the device can do, then how
-near the engine comes: correctness, device time of decode steps, the four workloads, arrivals, kernels against their
-floors, cuts of attention. Workloads, steps and profiles are those of `llmrs bench`. A part that fails says so, and the
-others go on. The last line is JSON.
+Random weights in the shapes of the model that FOLDER is named after (qwen3-8b, llama-3.2-1b), else of Qwen3-0.6B; it is
+written if it is not there. Prints what the device can do, then how near the engine comes: correctness, device time of
+decode steps, the four workloads, arrivals, kernels against their floors, cuts of attention, the start of a process, a
+grid of steps, which it also draws into $OUT. All but correctness and cuts are those of `llmrs bench`. A part that fails
+says so, and the others go on. The last line is JSON.
 """
 
 import json
+import os
 import sys
 import time
 import traceback
@@ -26,7 +28,7 @@ if find_spec("pytest") is None:  # its decorators stand in llmrs.backends.testin
 import bench_chain
 import random_checkpoint
 
-from llmrs import Engine, EngineConfig, bench_steps, bench_workloads
+from llmrs import Engine, EngineConfig, bench_start, bench_steps, bench_tables, bench_workloads
 from llmrs.backends.base import find
 from llmrs.backends.testing import (
     BLOCK,
@@ -39,7 +41,6 @@ from llmrs.backends.testing import (
     run,
 )
 from llmrs.bench_profile import profile_step
-from llmrs.cli import bench_tables
 from llmrs.core.batch import Batch
 from llmrs.speed import Device
 from llmrs.workloads import WORKLOADS
@@ -178,6 +179,27 @@ def arrivals() -> None:
     tell("arrivals", list(bench_workloads.over_time(engine(), device(), WORKLOADS["mixed"], (0.5, 0.8))))
 
 
+def grid() -> None:
+    """Decode steps by batch and context; in an engine of its own, which needs all memory, so the other is closed."""
+    device()
+    while ENGINE:
+        ENGINE.pop().close()
+    config = EngineConfig(sys.argv[1], device=GPU, max_num_seqs=512, max_model_len=16384, prefix_cache=False)
+    with Engine(config) as large:
+        cells = list(bench_steps.grid(large, device(), (1, 4, 16, 64, 256, 512), (128, 1024, 4096, 16384)))
+    tell("grid", cells)
+    Path(os.environ.get("OUT", "."), f"grid-{Path(sys.argv[1]).name}.svg").write_text(bench_tables.picture(cells))
+
+
+def start() -> None:
+    """Fresh processes, up to the first token, from Python; `llmrs bench --start` times `llmrs run` too."""
+    config = EngineConfig(sys.argv[1], device=GPU)
+    found = [bench_start.stages(config) for _ in range(4)][1:]
+    FOUND["start"] = found
+    for parts in found:
+        print("imports {:.2f} s, loading {:.2f} s, first token {:.2f} s".format(*parts), flush=True)
+
+
 def profiles() -> None:
     tell("profiles", [profile_step(engine(), device(), *shape) for shape in ((256, 512), (32, 512), (1, 384))])
 
@@ -242,6 +264,8 @@ PARTS = {
         sampling,
         pdl,
         more_correctness,
+        start,
+        grid,
     )
 }
 
@@ -249,7 +273,7 @@ PARTS = {
 def main() -> None:
     folder = Path(sys.argv[1])
     if not (folder / "model.safetensors").exists():
-        random_checkpoint.write("qwen3-0.6b", folder)
+        random_checkpoint.write(folder.name if folder.name in random_checkpoint.SHAPES else "qwen3-0.6b", folder)
     import triton
 
     print(torch.cuda.get_device_name(0), "torch", torch.__version__, "triton", triton.__version__, flush=True)

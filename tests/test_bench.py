@@ -18,8 +18,8 @@ from llmrs.backends.torch.profile import outermost, ran
 from llmrs.bench_profile import Profile
 from llmrs.bench_start import failed
 from llmrs.bench_steps import Cell, busy, decode_batch, grid, measured
+from llmrs.bench_tables import picture, profiles
 from llmrs.bench_workloads import idle, measure, over_time
-from llmrs.cli import bench_tables as tables
 from llmrs.cli import main
 from llmrs.core.passes import FUSED_OPS, fuse
 from llmrs.floors import Cost, Kernel, costs, joined, kernels, ops_of
@@ -394,13 +394,12 @@ def test_one_point_is_a_picture_too():
     assert ElementTree.fromstring(svg("t", "x", "y", [Curve("c", [(8, 1000.0)])])) is not None
 
 
-def test_the_curves_of_a_grid(tmp_path):
+def test_the_curves_of_a_grid():
     cells = [Cell(4, 9, 2.0, 1.0), Cell(1, 9, 1.0, 0.5), Cell(1, 90, skipped="no")]
-    tables.draw(str(tmp_path / "a.svg"), cells)
-    texts = [t.text for t in ElementTree.parse(tmp_path / "a.svg").getroot().iter("{http://www.w3.org/2000/svg}text")]
+    texts = [t.text for t in ElementTree.fromstring(picture(cells)).iter("{http://www.w3.org/2000/svg}text")]
     assert [t for t in texts if t.startswith(("context", "ceiling"))] == ["context 9", "ceiling at 9"]
     with pytest.raises(ConfigError, match="no step"):
-        tables.draw(str(tmp_path / "b.svg"), cells[2:])
+        picture(cells[2:])
 
 
 # As a command
@@ -441,7 +440,7 @@ def test_a_profile_of_a_step(call):
 
 def test_a_profile_as_a_table():
     rows = [Kernel("gemm", "head 8x4", 1, 90e-6, 45e-6), Kernel("copy", "", 2, 9.8e-6), Kernel("x", "", 9, 0.2e-6)]
-    head, _, first, second, rest = tables.profiles([Profile(2, 16, 200e-6, 100e-6, 40e-6, rows)])
+    head, _, first, second, rest = profiles([Profile(2, 16, 200e-6, 100e-6, 40e-6, rows)])
     assert head == "step of 2 x 16: 200 us, floor 40, 50.0 % of it in kernels"
     assert first.split() == ["1.0", "90.0", "90.0", "%", "45.0", "50.0", "%", "gemm,", "head", "8x4"]
     assert second.split() == ["2.0", "9.8", "9.8", "%", "-", "-", "copy"]

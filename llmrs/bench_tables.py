@@ -1,58 +1,20 @@
-"""What `llmrs bench` prints: tables, or one JSON object, and the picture."""
+"""The tables of what `llmrs bench` measures, and its records as JSON."""
 
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmrs.cli.options import BenchOptions
-from llmrs.cli.terminal import StatusLine
 from llmrs.core.errors import ConfigError
+from llmrs.plot import Curve, svg
 
 if TYPE_CHECKING:
     from llmrs.bench_profile import Profile
     from llmrs.bench_start import Start
     from llmrs.bench_steps import Cell
     from llmrs.bench_workloads import Measured
-    from llmrs.speed import Device
 
 LEAST = 0.005  # part of a step from which a kernel has a line of its own
 NOT_MEASURED = "idle: not measured on this backend and device"
-FULL = 1.0  # scale of a workload as it is defined
-
-
-class Report:
-    """What was measured, by heading; each part is printed when it is there, or all of it at the end as JSON."""
-
-    def __init__(self, options: BenchOptions) -> None:
-        self.options, self.found = options, dict[str, list[Any]]()
-        self.head: dict[str, float] = {} if options.scale == FULL else {"scale": options.scale}
-        if self.head:
-            self._print(f"scaled: {options.scale:g} of each workload's requests and tokens")
-
-    def with_ceilings(self, device: "Device") -> "Device":
-        """The device itself."""
-        self.head |= {"bytes_per_second": device.bandwidth, "operations_per_second": device.operations}
-        read, computed = device.bandwidth / 1e9, device.operations / 1e12
-        self._print(f"ceilings: {read:.1f} GB/s read, {computed:.2f} TFLOP/s")
-        return device
-
-    def add(self, heading: str, records: Iterable[Any]) -> None:
-        """Takes what is measured meanwhile."""
-        line = StatusLine()
-        line.show(lambda: f"measuring {heading}")
-        self.found[heading] = list(records)
-        line.clear()
-        self._print(*TABLES[heading](self.found[heading]))
-
-    def end(self) -> None:
-        if self.options.json:
-            print(json.dumps({**self.head, **{name: [*map(record, found)] for name, found in self.found.items()}}))
-
-    def _print(self, *lines: str) -> None:
-        if not self.options.json:
-            print("\n".join(lines), flush=True)
 
 
 def record(r: Any) -> dict[str, Any]:
@@ -108,7 +70,7 @@ def grid(found: "Sequence[Cell]") -> Iterator[str]:
             continue
         times = f"{1e3 * c.seconds:11.3f}{1e3 * c.floor:9.3f}{c.rate:11.1f}"
         yield f"{shape:18}{times}{percent(c.share):>12}{percent(c.idle):>8}"
-    if all(c.idle is None for c in found):
+    if all(c.idle is None for c in found if not c.skipped):
         yield NOT_MEASURED
 
 
@@ -152,10 +114,9 @@ TABLES = {
 }
 
 
-def draw(path: str, cells: "Sequence[Cell]") -> None:
-    """Writes the picture of a grid. Raises ConfigError where there is nothing to draw, or no file can be written."""
-    from llmrs.plot import Curve, svg
-
+def picture(cells: "Sequence[Cell]") -> str:
+    """A grid as SVG: tokens per second by batch, a curve with its ceiling for each context. Raises ConfigError where
+    there is nothing to draw."""
     ran, curves = [c for c in cells if not c.skipped], []
     for context in dict.fromkeys(c.context for c in ran):
         row = sorted((c for c in ran if c.context == context), key=lambda c: c.batch)
@@ -163,7 +124,4 @@ def draw(path: str, cells: "Sequence[Cell]") -> None:
         curves.append(Curve(f"ceiling at {context}", [(c.batch, c.ceiling) for c in row], ceiling=True))
     if not curves:
         raise ConfigError("plot: no step of the grid fits into memory", "give smaller batches or contexts")
-    try:
-        Path(path).write_text(svg("decoding", "answers at once", "tokens/s", curves), "utf-8")
-    except OSError as error:
-        raise ConfigError(f"plot: {path} can't be written: {error.strerror}", "give another file") from error
+    return svg("decoding", "answers at once", "tokens/s", curves)

@@ -1,0 +1,1 @@
+../../llmrs/bench_tables.py
