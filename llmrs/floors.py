@@ -26,7 +26,7 @@ KERNELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"^_(add_)?norm", NORM),
     (r"_gated", ("silu_mul", "gelu_mul")),
     (r"^_embed", ("embed",)),
-    (r"^_(score|sample|draw)", ("sample",)),
+    (r"^_(score|search)$", ("sample",)),
 )
 
 

@@ -358,7 +358,7 @@ def test_names_of_kernels():
     assert ops_of("_attend") == ("attend",)
     assert ops_of("_norm_rope_store") == ("norm_rope_store", "rope_store")
     assert ops_of("_norm") == ("rms_norm", "add_norm")
-    assert ops_of("_score") == ("sample",)
+    assert ops_of("_score") == ops_of("_search") == ("sample",)
     assert ops_of("void cublasLt::splitKreduce_kernel<32, 16>") == ops_of("Memcpy HtoD (Pinned -> Device)") == ()
     assert ops_of("aten::add") == ops_of("_pick") == ()
 
