@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from llmrs.core.batch import Batch
-from llmrs.core.config import EngineConfig
+from llmrs.core.config import DTYPES, EngineConfig
 from llmrs.core.engine import Ticket
 from llmrs.core.errors import BackendError, ConfigError, GraphError, did_you_mean
 from llmrs.core.ir import Graph
@@ -20,7 +20,8 @@ from llmrs.core.passes import fuse
 from llmrs.quant.tensor import Tensor
 
 GROUP = "llmrs.backends"  # entry points; a third party registers a backend here
-DTYPE_BYTES = {"bf16": 2, "f16": 2, "f32": 4}
+DTYPE_BYTES = {"bf16": 2, "f16": 2, "f32": 4, "fp8": 1}
+SCALE_BYTES = 4  # of fp8, for each head of each token, beside its elements
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,15 @@ class Backend(ABC):
     name: str
     fused_ops: frozenset[str] = frozenset()
     max_in_flight = 1  # steps that may be launched before the first one's tokens are read
+    kv_dtypes: tuple[str, ...] = DTYPES  # that the KV cache may have
     block_size = 16  # tokens of a KV block, where the user does not say
     step_tokens = 2048  # of a step, where the user does not say
 
     def __init__(self, device: str, dtype: str, kv_dtype: str) -> None:
-        """`device` is "auto" or one of `devices()`. Raises BackendError when it is not there."""
+        """`device` is "auto" or one of `devices()`. Raises BackendError when it, or `kv_dtype`, is not there."""
+        if kv_dtype not in self.kv_dtypes:
+            has = ", ".join(("auto", *self.kv_dtypes))
+            raise BackendError(f"kv_cache_dtype: backend {self.name} has no {kv_dtype} on {device}", f"it has: {has}")
         self.device, self.dtype, self.kv_dtype = device, dtype, kv_dtype
         self.graph: Graph
 

@@ -196,9 +196,9 @@ class BackendSuite:
     device = "auto"
     tolerance = 1e-4  # of logits in float32, which are about 10
 
-    def make(self, dtype: str = "f32") -> Backend:
+    def make(self, dtype: str = "f32", kv_dtype: str | None = None) -> Backend:
         kind = find(self.backend)
-        return kind(pick_device(kind, self.device), dtype, dtype)
+        return kind(pick_device(kind, self.device), dtype, kv_dtype or dtype)
 
     @pytest.fixture(params=MODELS)
     def model(self, request: pytest.FixtureRequest) -> RandomModel:
@@ -243,6 +243,34 @@ class BackendSuite:
             assert run(core, ask()) == expected, cut  # the second time from the cache, where there is one
         backend.close()
         backend.close()
+
+    def test_logits_with_a_kv_cache_in_fp8(self) -> None:
+        """Near the reference's with the same cache, and farther from those with one that is exact."""
+        if "fp8" not in find(self.backend).kv_dtypes:
+            pytest.skip("has no fp8")
+        batch, reference = prefill_batch(prompts(1, 9, 21)), find("reference")
+        found = []
+        for backend in (self.make("f32", "fp8"), reference("cpu", "f32", "fp8"), reference("cpu", "f32", "f32")):
+            RandomModel.of("qwen3", num_hidden_layers=2).on(backend).allocate(100, BLOCK, 8, CONTEXT)
+            found.append(backend.to_host(backend.forward(batch)))
+        ours, expected, exact = found
+        assert np.linalg.norm(ours - expected) < 0.1 * np.linalg.norm(expected - exact)
+
+    def test_a_kv_cache_in_fp8(self) -> None:
+        """The reference's tokens, however steps are cut: what is kept of a token depends on it alone."""
+        if "fp8" not in find(self.backend).kv_dtypes:
+            pytest.skip("has no fp8")
+        model = RandomModel.of("qwen3", num_hidden_layers=2)
+
+        def ask() -> list[Request]:
+            return [request(p, max_tokens=8) for p in prompts(1, 9, 21)]
+
+        expected = run(core_on(model.on(find("reference")("cpu", "f32", "fp8"))), ask())
+        backend = model.on(self.make("f32", "fp8"))
+        for cut in ({}, {"max_num_batched_tokens": 8}, {"blocks": 10, "max_num_seqs": 3}):
+            core = core_on(backend, **cut)
+            assert run(core, ask()) == expected, cut
+            assert run(core, ask()) == expected, cut
 
     def test_sampling_options_in_a_running_engine(self) -> None:
         """Penalties, biases, masks, minimum lengths and log probabilities, with everything else in the batch."""

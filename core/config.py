@@ -132,7 +132,9 @@ class EngineConfig(Checked):
     )
     cuda_graphs: bool = option(True, "record steps and run them again, where Triton kernels run")
     dtype: str = option("bf16", "type of computation and of the KV cache", choices=DTYPES)
-    kv_cache_dtype: str = option("auto", "type of the KV cache; auto is that of dtype", choices=("auto", *DTYPES))
+    kv_cache_dtype: str = option(
+        "auto", "type of the KV cache; auto is that of dtype", choices=("auto", *DTYPES, "fp8")
+    )
     quant: str | None = option(None, "quantize while loading: q4k, q8_0, ...", ("isq",))
     max_model_len: int | None = option(
         None, "longest prompt plus answer, in tokens; null: what the model allows, at most 4096", low=2, high=2**24

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from llmrs.backends.base import DTYPE_BYTES
+from llmrs.backends.base import DTYPE_BYTES, SCALE_BYTES
 from llmrs.core.config import EngineConfig
 from llmrs.core.errors import ConfigError, MemoryLimitError
 from llmrs.core.ir import Graph
@@ -157,8 +157,8 @@ def fit(
 
 def token_bytes(graph: Graph, dtype: str) -> int:
     """Bytes of KV cache per token, all layers."""
-    elements = sum(heads * size for heads, size in (t.sizes for t in graph.kv_types()))
-    return 2 * elements * DTYPE_BYTES[dtype]
+    scale = SCALE_BYTES if dtype == "fp8" else 0
+    return 2 * sum(heads * (size * DTYPE_BYTES[dtype] + scale) for heads, size in (t.sizes for t in graph.kv_types()))
 
 
 def context_length(config: EngineConfig, context: int) -> int:

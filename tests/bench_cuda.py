@@ -26,6 +26,7 @@ if find_spec("pytest") is None:  # its decorators stand in llmrs.backends.testin
     sys.modules["pytest"] = MagicMock()
 
 import bench_chain
+import bench_fp8
 import random_checkpoint
 
 from llmrs import Engine, EngineConfig, bench_start, bench_steps, bench_tables, bench_workloads
@@ -73,8 +74,8 @@ def ceilings() -> None:
     print(", ".join(f"{k} {FOUND[k]:.2f}" for k in ("read_tb", "copy_tb", "bf16_tflops")))
 
 
-def made(dtype: str, *, graphs: bool, name: str) -> Any:
-    backend = find("torch")(GPU, dtype, dtype)
+def made(dtype: str, *, graphs: bool, name: str, kv: str | None = None) -> Any:
+    backend = find("torch")(GPU, dtype, kv or dtype)
     backend.use_kernels("triton", graphs=graphs)
     return RandomModel.of(name).on(backend)
 
@@ -113,13 +114,16 @@ def answers(backend: Any) -> list[list[int]]:
 ENGINE: list[Engine] = []
 
 
-def engine() -> Engine:
-    """The engine, loaded once."""
+def engine(kv: str = "bf16") -> Engine:
+    """The engine, loaded once for each type of the KV cache in turn."""
+    if ENGINE and ENGINE[0].fit.kv_dtype != kv:
+        ENGINE.pop().close()
     if not ENGINE:
         begin = time.perf_counter()
         config = EngineConfig(
             sys.argv[1], device=GPU, max_num_seqs=256, max_model_len=4224, max_num_batched_tokens=8192,
             kv_cache_memory=min(60 * 10**9, int(torch.cuda.mem_get_info()[0] * 0.8)), prefix_cache=False,
+            kv_cache_dtype=kv,
         )  # fmt: skip
         ENGINE.append(Engine(config))
         print(f"loaded in {time.perf_counter() - begin:.1f} s")
@@ -251,6 +255,11 @@ def pdl() -> None:
     bench_chain.pdl(backend(), decode_batch, timed, FOUND)
 
 
+def fp8() -> None:
+    """A KV cache in fp8 beside one in bf16: right, then attention, decode steps, and the seed workload."""
+    bench_fp8.fp8(sys.modules[__name__])
+
+
 PARTS = {
     f.__name__: f
     for f in (
@@ -263,6 +272,7 @@ PARTS = {
         cuts,
         sampling,
         pdl,
+        fp8,
         more_correctness,
         start,
         grid,

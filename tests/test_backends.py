@@ -26,11 +26,11 @@ class Kernels(BackendSuite):
     backend, device = "torch", "auto"
     graphs = True
 
-    def make(self, dtype: str = "f32") -> Backend:
+    def make(self, dtype: str = "f32", kv_dtype: str | None = None) -> Backend:
         if dtype == "bf16" and not torch.cuda.is_available():
             pytest.skip("bfloat16 in the interpreter")
         kind = find(self.backend)
-        backend = kind(pick_device(kind, self.device), dtype, dtype)
+        backend = kind(pick_device(kind, self.device), dtype, kv_dtype or dtype)
         backend.use_kernels("triton", graphs=self.graphs)
         return backend
 
@@ -43,6 +43,7 @@ class TestKernels(Kernels):
     test_tokens_do_not_depend_on_how_steps_are_cut = None
     test_sampling_options_in_a_running_engine = None
     test_half_precision_follows_float32 = None
+    test_a_kv_cache_in_fp8 = None
 
     @pytest.fixture(params=["llama", "mistral", "qwen3"])
     def model(self, request: pytest.FixtureRequest) -> RandomModel:
@@ -63,6 +64,18 @@ class TestKernels(Kernels):
             assert run(core, ask()) == expected, cut
         assert core.scheduler.stats["preemptions"] > 0
 
+    def test_a_short_answer_with_a_kv_cache_in_fp8(self) -> None:
+        """Whole, and in parts, of which the second comes from the prefix cache."""
+        model = RandomModel.of("llama", num_hidden_layers=1)
+
+        def ask() -> list[Request]:
+            return [request(p, max_tokens=3) for p in prompts(2, 9)]
+
+        expected = run(core_on(model.on(find("reference")("cpu", "f32", "fp8"))), ask())
+        core = core_on(model.on(self.make("f32", "fp8")), max_num_seqs=2, max_num_batched_tokens=6)
+        assert run(core, ask()) == expected
+        assert run(core, ask()) == expected
+
 
 @needs_triton
 @pytest.mark.slow
@@ -71,6 +84,7 @@ class TestKernelsWithGraphs(Kernels):
 
     if not torch.cuda.is_available():
         test_tokens_do_not_depend_on_how_steps_are_cut = None
+        test_a_kv_cache_in_fp8 = None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")

@@ -47,6 +47,7 @@ def test_numbers_by_hand():
     half = tiny(4 * WEIGHTS + 10_000, dtype="bf16")
     assert (half.weights, half.token) == (2 * WEIGHTS, 2 * TOKEN)
     assert token_bytes(GRAPH, "f16") == 2 * TOKEN
+    assert token_bytes(GRAPH, "fp8") == TOKEN + 2 * 3 * 4  # a scale for keys and one for values, in each layer
 
 
 def test_the_default_context():
@@ -158,9 +159,11 @@ def test_advice_is_true(f):
             assert replace(f, wanted=longer, fixed=True, token=f.token // 2, kv_dtype="bf16").length == longer
 
 
-def test_the_backend_allocates_what_was_computed():
+@pytest.mark.parametrize(("backend", "kv"), [("torch", "auto"), ("torch", "fp8"), ("reference", "fp8")])
+def test_the_backend_allocates_what_was_computed(backend, kv):
     budget = 300_000
-    with Engine(EngineConfig(dtype="f32", kv_cache_memory=budget, backend="torch", device="cpu")) as engine:
+    config = EngineConfig(dtype="f32", kv_cache_dtype=kv, kv_cache_memory=budget, backend=backend, device="cpu")
+    with Engine(config) as engine:
         kv = engine._worker.core.backend.kv
         there = sum(tensor.nbytes for pair in kv for tensor in (pair.keys, pair.values))
         block = engine.fit.token * engine.fit.block_size

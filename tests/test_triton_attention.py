@@ -6,6 +6,7 @@ import torch
 
 from llmrs.backends.reference import ops
 from llmrs.backends.testing import prefill_batch
+from llmrs.backends.torch.fp8 import Scaled
 from llmrs.core.batch import Batch
 
 pytest.importorskip("triton")
@@ -41,7 +42,8 @@ def pool(rng: np.random.Generator, batch: Batch, block_size: int, kv_heads: int,
 
 def run(q, kv, batch: Batch, scale: float, window: int, cut: Tiling, split: int) -> torch.Tensor:
     y = torch.full((len(q), q.shape[1] * q.shape[2]), 77.0, dtype=q.dtype)
-    q, keys, values, tables, y = (x.to(DEVICE) for x in (q, *kv, torch.from_numpy(batch.blocks), y))
+    q, tables, y = (x.to(DEVICE) for x in (q, torch.from_numpy(batch.blocks), y))
+    keys, values = (x if isinstance(x, Scaled) else x.to(DEVICE) for x in kv)
     counts, width = np.diff(batch.starts), batch.blocks.shape[1]
     singles = single_tiles(batch, counts, width)
     empty = np.zeros((1, 4), np.int32)

@@ -70,18 +70,27 @@ def read_early(ttir: str) -> set[str]:
     return read
 
 
-def attentions(dtype: torch.dtype, group: int, size: int, block: int, window: int) -> None:
+def pools(dtype: torch.dtype, *, fp8: bool) -> tuple[dict[str, str], dict[str, None]]:
+    """Pointers to a KV cache in `dtype` or fp8, and what is not there."""
+    scales = ("key_scales", "value_scales")
+    if not fp8:
+        return dict.fromkeys(("keys", "values"), NAMES[dtype]), dict.fromkeys(scales)
+    return dict.fromkeys(("keys", "values"), "fp8e4nv") | dict.fromkeys(scales, "fp32"), {}
+
+
+def attentions(dtype: torch.dtype, group: int, size: int, block: int, window: int, *, fp8: bool) -> None:
     t, padded = NAMES[dtype], power(size, 16)
     ints = dict.fromkeys(("tables", "tiles"), "i32")
     parts = dict.fromkeys(("part_sum", "part_most", "part_weight"), "fp32")
+    cache, absent = pools(dtype, fp8=fp8)
     for prompt, split in ((False, 1), (False, 8), (True, 1)):
         cut = attention.tiling(group, size, dtype, prompt=prompt)
         constants = {
             "G": group, "D": size, "DP": padded, "BLOCK": block, "R": power(cut.tokens * power(group), 16),
             "TILE": cut.keys, "SPLITS": split, "WINDOW": window, "PROMPT": prompt, "PRECISION": precision(dtype),
         }  # fmt: skip
-        tensors = dict.fromkeys(("q", "keys", "values", "y"), t)
-        compiled(attention._attend, tensors | ints | parts, constants, ("scale",), (), cut.warps, cut.stages)
+        tensors = dict.fromkeys(("q", "y"), t) | cache | ints | parts
+        compiled(attention._attend, tensors, constants | absent, ("scale",), (), cut.warps, cut.stages)
     compiled(attention._combine, {"tiles": "i32", "y": t, **parts}, {"D": size, "DP": padded, "SPLITS": 8}, warps=1)
 
 
@@ -105,15 +114,15 @@ def matvecs(dtype: torch.dtype, count: int, width: int) -> None:
         compiled(matvec._matvec, dict.fromkeys(("x", "w", "bias", "y"), t), constants | {"BIAS": bias})
 
 
-def ropes(dtype: torch.dtype, heads: int, kv_heads: int, size: int, norms: bool) -> None:
-    t = NAMES[dtype]
-    tensors = dict.fromkeys(("q", "k", "v", "qw", "kw", "out", "keys", "values"), t)
+def ropes(dtype: torch.dtype, heads: int, kv_heads: int, size: int, norms: bool, *, fp8: bool) -> None:
+    cache, absent = pools(dtype, fp8=fp8)
+    tensors = dict.fromkeys(("q", "k", "v", "qw", "kw", "out"), NAMES[dtype]) | cache
     tensors |= {"positions": "i32", "cells": "i32", "turns": "fp32"}
     constants = {
         "HQ": heads, "HK": kv_heads, "D": size, "HALF": size // 2, "HALF_P": power(size // 2),
         "HEADS": min(4, power(kv_heads)), "BLOCK": 64, "NORM": norms,
     }  # fmt: skip
-    compiled(rope._norm_rope_store, tensors, constants, ("eps", "offset"), warps=1)
+    compiled(rope._norm_rope_store, tensors, constants | absent, ("eps", "offset"), warps=1)
 
 
 def samplings(dtype: torch.dtype) -> None:
@@ -142,14 +151,16 @@ def main(few: bool) -> None:
     every = [(2, 128, 64, 0), (4, 64, 64, 0), (2, 256, 64, 512), (1, 24, 64, 6), (5, 96, 16, 0), (8, 128, 64, 4096)]
     for dtype in (torch.bfloat16,) if few else (torch.bfloat16, torch.float16, torch.float32):
         for group, size, block, window in every[:2] if few else every:
-            attentions(dtype, group, size, block, window)
+            for fp8 in (False, True):
+                attentions(dtype, group, size, block, window, fp8=fp8)
         for width in (1024,) if few else (1024, 80, 5376):
             rows(dtype, width)
             matvecs(dtype, 1024, 3 * width)
             matvecs(dtype, 4096, width)
         for shape in ((16, 8, 128),) if few else ((16, 8, 128), (3, 1, 24), (4, 1, 256)):
             for norms in (False, True):
-                ropes(dtype, *shape, norms)
+                for fp8 in (False, True):
+                    ropes(dtype, *shape, norms, fp8=fp8)
         samplings(dtype)
 
 

@@ -24,7 +24,7 @@ class KV:
     A store replaces both arrays; it happens in place where nothing else holds the old ones.
     """
 
-    keys: mx.array
+    keys: mx.array  # or, in fp8 and without Metal, what is used as one: `fp8.Scaled`
     values: mx.array
 
 

@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -12,11 +13,13 @@ from llmrs.backends.memory import trim_host_memory
 from llmrs.backends.mlx import memory, metal, ops
 from llmrs.backends.mlx.attention import KV, Context
 from llmrs.backends.mlx.compiled import MULTIPLE, CompiledSteps
+from llmrs.backends.mlx.fp8 import Scaled, arrays
 from llmrs.backends.mlx.fusing import fuse
 from llmrs.backends.mlx.kernels.launch import Kernels
 from llmrs.backends.mlx.lowering import Lowering, Program
 from llmrs.backends.mlx.sampling import SlotState, adjusted, draw, logprobs
 from llmrs.core.batch import Batch
+from llmrs.core.config import DTYPES as FLOATS
 from llmrs.core.config import EngineConfig
 from llmrs.core.errors import BackendError, MemoryLimitError
 from llmrs.core.sampling import Logprobs
@@ -52,12 +55,15 @@ class MlxBackend(Backend):
     """
 
     name = "mlx"
+    kv_dtypes: tuple[str, ...] = (*FLOATS, "fp8")
     fused_ops = frozenset(ops.FUSED)
     max_in_flight = 2
 
     def __init__(self, device: str, dtype: str, kv_dtype: str) -> None:
+        if device == "gpu":
+            self.kv_dtypes = FLOATS  # its Metal kernels, and the steps that are compiled, know no fp8
         super().__init__(device, dtype, kv_dtype)
-        self.type, self.kv_type = DTYPES[dtype], DTYPES[kv_dtype]
+        self.type = DTYPES[dtype]
         self.rules, self.draw, self.compiles = ops.COMMON, draw, False
         if device == "gpu" and mx.metal.is_available():
             self.use_metal(Kernels())
@@ -112,13 +118,17 @@ class MlxBackend(Backend):
         self.kv = []
         with memory.using(self.stream):
             shapes = [(blocks * block_size, *t.sizes) for t in self.graph.kv_types()]
-            self.kv = [KV(mx.zeros(s, self.kv_type), mx.zeros(s, self.kv_type)) for s in shapes]
+            self.kv = [KV(self._zeros(s), self._zeros(s)) for s in shapes]
             self.slots = SlotState(slots, max_tokens)
             try:
-                mx.eval([x for kv in self.kv for x in (kv.keys, kv.values)])
+                mx.eval([x for kv in self.kv for pool in (kv.keys, kv.values) for x in arrays(pool)])
             except RuntimeError as error:
                 self.kv = []
                 raise MemoryLimitError(f"no memory for {blocks} KV blocks: {error}", "lower max_model_len") from error
+
+    def _zeros(self, shape: tuple[int, ...]) -> Any:
+        """Of the KV cache's type."""
+        return Scaled(shape) if self.kv_dtype == "fp8" else mx.zeros(shape, DTYPES[self.kv_dtype])
 
     def forward(self, batch: Batch) -> mx.array:
         with memory.using(self.stream):

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from llmrs.backends.base import Backend
 from llmrs.backends.memory import free_host_memory
+from llmrs.backends.reference.fp8 import Scaled
 from llmrs.backends.reference.ops import KV, OPS, Context
 from llmrs.core.batch import Batch, Begun
 from llmrs.core.ir import Equation, Function, Value, at_layer
@@ -30,15 +32,18 @@ class DoneTicket:
 
 
 class ReferenceBackend(Backend):
-    """NumPy on the CPU, in float32 whatever `dtype` says. Slow on purpose: it is the specification."""
+    """NumPy on the CPU, in float32 whatever `dtype` says, or fp8 for the KV cache. Slow on purpose: it is the
+    specification.
+    """
 
     name = "reference"
+    kv_dtypes = (*Backend.kv_dtypes, "fp8")
     block_size = 4  # small, so that short prompts cross blocks in tests
     rules: Mapping[str, Callable[..., Any]] = OPS  # op -> what computes it; a backend built on this one may add some
 
     def __init__(self, device: str, dtype: str, kv_dtype: str) -> None:
         super().__init__(device, dtype, kv_dtype)
-        self.dtype = self.kv_dtype = "f32"
+        self.dtype, self.kv_dtype = "f32", "fp8" if kv_dtype == "fp8" else "f32"
         self.weights: dict[str, np.ndarray] = {}
         self.kv: list[KV] = []
         self.tokens = np.zeros((0, 0), np.int32)  # of each slot, as far as the device knows them
@@ -63,7 +68,8 @@ class ReferenceBackend(Backend):
 
     def allocate(self, blocks: int, block_size: int, slots: int, max_tokens: int) -> None:
         shapes = [(blocks, block_size, *t.sizes) for t in self.graph.kv_types()]
-        self.kv = [KV(np.zeros(s, np.float32), np.zeros(s, np.float32)) for s in shapes]
+        zeros = Scaled.zeros if self.kv_dtype == "fp8" else partial(np.zeros, dtype=np.float32)
+        self.kv = [KV(zeros(s), zeros(s)) for s in shapes]
         self.block_size, self.tokens = block_size, np.zeros((slots, max_tokens + 1), np.int32)
 
     def forward(self, batch: Batch) -> np.ndarray:

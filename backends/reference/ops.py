@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from llmrs.backends.reference.fp8 import Scaled
 from llmrs.core.batch import Batch
 from llmrs.core.ir import Frequencies
 
@@ -19,8 +20,8 @@ Array = np.ndarray
 class KV:
     """The KV cache of one layer: keys and values (blocks, block_size, Hk, d)."""
 
-    keys: Array
-    values: Array
+    keys: Array | Scaled
+    values: Array | Scaled
 
 
 @dataclass

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from llmrs.backends.torch.fp8 import Scaled
 from llmrs.core.batch import Batch
+
+Pool = torch.Tensor | Scaled  # (blocks, block_size, Hk, d)
 
 
 @dataclass(frozen=True)
@@ -73,9 +76,7 @@ def on_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def attend(
-    c: Context, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, window: int
-) -> torch.Tensor:
+def attend(c: Context, q: torch.Tensor, keys: Pool, values: Pool, scale: float, window: int) -> torch.Tensor:
     """q (T, H, d), keys and values (blocks, block_size, Hk, d) -> (T, H * d)."""
     if len(c.parts) == 1:
         return _attend_part(c.parts[0], q, keys, values, scale, window)
@@ -85,9 +86,7 @@ def attend(
     return y
 
 
-def _attend_part(
-    p: Part, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, window: int
-) -> torch.Tensor:
+def _attend_part(p: Part, q: torch.Tensor, keys: Pool, values: Pool, scale: float, window: int) -> torch.Tensor:
     s, n, kv_heads, size = len(p.blocks), p.distance.shape[2], keys.shape[2], keys.shape[3]
     k, v = (_gathered(p, x).transpose(1, 2).to(q.dtype) for x in (keys, values))  # (s, Hk, L, d)
     rows = q.view(s, n, kv_heads, -1, size).permute(0, 2, 3, 1, 4)  # (s, Hk, G, n, d)
@@ -102,7 +101,7 @@ def _attend_part(
     return y.view(s, kv_heads, group, n, size).permute(0, 3, 1, 2, 4).reshape(s * n, -1)
 
 
-def _gathered(p: Part, x: torch.Tensor) -> torch.Tensor:
+def _gathered(p: Part, x: Pool) -> torch.Tensor:
     """(s, L, Hk, d) from (blocks, block_size, Hk, d); a view where the blocks lie in a row."""
     if p.cells is not None:
         return x.flatten(0, 1)[None, p.cells]

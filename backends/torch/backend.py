@@ -14,6 +14,7 @@ import torch
 from llmrs.backends.base import Backend, best_time
 from llmrs.backends.memory import free_host_memory, keep_freed_memory, trim_host_memory, use_huge_pages
 from llmrs.backends.torch.attention import context, on_device
+from llmrs.backends.torch.fp8 import CODES, Scaled, check_device
 from llmrs.backends.torch.linear import Linear, prepare
 from llmrs.backends.torch.lowering import Lowering, Program, join_layers
 from llmrs.backends.torch.ops import FUSED, KV, OPS
@@ -40,6 +41,7 @@ class TorchBackend(Backend):
 
     name = "torch"
     fused_ops = FUSED
+    kv_dtypes = (*Backend.kv_dtypes, "fp8")
 
     def __init__(self, device: str, dtype: str, kv_dtype: str) -> None:
         super().__init__(device, dtype, kv_dtype)
@@ -65,7 +67,8 @@ class TorchBackend(Backend):
         """Triton kernels, before anything is loaded: "triton", "plain" (none), or "auto": where there is an NVIDIA GPU.
 
         "auto" does without what has not run on a GPU yet; runner.KernelRunner says what that is.
-        Raises BackendError where they are asked for and can't run; "auto" warns and does without a missing Triton.
+        Raises BackendError where they are asked for and can't run, or can't do fp8; "auto" warns and does without a
+        missing Triton.
         """
         if wanted == "plain" or (wanted == "auto" and self.at.type != "cuda"):
             return
@@ -77,6 +80,8 @@ class TorchBackend(Backend):
                 raise missing from error
             warnings.warn(f"{missing}; plain torch runs in its place, at a tenth of the speed", stacklevel=2)
             return
+        if self.kv_dtype == "fp8":
+            check_device(self.at)
         if self.at.type == "cuda":
             torch.cuda.set_device(self.at)  # of this thread: Triton launches on it
         self.rules, self.fused_ops, self.prepare = rules.TRITON, rules.FUSED, rules.prepare
@@ -122,11 +127,16 @@ class TorchBackend(Backend):
     def _pool(self, blocks: int, block_size: int, heads: int, size: int) -> KV:
         """One layer's cache. For kernels a head's tokens lie together, K and V of a block side by side, and there is
         a block more, to which they write what nobody reads."""
-        dtype = DTYPES[self.kv_dtype]
         if self.kernels:
-            both = torch.zeros(blocks + 1, 2, heads, block_size, size, dtype=dtype, device=self.at)
-            return KV(both[:, 0].transpose(1, 2), both[:, 1].transpose(1, 2))
-        return KV(*(zeros((blocks, block_size, heads, size), dtype, self.at) for _ in range(2)))
+            both = self._zeros(blocks + 1, 2, heads, block_size, size)
+            return KV(*(side.transpose(1, 2) for side in both.unbind(1)))
+        return KV(*(self._zeros(blocks, block_size, heads, size) for _ in range(2)))
+
+    def _zeros(self, *shape: int) -> torch.Tensor | Scaled:
+        """Of the KV cache's type."""
+        if self.kv_dtype == "fp8":
+            return Scaled(zeros(shape, CODES, self.at), zeros(shape[:-1], torch.float32, self.at))
+        return zeros(shape, DTYPES[self.kv_dtype], self.at)
 
     # Running
 

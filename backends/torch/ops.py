@@ -9,6 +9,7 @@ import torch
 
 from llmrs.backends.torch import attention
 from llmrs.backends.torch.attention import Context
+from llmrs.backends.torch.fp8 import Scaled
 from llmrs.backends.torch.linear import Linear
 from llmrs.core.ir import Frequencies
 
@@ -19,8 +20,8 @@ Tensor = torch.Tensor
 class KV:
     """The KV cache of one layer: keys and values (blocks, block_size, Hk, d)."""
 
-    keys: Tensor
-    values: Tensor
+    keys: Tensor | Scaled
+    values: Tensor | Scaled
 
 
 def embed(_: Context, tokens: Tensor, table: Callable[[Tensor], Tensor]) -> Tensor:

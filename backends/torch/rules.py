@@ -80,7 +80,7 @@ def store(c: KernelContext, k: Tensor, v: Tensor, kv: KV) -> KV:
     cells = c.fields.cells.long()
     at = cells // kv.keys.shape[1], cells % kv.keys.shape[1]
     for cache, new in ((kv.keys, k), (kv.values, v)):
-        cache.index_put_(at, new.to(cache.dtype))
+        cache[at] = new.to(cache.dtype)
     return kv
 
 

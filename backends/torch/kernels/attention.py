@@ -4,6 +4,7 @@ Defined by `attend` in backends/reference/ops.py; `backends/torch/attention.py` 
 T tokens, Hq query heads, Hk KV heads, G = Hq / Hk, d head size, N tiles.
 
     q (T, Hq, d)   keys, values (blocks, block_size, Hk, d), any strides but the last   y (T, Hq * d)
+    in fp8, key_scales, value_scales float32 (blocks, block_size, Hk): a scale lies where its codes do, over d
     tiles int32 (N, 4): where a tile's block table begins in `tables`, its first row of q, its rows (0: an empty
     tile, skipped), and the first row's position. A tile's rows are tokens of one sequence, side by side.
 
@@ -19,7 +20,9 @@ import torch
 import triton
 import triton.language as tl
 
-from llmrs.backends.torch.kernels.launch import chained, check_rows, power, precision, require
+from llmrs.backends.torch.fp8 import Scaled, parts
+from llmrs.backends.torch.kernels.fp8 import check_scales, in_half, shares
+from llmrs.backends.torch.kernels.launch import POOLS, chained, check_rows, power, precision, require
 
 NAME = "attention"
 LEAST = tl.constexpr(-1e30)  # a score of what is not seen; finite, so that exp2 of differences never meets inf - inf
@@ -39,7 +42,7 @@ def _places(table, start, end, key_block, key_token, BLOCK: tl.constexpr, TILE: 
 
 @triton.jit
 def _over_keys(
-    state, q, keys, values, table, low, high, end, seen_from, scale,
+    state, q, keys, values, key_scales, value_scales, table, low, high, end, seen_from, scale,
     key_block, key_token, d, D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -56,6 +59,8 @@ def _over_keys(
         there = (at < end)[:, None] & (d < D)[None, :]
         k = tl.load(keys + base[:, None] + d[None, :], mask=there, other=0.0).to(q.dtype)  # (TILE, d)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale  # (R, TILE)
+        if key_scales is not None:
+            scores *= tl.load(key_scales + base // D, mask=at < end, other=0.0)[None, :]
         if MASKED:
             distance = seen_from[:, None] - at[None, :]
             seen = (distance >= 0) & (at < end)[None, :]
@@ -66,7 +71,12 @@ def _over_keys(
         part = tl.exp2(scores - higher[:, None])
         shrink = tl.exp2(most - higher)
         v = tl.load(values + base[:, None] + d[None, :], mask=there, other=0.0).to(q.dtype)
-        total = tl.dot(part.to(q.dtype), v, total * shrink[:, None], input_precision=PRECISION)
+        if value_scales is None:
+            total = tl.dot(part.to(q.dtype), v, total * shrink[:, None], input_precision=PRECISION)
+        else:
+            share, peak = shares(tl.load(value_scales + base // D, mask=at < end, other=0.0))
+            sums = tl.dot((part * share[None, :]).to(q.dtype), v, input_precision=PRECISION)
+            total = total * shrink[:, None] + sums * peak
         weight = weight * shrink + tl.sum(part, 1)
         most = higher
         base = ahead
@@ -75,7 +85,7 @@ def _over_keys(
 
 @triton.jit
 def _attend(
-    q, keys, values, tables, tiles, y, part_sum, part_most, part_weight, scale,
+    q, keys, values, key_scales, value_scales, tables, tiles, y, part_sum, part_most, part_weight, scale,
     q_row, q_head, key_block, key_token, key_head, y_row,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr,
     SPLITS: tl.constexpr, WINDOW: tl.constexpr, PROMPT: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
@@ -110,13 +120,18 @@ def _attend(
     state = tl.zeros([R, DP], tl.float32), tl.full([R], LEAST, tl.float32), tl.zeros([R], tl.float32)
     keys += head * key_head
     values += head * key_head
+    if key_scales is not None:
+        x, scale = in_half(x, scale)
+        key_scales += head * (key_head // D)
+        value_scales += head * (key_head // D)
     if PROMPT and WINDOW == 0:  # no mask is needed before the first row's own position
         whole = first // TILE * TILE
-        state = _over_keys(state, x, keys, values, table, low, whole, end, seen_from, scale, key_block, key_token, d,
-                           D, BLOCK, TILE, WINDOW, False, PRECISION)  # fmt: skip
+        state = _over_keys(state, x, keys, values, key_scales, value_scales, table, low, whole, end, seen_from, scale,
+                           key_block, key_token, d, D, BLOCK, TILE, WINDOW, False, PRECISION)  # fmt: skip
         low = whole
-    total, most, weight = _over_keys(state, x, keys, values, table, low, end, end, seen_from, scale, key_block,
-                                     key_token, d, D, BLOCK, TILE, WINDOW, True, PRECISION)  # fmt: skip
+    total, most, weight = _over_keys(state, x, keys, values, key_scales, value_scales, table, low, end, end,
+                                     seen_from, scale, key_block, key_token, d,
+                                     D, BLOCK, TILE, WINDOW, True, PRECISION)  # fmt: skip
 
     # results
     if SPLITS > 1:  # as (tiles, Hq, SPLITS) and d more; a tile is one token here
@@ -180,8 +195,8 @@ def splits(tiles: int, kv_heads: int, programs: int) -> int:
 
 def attention(
     q: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    keys: torch.Tensor | Scaled,
+    values: torch.Tensor | Scaled,
     tables: torch.Tensor,
     tiles: torch.Tensor,
     y: torch.Tensor,
@@ -195,13 +210,16 @@ def attention(
 
     `split` programs share a tile, which then has one token. Raises BackendError for shapes and types it can't do.
     """
+    (keys, key_scales), (values, value_scales) = parts(keys), parts(values)
     (_blocks, block_size, kv_heads, size), heads = keys.shape, q.shape[1]
     group = _checked(q, keys, values, tables, tiles, y)
+    for codes, scales in ((keys, key_scales), (values, value_scales)):
+        check_scales(NAME, codes, scales)
     require(NAME, split == 1 or cut.tokens == 1, "only tiles of one token are split")
     rows, padded, pdl = power(cut.tokens * power(group), 16), power(size, 16), chained(q.device)
     found = _workspace(len(tiles) * heads if split > 1 else 0, split, size, q.device)
     _attend[(kv_heads, len(tiles), split)](
-        q, keys, values, tables, tiles, y, *found, scale * LOG2E,
+        q, keys, values, key_scales, value_scales, tables, tiles, y, *found, scale * LOG2E,
         q.stride(0), q.stride(1), keys.stride(0), keys.stride(1), keys.stride(2), y.stride(0),
         G=group, D=size, DP=padded, BLOCK=block_size, R=rows, TILE=cut.keys, SPLITS=split, WINDOW=window,
         PROMPT=cut.tokens > 1, PRECISION=precision(q.dtype), PDL=pdl, num_warps=cut.warps, num_stages=cut.stages,
@@ -224,7 +242,7 @@ def _checked(
     """Query heads of a KV head. Raises BackendError."""
     tokens, heads, size = q.shape
     check_rows(NAME, q)
-    check_rows(NAME, keys, values)
+    check_rows(NAME, keys, values, types=POOLS)
     require(NAME, keys.stride() == values.stride(), "keys and values differ in strides")
     require(NAME, keys.shape[3] == size <= 256 and heads % keys.shape[2] == 0, f"q {q.shape}, keys {keys.shape}")
     require(NAME, y.shape == (tokens, heads * size) and y.dtype == q.dtype and y.stride(1) == 1, f"y is {y.shape}")

@@ -25,6 +25,7 @@ import triton
 from llmrs.core.errors import BackendError
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+POOLS = (*FLOATS, torch.float8_e4m3fn)
 CHAIN: ContextVar[bool] = ContextVar("CHAIN", default=False)  # the switch of `chaining`
 
 
@@ -47,11 +48,11 @@ def require(kernel: str, true: bool, message: str) -> None:
         raise BackendError(f"kernel {kernel}: {message}", "kernels: plain does without Triton")
 
 
-def check_rows(kernel: str, *tensors: torch.Tensor) -> None:
-    """All of one floating type and shape on one device, with elements of the last dimension side by side."""
+def check_rows(kernel: str, *tensors: torch.Tensor, types: tuple[torch.dtype, ...] = FLOATS) -> None:
+    """All of one of the types and shape on one device, with elements of the last dimension side by side."""
     first = tensors[0]
     for t in tensors:
-        require(kernel, t.dtype in FLOATS and t.dtype == first.dtype, f"types {[x.dtype for x in tensors]}")
+        require(kernel, t.dtype in types and t.dtype == first.dtype, f"types {[x.dtype for x in tensors]}")
         require(kernel, t.shape == first.shape, f"shapes {[tuple(x.shape) for x in tensors]}")
         require(kernel, t.stride(-1) == 1 and t.device == first.device, f"strides {t.stride()} on {t.device}")
 

@@ -3,6 +3,7 @@
 Defined by `norm_rope_store` and `rope_store` in core/passes.py. T tokens, Hq and Hk heads of d elements:
 
     q (T, Hq, d), k, v (T, Hk, d), any strides but the last   keys, values (blocks, block_size, Hk, d), the same
+    in fp8, key_scales, value_scales float32 (blocks, block_size, Hk): a scale lies where its codes do, over d
     turns float32 (2, positions, d / 2): cos and sin, made once     cells int32 (T,): block * block_size + offset
     -> rotated q (T, Hq, d), contiguous
 
@@ -14,7 +15,9 @@ import torch
 import triton
 import triton.language as tl
 
-from llmrs.backends.torch.kernels.launch import chained, check_rows, power, require
+from llmrs.backends.torch.fp8 import Scaled, parts
+from llmrs.backends.torch.kernels.fp8 import check_scales, store_scaled
+from llmrs.backends.torch.kernels.launch import POOLS, chained, check_rows, power, require
 
 NAME = "norm_rope_store"
 
@@ -38,7 +41,7 @@ def _turned(x, at, there, w, cos, sin, half, eps, offset, D: tl.constexpr, HALF:
 
 @triton.jit
 def _norm_rope_store(
-    q, k, v, qw, kw, positions, cells, turns, out, keys, values, eps, offset, sines,
+    q, k, v, qw, kw, positions, cells, turns, out, keys, values, key_scales, value_scales, eps, offset, sines,
     q_row, q_head, k_row, k_head, v_row, v_head, key_block, key_token, key_head,
     HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, HALF_P: tl.constexpr,
     HEADS: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
@@ -69,12 +72,19 @@ def _norm_rope_store(
         there = there & (half < HALF)[None, :]
         to = base + half[None, :]
         kind = k.dtype.element_ty  # of the computation: rounded to it before the cache's own type
-        tl.store(keys + to, a.to(kind).to(keys.dtype.element_ty), mask=there)
-        tl.store(keys + to + HALF, b.to(kind).to(keys.dtype.element_ty), mask=there)
+        if key_scales is not None:
+            store_scaled(keys + to, key_scales + base // D, a.to(kind), b.to(kind), there, head < HK, HALF)
+        else:
+            tl.store(keys + to, a.to(kind).to(keys.dtype.element_ty), mask=there)
+            tl.store(keys + to + HALF, b.to(kind).to(keys.dtype.element_ty), mask=there)
         at = token * v_row + head * v_head + half[None, :]
-        for side in tl.static_range(2):
-            x = tl.load(v + at + side * HALF, mask=there, other=0.0)
-            tl.store(values + to + side * HALF, x.to(values.dtype.element_ty), mask=there)
+        if value_scales is not None:
+            va, vb = tl.load(v + at, mask=there, other=0.0), tl.load(v + at + HALF, mask=there, other=0.0)
+            store_scaled(values + to, value_scales + base // D, va, vb, there, head < HK, HALF)
+        else:
+            for side in tl.static_range(2):
+                x = tl.load(v + at + side * HALF, mask=there, other=0.0)
+                tl.store(values + to + side * HALF, x.to(values.dtype.element_ty), mask=there)
 
 
 def norm_rope_store(
@@ -85,8 +95,8 @@ def norm_rope_store(
     positions: torch.Tensor,
     cells: torch.Tensor,
     turns: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    keys: torch.Tensor | Scaled,
+    values: torch.Tensor | Scaled,
     *,
     eps: float = 0.0,
     offset: float = 0.0,
@@ -94,13 +104,17 @@ def norm_rope_store(
     """Rotated q (T, Hq, d); k and v go to `cells`. `norms`: weights (d,) for q and k. Raises BackendError."""
     tokens, heads, size = q.shape
     kv_heads, half = k.shape[1], size // 2
+    (keys, key_scales), (values, value_scales) = parts(keys), parts(values)
+    for codes, scales in ((keys, key_scales), (values, value_scales)):
+        check_scales(NAME, codes, scales)
     _check(q, k, v, positions, cells, turns, keys, values)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     together, pdl = min(4, power(kv_heads)), chained(q.device)
     qw, kw = norms or (q, q)
     require(NAME, norms is None or qw.shape == kw.shape == (size,), f"norms {qw.shape}, {kw.shape}")
     _norm_rope_store[(tokens, triton.cdiv(heads, together) + triton.cdiv(kv_heads, together))](
-        q, k, v, qw, kw, positions, cells, turns, out, keys, values, float(eps), float(offset), turns.stride(0),
+        q, k, v, qw, kw, positions, cells, turns, out, keys, values, key_scales, value_scales,
+        float(eps), float(offset), turns.stride(0),
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *keys.stride()[:3],
         HQ=heads, HK=kv_heads, D=size, HALF=half, HALF_P=power(half), HEADS=together, BLOCK=keys.shape[1],
         NORM=norms is not None, PDL=pdl, num_warps=1, launch_pdl=pdl,
@@ -115,7 +129,7 @@ def _check(
     size = q.shape[2]
     check_rows(NAME, q)
     check_rows(NAME, k, v)
-    check_rows(NAME, keys, values)
+    check_rows(NAME, keys, values, types=POOLS)
     require(NAME, keys.stride() == values.stride(), "keys and values differ in strides")
     require(NAME, q.dtype == k.dtype and size % 2 == 0, f"q is {q.dtype} of {size}, k is {k.dtype}")
     require(NAME, keys.shape[2:] == k.shape[1:] and k.shape[::2] == q.shape[::2], f"k {k.shape}, keys {keys.shape}")
