@@ -2,11 +2,15 @@
 
 Sequences that feed one token are padded to the longest of them and run at once; a part of a prompt runs alone.
 Letters: T tokens, H query heads, Hk KV heads, d head size; s sequences of a part with n rows each, L keys.
+
+A cell is where a token's KV goes, a place where one of its heads goes: cell c has the places c * Hk to c * Hk + Hk - 1.
+So keys are gathered as (s, Hk, L, d), as they are multiplied.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -14,40 +18,34 @@ import numpy as np
 from llmrs.core.batch import Batch
 from llmrs.core.ir import Frequencies
 
-Turns = tuple[mx.array, mx.array]  # float32 (T, 1, d): what a head's elements, and its halves exchanged, are times
+Key = tuple[Any, ...]  # a name and numbers
+Turns = tuple[mx.array, mx.array]  # float32 (T, H, d): what a head's elements, and its halves exchanged, are times
 
 
 @dataclass
 class KV:
-    """The KV cache of one layer: keys and values (blocks * block_size, Hk, d).
+    """The KV cache of one layer: keys and values (blocks * block_size * Hk, d), by places.
 
     A store replaces both arrays; it happens in place where nothing else holds the old ones.
     """
 
     keys: mx.array  # or, in fp8 and without Metal, what is used as one: `fp8.Scaled`
     values: mx.array
-
-
-@dataclass(frozen=True)
-class Keys:
-    """Which cells of the KV cache a part reads."""
-
-    cells: mx.array  # int32 (s, L)
-    mask: mx.array | str | None  # bool (s, 1, n, L), "causal", or None: all of them
+    heads: int  # Hk
 
 
 class Arrays:
-    """Arrays of a step by name, each made by the method `make_<name>` when first asked for."""
+    """Arrays of a step by name and numbers, each made by the method `make_<name>` when first asked for."""
 
     def __init__(self) -> None:
-        self.arrays: dict[tuple[str, int], mx.array] = {}
+        self.arrays: dict[Key, mx.array] = {}
         self.given = False  # whether `arrays` has been filled in, and nothing else may be asked for
 
-    def array(self, name: str, window: int = 0) -> mx.array:
-        key = (name, window)
+    def array(self, *key: Any) -> mx.array:  # a Key
         if key not in self.arrays:
             assert not self.given, f"{key} would become a constant of a compiled step"
-            self.arrays[key] = mx.array(getattr(self, f"make_{name}")(window))
+            name, *numbers = key
+            self.arrays[key] = mx.array(getattr(self, f"make_{name}")(*numbers))
         return self.arrays[key]
 
 
@@ -63,32 +61,36 @@ class Part(Arrays):
         self.rows = batch.starts[group] if self.n == 1 else np.arange(self.first, self.first + self.n)
         self.blocks, self.lengths = batch.blocks[group], batch.lengths[group]
         self.block_size, self.multiple = block_size, multiple
-        self._biases: dict[tuple[int, mx.Dtype], mx.array] = {}
+        self._biases: dict[int, mx.array] = {}
 
     def of(self, x: mx.array) -> mx.array:
         """Its rows (s * n, ...) of x (T, ...)."""
         return x[self.array("rows")] if self.n == 1 else x[self.first : self.first + self.n]
 
-    def keys(self, window: int) -> Keys:
-        """What its rows see: the positions up to their own, of them the last `window` (0: any)."""
+    def mask(self, window: int) -> mx.array | str | None:
+        """What its rows see: bool (s, 1, n, L), "causal", or None: all; their own positions at most, and the last `window`."""
         alone = len(self.lengths) == 1 and self.multiple == 1
         if alone and (self.n == 1 or not window):
-            return Keys(self.array("cells", window), None if self.n == 1 else "causal")
-        return Keys(self.array("cells", window), self.array("mask", window))
+            return None if self.n == 1 else "causal"
+        return self.array("mask", window)
 
-    def bias(self, window: int, dtype: mx.Dtype) -> mx.array:
-        """The mask as what is added to scores."""
-        if (window, dtype) not in self._biases:
-            self._biases[window, dtype] = mx.where(self.array("mask", window), 0.0, -mx.inf).astype(dtype)
-        return self._biases[window, dtype]
+    def bias(self, window: int, q: mx.array) -> mx.array:
+        """The mask as what is added to scores, in the type of q, which all layers share."""
+        if window not in self._biases:
+            mask = self.mask(window)
+            seen = mx.zeros((1, 1, 1, 1)) if mask is None else mx.where(mask, 0.0, -mx.inf)
+            self._biases[window] = seen.astype(q.dtype)
+        return self._biases[window]
 
-    def make_rows(self, _: int) -> np.ndarray:
+    def make_rows(self) -> np.ndarray:
         return self.rows.astype(np.int32)
 
-    def make_cells(self, window: int) -> np.ndarray:
+    def make_places(self, window: int, heads: int) -> np.ndarray:
+        """int32 (s, Hk, L): where the keys are that its rows may see."""
         positions = self._positions(window)
         columns = np.minimum(positions // self.block_size, self.blocks.shape[1] - 1)
-        return np.take_along_axis(self.blocks, columns, axis=1) * self.block_size + positions % self.block_size
+        cells = np.take_along_axis(self.blocks, columns, axis=1) * self.block_size + positions % self.block_size
+        return cells[:, None] * heads + np.arange(heads, dtype=np.int32)[:, None]
 
     def make_mask(self, window: int) -> np.ndarray:
         own = self.lengths[:, None] - self.n + np.arange(self.n)  # (s, n): the rows' own positions
@@ -111,7 +113,7 @@ class Context(Arrays):
     def __init__(self, batch: Batch, block_size: int, multiple: int = 1) -> None:
         super().__init__()
         self.batch, self.block_size, self.multiple = batch, block_size, multiple
-        self._turns: dict[int, Turns] = {}
+        self._turns: dict[tuple[int, int], Turns] = {}
 
     @cached_property
     def counts(self) -> np.ndarray:
@@ -149,10 +151,9 @@ class Context(Arrays):
         """The largest of `visible`, or a little more."""
         return round_up(int(self.batch.lengths.max()), self.multiple)
 
-    @property
-    def cells(self) -> mx.array:
-        """int32 (T,): where each token's KV goes."""
-        return self.array("cells")
+    def places(self, heads: int) -> mx.array:
+        """int32 (T, Hk): where each token's KV goes."""
+        return self.array("places", heads)
 
     @property
     def rows(self) -> mx.array:
@@ -174,48 +175,47 @@ class Context(Arrays):
         """int32 (T,): how many positions of its sequence a token sees."""
         return self.array("visible")
 
-    def make_cells(self, _: int) -> np.ndarray:
+    def make_places(self, heads: int) -> np.ndarray:
         b, size = self.batch, self.block_size
-        return b.blocks[self.row_of, b.positions // size] * size + b.positions % size
+        cells = b.blocks[self.row_of, b.positions // size] * size + b.positions % size
+        return cells[:, None] * heads + np.arange(heads, dtype=np.int32)
 
-    def make_rows(self, _: int) -> np.ndarray:
+    def make_rows(self) -> np.ndarray:
         return self.batch.rows
 
-    def make_tables(self, _: int) -> np.ndarray:
+    def make_tables(self) -> np.ndarray:
         columns = -(-self.longest // self.block_size)
         tables = self.batch.blocks[:, :columns]
         return np.pad(tables, [(0, 0), (0, columns - tables.shape[1])])
 
-    def make_owners(self, _: int) -> np.ndarray:
+    def make_owners(self) -> np.ndarray:
         return self.row_of
 
-    def make_visible(self, _: int) -> np.ndarray:
+    def make_visible(self) -> np.ndarray:
         return self.batch.positions + 1
 
-    def make_order(self, _: int) -> np.ndarray:
+    def make_order(self) -> np.ndarray:
         """int32 (T,): where each row of the batch is among those of the parts."""
         return np.argsort(np.concatenate([p.rows for p in self.parts])).astype(np.int32)
 
-    def turns(self, frequencies: Frequencies, positions: mx.array) -> Turns:
+    def turns(self, frequencies: Frequencies, positions: mx.array, heads: int) -> Turns:
         """Cosines and signed sines of a step's positions, the same for all layers of a kind."""
-        key = id(frequencies)  # which the graph holds; its hash would cost more than all the rest
+        key = id(frequencies), heads  # which the graph holds; its hash would cost more than all the rest
         if key not in self._turns:
             angles = positions[:, None, None] * mx.array(np.array(frequencies.values, np.float32))  # (T, 1, d/2)
             cos, sin = (f(angles) * frequencies.scale for f in (mx.cos, mx.sin))
-            self._turns[key] = mx.concatenate([cos, cos], axis=-1), mx.concatenate([-sin, sin], axis=-1)
+            halves = mx.concatenate([cos, cos], axis=-1), mx.concatenate([-sin, sin], axis=-1)
+            shape = (len(positions), heads, 2 * len(frequencies.values))
+            self._turns[key] = mx.broadcast_to(halves[0], shape), mx.broadcast_to(halves[1], shape)
         return self._turns[key]
 
 
 def plain_singles(p: Part, q: mx.array, kv: KV, scale: float, window: int) -> mx.array:
     """The answers of a part whose sequences have one row each, q (s, H, d) -> (s, H * d); what a CPU does fastest."""
-    seen = p.keys(window)
-    k, v = kv.keys[seen.cells].transpose(0, 2, 3, 1), kv.values[seen.cells].swapaxes(1, 2)  # (s, Hk, d, L), (.. L, d)
-    if k.dtype != q.dtype:
-        k, v = k.astype(q.dtype), v.astype(q.dtype)
-    scores = (mx.unflatten(q, 1, (v.shape[1], -1)) * scale) @ k  # (s, Hk, H / Hk, L)
-    if seen.mask is not None:
-        scores = scores + p.bias(window, scores.dtype)
-    return mx.flatten(mx.softmax(scores, axis=-1, precise=True) @ v, 1)
+    k, v = _seen(p, q, kv, window)
+    q = mx.unflatten(q, 1, (kv.heads, -1))  # (s, Hk, H / Hk, d)
+    scores = mx.addmm(p.bias(window, q), q, k.swapaxes(2, 3), scale)  # (s, Hk, H / Hk, L)
+    return mx.flatten(mx.softmax(scores, -1, precise=True) @ v, 1)
 
 
 def fast_singles(p: Part, q: mx.array, kv: KV, scale: float, window: int) -> mx.array:
@@ -231,22 +231,25 @@ def _rows(p: Part, q: mx.array, kv: KV, scale: float, window: int) -> mx.array:
 
 def _attended(p: Part, q: mx.array, kv: KV, scale: float, window: int) -> mx.array:
     """q (s, H, n, d) -> the same."""
-    seen = p.keys(window)
-    k, v = kv.keys[seen.cells].swapaxes(1, 2), kv.values[seen.cells].swapaxes(1, 2)  # (s, Hk, L, d)
-    if k.dtype != q.dtype:
-        k, v = k.astype(q.dtype), v.astype(q.dtype)
-    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=seen.mask)
+    k, v = _seen(p, q, kv, window)
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=p.mask(window))
+
+
+def _seen(p: Part, q: mx.array, kv: KV, window: int) -> tuple[mx.array, mx.array]:
+    """The keys and values (s, Hk, L, d) that its rows may see, in the type of q."""
+    places = p.array("places", window, kv.heads)
+    k, v = kv.keys[places], kv.values[places]
+    return (k, v) if k.dtype == q.dtype else (k.astype(q.dtype), v.astype(q.dtype))
 
 
 def attend(
     c: Context, q: mx.array, kv: KV, scale: float, window: int, singles: Callable[..., mx.array] = plain_singles
 ) -> mx.array:
     """q (T, H, d) -> (T, H * d)."""
-    parts = [(singles if p.n == 1 else _rows, p) for p in c.parts]
-    if len(parts) == 1:
-        run, p = parts[0]
-        return run(p, q, kv, scale, window)
-    y = mx.concatenate([run(p, p.of(q), kv, scale, window) for run, p in parts])
+    if len(c.parts) == 1:
+        p = c.parts[0]
+        return (singles if p.n == 1 else _rows)(p, q, kv, scale, window)
+    y = mx.concatenate([(singles if p.n == 1 else _rows)(p, p.of(q), kv, scale, window) for p in c.parts])
     return y if c.in_order else y[c.array("order")]
 
 

@@ -117,8 +117,9 @@ class MlxBackend(Backend):
         self.block_size = block_size
         self.kv = []
         with memory.using(self.stream):
-            shapes = [(blocks * block_size, *t.sizes) for t in self.graph.kv_types()]
-            self.kv = [KV(self._zeros(s), self._zeros(s)) for s in shapes]
+            for heads, size in (t.sizes for t in self.graph.kv_types()):
+                shape = (blocks * block_size * heads, size)
+                self.kv.append(KV(self._zeros(shape), self._zeros(shape), heads))
             self.slots = SlotState(slots, max_tokens)
             try:
                 mx.eval([x for kv in self.kv for pool in (kv.keys, kv.values) for x in arrays(pool)])

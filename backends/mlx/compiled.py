@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from llmrs.backends.mlx.attention import KV, Arrays, Context
+from llmrs.backends.mlx.attention import KV, Arrays, Context, Key
 from llmrs.backends.mlx.lowering import Program
 
 MULTIPLE = 64  # keys
@@ -26,7 +26,7 @@ class CompiledSteps:
         self.shape: tuple[int, ...] = ()
         self.seen = 0
         self.traced: Traced | None = None
-        self.names: list[list[tuple[str, int]]] = []  # of the arrays that the program asks for, by `_sources`
+        self.names: list[list[Key]] = []  # of the arrays that the program asks for, by `_sources`
 
     def run(self, context: Context, inputs: list[Any]) -> mx.array:
         """What `Program.run` gives."""
@@ -40,7 +40,7 @@ class CompiledSteps:
             return logits
         kv: list[KV] = inputs[2:]
         if self.traced is None:
-            self.traced = mx.compile(_tracer(self.program, context, self.names))
+            self.traced = mx.compile(_tracer(self.program, context, self.names, [c.heads for c in kv]))
         arrays = [s.array(*n) for s, names in zip(_sources(context), self.names, strict=True) for n in names]
         logits, written = self.traced(inputs[:2], arrays, [x for c in kv for x in (c.keys, c.values)])
         for cache, keys, values in zip(kv, written[::2], written[1::2], strict=True):
@@ -48,7 +48,7 @@ class CompiledSteps:
         return logits
 
 
-def _tracer(program: Program, like: Context, names: list[list[tuple[str, int]]]) -> Traced:
+def _tracer(program: Program, like: Context, names: list[list[Key]], heads: list[int]) -> Traced:
     """The program as a function of arrays alone, for steps that are shaped like this one."""
     batch, block_size, multiple = like.batch, like.block_size, like.multiple
 
@@ -57,7 +57,7 @@ def _tracer(program: Program, like: Context, names: list[list[tuple[str, int]]])
         for source, wanted in zip(_sources(context), names, strict=True):
             source.arrays = {name: next(left) for name in wanted}
             source.given = True
-        caches = [KV(keys, values) for keys, values in zip(pools[::2], pools[1::2], strict=True)]
+        caches = [KV(*cache) for cache in zip(pools[::2], pools[1::2], heads, strict=True)]
         logits = program.run(context, [*tokens, *caches])
         return logits, [x for c in caches for x in (c.keys, c.values)]
 

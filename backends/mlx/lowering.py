@@ -1,7 +1,8 @@
 """From a graph to a list of calls: every equation becomes its rule's function, with its weights bound."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -15,11 +16,11 @@ Rules = Mapping[str, Callable[..., Callable[..., Any]]]
 
 
 class Call(NamedTuple):
-    """One lowered equation: results at `outs` from the values at `inputs`. Values are numbered within a program."""
+    """One lowered equation. Values are numbered within a program."""
 
     run: Callable[..., Any]
-    inputs: tuple[int, ...]
-    outs: tuple[int, ...]
+    take: Callable[[list[Any]], Sequence[Any]]  # its inputs of all values
+    out: int | slice  # where its result goes, or its results
 
 
 class Program:
@@ -31,13 +32,8 @@ class Program:
     def run(self, context: Any, inputs: list[Any]) -> mx.array:
         """The graph's first result. Nothing is computed: MLX notes what depends on what."""
         values = inputs + [None] * (self.size - len(inputs))
-        for run, taken, outs in self.calls:  # hundreds, in each step
-            result = run(context, *[values[n] for n in taken])
-            if len(outs) == 1:
-                values[outs[0]] = result
-            else:
-                for n, one in zip(outs, result, strict=True):
-                    values[n] = one
+        for run, take, out in self.calls:  # hundreds, in each step
+            values[out] = run(context, *take(values))
         logits: mx.array = values[self.result]
         return logits
 
@@ -67,7 +63,9 @@ class Lowering:
 
     def _call(self, placed: Placed) -> Call:
         weights = [self._array(w) for w in placed.weights]
-        return Call(self.rules[placed.equation.op](*weights, **placed.params), placed.inputs, placed.outs)
+        run = self.rules[placed.equation.op](*weights, **placed.params)
+        first, count = placed.outs[0], len(placed.outs)  # which are numbered one after the other
+        return Call(run, taker(placed.inputs), first if count == 1 else slice(first, first + count))
 
     def _array(self, weight: Weight) -> mx.array:
         if weight in self.loaded:
@@ -87,6 +85,11 @@ class Lowering:
         array = as_array(tensor).astype(self.dtype)
         mx.eval(array)  # now, so that the copy of the file's bytes goes before the next one comes
         return array
+
+
+def taker(numbers: tuple[int, ...]) -> Callable[[list[Any]], Sequence[Any]]:
+    """What gives the values of these numbers."""
+    return itemgetter(*numbers) if len(numbers) > 1 else itemgetter(slice(numbers[0], numbers[0] + 1))
 
 
 def as_array(tensor: Tensor) -> mx.array:

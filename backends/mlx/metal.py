@@ -39,7 +39,7 @@ def attend(kernels: Kernels, *, scale: float, window: int = 0) -> Run:
         size, same = q.shape[2], q.dtype == kv.keys.dtype
         if size % 8 or not 16 <= size <= 256 or not (same or c.singles == len(c.counts)):
             return fallback(c, q, kv)
-        keys, values = (mx.unflatten(x, 0, (-1, c.block_size)) for x in (kv.keys, kv.values))
+        keys, values = (mx.unflatten(x, 0, (-1, c.block_size, kv.heads)) for x in (kv.keys, kv.values))
         parts = [_decode(kernels, c, q, keys, values, scale, window)] if c.singles else []
         parts += [_prefill(kernels, c, q, keys, values, scale, window)] if c.singles < len(c.counts) else []
         return mx.flatten(parts[0] if len(parts) == 1 else mx.concatenate(parts), 1)

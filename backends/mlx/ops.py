@@ -54,7 +54,7 @@ def rope(*, frequencies: Frequencies) -> Run:
     half = len(frequencies.values)
 
     def run(c: Context, x: Array, positions: Array) -> Array:  # (T, H, d), (T,)
-        cos, sin = c.turns(frequencies, positions)
+        cos, sin = c.turns(frequencies, positions, x.shape[1])
         return (x * cos + mx.roll(x, half, -1) * sin).astype(x.dtype)
 
     return run
@@ -65,8 +65,9 @@ def store() -> Run:
 
 
 def write(c: Context, k: Array, v: Array, kv: KV) -> KV:  # (T, Hk, d) each
-    kv.keys[c.cells] = k
-    kv.values[c.cells] = v
+    places = c.places(kv.heads)
+    kv.keys[places] = k
+    kv.values[places] = v
     return kv
 
 
