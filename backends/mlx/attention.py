@@ -3,11 +3,11 @@
 Sequences that feed one token are padded to the longest of them and run at once; a part of a prompt runs alone.
 Letters: T tokens, H query heads, Hk KV heads, d head size; s sequences of a part with n rows each, L keys.
 
-A cell is where a token's KV goes, a place where one of its heads goes: cell c has the places c * Hk to c * Hk + Hk - 1.
-So keys are gathered as (s, Hk, L, d), as they are multiplied.
+A token's KV goes to a cell, and a head of its keys or values to a place there: a row of d elements. So keys are gathered
+as (s, Hk, L, d), as they are multiplied.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,19 +19,45 @@ from llmrs.core.batch import Batch
 from llmrs.core.ir import Frequencies
 
 Key = tuple[Any, ...]  # a name and numbers
-Turns = tuple[mx.array, mx.array]  # float32 (T, H, d): what a head's elements, and its halves exchanged, are times
+Turns = tuple[mx.array, mx.array]  # float32 (T, 1, d): what a head's elements, and its halves exchanged, are times
 
 
-@dataclass
 class KV:
-    """The KV cache of one layer: keys and values (blocks * block_size * Hk, d), by places.
+    """The KV cache of one layer by places, (blocks * block_size * width, d): keys and values apart, or in one array.
 
-    A store replaces both arrays; it happens in place where nothing else holds the old ones.
+    A store replaces arrays; it happens in place where nothing else holds the old ones.
     """
 
-    keys: mx.array  # or, in fp8 and without Metal, what is used as one: `fp8.Scaled`
-    values: mx.array
-    heads: int  # Hk
+    def __init__(self, keys: mx.array, values: mx.array, heads: int) -> None:
+        """`keys` and `values` may be the same array, or in fp8 and without Metal what is used as one: `fp8.Scaled`."""
+        self.keys, self.values, self.heads = keys, values, heads
+        self.joint = keys is values
+        self.width, self.first_value = (2 * heads, heads) if self.joint else (heads, 0)  # places of a cell
+
+    def write(self, places: mx.array, k: mx.array, v: mx.array) -> None:
+        """(T, Hk, d) each, to places (T, width)."""
+        if self.joint:
+            self.keys[places] = mx.concatenate([k, v], axis=1)
+        else:
+            self.keys[places] = k
+            self.values[places] = v
+
+    def write_both(self, places: mx.array, kv: mx.array) -> None:
+        """The same of (T, 2 * Hk, d)."""
+        if self.joint:
+            self.keys[places] = kv
+        else:
+            self.write(places, *mx.split(kv, 2, axis=1))
+
+    def arrays(self) -> list[mx.array]:
+        """What it is made of."""
+        return [self.keys] if self.joint else [self.keys, self.values]
+
+    def replace(self, arrays: Iterator[mx.array]) -> "KV":
+        """Takes the next ones, as many as it is made of."""
+        keys = next(arrays)
+        self.keys, self.values = keys, keys if self.joint else next(arrays)
+        return self
 
 
 class Arrays:
@@ -62,6 +88,7 @@ class Part(Arrays):
         self.blocks, self.lengths = batch.blocks[group], batch.lengths[group]
         self.block_size, self.multiple = block_size, multiple
         self._biases: dict[int, mx.array] = {}
+        self._places: dict[tuple[int, int], tuple[mx.array, mx.array]] = {}
 
     def of(self, x: mx.array) -> mx.array:
         """Its rows (s * n, ...) of x (T, ...)."""
@@ -85,12 +112,19 @@ class Part(Arrays):
     def make_rows(self) -> np.ndarray:
         return self.rows.astype(np.int32)
 
-    def make_places(self, window: int, heads: int) -> np.ndarray:
-        """int32 (s, Hk, L): where the keys are that its rows may see."""
+    def places(self, window: int, kv: KV) -> tuple[mx.array, mx.array]:
+        """Where the keys and the values are that its rows may see, int32 (s, Hk, L) each."""
+        key = window, kv.width  # of a step, all layers are joint or none
+        if key not in self._places:
+            keys, values = ("places", window, kv.width, 0, kv.heads), ("places", window, kv.width, kv.first_value, kv.heads)
+            self._places[key] = self.array(*keys), self.array(*values)
+        return self._places[key]
+
+    def make_places(self, window: int, width: int, first: int, heads: int) -> np.ndarray:
         positions = self._positions(window)
         columns = np.minimum(positions // self.block_size, self.blocks.shape[1] - 1)
         cells = np.take_along_axis(self.blocks, columns, axis=1) * self.block_size + positions % self.block_size
-        return cells[:, None] * heads + np.arange(heads, dtype=np.int32)[:, None]
+        return cells[:, None] * width + np.arange(first, first + heads, dtype=np.int32)[:, None]
 
     def make_mask(self, window: int) -> np.ndarray:
         own = self.lengths[:, None] - self.n + np.arange(self.n)  # (s, n): the rows' own positions
@@ -113,7 +147,8 @@ class Context(Arrays):
     def __init__(self, batch: Batch, block_size: int, multiple: int = 1) -> None:
         super().__init__()
         self.batch, self.block_size, self.multiple = batch, block_size, multiple
-        self._turns: dict[tuple[int, int], Turns] = {}
+        self._turns: dict[int, Turns] = {}
+        self._spins: dict[tuple[int, int], mx.array] = {}
 
     @cached_property
     def counts(self) -> np.ndarray:
@@ -151,9 +186,9 @@ class Context(Arrays):
         """The largest of `visible`, or a little more."""
         return round_up(int(self.batch.lengths.max()), self.multiple)
 
-    def places(self, heads: int) -> mx.array:
-        """int32 (T, Hk): where each token's KV goes."""
-        return self.array("places", heads)
+    def places(self, width: int) -> mx.array:
+        """int32 (T, width): the places of each token's cell."""
+        return self.array("places", width)
 
     @property
     def rows(self) -> mx.array:
@@ -175,10 +210,10 @@ class Context(Arrays):
         """int32 (T,): how many positions of its sequence a token sees."""
         return self.array("visible")
 
-    def make_places(self, heads: int) -> np.ndarray:
+    def make_places(self, width: int) -> np.ndarray:
         b, size = self.batch, self.block_size
         cells = b.blocks[self.row_of, b.positions // size] * size + b.positions % size
-        return cells[:, None] * heads + np.arange(heads, dtype=np.int32)
+        return cells[:, None] * width + np.arange(width, dtype=np.int32)
 
     def make_rows(self) -> np.ndarray:
         return self.batch.rows
@@ -198,16 +233,30 @@ class Context(Arrays):
         """int32 (T,): where each row of the batch is among those of the parts."""
         return np.argsort(np.concatenate([p.rows for p in self.parts])).astype(np.int32)
 
-    def turns(self, frequencies: Frequencies, positions: mx.array, heads: int) -> Turns:
+    def turns(self, frequencies: Frequencies, positions: mx.array) -> Turns:
         """Cosines and signed sines of a step's positions, the same for all layers of a kind."""
-        key = id(frequencies), heads  # which the graph holds; its hash would cost more than all the rest
+        key = id(frequencies)  # which the graph holds; its hash would cost more than all the rest
         if key not in self._turns:
-            angles = positions[:, None, None] * mx.array(np.array(frequencies.values, np.float32))  # (T, 1, d/2)
-            cos, sin = (f(angles) * frequencies.scale for f in (mx.cos, mx.sin))
-            halves = mx.concatenate([cos, cos], axis=-1), mx.concatenate([-sin, sin], axis=-1)
-            shape = (len(positions), heads, 2 * len(frequencies.values))
-            self._turns[key] = mx.broadcast_to(halves[0], shape), mx.broadcast_to(halves[1], shape)
+            cos, sin = _cos_sin(frequencies, positions)
+            self._turns[key] = mx.concatenate([cos, cos], axis=-1), mx.concatenate([-sin, sin], axis=-1)
         return self._turns[key]
+
+    def spins(self, frequencies: Frequencies, positions: mx.array, turned: int, heads: int) -> mx.array:
+        """complex64 (T, heads, d/2): what pairs of a head's elements are times, the heads from `turned` on times 1."""
+        key = id(frequencies), heads
+        if key not in self._spins:
+            cos, sin = _cos_sin(frequencies, positions)
+            pairs = mx.flatten(mx.stack([cos, sin], axis=-1), -2).view(mx.complex64)  # (T, 1, d/2)
+            count, _, half = pairs.shape
+            ones = mx.ones((count, heads - turned, half), mx.complex64)
+            self._spins[key] = mx.concatenate([mx.broadcast_to(pairs, (count, turned, half)), ones], axis=1)
+        return self._spins[key]
+
+
+def _cos_sin(frequencies: Frequencies, positions: mx.array) -> Turns:
+    """float32 (T, 1, d/2) each, times the frequencies' scale."""
+    angles = positions[:, None, None] * mx.array(np.array(frequencies.values, np.float32))
+    return mx.cos(angles) * frequencies.scale, mx.sin(angles) * frequencies.scale
 
 
 def plain_singles(p: Part, q: mx.array, kv: KV, scale: float, window: int) -> mx.array:
@@ -237,8 +286,8 @@ def _attended(p: Part, q: mx.array, kv: KV, scale: float, window: int) -> mx.arr
 
 def _seen(p: Part, q: mx.array, kv: KV, window: int) -> tuple[mx.array, mx.array]:
     """The keys and values (s, Hk, L, d) that its rows may see, in the type of q."""
-    places = p.array("places", window, kv.heads)
-    k, v = kv.keys[places], kv.values[places]
+    keys, values = p.places(window, kv)
+    k, v = kv.keys[keys], kv.values[values]
     return (k, v) if k.dtype == q.dtype else (k.astype(q.dtype), v.astype(q.dtype))
 
 

@@ -65,6 +65,7 @@ class MlxBackend(Backend):
         super().__init__(device, dtype, kv_dtype)
         self.type = DTYPES[dtype]
         self.rules, self.draw, self.compiles = ops.COMMON, draw, False
+        self.joint = True  # keys and values of a layer in one array
         if device == "gpu" and mx.metal.is_available():
             self.use_metal(Kernels())
             self.compiles = True  # on a CPU, MLX would call a C++ compiler
@@ -87,7 +88,7 @@ class MlxBackend(Backend):
     def use_metal(self, kernels: Kernels) -> None:
         """Has the rules of Metal win over those of mx ops, before `load`."""
         self.rules = {**ops.COMMON, **ops.FAST, **metal.rules(kernels)}
-        self.draw = partial(metal.draw, kernels)
+        self.draw, self.joint = partial(metal.draw, kernels), False
 
     @classmethod
     def devices(cls) -> list[str]:
@@ -118,11 +119,12 @@ class MlxBackend(Backend):
         self.kv = []
         with memory.using(self.stream):
             for heads, size in (t.sizes for t in self.graph.kv_types()):
-                shape = (blocks * block_size * heads, size)
-                self.kv.append(KV(self._zeros(shape), self._zeros(shape), heads))
+                shape = (blocks * block_size * heads * (2 if self.joint else 1), size)
+                keys = self._zeros(shape)
+                self.kv.append(KV(keys, keys if self.joint else self._zeros(shape), heads))
             self.slots = SlotState(slots, max_tokens)
             try:
-                mx.eval([x for kv in self.kv for pool in (kv.keys, kv.values) for x in arrays(pool)])
+                mx.eval([x for kv in self.kv for pool in kv.arrays() for x in arrays(pool)])
             except RuntimeError as error:
                 self.kv = []
                 raise MemoryLimitError(f"no memory for {blocks} KV blocks: {error}", "lower max_model_len") from error

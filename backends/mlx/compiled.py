@@ -5,6 +5,7 @@ steps of one token a sequence. The number of keys is part of the shape; it is ro
 """
 
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 import mlx.core as mx
@@ -40,15 +41,16 @@ class CompiledSteps:
             return logits
         kv: list[KV] = inputs[2:]
         if self.traced is None:
-            self.traced = mx.compile(_tracer(self.program, context, self.names, [c.heads for c in kv]))
+            self.traced = mx.compile(_tracer(self.program, context, self.names, kv))
         arrays = [s.array(*n) for s, names in zip(_sources(context), self.names, strict=True) for n in names]
-        logits, written = self.traced(inputs[:2], arrays, [x for c in kv for x in (c.keys, c.values)])
-        for cache, keys, values in zip(kv, written[::2], written[1::2], strict=True):
-            cache.keys, cache.values = keys, values
+        logits, written = self.traced(inputs[:2], arrays, [x for c in kv for x in c.arrays()])
+        found = iter(written)
+        for cache in kv:
+            cache.replace(found)
         return logits
 
 
-def _tracer(program: Program, like: Context, names: list[list[Key]], heads: list[int]) -> Traced:
+def _tracer(program: Program, like: Context, names: list[list[Key]], kv: list[KV]) -> Traced:
     """The program as a function of arrays alone, for steps that are shaped like this one."""
     batch, block_size, multiple = like.batch, like.block_size, like.multiple
 
@@ -57,9 +59,10 @@ def _tracer(program: Program, like: Context, names: list[list[Key]], heads: list
         for source, wanted in zip(_sources(context), names, strict=True):
             source.arrays = {name: next(left) for name in wanted}
             source.given = True
-        caches = [KV(*cache) for cache in zip(pools[::2], pools[1::2], heads, strict=True)]
+        given = iter(pools)
+        caches = [copy(c).replace(given) for c in kv]
         logits = program.run(context, [*tokens, *caches])
-        return logits, [x for c in caches for x in (c.keys, c.values)]
+        return logits, [x for c in caches for x in c.arrays()]
 
     return run
 

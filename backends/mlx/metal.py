@@ -66,7 +66,7 @@ def _prefill(kernels: Kernels, c: Context, q: Array, keys: Array, values: Array,
 
 def qkv_rope_store(kernels: Kernels, *matrix: Array, rows: list[int], size: int, frequencies: Frequencies) -> Run:
     if size < 16 or size % 2:
-        return ops.qkv_rope_store(*matrix, rows=rows, size=size, frequencies=frequencies, rope=ops.fast_rope)
+        return ops.fast_qkv_rope_store(*matrix, rows=rows, size=size, frequencies=frequencies)
     return _qkv(kernels, ops.linear(*matrix), None, rows, size, frequencies, {})
 
 
@@ -81,8 +81,8 @@ def qkv_norm_rope_store(
 ) -> Run:
     params: dict[str, Any] = {"eps": eps, "offset": offset}
     if size < 16 or size % 2:
-        params |= {"rows": rows, "size": size, "frequencies": frequencies, "rope": ops.fast_rope}
-        return ops.qkv_norm_rope_store(*weights, **params)
+        params |= {"rows": rows, "size": size, "frequencies": frequencies}
+        return ops.fast_qkv_norm_rope_store(*weights, **params)
     *matrix, q_norm, k_norm = weights
     return _qkv(kernels, ops.linear(*matrix), (q_norm, k_norm), rows, size, frequencies, params)
 
@@ -109,7 +109,7 @@ def _qkv(
 
 def add_norm(kernels: Kernels, weight: Array, *, eps: float, offset: float = 0.0) -> Run:
     if len(weight) < 8:
-        return ops.add_norm(weight, eps=eps, offset=offset)
+        return ops.FAST["add_norm"](weight, eps=eps, offset=offset)
     return lambda c, x, y: rows.add_norm(kernels, x, y, weight, eps=eps, offset=offset)
 
 

@@ -3,7 +3,7 @@
 That function takes the step's context and the values that are the op's inputs, in their order.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from llmrs.backends.mlx import attention
+from llmrs.backends.mlx import attention, joint
 from llmrs.backends.mlx.attention import KV, Context
 from llmrs.core.ir import Frequencies
 
@@ -40,10 +40,16 @@ def scale(*, by: float) -> Run:
 
 
 def rms_norm(weight: Array, *, eps: float, offset: float = 0.0) -> Run:
-    if not offset:
-        return lambda c, x: mx.fast.rms_norm(x, weight, eps)
-    wide = weight.astype(mx.float32) + offset  # 1 + w would lose w's last bits in bf16
-    return lambda c, x: mx.fast.rms_norm(x, wide, eps).astype(x.dtype)
+    """In as few ops as can be: MLX's own is a dozen of them on a CPU."""
+    dtype, size = weight.dtype, weight.shape[0]
+    wide = ((weight.astype(mx.float32) + offset) * size**0.5)[None]  # 1 + w would lose w's last bits in bf16
+    least = mx.full((1, 1), size * eps)
+    mx.eval(wide, least)
+
+    def run(_: Context, x: Array) -> Array:
+        return x * mx.rsqrt(mx.sum(mx.square(x), -1, True) + least) * wide  # both times sqrt(size)
+
+    return run if dtype == mx.float32 else lambda c, x: run(c, x.astype(mx.float32)).astype(dtype)
 
 
 def heads(*, size: int) -> Run:  # (T, H * d) -> (T, H, d)
@@ -54,7 +60,7 @@ def rope(*, frequencies: Frequencies) -> Run:
     half = len(frequencies.values)
 
     def run(c: Context, x: Array, positions: Array) -> Array:  # (T, H, d), (T,)
-        cos, sin = c.turns(frequencies, positions, x.shape[1])
+        cos, sin = c.turns(frequencies, positions)
         return (x * cos + mx.roll(x, half, -1) * sin).astype(x.dtype)
 
     return run
@@ -65,9 +71,7 @@ def store() -> Run:
 
 
 def write(c: Context, k: Array, v: Array, kv: KV) -> KV:  # (T, Hk, d) each
-    places = c.places(kv.heads)
-    kv.keys[places] = k
-    kv.values[places] = v
+    kv.write(c.places(kv.width), k, v)
     return kv
 
 
@@ -127,7 +131,7 @@ def head(weight: Array) -> Run:
 # Fused ops: fewer calls a layer; the arithmetic is that of their definitions.
 
 
-def add_norm(weight: Array, *, eps: float, offset: float = 0.0) -> Run:
+def add_norm(weight: Array, *, eps: float, offset: float = 0.0, rms_norm: Callable[..., Run] = rms_norm) -> Run:
     norm = rms_norm(weight, eps=eps, offset=offset)
 
     def run(c: Context, x: Array, y: Array) -> tuple[Array, Array]:
@@ -171,45 +175,34 @@ def _gated(merged: Run, product: Run) -> Run:
     return lambda c, x: product(c, *merged(c, x))
 
 
-def qkv_rope_store(
-    *matrix: Array, rows: list[int], size: int, frequencies: Frequencies, rope: Callable[..., Run] = rope
-) -> Run:
-    return _qkv(linear(*matrix), rows, size, lambda c, x: x, rope(frequencies=frequencies))
+def qkv_rope_store(*matrix: Array, rows: list[int], size: int, frequencies: Frequencies) -> Run:
+    return _paired(matrix, rows, size, frequencies, None)
 
 
 def qkv_norm_rope_store(
-    *weights: Array,
-    rows: list[int],
-    size: int,
-    eps: float,
-    frequencies: Frequencies,
-    offset: float = 0.0,
-    rope: Callable[..., Run] = rope,
+    *weights: Array, rows: list[int], size: int, eps: float, frequencies: Frequencies, offset: float = 0.0
 ) -> Run:
-    """Queries and keys are normalized at once, and multiplied by a weight (Hq + Hk, d)."""
     *matrix, q_weight, k_weight = weights
-    wide = [w.astype(mx.float32) + offset if offset else w for w in (q_weight, k_weight)]
-    weight = mx.concatenate([mx.broadcast_to(w, (n // size, size)) for w, n in zip(wide, rows, strict=False)])
-    mx.eval(weight)
-
-    def norm(c: Context, x: Array) -> Array:
-        return mx.fast.rms_norm(x, None, eps) * weight
-
-    return _qkv(linear(*matrix), rows, size, norm, rope(frequencies=frequencies))
+    q_weight, k_weight = (w.astype(mx.float32) + offset for w in (q_weight, k_weight))
+    return _paired(matrix, rows, size, frequencies, joint.head_norm(q_weight, k_weight, rows, size, eps))
 
 
-def _qkv(project: Run, rows: list[int], size: int, norm: Run, turn: Run) -> Run:
-    query_heads, both = rows[0] // size, (rows[0] + rows[1]) // size
-
-    def run(c: Context, x: Array, positions: Array, kv: KV) -> tuple[Array, KV]:
-        qk, v = mx.split(mx.unflatten(project(c, x), -1, (-1, size)), [both], axis=1)
-        q, k = mx.split(turn(c, norm(c, qk), positions).astype(x.dtype), [query_heads], axis=1)
-        return q, write(c, k, v, kv)
-
-    return run
+def _paired(
+    matrix: Sequence[Array], rows: list[int], size: int, frequencies: Frequencies, norm: joint.Norm | None
+) -> Run:
+    order = joint.paired_rows(rows, size)
+    project, wide = linear(*(m[order] for m in matrix)), matrix[0].dtype != mx.float32
+    return joint.qkv(project, rows, size, frequencies, norm, wide)
 
 
 # Where MLX's own fast ops are one kernel each; on the CPU they are many small steps.
+
+
+def fast_rms_norm(weight: Array, *, eps: float, offset: float = 0.0) -> Run:
+    if not offset:
+        return lambda c, x: mx.fast.rms_norm(x, weight, eps)
+    wide = weight.astype(mx.float32) + offset
+    return lambda c, x: mx.fast.rms_norm(x, wide, eps).astype(x.dtype)
 
 
 def fast_rope(*, frequencies: Frequencies) -> Run:
@@ -225,6 +218,41 @@ def fast_rope(*, frequencies: Frequencies) -> Run:
     return run
 
 
+def fast_qkv_rope_store(*matrix: Array, rows: list[int], size: int, frequencies: Frequencies) -> Run:
+    return _qkv(linear(*matrix), rows, size, lambda c, x: x, fast_rope(frequencies=frequencies))
+
+
+def fast_qkv_norm_rope_store(
+    *weights: Array,
+    rows: list[int],
+    size: int,
+    eps: float,
+    frequencies: Frequencies,
+    offset: float = 0.0,
+) -> Run:
+    """Queries and keys are normalized at once, and multiplied by a weight (Hq + Hk, d)."""
+    *matrix, q_weight, k_weight = weights
+    wide = [w.astype(mx.float32) + offset if offset else w for w in (q_weight, k_weight)]
+    weight = mx.concatenate([mx.broadcast_to(w, (n // size, size)) for w, n in zip(wide, rows, strict=False)])
+    mx.eval(weight)
+
+    def norm(c: Context, x: Array) -> Array:
+        return mx.fast.rms_norm(x, None, eps) * weight
+
+    return _qkv(linear(*matrix), rows, size, norm, fast_rope(frequencies=frequencies))
+
+
+def _qkv(project: Run, rows: list[int], size: int, norm: Run, turn: Run) -> Run:
+    query_heads, both = rows[0] // size, (rows[0] + rows[1]) // size
+
+    def run(c: Context, x: Array, positions: Array, kv: KV) -> tuple[Array, KV]:
+        qk, v = mx.split(mx.unflatten(project(c, x), -1, (-1, size)), [both], axis=1)
+        q, k = mx.split(turn(c, norm(c, qk), positions).astype(x.dtype), [query_heads], axis=1)
+        return q, write(c, k, v, kv)
+
+    return run
+
+
 def fast_attend(*, scale: float, window: int = 0) -> Run:
     return lambda c, q, kv: attention.attend(c, q, kv, scale, window, attention.fast_singles)
 
@@ -236,6 +264,8 @@ COMMON: dict[str, Callable[..., Run]] = {f.__name__: f for f in (*PLAIN, *FUSED.
 FAST: dict[str, Callable[..., Run]] = {  # what wins on a GPU: the same signatures
     "rope": fast_rope,
     "attend": fast_attend,
-    "qkv_rope_store": partial(qkv_rope_store, rope=fast_rope),
-    "qkv_norm_rope_store": partial(qkv_norm_rope_store, rope=fast_rope),
+    "rms_norm": fast_rms_norm,
+    "add_norm": partial(add_norm, rms_norm=fast_rms_norm),
+    "qkv_rope_store": fast_qkv_rope_store,
+    "qkv_norm_rope_store": fast_qkv_norm_rope_store,
 }
