@@ -116,15 +116,16 @@ class Part(Arrays):
         """Where the keys and the values are that its rows may see, int32 (s, Hk, L) each."""
         key = window, kv.width  # of a step, all layers are joint or none
         if key not in self._places:
-            keys, values = ("places", window, kv.width, 0, kv.heads), ("places", window, kv.width, kv.first_value, kv.heads)
-            self._places[key] = self.array(*keys), self.array(*values)
+            keys = self.array("places", window, kv.width, kv.heads)
+            self._places[key] = keys, keys + kv.first_value if kv.joint else keys
         return self._places[key]
 
-    def make_places(self, window: int, width: int, first: int, heads: int) -> np.ndarray:
+    def make_places(self, window: int, width: int, heads: int) -> np.ndarray:
         positions = self._positions(window)
         columns = np.minimum(positions // self.block_size, self.blocks.shape[1] - 1)
-        cells = np.take_along_axis(self.blocks, columns, axis=1) * self.block_size + positions % self.block_size
-        return cells[:, None] * width + np.arange(first, first + heads, dtype=np.int32)[:, None]
+        blocks = self.blocks[np.arange(len(self.blocks))[:, None], columns]
+        cells = blocks * self.block_size + positions % self.block_size  # (s, L)
+        return cells[:, None] * width + np.arange(heads, dtype=np.int32)[:, None]
 
     def make_mask(self, window: int) -> np.ndarray:
         own = self.lengths[:, None] - self.n + np.arange(self.n)  # (s, n): the rows' own positions
@@ -132,8 +133,11 @@ class Part(Arrays):
         return (distance >= 0) & (distance < window) if window else distance >= 0
 
     def _positions(self, window: int) -> np.ndarray:
-        """int32 (s, L): those that a row may see, and some that it may not."""
-        begin = np.maximum(self.lengths - self.n - window + 1, 0) if window else np.zeros_like(self.lengths)
+        """int32 (s, L), or (1, L) for all: those that a row may see, and some that it may not."""
+        longest = int(self.lengths.max())
+        if not window:
+            return np.arange(round_up(longest, self.multiple), dtype=np.int32)[None]
+        begin = np.maximum(self.lengths - self.n - window + 1, 0)
         count = round_up(int((self.lengths - begin).max()), self.multiple)
         return begin[:, None] + np.arange(count, dtype=np.int32)
 
@@ -153,7 +157,7 @@ class Context(Arrays):
     @cached_property
     def counts(self) -> np.ndarray:
         """int32 (S,): tokens of each sequence."""
-        return np.diff(self.batch.starts)
+        return self.batch.starts[1:] - self.batch.starts[:-1]
 
     @cached_property
     def row_of(self) -> np.ndarray:
@@ -173,7 +177,9 @@ class Context(Arrays):
     @cached_property
     def parts(self) -> Sequence[Part]:
         singles = np.flatnonzero(self.counts == 1)
-        groups = ([singles] if len(singles) else []) + [np.array([s]) for s in np.flatnonzero(self.counts > 1)]
+        groups = [singles] if len(singles) else []
+        if len(singles) < len(self.counts):
+            groups += [np.array([s]) for s in np.flatnonzero(self.counts > 1)]
         return [Part(self.batch, self.block_size, group, self.multiple) for group in groups]
 
     @cached_property
