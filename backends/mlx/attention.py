@@ -3,12 +3,11 @@
 Sequences that feed one token are padded to the longest of them and run at once; a part of a prompt runs alone.
 Letters: T tokens, H query heads, Hk KV heads, d head size; s sequences of a part with n rows each, L keys.
 
-A token's KV goes to a cell, and a head of its keys or values to a place there: a row of d elements. So keys are gathered
-as (s, Hk, L, d), as they are multiplied.
+A token's KV goes to a cell, and a head of its keys or values to a place there: a row of d elements. So keys are
+gathered as (s, Hk, L, d), as they are multiplied.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -95,7 +94,7 @@ class Part(Arrays):
         return x[self.array("rows")] if self.n == 1 else x[self.first : self.first + self.n]
 
     def mask(self, window: int) -> mx.array | str | None:
-        """What its rows see: bool (s, 1, n, L), "causal", or None: all; their own positions at most, and the last `window`."""
+        """Which of its keys its rows see, positions up to their own: bool (s, 1, n, L), "causal", or None: all."""
         alone = len(self.lengths) == 1 and self.multiple == 1
         if alone and (self.n == 1 or not window):
             return None if self.n == 1 else "causal"
@@ -105,7 +104,7 @@ class Part(Arrays):
         """The mask as what is added to scores, in the type of q, which all layers share."""
         if window not in self._biases:
             mask = self.mask(window)
-            seen = mx.zeros((1, 1, 1, 1)) if mask is None else mx.where(mask, 0.0, -mx.inf)
+            seen = mx.where(mask, 0.0, -mx.inf) if isinstance(mask, mx.array) else mx.zeros((1, 1, 1, 1))
             self._biases[window] = seen.astype(q.dtype)
         return self._biases[window]
 

@@ -34,7 +34,10 @@ def paired_rows(rows: list[int], size: int) -> mx.array:
 def head_norm(q_weight: mx.array, k_weight: mx.array, rows: list[int], size: int, eps: float) -> Norm:
     """x (T, A, d) float32: queries and keys by their root mean square, times their weights; values as they are."""
     turned, kept = (rows[0] + rows[1]) // size, rows[2] // size
-    weights = [mx.broadcast_to(w[mx.array(pairs(size))], (n // size, size)) for w, n in zip((q_weight, k_weight), rows, strict=False)]
+    weights = [
+        mx.broadcast_to(w[mx.array(pairs(size))], (n // size, size))
+        for w, n in zip((q_weight, k_weight), rows, strict=False)
+    ]
     weight = mx.concatenate([*(w * size**0.5 for w in weights), mx.ones((kept, size))])[None]  # (1, A, d)
     power = mx.concatenate([mx.full((1, turned, 1), -0.5), mx.zeros((1, kept, 1))], axis=1)
     least = mx.full((1, 1, 1), size * eps)
@@ -43,7 +46,12 @@ def head_norm(q_weight: mx.array, k_weight: mx.array, rows: list[int], size: int
 
 
 def qkv(
-    project: Callable[..., mx.array], rows: list[int], size: int, frequencies: Frequencies, norm: Norm | None, wide: bool
+    project: Callable[..., mx.array],
+    rows: list[int],
+    size: int,
+    frequencies: Frequencies,
+    norm: Norm | None,
+    wide: bool,
 ) -> Callable[..., Any]:
     """`project` gives the merged result (T, A * d), of `paired_rows`; `wide`: in another type than float32."""
     heads, turned, queries = sum(rows) // size, (rows[0] + rows[1]) // size, [rows[0] // size]

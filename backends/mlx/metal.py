@@ -67,7 +67,7 @@ def _prefill(kernels: Kernels, c: Context, q: Array, keys: Array, values: Array,
 def qkv_rope_store(kernels: Kernels, *matrix: Array, rows: list[int], size: int, frequencies: Frequencies) -> Run:
     if size < 16 or size % 2:
         return ops.fast_qkv_rope_store(*matrix, rows=rows, size=size, frequencies=frequencies)
-    return _qkv(kernels, ops.linear(*matrix), None, rows, size, frequencies, {})
+    return _qkv(kernels, ops.fast_linear(*matrix), None, rows, size, frequencies, {})
 
 
 def qkv_norm_rope_store(
@@ -84,7 +84,7 @@ def qkv_norm_rope_store(
         params |= {"rows": rows, "size": size, "frequencies": frequencies}
         return ops.fast_qkv_norm_rope_store(*weights, **params)
     *matrix, q_norm, k_norm = weights
-    return _qkv(kernels, ops.linear(*matrix), (q_norm, k_norm), rows, size, frequencies, params)
+    return _qkv(kernels, ops.fast_linear(*matrix), (q_norm, k_norm), rows, size, frequencies, params)
 
 
 def _qkv(
@@ -114,7 +114,7 @@ def add_norm(kernels: Kernels, weight: Array, *, eps: float, offset: float = 0.0
 
 
 def gated(kernels: Kernels, gelu: bool, weight: Array, bias: Array | None = None, *, rows: list[int]) -> Run:
-    project = ops.linear(weight, *([] if bias is None else [bias]))
+    project = ops.fast_linear(weight, *([] if bias is None else [bias]))
     return lambda c, x: _gated(kernels, project(c, x), gelu=gelu)
 
 

@@ -24,13 +24,20 @@ def embed(table: Array) -> Run:
 
 
 def linear(weight: Array, bias: Array | None = None) -> Run:
-    turned = weight.T  # a view; matmul reads it as it is
+    turned = weight.T
+    if weight.dtype == mx.float32:
+        turned = mx.contiguous(turned)  # for a view, MLX's product on a CPU takes twice as long
+        mx.eval(turned)
+    return _product(turned, bias)
+
+
+def _product(turned: Array, bias: Array | None) -> Run:
     if bias is None:
         return lambda c, x: x @ turned
     return lambda c, x: mx.addmm(bias, x, turned)
 
 
-def linears(weight: Array, bias: Array | None = None, *, rows: list[int]) -> Run:
+def linears(weight: Array, bias: Array | None = None, *, rows: list[int], linear: Callable[..., Run] = linear) -> Run:
     run, cuts = linear(weight, bias), list(accumulate(rows))[:-1]
     return lambda c, x: mx.split(run(c, x), cuts, axis=-1)
 
@@ -163,12 +170,16 @@ def rope_store(*, frequencies: Frequencies) -> Run:
     return run
 
 
-def linears_silu_mul(weight: Array, bias: Array | None = None, *, rows: list[int]) -> Run:
-    return _gated(linears(weight, bias, rows=rows), silu_mul())
+def linears_silu_mul(
+    weight: Array, bias: Array | None = None, *, rows: list[int], linear: Callable[..., Run] = linear
+) -> Run:
+    return _gated(linears(weight, bias, rows=rows, linear=linear), silu_mul())
 
 
-def linears_gelu_mul(weight: Array, bias: Array | None = None, *, rows: list[int]) -> Run:
-    return _gated(linears(weight, bias, rows=rows), gelu_mul())
+def linears_gelu_mul(
+    weight: Array, bias: Array | None = None, *, rows: list[int], linear: Callable[..., Run] = linear
+) -> Run:
+    return _gated(linears(weight, bias, rows=rows, linear=linear), gelu_mul())
 
 
 def _gated(merged: Run, product: Run) -> Run:
@@ -191,11 +202,16 @@ def _paired(
     matrix: Sequence[Array], rows: list[int], size: int, frequencies: Frequencies, norm: joint.Norm | None
 ) -> Run:
     order = joint.paired_rows(rows, size)
-    project, wide = linear(*(m[order] for m in matrix)), matrix[0].dtype != mx.float32
-    return joint.qkv(project, rows, size, frequencies, norm, wide)
+    matrix = [m[order] for m in matrix]
+    mx.eval(matrix)  # else the first step would do it, and hold both
+    return joint.qkv(linear(*matrix), rows, size, frequencies, norm, wide=matrix[0].dtype != mx.float32)
 
 
 # Where MLX's own fast ops are one kernel each; on the CPU they are many small steps.
+
+
+def fast_linear(weight: Array, bias: Array | None = None) -> Run:
+    return _product(weight.T, bias)  # a view
 
 
 def fast_rms_norm(weight: Array, *, eps: float, offset: float = 0.0) -> Run:
@@ -219,7 +235,7 @@ def fast_rope(*, frequencies: Frequencies) -> Run:
 
 
 def fast_qkv_rope_store(*matrix: Array, rows: list[int], size: int, frequencies: Frequencies) -> Run:
-    return _qkv(linear(*matrix), rows, size, lambda c, x: x, fast_rope(frequencies=frequencies))
+    return _qkv(fast_linear(*matrix), rows, size, lambda c, x: x, fast_rope(frequencies=frequencies))
 
 
 def fast_qkv_norm_rope_store(
@@ -239,7 +255,7 @@ def fast_qkv_norm_rope_store(
     def norm(c: Context, x: Array) -> Array:
         return mx.fast.rms_norm(x, None, eps) * weight
 
-    return _qkv(linear(*matrix), rows, size, norm, fast_rope(frequencies=frequencies))
+    return _qkv(fast_linear(*matrix), rows, size, norm, fast_rope(frequencies=frequencies))
 
 
 def _qkv(project: Run, rows: list[int], size: int, norm: Run, turn: Run) -> Run:
@@ -262,6 +278,8 @@ OWN = (linears_silu_mul, linears_gelu_mul, qkv_rope_store, qkv_norm_rope_store) 
 PLAIN = (embed, scale, linear, rms_norm, heads, rope, store, attend, silu_mul, gelu_mul, moe, add, last, head)
 COMMON: dict[str, Callable[..., Run]] = {f.__name__: f for f in (*PLAIN, *FUSED.values(), *OWN)}
 FAST: dict[str, Callable[..., Run]] = {  # what wins on a GPU: the same signatures
+    "linear": fast_linear,
+    **{f.__name__: partial(f, linear=fast_linear) for f in (linears, linears_silu_mul, linears_gelu_mul)},
     "rope": fast_rope,
     "attend": fast_attend,
     "rms_norm": fast_rms_norm,
