@@ -5,9 +5,10 @@ import os
 import platform
 from typing import Any
 
+from llmrs.backends.base import find
 from llmrs.cli.options import BenchOptions
 from llmrs.cli.terminal import StatusLine
-from llmrs.core.errors import BackendError
+
 
 RUNNING = (1, 8, 32, 128, 256)  # requests at once
 
@@ -34,10 +35,9 @@ def host(options: BenchOptions) -> int:
 
 def mlx_host(options: BenchOptions) -> int:
     """The time to build MLX's graph of a decode step, against mlx-lm's where that is installed."""
-    try:
-        from llmrs import bench_mlx
-    except ImportError as error:
-        raise BackendError(f"MLX can't be loaded: {error}", "pip install 'llmrs[mlx]'") from error
+    find("mlx")  # raises BackendError where MLX is missing or too old
+    from llmrs import bench_mlx
+
     results: dict[int, Any] = {n: bench_mlx.host(n, "f32", "auto", 15) for n in options.batches or (1, 32)}
     counts = bench_mlx.per_layer()
     if options.json:

@@ -2,23 +2,28 @@
 
 import gc
 import os
+import platform
 import shutil
 import subprocess
 import sys
 import threading
+from importlib.metadata import requires
+from types import ModuleType
 
 import numpy as np
 import pytest
 
 from llmrs.backends import base
 from llmrs.backends.testing import BLOCK, CONTEXT, MODELS, RandomModel, core_on, prefill_batch, prompts, request, run
+from llmrs.cli import main
 from llmrs.core.config import EngineConfig
 from llmrs.core.errors import BackendError, LoadCancelledError
 from llmrs.fit import token_bytes
+from llmrs.loading import make_backend
 
 mx = pytest.importorskip("mlx.core")
 
-from llmrs.backends.mlx import memory, ops  # noqa: E402
+from llmrs.backends.mlx import NEEDED, memory, ops  # noqa: E402
 from llmrs.backends.mlx.backend import MlxBackend  # noqa: E402
 from llmrs.backends.mlx.kernels.launch import Kernels  # noqa: E402
 
@@ -169,12 +174,79 @@ def test_importing_changes_nothing(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_without_mlx_an_error_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "mlx.core", None)
-    monkeypatch.delitem(sys.modules, "llmrs.backends.mlx.backend")
-    with pytest.raises(BackendError, match="mlx") as caught:
+@pytest.fixture
+def fresh(monkeypatch):
+    """Importing the backend anew, with the stand-in for mlx.core that is given."""
+
+    def use(core):
+        for name in [n for n in sys.modules if n.startswith("llmrs.backends.mlx") or n == "llmrs.bench_mlx"]:
+            monkeypatch.delitem(sys.modules, name)
+        package = ModuleType("mlx")
+        package.core = core
+        monkeypatch.setitem(sys.modules, "mlx", package)
+        monkeypatch.setitem(sys.modules, "mlx.core", core)
+
+    return use
+
+
+def old_mlx():
+    core = ModuleType("mlx.core")
+    core.__version__ = "0.25.1"
+    return core
+
+
+@pytest.mark.parametrize("backend", ["mlx", "auto"])
+def test_an_mlx_that_is_too_old(fresh, monkeypatch, backend):
+    fresh(old_mlx())
+    monkeypatch.setattr(base, "choose", lambda name: "mlx")  # as on a Mac
+    with pytest.raises(BackendError) as caught:
+        make_backend(EngineConfig(backend=backend))
+    assert caught.value.message == "MLX 0.25.1 is too old; 0.32 or later is needed"
+    assert caught.value.hint == "pip install -U mlx"
+
+
+@pytest.mark.parametrize("words", [["bench", "--host"], ["run", "--model", "demo", "--prompts", "a"]])
+def test_the_command_line_with_an_mlx_that_is_too_old(fresh, capsys, words):
+    fresh(old_mlx())
+    assert main([*words, "--backend", "mlx"]) != 0
+    shown = capsys.readouterr().err
+    assert "MLX 0.25.1 is too old; 0.32 or later is needed" in shown
+    assert "pip install -U mlx" in shown
+
+
+def test_the_package_asks_for_the_mlx_that_the_backend_needs():
+    wanted = [r for r in requires("llmrs") if r.startswith("mlx")]
+    assert wanted
+    assert all(">=" + ".".join(map(str, NEEDED)) in r for r in wanted)
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "macos", "hint"),
+    [
+        ("linux", "x86_64", "", "pip install 'llmrs[mlx]'"),
+        ("darwin", "arm64", "15.1", "pip install 'llmrs[mlx]'"),
+        ("darwin", "arm64", "13.6.1", "MLX needs macOS 14 or later, and this is 13.6.1; backend: torch runs here"),
+        ("darwin", "x86_64", "14.0", "MLX needs Apple silicon, and a Python that is built for it; backend: torch"),
+        ("win32", "AMD64", "", "MLX needs macOS or Linux; backend: torch runs here"),
+    ],
+)
+def test_without_mlx_an_error_says_what_helps(fresh, monkeypatch, system, machine, macos, hint):
+    fresh(None)
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(platform, "mac_ver", lambda: (macos, ("", "", ""), machine))
+    with pytest.raises(BackendError, match="MLX can't be loaded") as caught:
         base.find("mlx")
-    assert caught.value.hint == "pip install 'llmrs[mlx]'"
+    assert caught.value.hint.startswith(hint)
+
+
+@pytest.mark.skipif(mx.metal.is_available(), reason="there is a GPU")
+def test_a_gpu_without_metal():
+    with pytest.raises(BackendError, match="device 'gpu' is not there") as caught:
+        make_backend(EngineConfig(backend="mlx", device="gpu"))
+    assert caught.value.hint == "backend mlx has: cpu"
+    with pytest.raises(BackendError, match="no Metal"):
+        MlxBackend("gpu", "f32", "f32")
 
 
 @pytest.mark.parametrize(
