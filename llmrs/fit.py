@@ -1,5 +1,6 @@
 """Whether a model fits: the memory that its weights and its KV cache need, and what there is. Nothing is allocated."""
 
+import math
 from dataclasses import dataclass
 
 from llmrs.backends.base import DTYPE_BYTES, SCALE_BYTES
@@ -27,6 +28,8 @@ class Fit:
     wanted: int  # length of a context that was asked for, or the default
     fixed: bool  # it was asked for: it must not be shortened
     sequences: int  # max_num_seqs
+    there: int = 0  # on the device, of which memory_limit may allow less
+    needed: int = 0  # that would have to be free for one sequence of `wanted`; 0: kv_cache_memory decides
 
     @property
     def possible(self) -> int:
@@ -65,9 +68,10 @@ class Fit:
         """Raises MemoryLimitError where the model can't run as asked."""
         hint = next(iter(self.advice()), "")
         if self.weights > self.free:
-            raise MemoryLimitError(
-                f"the weights need {size(self.weights)} in {self.dtype}, and {size(self.free)} are free", hint
-            )
+            room = f"memory_limit allows {size(self.free)}" if self._limited() else f"{size(self.free)} are free"
+            needs = f"the weights need {size(self.weights)} in {self.dtype}, and {room}"
+            whole = f"; {size(self.needed)} with a context of {self.wanted} tokens" if self.needed else ""
+            raise MemoryLimitError(needs + whole, hint)
         if not self.length:
             needs = f"one sequence of {self.wanted} tokens needs {size(self.wanted * self.token)} of KV cache"
             raise MemoryLimitError(f"{needs}, and {size(self.usable)} may be used", hint)
@@ -83,7 +87,7 @@ class Fit:
             found = self._about_sequences()
         if self.weights + self.usable > self.free and not self.complete:
             found.append(f"the weights leave {size(self.free - self.weights)} free")
-        return found
+        return found + self._about_limit() if not self.length else found
 
     def table(self) -> list[tuple[str, str]]:
         """Rows of a name and what is to be said."""
@@ -102,8 +106,15 @@ class Fit:
     def _about_weights(self) -> list[str]:
         smaller = self.weights // DTYPE_BYTES[self.dtype] * DTYPE_BYTES["bf16"]
         if smaller <= self.free and smaller < self.weights:
-            return [f"dtype: bf16 needs {size(smaller)}"]
-        return ["use a smaller model"]
+            return [f"dtype: bf16 needs {size(smaller)}", *self._about_limit()]
+        return self._about_limit() or ["use a smaller model"]
+
+    def _about_limit(self) -> list[str]:
+        fits = self._limited() and self.free < self.needed <= self.there
+        return [f"memory_limit of at least {self.needed} has room for {self.wanted} tokens"] if fits else []
+
+    def _limited(self) -> bool:
+        return self.there > self.free
 
     def _about_length(self) -> list[str]:
         found = [f"max_model_len of at most {self.longest} fits"] if self.longest >= SHORTEST else []
@@ -133,25 +144,31 @@ def fit(
     free: int,
     reserve: int = 0,
 ) -> Fit:
-    """How a model fits into `free` bytes. `dtypes` are those of the weights and of the KV cache in the backend.
+    """How a model fits where `free` bytes are free. `dtypes` are those of the weights and the KV cache in the backend.
 
     `reserve` are the bytes that steps need for themselves.
 
     Raises ConfigError for a max_model_len beyond the model's `context`.
     """
-    weights = parameters(graph) * DTYPE_BYTES[dtypes[0]]
+    weights, token = parameters(graph) * DTYPE_BYTES[dtypes[0]], token_bytes(graph, dtypes[1])
+    there, free = free, min(free, config.memory_limit or free)
+    wanted = context_length(config, context)
+    cache = -(-wanted // block_size) * block_size * token
+    needed = weights + reserve + math.ceil(cache / config.memory_fraction) + 1  # which is rounded
     return Fit(
         dtype=dtypes[0],
         kv_dtype=dtypes[1],
         weights=weights,
-        token=token_bytes(graph, dtypes[1]),
+        token=token,
         free=free,
         usable=config.kv_cache_memory or int(max(free - weights - reserve, 0) * config.memory_fraction),
         block_size=block_size,
         context=context,
-        wanted=context_length(config, context),
+        wanted=wanted,
         fixed=config.max_model_len is not None,
         sequences=config.max_num_seqs,
+        there=there,
+        needed=0 if config.kv_cache_memory else needed,
     )
 
 

@@ -117,7 +117,6 @@ def measure(backend: base.Backend, config: EngineConfig, model: Model, free: int
     block_size, dtypes = config.block_size or backend.block_size, (backend.dtype, backend.kv_dtype)
     tokens = config.max_num_batched_tokens or max(backend.step_tokens, config.max_num_seqs)
     reserve = backend.reserve(model.graph, config.max_num_seqs, tokens)
-    free = min(free, config.memory_limit or free)
     return fit(model.graph, config, model.config.context, block_size, dtypes, free, reserve)
 
 

@@ -90,6 +90,39 @@ def test_weights_that_do_not_fit():
     assert tiny(4 * WEIGHTS + 10).advice()  # room for the weights alone
 
 
+def test_a_memory_limit_that_is_too_low_for_the_weights():
+    """The error says what it needs, and a limit that is enough is enough."""
+    wanted = {"max_model_len": 100, "dtype": "bf16"}
+    f = tiny(10**6, memory_limit=2 * WEIGHTS - 1, **wanted)
+    with pytest.raises(
+        MemoryLimitError, match=r"weights need .* in bf16, and memory_limit allows .*; .* 100"
+    ) as caught:
+        f.check()
+    assert size(2 * WEIGHTS) in caught.value.message
+    assert size(f.needed) in caught.value.message
+    enough = int(re.search(r"memory_limit of at least (\d+) has room for 100 tokens", caught.value.hint)[1])
+    assert tiny(10**6, memory_limit=enough, **wanted).length == 100
+    assert tiny(10**6, memory_limit=enough - 8 * TOKEN, **wanted).length == 0  # a block less
+    assert tiny(enough - 1, memory_limit=2 * WEIGHTS - 1, **wanted).advice() == ["use a smaller model"]
+    narrower = tiny(10**6, memory_limit=2 * WEIGHTS, dtype="f32").advice()
+    assert narrower[0] == f"dtype: bf16 needs {size(2 * WEIGHTS)}"
+    assert narrower[1].startswith("memory_limit of at least")
+
+
+def test_a_memory_limit_that_is_too_low_for_the_context():
+    f = tiny(10**6, memory_limit=4 * WEIGHTS + 1000, max_model_len=100)
+    with pytest.raises(MemoryLimitError, match="one sequence of 100 tokens needs") as caught:
+        f.check()
+    assert caught.value.hint == "max_model_len of at most 16 fits"
+    assert f.advice()[1:] == [
+        "kv_cache_dtype: bf16 makes room for 36 tokens",
+        f"memory_limit of at least {f.needed} has room for 100 tokens",
+    ]
+    assert tiny(10**6, memory_limit=f.needed, max_model_len=100).length == 100
+    fixed = tiny(10**6, memory_limit=4 * WEIGHTS + 1000, max_model_len=100, kv_cache_memory=1000)
+    assert not any("memory_limit" in line for line in fixed.advice())  # it would change nothing
+
+
 def test_fewer_sequences_than_asked_for_run_all_the_same():
     f = tiny(10**9, kv_cache_memory=4 * TOKEN * 4 * 10, max_model_len=12, max_num_seqs=4)
     assert (f.length, f.at_once, f.blocks, f.complete) == (12, 3, 10, False)

@@ -144,3 +144,25 @@ def test_memory_for_steps_is_reserved_before_the_cache():
     small, large = made.reserve(graph, 8, 64), made.reserve(graph, 256, 2048)
     assert 256 * 211 * 4 < large - small < 2**30
     assert large > LIBRARIES
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype", "option"), [("bf16", "bf16", "dtype"), ("f32", "bf16", "kv_cache_dtype"), ("f16", "f16", "")]
+)
+def test_a_gpu_without_bf16(monkeypatch, dtype, kv_dtype, option):
+    """Older than Ampere: its kernels can't be compiled for bf16."""
+    made = find("torch")("cpu", dtype, kv_dtype)
+    made.at = torch.device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda at: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda at: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda at: None)
+    made.use_kernels("plain")
+    if not option:
+        made._check_bf16()
+        return
+    with pytest.raises(BackendError, match=rf"^{option}: bf16 needs .* 8\.0 .* Tesla T4, .* 7\.5") as caught:
+        made.use_kernels("auto")
+    assert caught.value.hint.startswith(f"{option}: f16 or f32")
+    assert made.kernels is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda at: (8, 0))
+    made._check_bf16()

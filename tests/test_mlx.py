@@ -3,6 +3,7 @@
 import gc
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -13,11 +14,12 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from llmrs import Engine, SamplingParams
 from llmrs.backends import base
 from llmrs.backends.testing import BLOCK, CONTEXT, MODELS, RandomModel, core_on, prefill_batch, prompts, request, run
 from llmrs.cli import main
 from llmrs.core.config import EngineConfig
-from llmrs.core.errors import BackendError, LoadCancelledError
+from llmrs.core.errors import BackendError, LoadCancelledError, MemoryLimitError
 from llmrs.fit import token_bytes
 from llmrs.loading import make_backend
 
@@ -93,7 +95,8 @@ def test_after_a_step_that_failed_others_go_on():
 
 
 def test_close_gives_memory_and_limits_back(monkeypatch):
-    monkeypatch.setattr(memory, "_engines", 0)  # other tests may have left some
+    monkeypatch.setattr(memory, "_loans", [])  # other tests may have left some
+    monkeypatch.setattr(memory, "_before", {})
     monkeypatch.setattr(memory, "working_set", lambda: 10**12)  # as a Mac's
     gc.collect()  # what tests that failed have left
     before = mx.get_active_memory()
@@ -109,6 +112,81 @@ def test_close_gives_memory_and_limits_back(monkeypatch):
     backends[1].close()
     assert mx.get_active_memory() == before
     assert (mx.get_memory_limit(), mx.set_cache_limit(limits[1])) == (limits[0], 1 << 20)
+
+
+@pytest.fixture
+def limits(monkeypatch):
+    """MLX's memory and wired limit, where no engine lives, and a GPU of the given size, or none."""
+    monkeypatch.setattr(memory, "_loans", [])
+    monkeypatch.setattr(memory, "_before", {})
+    wired = [7]
+    monkeypatch.setattr(mx, "set_wired_limit", lambda limit: wired.append(limit) or wired[-2])  # needs a GPU
+
+    def use(size):
+        monkeypatch.setattr(memory, "working_set", lambda: size)
+        return lambda: (mx.get_memory_limit(), wired[-1])
+
+    return use
+
+
+def with_budget(budget):
+    backend = make()
+    backend.configure(EngineConfig(memory_limit=budget))
+    return backend
+
+
+def test_limits_are_the_sum_of_the_engines_budgets(limits):
+    now = limits(10**12)
+    before, own = now(), mx.zeros(10_000)
+    mx.eval(own)
+    held = mx.get_active_memory()
+    assert held > 0
+    first = with_budget(3 * 10**8)
+    assert now() == (held + 3 * 10**8,) * 2
+    second = with_budget(None)
+    assert now() == (10**12,) * 2  # this one may have all there is
+    third = with_budget(2 * 10**8)
+    second.close()
+    assert now() == (held + 5 * 10**8,) * 2
+    first.close()
+    assert now() == (held + 2 * 10**8,) * 2
+    third.close()
+    assert now() == before
+
+
+def test_limits_are_at_most_what_the_gpu_can_hold(limits):
+    now = limits(10**9)
+    before, backend = now(), with_budget(10**10)
+    assert now() == (10**9,) * 2
+    backend.close()
+    assert now() == before
+
+
+def test_without_a_gpu_only_budgets_are_limits(limits):
+    now = limits(None)
+    before, held = now(), mx.get_active_memory()
+    first = with_budget(3 * 10**8)
+    assert now() == (held + 3 * 10**8, before[1])
+    second = with_budget(None)
+    assert now() == before
+    first.close()
+    second.close()
+    assert now() == before
+
+
+def test_a_model_over_the_budget_is_refused_and_leaves_no_limit(limits):
+    now = limits(10**12)
+    before = now()
+    with pytest.raises(MemoryLimitError, match=r"weights need .* memory_limit allows 0\.10 MB; ") as caught:
+        Engine(EngineConfig(backend="mlx", device="cpu", memory_limit=100_000))
+    enough = int(re.search(r"memory_limit of at least (\d+) ", caught.value.hint)[1])
+    gc.collect()
+    assert now() == before
+    with Engine(EngineConfig(backend="mlx", device="cpu", memory_limit=enough)) as engine:
+        assert engine.fit.length == engine.fit.wanted
+        assert now()[0] < enough + 10**8
+        assert len(engine.generate_sync(SamplingParams(max_tokens=3, ignore_eos=True), ["a"])[0].token_ids) == 3
+    assert now() == before
 
 
 def test_a_load_that_is_cancelled_gives_memory_back():

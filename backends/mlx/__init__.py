@@ -15,7 +15,7 @@ def check_mlx() -> None:
         import mlx.core as mx
     except ImportError as error:
         raise BackendError(f"backend mlx: MLX can't be loaded: {error}", _what_helps()) from error
-    version = str(mx.__version__)
+    version = str(mx.__version__)  # type: ignore[attr-defined]  # which MLX's stubs lack
     if tuple(map(int, version.split(".")[:2])) < NEEDED:
         needed = ".".join(map(str, NEEDED))
         raise BackendError(f"MLX {version} is too old; {needed} or later is needed", "pip install -U mlx")

@@ -76,13 +76,15 @@ class MlxBackend(Backend):
         self.program = Program([], 0, 0)
         self.compiled: CompiledSteps | None = None
         self.kv: list[KV] = []
-        self.stream = memory.borrow_stream(device)
-        self._end_loan = weakref.finalize(self, memory.give_back, device, self.stream)
+        self.loan = memory.borrow(device)
+        self.stream = self.loan.stream
+        self._end_loan = weakref.finalize(self, memory.give_back, self.loan)
         self._end_loan.atexit = False
         self.slots: SlotState | None = None
 
     def configure(self, config: EngineConfig) -> None:
         """Raises BackendError for kernels that MLX has no use for."""
+        memory.bound(self.loan, config.memory_limit)
         if config.kernels == "triton":
             raise BackendError("kernels: triton is not for the mlx backend", "auto or plain")
         if config.kernels == "plain" and self.compiles:

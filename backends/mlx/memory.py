@@ -1,10 +1,15 @@
 """MLX's process-wide state, borrowed while engines live: its memory limits, and a stream for each engine.
 
 Streams are never destroyed, and each holds a thread (CPU) or a command queue (Metal), so they are used again.
+
+MLX has one memory limit for all engines of a process and for what the program itself does with MLX. So it is the sum of
+the engines' budgets and of what the program held before them; as soon as one engine has no budget, all that the GPU can
+hold. It is soft: near it MLX frees what it keeps and waits for running work, rather than fail.
 """
 
 import threading
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import mlx.core as mx
 
@@ -12,20 +17,51 @@ from llmrs.backends.memory import free_host_memory
 
 MOST_CACHED = 1 << 30  # bytes of freed buffers that MLX may keep for the next step
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # an engine that nobody holds any more may end within
 _idle: dict[str, list[mx.Stream]] = {"cpu": [], "gpu": []}
-_engines = 0
+_loans: list["Loan"] = []
 _before: dict[str, int] = {}  # the limits that the program had set
+_held = 0  # bytes that it held before the first engine
 
 
-def borrow_stream(device: str) -> mx.Stream:
-    """A stream that nobody else uses, of "cpu" or "gpu". The first borrower's call also sets MLX's limits."""
-    global _engines
+@dataclass(eq=False)
+class Loan:
+    """What an engine has: a stream that nobody else uses, and bytes that it may fill; None: all that there is."""
+
+    device: str
+    stream: mx.Stream
+    budget: int | None = None
+
+
+def borrow(device: str) -> Loan:
+    """A loan on "cpu" or "gpu". While there is one, MLX's limits are the engines'."""
+    global _held
     with _lock:
-        if not _engines:
+        if not _loans:
+            _held = mx.get_active_memory()
+        stream = _idle[device].pop() if _idle[device] else mx.new_thread_unsafe_stream(getattr(mx, device))
+        _loans.append(Loan(device, stream))
+        _set_limits()
+        return _loans[-1]
+
+
+def bound(loan: Loan, budget: int | None) -> None:
+    """Gives an engine a budget."""
+    with _lock:
+        loan.budget = budget
+        _set_limits()
+
+
+def give_back(loan: Loan) -> None:
+    """Ends a loan; the last one restores the limits."""
+    with _lock:
+        _loans.remove(loan)
+        _idle[loan.device].append(loan.stream)
+        mx.clear_cache()
+        if _loans:
             _set_limits()
-        _engines += 1
-        return _idle[device].pop() if _idle[device] else mx.new_thread_unsafe_stream(getattr(mx, device))
+        else:
+            _restore_limits()
 
 
 def using(stream: mx.Stream) -> AbstractContextManager[object]:
@@ -38,17 +74,6 @@ def using(stream: mx.Stream) -> AbstractContextManager[object]:
         return mx.stream(stream)
     mx.set_default_stream(stream)
     return nullcontext()
-
-
-def give_back(device: str, stream: mx.Stream) -> None:
-    """Ends a loan; the last one restores the limits."""
-    global _engines
-    with _lock:
-        _idle[device].append(stream)
-        _engines -= 1
-        mx.clear_cache()
-        if not _engines:
-            _restore_limits()
 
 
 def working_set() -> int | None:
@@ -66,10 +91,21 @@ def free_memory() -> int:
 
 def _set_limits() -> None:
     size = working_set()
-    _before["cache"] = mx.set_cache_limit(min(MOST_CACHED, (size or free_host_memory()) // 16))
+    budgets = [loan.budget for loan in _loans if loan.budget is not None]
+    most = _held + sum(budgets) if len(budgets) == len(_loans) else None
     if size is not None:
-        _before["memory"] = mx.set_memory_limit(size)
-        _before["wired"] = mx.set_wired_limit(size)  # else the system may page weights out between two answers
+        most = min(size, most or size)
+        _set("wired", most)  # else the system may page weights out between two answers
+    _set("cache", min(MOST_CACHED, (most or free_host_memory()) // 16))
+    if most is not None:
+        _set("memory", most)
+    elif "memory" in _before:
+        mx.set_memory_limit(_before["memory"])
+
+
+def _set(name: str, limit: int) -> None:
+    """Sets a limit, and keeps the first that it takes the place of."""
+    _before.setdefault(name, getattr(mx, f"set_{name}_limit")(limit))
 
 
 def _restore_limits() -> None:

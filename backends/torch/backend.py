@@ -32,6 +32,7 @@ from llmrs.quant.tensor import Tensor
 if TYPE_CHECKING:  # Triton is not there on every system
     from llmrs.backends.torch.runner import KernelRunner
 
+BF16_SINCE = 8  # compute capability; older GPUs have no arithmetic in bf16, and Triton refuses it
 LARGE = 2**28  # bytes of weights from which huge pages pay
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 
@@ -83,10 +84,22 @@ class TorchBackend(Backend):
         if self.kv_dtype == "fp8":
             check_device(self.at)
         if self.at.type == "cuda":
+            self._check_bf16()
             torch.cuda.set_device(self.at)  # of this thread: Triton launches on it
         self.rules, self.fused_ops, self.prepare = rules.TRITON, rules.FUSED, rules.prepare
         self.kernels = runner.KernelRunner(self.at, graphs=graphs, untried=wanted == "triton")
         self.block_size = runner.BLOCK_SIZE
+
+    def _check_bf16(self) -> None:
+        """Raises BackendError where kernels would meet bf16 on a GPU that has none."""
+        major, minor = torch.cuda.get_device_capability(self.at)
+        option = "dtype" if self.dtype == "bf16" else "kv_cache_dtype"
+        if major < BF16_SINCE and "bf16" in (self.dtype, self.kv_dtype):
+            name = f"{torch.cuda.get_device_name(self.at)}, of compute capability {major}.{minor}"
+            raise BackendError(
+                f"{option}: bf16 needs compute capability {BF16_SINCE}.0 or later; here is {name}",
+                f"{option}: f16 or f32; or kernels: plain, where torch emulates bf16, slowly",
+            )
 
     @classmethod
     def devices(cls) -> list[str]:
