@@ -152,6 +152,7 @@ class Context(Arrays):
         self.batch, self.block_size, self.multiple = batch, block_size, multiple
         self._turns: dict[int, Turns] = {}
         self._spins: dict[tuple[int, int], mx.array] = {}
+        self._places: dict[int, mx.array] = {}
 
     @cached_property
     def counts(self) -> np.ndarray:
@@ -193,7 +194,9 @@ class Context(Arrays):
 
     def places(self, width: int) -> mx.array:
         """int32 (T, width): the places of each token's cell."""
-        return self.array("places", width)
+        if width not in self._places:
+            self._places[width] = self.array("places", width)
+        return self._places[width]
 
     @property
     def rows(self) -> mx.array:
@@ -261,7 +264,8 @@ class Context(Arrays):
 def _cos_sin(frequencies: Frequencies, positions: mx.array) -> Turns:
     """float32 (T, 1, d/2) each, times the frequencies' scale."""
     angles = positions[:, None, None] * mx.array(np.array(frequencies.values, np.float32))
-    return mx.cos(angles) * frequencies.scale, mx.sin(angles) * frequencies.scale
+    cos, sin = mx.cos(angles), mx.sin(angles)
+    return (cos, sin) if frequencies.scale == 1 else (cos * frequencies.scale, sin * frequencies.scale)
 
 
 def plain_singles(p: Part, q: mx.array, kv: KV, scale: float, window: int) -> mx.array:

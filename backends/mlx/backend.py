@@ -112,7 +112,7 @@ class MlxBackend(Backend):
         lowering = Lowering(self.graph, self.rules, self.type, weights, progress)
         try:
             with memory.using(self.stream):
-                self.program = lowering.program()
+                self.program = lowering.program(join=bool(self.fused_ops))
         finally:
             lowering.forget()  # a traceback must not hold the weights
         self.compiled = CompiledSteps(self.program) if self.compiles else None
@@ -193,8 +193,12 @@ class MlxBackend(Backend):
     def _inputs(self, batch: Batch) -> list[mx.array | KV]:
         """What the graph takes: the tokens int32 (T,), with the slots' last ones filled in, positions, and the KV."""
         assert self.slots is not None, "allocate comes first"
-        tokens = mx.array(batch.tokens)
-        if (batch.tokens < 0).any():
-            last = self.slots.last_token[mx.array(np.maximum(-1 - batch.tokens, 0))]
-            tokens = mx.where(tokens < 0, last, tokens)
+        unknown = batch.tokens < 0
+        if unknown.all():
+            tokens = self.slots.last_token[mx.array(-1 - batch.tokens)]
+        else:
+            tokens = mx.array(batch.tokens)
+            if unknown.any():
+                last = self.slots.last_token[mx.array(np.maximum(-1 - batch.tokens, 0))]
+                tokens = mx.where(tokens < 0, last, tokens)
         return [tokens, mx.array(batch.positions), *self.kv]

@@ -4,11 +4,13 @@
     linears -> silu_mul or gelu_mul                        becomes    linears_silu_mul or linears_gelu_mul
 
 So queries and keys are normalized and rotated together, and a kernel finds gate and up beside each other in memory.
+`join_layers` fuses what a graph can't say, since a layer is there once for all: a layer's last sum and the next norm.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
+from llmrs.backends.flat import Placed
 from llmrs.core.ir import Equation, Function, Graph, Value, Weight, check
 
 STORES = ("norm_rope_store", "rope_store")
@@ -20,6 +22,19 @@ def fuse(graph: Graph) -> Graph:
     graph = replace(graph, functions={name: _fused(f) for name, f in graph.functions.items()}, main=_fused(graph.main))
     check(graph)
     return graph
+
+
+def join_layers(placed: Iterable[Placed]) -> list[Placed]:
+    """Each `add` and the `rms_norm` of its result right behind it as one `add_norm`."""
+    joined: list[Placed] = []
+    for p in placed:
+        before = joined[-1] if joined else None
+        if before and (before.equation.op, p.equation.op) == ("add", "rms_norm") and p.inputs == before.outs:
+            equation = replace(p.equation, op="add_norm")
+            joined[-1] = replace(p, equation=equation, inputs=before.inputs, outs=before.outs + p.outs)
+        else:
+            joined.append(p)
+    return joined
 
 
 def _fused(function: Function) -> Function:

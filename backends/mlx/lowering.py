@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from llmrs.backends.flat import Flat, Placed
+from llmrs.backends.mlx.fusing import join_layers
 from llmrs.core.ir import Graph, Weight
 from llmrs.quant.tensor import Tensor
 
@@ -53,9 +54,11 @@ class Lowering:
         self.shared = {w for w, uses in Counter(graph.weights()).items() if uses > 1}  # a tied head
         self.loaded: dict[Weight, mx.array] = {}
 
-    def program(self) -> Program:
+    def program(self, *, join: bool) -> Program:
+        """`join`: sums at the end of layers in one call with the norm that follows."""
         flat = Flat(self.graph)
-        return Program([self._call(placed) for placed in flat.placed], flat.count, flat.results[0])
+        placed = join_layers(flat.placed) if join else flat.placed
+        return Program([self._call(p) for p in placed], flat.count, flat.results[0])
 
     def forget(self) -> None:
         """Lets go of what was loaded."""
