@@ -9,7 +9,6 @@ from llmrs.backends.base import find
 from llmrs.cli.options import BenchOptions
 from llmrs.cli.terminal import StatusLine
 
-
 RUNNING = (1, 8, 32, 128, 256)  # requests at once
 
 

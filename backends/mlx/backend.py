@@ -61,11 +61,11 @@ class MlxBackend(Backend):
 
     def __init__(self, device: str, dtype: str, kv_dtype: str) -> None:
         """Raises BackendError for a GPU where there is no Metal."""
-        if device not in self.devices():
-            raise BackendError(f"device {device!r} is not there: MLX has no Metal here", "device: cpu")
         if device == "gpu":
             self.kv_dtypes = FLOATS  # its Metal kernels, and the steps that are compiled, know no fp8
         super().__init__(device, dtype, kv_dtype)
+        if device not in self.devices():
+            raise BackendError(f"device {device!r} is not there: MLX has no Metal here", "device: cpu")
         self.type = DTYPES[dtype]
         self.rules, self.draw, self.compiles = ops.COMMON, draw, False
         self.joint = True  # keys and values of a layer in one array
