@@ -27,6 +27,7 @@ if find_spec("pytest") is None:  # its decorators stand in llmrs.backends.testin
 
 import bench_chain
 import bench_fp8
+import bench_rows
 import random_checkpoint
 
 from llmrs import Engine, EngineConfig, bench_start, bench_steps, bench_tables, bench_workloads
@@ -260,6 +261,22 @@ def fp8() -> None:
     bench_fp8.fp8(sys.modules[__name__])
 
 
+def rows() -> None:
+    """Steps of few sequences: matrices with what stands around them in one kernel, and apart."""
+
+    def made(kernels: str) -> Engine:
+        return Engine(EngineConfig(
+            sys.argv[1], device=GPU, max_num_seqs=64, max_model_len=1024, kv_cache_memory=8 * 10**9,
+            prefix_cache=False, kernels=kernels,
+        ))  # fmt: skip
+
+    def batch(backend: Any, count: int, context: int) -> Batch:
+        return bench_steps.decode_batch(backend.block_size, count, context)
+
+    bench_rows.whole_steps(timed, FOUND, made, batch)
+    bench_rows.linears(timed, FOUND)
+
+
 PARTS = {
     f.__name__: f
     for f in (
@@ -273,6 +290,7 @@ PARTS = {
         sampling,
         pdl,
         fp8,
+        rows,
         more_correctness,
         start,
         grid,

@@ -4,7 +4,10 @@ Run by tests/test_triton_compile.py in a process of its own, where Triton's inte
 """
 
 import re
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import torch
 import triton
@@ -13,17 +16,19 @@ from triton.compiler import ASTSource
 
 from llmrs.backends.torch.kernels import attention, bounds, embed, gated, matvec, norm, rope, sampling
 from llmrs.backends.torch.kernels import edges as edges_of
+from llmrs.backends.torch.kernels import rows as rows_of
 from llmrs.backends.torch.kernels.launch import power, precision
 
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 TARGET = GPUTarget("cuda", 90, 32)
 SHARED = 227 * 1024  # bytes that a program of an H100 may have
-EARLY = {"w", "tiles", "positions"}  # weights, and arrays of the step that a copy brings
+EARLY = {"w", "norm", "tiles", "positions"}  # weights, and arrays of the step that a copy brings
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def compiled(kernel, pointers: dict[str, str], constants: dict, floats=(), longs=(), warps: int = 4, stages: int = 3):
-    """The kernel, chained and not; arguments that are not named are int32, and all are multiples of 16 where they can
-    be."""
+    """The kernel's code when chained; it is compiled both ways. Arguments that are not named are int32, and all are
+    multiples of 16 where they can be."""
     signature, attributes = {}, {}
     for n, name in enumerate(kernel.arg_names):
         kind = "fp32" if name in floats else "i64" if name in longs else "i32"
@@ -39,6 +44,7 @@ def compiled(kernel, pointers: dict[str, str], constants: dict, floats=(), longs
         spills = " LOCAL MEMORY" if ".local " in found.asm["ptx"] else ""
         chain = " chained" if chained else ""
         print(kernel.__name__, constants, f"shared {found.metadata.shared}{chain}{spills}")
+    return found.asm["cubin"]
 
 
 def check_chain(found, chained: bool) -> None:
@@ -114,6 +120,38 @@ def matvecs(dtype: torch.dtype, count: int, width: int) -> None:
         compiled(matvec._matvec, dict.fromkeys(("x", "w", "bias", "y"), t), constants | {"BIAS": bias})
 
 
+def products(dtype: torch.dtype, count: int, width: int, gate: str, norm: bool, add: bool) -> None:
+    """Every number of rows, and what ptxas says."""
+    t, size = NAMES[dtype], dtype.itemsize
+    tensors = dict.fromkeys(("x", "norm", "w", "bias", "more", "y"), t)
+    for rows in (n for n in (1, 2, 4, 8, 16, 32, 64) if n <= rows_of.most_rows(dtype)):
+        vectors = rows_of.vectors(rows, width, bool(gate))
+        cut = rows_of.cut_few(rows, width, size, bool(gate)) if vectors else rows_of.cut_some(
+            rows, count, width, size, bool(gate)
+        )  # fmt: skip
+        own = rows_of.of_few(cut, rows, width, size, gate) if vectors else rows_of.of_some(cut, rows, width, dtype)
+        stages = own.pop("num_stages", 1)
+        constants = {
+            "K": width, "PART": cut.part, "EACH": cut.each, "WARPS": cut.warps, "NORM": norm and rows <= rows_of.NORMED,
+            "GATE": rows_of.GATES[gate], "BIAS": False, "ADD": add, "EARLY": cut.early, **own,
+        }  # fmt: skip
+        kernel = rows_of.few if vectors else rows_of.some
+        code = compiled(kernel, tensors, constants, ("eps", "offset"), (), cut.warps, stages)
+        print("   ", resources(code))
+
+
+def resources(code: bytes) -> str:
+    """Registers and memory of a kernel, as ptxas gave them; spilled registers are on the stack."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(code)
+        file.flush()
+        said = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", said))
+    spilled = int(found["STACK"]) + int(found["LOCAL"])
+    where = "LOCAL MEMORY" if spilled > 16 else "spilled"  # a register or four by the way cost nothing
+    return f"registers {found['REG']}, {where} {spilled} bytes"
+
+
 def ropes(dtype: torch.dtype, heads: int, kv_heads: int, size: int, norms: bool, *, fp8: bool) -> None:
     cache, absent = pools(dtype, fp8=fp8)
     tensors = dict.fromkeys(("q", "k", "v", "qw", "kw", "out"), NAMES[dtype]) | cache
@@ -147,6 +185,15 @@ def samplings(dtype: torch.dtype) -> None:
         compiled(sampling.pick, ints, {"PARTS": parts}, warps=1)
 
 
+# Of Qwen3-0.6B's layer and head; then an 8B model's, and awkward ones.
+FEW = [
+    (4096, 1024, "", True, False), (1024, 2048, "", False, True), (3072, 1024, "silu_mul", True, False),
+    (1024, 3072, "", False, True), (151936, 1024, "", True, False), (6144, 4096, "", True, False),
+    (12288, 4096, "silu_mul", True, False), (4096, 12288, "", False, True), (21504, 5376, "gelu_mul", True, False),
+    (1000, 80, "gelu_mul", True, True), (2560, 2560, "", True, False), (1152, 1152, "", True, True),
+]  # fmt: skip
+
+
 def main(few: bool) -> None:
     every = [(2, 128, 64, 0), (4, 64, 64, 0), (2, 256, 64, 512), (1, 24, 64, 6), (5, 96, 16, 0), (8, 128, 64, 4096)]
     for dtype in (torch.bfloat16,) if few else (torch.bfloat16, torch.float16, torch.float32):
@@ -157,6 +204,8 @@ def main(few: bool) -> None:
             rows(dtype, width)
             matvecs(dtype, 1024, 3 * width)
             matvecs(dtype, 4096, width)
+        for sizes in FEW[:4] if few else FEW:
+            products(dtype, *sizes)
         for shape in ((16, 8, 128),) if few else ((16, 8, 128), (3, 1, 24), (4, 1, 256)):
             for norms in (False, True):
                 for fp8 in (False, True):

@@ -86,7 +86,7 @@ class TorchBackend(Backend):
         if self.at.type == "cuda":
             self._check_bf16()
             torch.cuda.set_device(self.at)  # of this thread: Triton launches on it
-        self.rules, self.fused_ops, self.prepare = rules.TRITON, rules.FUSED, rules.prepare
+        self.rules, self.fused_ops, self.prepare = rules.TRITON, rules.FUSED, rules.Matrix
         self.kernels = runner.KernelRunner(self.at, graphs=graphs, untried=wanted == "triton")
         self.block_size = runner.BLOCK_SIZE
 

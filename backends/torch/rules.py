@@ -3,7 +3,7 @@
 Beside them the plain rules of `ops.py` stay: a graph without fused ops, on plain rules, is the definition of these.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from llmrs.backends.torch.kernels import attention as paged
 from llmrs.backends.torch.kernels import embed as embedding
 from llmrs.backends.torch.kernels import norm
+from llmrs.backends.torch.kernels import rows as few
 from llmrs.backends.torch.kernels.gated import gated
 from llmrs.backends.torch.kernels.launch import multiprocessors
 from llmrs.backends.torch.kernels.matvec import matvec
@@ -140,15 +141,44 @@ def head(_: KernelContext, x: Tensor, matrix: Linear) -> Tensor:
     return matrix(x)
 
 
-def prepare(weight: Tensor, bias: Tensor | None = None) -> Linear:
-    """A function of x (n, K) for weight (N, K): our own for one row, the library's matrix product for more."""
+@dataclass(frozen=True)
+class Matrix:
+    """y = x w^T (+ bias) for weight (N, K): our own kernel for one row, the library's matrix product for more."""
 
-    def run(x: Tensor) -> Tensor:
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
         if len(x) == 1:
-            return matvec(x, weight, bias)
-        return torch.nn.functional.linear(x, weight, bias)
+            return matvec(x, self.weight, self.bias)
+        return torch.nn.functional.linear(x, self.weight, self.bias)
 
-    return run
+
+def rows(
+    c: KernelContext,
+    x: Tensor,
+    *rest: Any,  # what is added, if anything; and the matrix with the norm before it
+    sizes: Sequence[int] = (),
+    gate: str = "",
+    eps: float = 0.0,
+    offset: float = 0.0,
+) -> Tensor | tuple[Tensor, ...]:
+    """fusing.py's op, in one launch for few rows; for more, a norm by itself, or all by themselves."""
+    *more, (matrix, weight) = rest
+    if weight is not None and len(x) > few.NORMED:
+        x, weight = rms_norm(c, x, weight, eps=eps, offset=offset), None
+    if not few.worthwhile(len(x), matrix.weight):
+        y = _apart(c, matrix(x), gate, *more)
+    else:
+        added = more[0] if more else None
+        y = few.product(x, matrix.weight, matrix.bias, added, weight, eps, offset, gate)
+    return y.split(sizes, dim=-1) if sizes else y
+
+
+def _apart(c: KernelContext, y: Tensor, gate: str, *more: Tensor) -> Tensor:
+    if gate:
+        y = TRITON[gate](c, *y.chunk(2, dim=-1))
+    return more[0] + y if more else y
 
 
 TRITON: dict[str, Callable[..., Any]] = {

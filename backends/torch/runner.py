@@ -8,15 +8,17 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
+from llmrs.backends.torch.fusing import fuse
 from llmrs.backends.torch.graphs import COPIES, DECODE, Recorded, Recorder, bucket, decode_bucket
 from llmrs.backends.torch.kernels.attention import tiling
 from llmrs.backends.torch.kernels.bounds import draw_bounded
 from llmrs.backends.torch.kernels.edges import find_edges
 from llmrs.backends.torch.kernels.launch import chaining, interpreted
+from llmrs.backends.torch.kernels.rows import most_rows
 from llmrs.backends.torch.kernels.sampling import draw
 from llmrs.backends.torch.lowering import Program
 from llmrs.backends.torch.ops import KV
-from llmrs.backends.torch.rules import KernelContext, Turns, programs
+from llmrs.backends.torch.rules import TRITON, KernelContext, Turns, programs, rows
 from llmrs.backends.torch.sampling import SlotState, adjusted
 from llmrs.backends.torch.sampling import sample as sample_plainly
 from llmrs.backends.torch.step import Shape, StepInputs, shape_of
@@ -33,13 +35,14 @@ class KernelRunner:
     """The steps of one program on one pool. Life: `begin`, any number of `forward` and `sample`, `end`."""
 
     def __init__(self, device: torch.device, *, graphs: bool, untried: bool) -> None:
-        """`untried` takes what has not run on a GPU yet: `edges`, `bounded`, `chain` and `aside`, below.
+        """`untried` takes what has not run on a GPU yet: `fused`, `edges`, `bounded`, `chain` and `aside`, below.
 
         Raises BackendError where kernels can't run: they need an NVIDIA GPU, or Triton's interpreter.
         """
         if device.type != "cuda" and not interpreted():
             raise BackendError(f"Triton kernels don't run on {device}", "kernels: auto uses them where they do")
         self.device, self.wanted = device, graphs
+        self.fused = untried  # steps of few rows run a program of their own; see fusing.py
         self.edges = untried  # top-k, top-p and min-p by a kernel, not by torch's sort
         self.bounded = untried  # few scores are worked out, not all
         self.chain = untried  # programmatic dependent launch, where the GPU has it; see kernels/launch.py
@@ -49,6 +52,7 @@ class KernelRunner:
     def end(self) -> None:
         """Lets go of everything."""
         self.program, self.kv = Program([], 0, []), list[KV]()
+        self.few, self.few_rows = self.program, 0  # what runs steps of few rows
         self.slots = SlotState(0, 0, self.device)
         self.tokens = torch.empty(0, dtype=torch.int32, device=self.device)  # of the last step, where they go aside
         self.recorded: dict[Shape, Recorded] = {}
@@ -59,6 +63,8 @@ class KernelRunner:
         """`kv` have a block more than anybody is given: what is padded goes there."""
         self.end()
         self.program, self.kv, self.slots = program, list(kv), slots
+        if self.fused:
+            self.few, self.few_rows = fuse(program, {**TRITON, "rows": rows}), most_rows(dtype)
         blocks, self.block_size = kv[0].keys.shape[:2]
         self.spare = blocks - 1
         if blocks * self.block_size >= 2**31:
@@ -144,8 +150,9 @@ class KernelRunner:
     def _run(self, inputs: StepInputs) -> torch.Tensor:
         f, last = inputs.fields, self.slots.last_token
         context = KernelContext(inputs.shape, f, last, self.turns, self.programs, self.tile)
+        program = self.few if inputs.shape.tokens <= self.few_rows else self.program
         with chaining(self.chain):
-            logits: torch.Tensor = self.program.run(context, [f.tokens, f.positions, *self.kv])[0]
+            logits: torch.Tensor = program.run(context, [f.tokens, f.positions, *self.kv])[0]
         return logits
 
     def _draw(self, logits: torch.Tensor, inputs: StepInputs, filtered: bool) -> torch.Tensor:

@@ -1,0 +1,143 @@
+"""Few rows through a matrix, with what stands before and after it: y = [more +] gate(rms_norm(x) w^T + bias).
+
+Defined by `linear`, `rms_norm`, `silu_mul`, `gelu_mul` and `add` in backends/reference/ops.py. Rounded to the type of
+the computation wherever the equations by themselves would; sums are float32.
+
+    x (M, K), any row stride   norm (K,)   w (N, K), or (2 N, K) with a gate: rows i and i + N make result i
+    bias as long as w   more (M, N), any row stride   -> y (M, N)
+
+Up to FEW rows `rows_few.py` computes it, up to SOME `rows_some.py`. Moved: the weight once, and x from the caches for
+each program. Chained kernels (see `launch.py`) ask for their weights before they wait for what makes x. Not yet
+run on a GPU.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+from llmrs.backends.torch.kernels.launch import chained, check_rows, power, precision, require
+from llmrs.backends.torch.kernels.rows_few import few
+from llmrs.backends.torch.kernels.rows_some import some
+
+NAME = "rows"
+FEW, SOME, EXACT = 4, 64, 16  # rows; EXACT: of float32, which the tensor cores don't multiply exactly
+TOGETHER = 12288  # elements of all rows of x that registers have room for; one row may be longer
+NORMED = 16  # rows up to which every program can norm them by itself
+GATES = {"": 0, "silu_mul": 1, "gelu_mul": 2}
+SHARED = 110 * 1024  # bytes of a program, so that two fit
+LARGE = 32 * 2**20  # bytes of w
+HELD = 192  # bytes of w that a thread holds before x is there
+PROGRAMS = 264  # that fill an H100
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How the work is cut: results of a warp (few) or program (some), columns at a time, warps, tiles on their way
+    (some), and whether the next kernel may start as soon as this one has."""
+
+    each: int
+    part: int
+    warps: int = 4
+    stages: int = 1
+    early: bool = False
+
+
+def cut_few(rows: int, width: int, size: int, gate: bool) -> Cut:
+    """For w of `width` columns of `size` bytes: about 16 KB a program, of which a multiprocessor holds a few.
+
+    More than one result of a warp only where they are short: Triton 3.6 would move parts of w between warps.
+    """
+    part = min((256 if width <= 1024 else 512 if width <= 4096 or gate else 1024) * 2 // size, power(width))
+    short = power(width) * size * (1 + gate) * (1 + (rows > 2)) <= 2048
+    each = min(1024 // power(width), 16) // (power(rows) * (1 + gate))
+    return Cut(max(each, 1), part, warps=8 if short else 4)
+
+
+def cut_some(rows: int, count: int, width: int, size: int, gate: bool) -> Cut:
+    """Small tiles of results, unless there are many, and as many columns on their way as fit."""
+    padded, part = power(rows, 8), min(max(power(width) // 4, 16), 128 // size)
+    each = 32 if not gate and count >= 32 * (PROGRAMS if padded < 32 else PROGRAMS // 3) else 16
+    stage = 4 * part * size * (each * (1 + gate) + padded)
+    return Cut(each, part, stages=min(max(SHARED // stage, 3), 6))
+
+
+def most_rows(dtype: torch.dtype) -> int:
+    return EXACT if dtype == torch.float32 else SOME
+
+
+def worthwhile(rows: int, w: torch.Tensor) -> bool:
+    """Whether `product` should run where it can.
+
+    For many rows x weighs as much as w, in the L2 cache; the library, slow to begin, is better where w is large.
+    """
+    return rows <= (NORMED if w.nbytes > LARGE else most_rows(w.dtype))
+
+
+def vectors(rows: int, width: int, gate: bool) -> bool:
+    """Whether `few` runs: a few short rows, or one."""
+    return rows == 1 or (rows <= FEW and power(rows) * width * (1 + gate) <= TOGETHER)
+
+
+def product(
+    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None, more: torch.Tensor | None = None,
+    norm: torch.Tensor | None = None, eps: float = 0.0, offset: float = 0.0, gate: str = "",
+    *, cut: Cut | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """(M, N) of x's type, for up to `most_rows`. Raises BackendError for shapes and types that it can't do."""
+    (rows, width), count = x.shape, len(w) // (2 if gate else 1)
+    _check(x, w, bias, more, norm, count, gate)
+    pdl = chained(x.device)
+    size, short = x.element_size(), vectors(rows, width, bool(gate))
+    if cut is None:
+        cut = cut_few(rows, width, size, bool(gate)) if short else cut_some(rows, count, width, size, bool(gate))
+    y = torch.empty(rows, count, dtype=x.dtype, device=x.device)
+    arguments = [x, _or(norm, x), w, _or(bias, x), _or(more, y), y, rows, count]  # what is not there is not read
+    strides = [x.stride(0), w.stride(0), _or(more, y).stride(0), y.stride(0)]
+    shared = {
+        "K": width, "PART": cut.part, "EACH": cut.each, "WARPS": cut.warps, "NORM": norm is not None,
+        "GATE": GATES[gate], "BIAS": bias is not None, "ADD": more is not None, "PDL": pdl,
+        "EARLY": cut.early, "num_warps": cut.warps, "launch_pdl": pdl,
+    }  # fmt: skip
+    together = cut.each * cut.warps if short else cut.each
+    own = of_few(cut, rows, width, size, gate) if short else of_some(cut, rows, width, x.dtype)
+    (few if short else some)[(triton.cdiv(count, together),)](
+        *arguments, *strides, float(eps), float(offset), **shared, **own
+    )
+    return y
+
+
+def of_few(cut: Cut, rows: int, width: int, size: int, gate: str) -> dict[str, int]:
+    """The kernel's constants that follow from a cut."""
+    parts = triton.cdiv(width, cut.part)
+    held = cut.each * cut.part * size * (2 if gate else 1) // 32  # bytes of a thread for each part
+    return {"PARTS": parts, "AHEAD": min(parts, max(HELD // max(held, 1), 1)), "COUNT": power(rows)}
+
+
+def of_some(cut: Cut, rows: int, width: int, dtype: torch.dtype) -> dict[str, Any]:
+    """The same, and the number of stages."""
+    lines = power(triton.cdiv(width * dtype.itemsize, 128))
+    return {
+        "LINES": lines, "COUNT": power(rows, 8), "PRECISION": precision(dtype), "num_stages": cut.stages
+    }  # fmt: skip
+
+
+def _or(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
+    return other if tensor is None else tensor
+
+
+def _check(
+    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, more: torch.Tensor | None,
+    norm: torch.Tensor | None, count: int, gate: str,
+) -> None:  # fmt: skip
+    check_rows(NAME, x)
+    check_rows(NAME, w)
+    require(NAME, x.ndim == w.ndim == 2 and x.shape[1] == w.shape[1], f"x {tuple(x.shape)}, w {tuple(w.shape)}")
+    require(
+        NAME, 0 < len(x) <= most_rows(x.dtype) and x.dtype == w.dtype, f"{len(x)} rows of {x.dtype}, w of {w.dtype}"
+    )
+    require(NAME, not gate or (gate in GATES and len(w) == 2 * count), f"gate {gate!r} of {len(w)} rows")
+    for name, t, shape in (("bias", bias, w.shape[:1]), ("more", more, (len(x), count)), ("norm", norm, x.shape[1:])):
+        fits = t is None or (t.dtype == x.dtype and t.shape == shape and t.stride(-1) == 1)
+        require(NAME, fits, f"{name} does not fit x {tuple(x.shape)} and w {tuple(w.shape)}")

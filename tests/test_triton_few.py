@@ -1,0 +1,188 @@
+"""The kernels for few rows against float64, on awkward sizes, and the fused program against the unfused one."""
+
+import numpy as np
+import pytest
+import torch
+
+from llmrs.backends.base import find
+from llmrs.backends.testing import BLOCK, RandomModel, core_on, prefill_batch, prompts, request, run
+
+pytest.importorskip("triton")
+from llmrs.backends.torch import runner
+from llmrs.backends.torch.kernels.rows import NORMED, SOME, Cut, most_rows, product, worthwhile
+from llmrs.backends.torch.rules import Matrix
+from llmrs.core.errors import BackendError
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
+LEFT = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+SHAPES = [(1, 3, 8), (1, 37, 264), (2, 211, 64), (3, 9, 1100), (4, 33, 3072), (5, 70, 80), (16, 33, 520), (17, 50, 264)]
+
+
+def random(rng: np.random.Generator, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.from_numpy(rng.normal(size=shape)).to(dtype).to(DEVICE)
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch):
+    """What a kernel does not write is NaN."""
+    empty = torch.empty
+
+    def filled(*shape, **how):
+        made = empty(*shape, **how)
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch, "empty", filled)
+
+
+def expected(x, w, bias, more, norm, gate: str) -> np.ndarray:
+    """In float64, rounded where the equations round."""
+    kind = x.dtype
+
+    def rounded(a: torch.Tensor) -> torch.Tensor:
+        return a.to(kind).double()
+
+    a = x.double()
+    if norm is not None:
+        a = rounded(a * (a.square().mean(1, keepdim=True) + 1e-5).rsqrt() * (norm.double() + 0.5))
+    a = rounded(a @ w.double().T + (0 if bias is None else bias.double()))
+    if gate:
+        g, up = a.chunk(2, dim=1)
+        g = torch.nn.functional.silu(g) if gate == "silu_mul" else torch.nn.functional.gelu(g, approximate="tanh")
+        a = rounded(g * up)
+    return (a if more is None else more.double() + a).cpu().numpy()
+
+
+def check(rows: int, count: int, width: int, dtype: torch.dtype, gate: str, more: bool, norm: bool, bias: bool, **how):
+    rng = np.random.default_rng(width)
+    x = random(rng, rows, width + 16, dtype=dtype)[:, 8 : width + 8]
+    w = random(rng, count * (2 if gate else 1), width + 8, dtype=dtype)[:, :width] / width**0.5
+    extra = {
+        "bias": random(rng, len(w), dtype=dtype) if bias else None,
+        "more": random(rng, rows, count + 24, dtype=dtype)[:, 16 : count + 16] if more else None,
+        "norm": random(rng, width, dtype=dtype) if norm else None,
+    }
+    y = product(x, w, **extra, eps=1e-5, offset=0.5, gate=gate, **how)
+    wanted = expected(x, w, **extra, gate=gate)
+    assert y.shape == (rows, count)
+    assert y.dtype == dtype
+    assert (np.abs(y.double().cpu().numpy() - wanted) < LEFT[dtype] * np.maximum(np.abs(wanted), 1)).all()
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("rows", "count", "width"), SHAPES)
+def test_products(rows: int, count: int, width: int, dtype: torch.dtype):
+    if rows > most_rows(dtype):
+        pytest.skip("not of this type")
+    for gate, more, norm, bias in (
+        ("", False, True, True), ("", True, False, False),
+        ("silu_mul", False, True, False), ("gelu_mul", True, True, True),
+    ):  # fmt: skip
+        check(rows, count, width, dtype, gate, more, norm and rows <= NORMED, bias)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 6])
+def test_other_cuts(rows: int):
+    """Also those in which a program holds only the first part of its rows."""
+    for each, part, warps in ((1, 64, 1), (2, 128, 4), (4, 1024, 2)):
+        cut = Cut(each, part, warps) if rows < 5 else Cut(16 * each, 16, warps)
+        check(rows, 19, 1300, torch.float32, "silu_mul", True, True, True, cut=cut)
+
+
+def test_many_results():
+    check(2, 1100, 24, torch.float32, "", False, True, False)
+    check(33, 9000, 24, torch.float16, "", True, False, False)
+
+
+def test_what_does_not_fit_is_refused():
+    x, w = torch.zeros(3, 8), torch.zeros(6, 8)
+    for wrong in (
+        lambda: product(x, w.half()),
+        lambda: product(torch.zeros(SOME + 1, 8), w),
+        lambda: product(x, w[:, :6]),
+        lambda: product(x, w, w[0]),
+        lambda: product(x, w, more=w),
+        lambda: product(x, w, norm=w[0, :4]),
+        lambda: product(x, w[:5], gate="silu_mul"),
+        lambda: product(x, w, gate="tanh_mul"),
+        lambda: product(x.T.contiguous().T, w),
+    ):
+        with pytest.raises(BackendError, match="kernel rows"):
+            wrong()
+
+
+# The program
+
+
+def test_only_few_rows_take_it():
+    """Where it is asked for; float32 has no use for as many rows, nor a large matrix."""
+    made = backend("qwen3")
+    made.allocate(4, BLOCK, 1, 16)
+    assert made.kernels.few_rows == most_rows(torch.float32) < most_rows(torch.float16) == SOME
+    made.kernels.fused = False
+    made.allocate(4, BLOCK, 1, 16)
+    assert made.kernels.few_rows == 0
+    small, large = torch.empty(8, 8, dtype=torch.float16), torch.empty(2**13, 2**12 + 1, dtype=torch.float16)
+    assert [worthwhile(n, small) for n in (1, SOME, SOME + 1)] == [True, True, False]
+    assert [worthwhile(n, large) for n in (1, NORMED, NORMED + 1)] == [True, True, False]
+
+
+def test_auto_waits_for_what_has_not_run_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(runner, "KernelRunner", lambda device, **how: how)
+    for wanted in ("auto", "triton"):
+        made = find("torch")("cpu", "f32", "f32")
+        made.at = torch.device("cuda:0")
+        made.use_kernels(wanted, graphs=False)
+        assert made.kernels == {"graphs": False, "untried": wanted == "triton"}
+
+
+def backend(name: str, dtype: str = "f32", **changes):
+    made = find("torch")("cuda:0" if DEVICE == "cuda" else DEVICE, dtype, dtype)
+    made.use_kernels("triton", graphs=False)
+    return RandomModel.of(name, num_hidden_layers=2, **changes).on(made)
+
+
+def ops(name: str, rest: tuple[str, ...] = ("embed", "heads", "last", "scale"), **changes) -> list[str]:
+    """What few rows run, but for what launches nothing or once only."""
+    made = backend(name, **changes)
+    made.allocate(4, BLOCK, 1, 16)
+    calls = [c for c in made.kernels.few.calls if c.op not in rest]
+    assert all(isinstance(c.weights[0][0], Matrix) for c in calls if c.op == "rows")
+    return [c.op + "".join(f" {k}" for k in ("gate", "eps") if k in c.params) * (c.op == "rows") for c in calls]
+
+
+def test_a_layer_of_few_rows_is_six_calls():
+    for name, store in (("qwen3", "norm_rope_store"), ("llama", "rope_store"), ("mistral", "rope_store")):
+        layer = ["rows eps", store, "attend", "rows", "rows gate eps", "rows"]
+        assert ops(name) == [*layer, *layer, "rows eps"], name
+
+
+def test_what_does_not_match_stays():
+    layer = ["rows", "rms_norm", "add_norm", "rows gate", "rows", "rms_norm", "add_norm"]
+    assert ops("gemma3") == ["rows eps", *["norm_rope_store", "attend", *layer, "rows"] * 2][:-2] + ["add", "rows eps"]  # noqa: RUF005
+    layer = ["norm_rope_store", "attend", "rows", "rms_norm", "moe", "add_norm", "rows"]
+    assert ops("qwen3-moe") == ["rows eps", *layer, *layer[:-2], "add", "rows eps"]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("llama", "f32"), ("qwen3", "f16"), ("gemma3", "f32"), ("qwen3-moe", "f16")]
+)
+def test_the_fused_program_is_the_unfused_one(name: str, dtype: str):
+    """Up to the order of float32 sums: on steps of one row, of a few, and of more than a norm is fused for."""
+    made, found = backend(name, dtype), []
+    made.allocate(40, BLOCK, 8, 64)
+    batches = [prefill_batch(prompts(*lengths)) for lengths in ((1,), (3,), (5, 1), (9, 20))]
+    for program in (made.kernels.few, made.kernels.program):
+        made.kernels.few = program
+        found.append([made.to_host(made.forward(b)).copy() for b in batches])
+    for ours, expected in zip(*found, strict=True):
+        assert np.abs(ours - expected).max() < (1e-4 if dtype == "f32" else 0.02) * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "gemma3"])  # the suite of test_backends.py has the others
+def test_greedy_tokens_are_the_reference_s(name: str):
+    made = backend(name)
+    reference = RandomModel.of(name, num_hidden_layers=2).on(find("reference")("cpu", "f32", "f32"))
+    answers = [run(core_on(b), [request(p, max_tokens=3) for p in prompts(1, 4)]) for b in (made, reference)]
+    assert answers[0] == answers[1]
