@@ -120,11 +120,11 @@ def matvecs(dtype: torch.dtype, count: int, width: int) -> None:
         compiled(matvec._matvec, dict.fromkeys(("x", "w", "bias", "y"), t), constants | {"BIAS": bias})
 
 
-def products(dtype: torch.dtype, count: int, width: int, gate: str, norm: bool, add: bool) -> None:
-    """Every number of rows, and what ptxas says."""
+def products(dtype: torch.dtype, count: int, width: int, gate: str, norm: bool, add: bool, counts: tuple) -> None:
+    """For numbers of rows; and what ptxas says."""
     t, size = NAMES[dtype], dtype.itemsize
     tensors = dict.fromkeys(("x", "norm", "w", "bias", "more", "y"), t)
-    for rows in (n for n in (1, 2, 4, 8, 16, 32, 64) if n <= rows_of.most_rows(dtype)):
+    for rows in (n for n in counts if n <= rows_of.most_rows(dtype)):
         vectors = rows_of.vectors(rows, width, bool(gate))
         cut = rows_of.cut_few(rows, width, size, bool(gate)) if vectors else rows_of.cut_some(
             rows, count, width, size, bool(gate)
@@ -205,7 +205,7 @@ def main(few: bool) -> None:
             matvecs(dtype, 1024, 3 * width)
             matvecs(dtype, 4096, width)
         for sizes in FEW[:4] if few else FEW:
-            products(dtype, *sizes)
+            products(dtype, *sizes, (1, 4, 16) if few else (1, 2, 4, 8, 16, 32, 64))
         for shape in ((16, 8, 128),) if few else ((16, 8, 128), (3, 1, 24), (4, 1, 256)):
             for norms in (False, True):
                 for fp8 in (False, True):
