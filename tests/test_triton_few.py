@@ -129,6 +129,7 @@ def test_only_few_rows_take_it():
 
 def test_auto_waits_for_what_has_not_run_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(runner, "KernelRunner", lambda device, **how: how)
     for wanted in ("auto", "triton"):
         made = find("torch")("cpu", "f32", "f32")
