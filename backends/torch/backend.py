@@ -62,16 +62,20 @@ class TorchBackend(Backend):
         self.outbox: Outbox | None = None
 
     def configure(self, config: EngineConfig) -> None:
-        self.use_kernels(config.kernels, graphs=config.cuda_graphs)
+        self.use_kernels(config.kernels, graphs=config.cuda_graphs, attention=config.attention)
 
-    def use_kernels(self, wanted: str, *, graphs: bool = True) -> None:
+    def use_kernels(self, wanted: str, *, graphs: bool = True, attention: str = "auto") -> None:
         """Triton kernels, before anything is loaded: "triton", "plain" (none), or "auto": where there is an NVIDIA GPU.
 
         "auto" does without what has not run on a GPU yet; runner.KernelRunner says what that is.
+        `attention` is what the option says; plain torch ops are "sdpa", or "auto".
         Raises BackendError where they are asked for and can't run, or can't do fp8; "auto" warns and does without a
         missing Triton.
         """
         if wanted == "plain" or (wanted == "auto" and self.at.type != "cuda"):
+            if attention not in ("auto", "sdpa"):
+                where = "without kernels" if wanted == "plain" else f"on {self.at}"
+                raise BackendError(f"attention: {attention} is not there {where}", "attention: auto, or sdpa")
             return
         try:
             from llmrs.backends.torch import rules, runner
@@ -87,7 +91,7 @@ class TorchBackend(Backend):
             self._check_bf16()
             torch.cuda.set_device(self.at)  # of this thread: Triton launches on it
         self.rules, self.fused_ops, self.prepare = rules.TRITON, rules.FUSED, rules.prepare
-        self.kernels = runner.KernelRunner(self.at, graphs=graphs, untried=wanted == "triton")
+        self.kernels = runner.KernelRunner(self.at, graphs=graphs, untried=wanted == "triton", attention=attention)
         self.block_size = runner.BLOCK_SIZE
 
     def _check_bf16(self) -> None:
@@ -118,6 +122,8 @@ class TorchBackend(Backend):
     # Loading: every equation becomes a call with its weights bound.
 
     def load_weights(self, weights: Mapping[str, Tensor], progress: Callable[[int], None]) -> None:
+        if self.kernels:
+            self.kernels.check(self.graph, self.type)
         lowering = Lowering(self.graph, self.rules, self.at, self.type, weights, progress, self.prepare)
         self.program = lowering.program()
         if self.kernels:

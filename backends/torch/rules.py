@@ -13,9 +13,11 @@ from llmrs.backends.torch.kernels import attention as paged
 from llmrs.backends.torch.kernels import embed as embedding
 from llmrs.backends.torch.kernels import norm
 from llmrs.backends.torch.kernels.gated import gated
+from llmrs.backends.torch.kernels.gather import gather
 from llmrs.backends.torch.kernels.launch import multiprocessors
 from llmrs.backends.torch.kernels.matvec import matvec
 from llmrs.backends.torch.kernels.rope import norm_rope_store as turn_and_store
+from llmrs.backends.torch.library import Library, Parts
 from llmrs.backends.torch.linear import Linear
 from llmrs.backends.torch.ops import KV, OPS
 from llmrs.backends.torch.step import Fields, Shape
@@ -49,6 +51,7 @@ class KernelContext:
     turns: Turns
     programs: int  # of attention, that fill the device
     tile: int  # tokens of a prompt's tile
+    library: tuple[Library, Parts] | None = None  # does the parts of prompts in the kernel's place
 
 
 def programs(device: torch.device) -> int:
@@ -109,7 +112,8 @@ def norm_rope_store(
 
 
 def attend(c: KernelContext, q: Tensor, kv: KV, *, scale: float, window: int = 0) -> Tensor:
-    """Single tokens in one launch, with their keys split where they are few; parts of prompts in another."""
+    """Single tokens in one launch, with their keys split where they are few; parts of prompts in another, or by a
+    library."""
     tokens, heads, size = q.shape
     group, shape, f = heads // kv.keys.shape[2], c.shape, c.fields
     y = torch.empty(tokens, heads * size, dtype=q.dtype, device=q.device)
@@ -117,7 +121,11 @@ def attend(c: KernelContext, q: Tensor, kv: KV, *, scale: float, window: int = 0
         cut = paged.tiling(group, size, q.dtype, prompt=False)
         split = paged.splits(shape.singles, kv.keys.shape[2], c.programs)
         paged.attention(q, kv.keys, kv.values, f.tables, f.singles, y, scale=scale, window=window, cut=cut, split=split)
-    if shape.chunks:
+    if c.library:
+        run, parts = c.library
+        k, v = gather(kv.keys, kv.values, parts.pieces, parts.keys, q.dtype)
+        y[parts.rows] = run.attend(q[parts.rows], k, v, parts, scale, window).flatten(1)
+    elif shape.chunks:
         cut = replace(paged.tiling(group, size, q.dtype, prompt=True), tokens=c.tile)
         paged.attention(q, kv.keys, kv.values, f.tables, f.chunks, y, scale=scale, window=window, cut=cut)
     return y
