@@ -16,6 +16,7 @@ from llmrs.backends.torch.kernels.gated import gated
 from llmrs.backends.torch.kernels.gather import gather
 from llmrs.backends.torch.kernels.launch import multiprocessors
 from llmrs.backends.torch.kernels.matvec import matvec
+from llmrs.backends.torch.kernels.prompt import fits, prompt_attention, prompt_tiling
 from llmrs.backends.torch.kernels.rope import norm_rope_store as turn_and_store
 from llmrs.backends.torch.library import Library, Parts
 from llmrs.backends.torch.linear import Linear
@@ -52,6 +53,7 @@ class KernelContext:
     programs: int  # of attention, that fill the device
     tile: int  # tokens of a prompt's tile
     library: tuple[Library, Parts] | None = None  # does the parts of prompts in the kernel's place
+    copies: bool = False  # whether the kernel for them loads keys by the copy engine, where that is possible
 
 
 def programs(device: torch.device) -> int:
@@ -125,6 +127,9 @@ def attend(c: KernelContext, q: Tensor, kv: KV, *, scale: float, window: int = 0
         run, parts = c.library
         k, v = gather(kv.keys, kv.values, parts.pieces, parts.keys, q.dtype)
         y[parts.rows] = run.attend(q[parts.rows], k, v, parts, scale, window).flatten(1)
+    elif shape.chunks and c.copies and fits(kv.keys, q.dtype):
+        cut = replace(prompt_tiling(group, size, kv.keys.shape[1]), tokens=c.tile)
+        prompt_attention(q, kv.keys, kv.values, f.tables, f.chunks, y, scale=scale, window=window, cut=cut)
     elif shape.chunks:
         cut = replace(paged.tiling(group, size, q.dtype, prompt=True), tokens=c.tile)
         paged.attention(q, kv.keys, kv.values, f.tables, f.chunks, y, scale=scale, window=window, cut=cut)

@@ -34,8 +34,8 @@ class KernelRunner:
     """The steps of one program on one pool. Life: `begin`, any number of `forward` and `sample`, `end`."""
 
     def __init__(self, device: torch.device, *, graphs: bool, untried: bool, attention: str = "triton") -> None:
-        """`untried` takes what has not run on a GPU yet: `edges`, `bounded`, `chain` and `aside`, below. `attention`
-        may be a library's: then it does the parts of prompts of steps that are not recorded.
+        """`untried` takes what has not run on a GPU yet: `edges`, `bounded`, `chain`, `aside` and `copies`, below.
+        `attention` may be a library's: then it does the parts of prompts of steps that are not recorded.
 
         Raises BackendError where kernels can't run: they need an NVIDIA GPU, or Triton's interpreter.
         """
@@ -46,6 +46,7 @@ class KernelRunner:
         self.bounded = untried  # few scores are worked out, not all
         self.chain = untried  # programmatic dependent launch, where the GPU has it; see kernels/launch.py
         self.aside = untried and device.type == "cuda"  # tokens are copied on a stream of their own; see tickets.py
+        self.copies = untried and _has_copy_engine(device)  # which loads the keys of prompts; see kernels/prompt.py
         self.library: Library | None = LIBRARIES[attention]() if attention in LIBRARIES else None
         self.end()
 
@@ -152,7 +153,7 @@ class KernelRunner:
     def _run(self, inputs: StepInputs, parts: Parts | None = None) -> torch.Tensor:
         f, last = inputs.fields, self.slots.last_token
         library = (self.library, parts) if self.library and parts else None
-        context = KernelContext(inputs.shape, f, last, self.turns, self.programs, self.tile, library)
+        context = KernelContext(inputs.shape, f, last, self.turns, self.programs, self.tile, library, self.copies)
         with chaining(self.chain):
             logits: torch.Tensor = self.program.run(context, [f.tokens, f.positions, *self.kv])[0]
         return logits
@@ -167,6 +168,11 @@ class KernelRunner:
                 edges = find_edges(logits, temperature, f.top_k[:n], f.top_p[:n], f.min_p[:n])
             run = draw_bounded if self.bounded else draw
             return run(logits, temperature, f.keys[:n], f.slots[:n], last, edges, out=out)
+
+
+def _has_copy_engine(device: torch.device) -> bool:
+    """Whether tiles can be loaded through tensor descriptors: from Hopper on, and in the interpreter."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _filters(params: SamplingArrays) -> bool:

@@ -1,73 +1,63 @@
 """Attention of parts of prompts with K and V loaded by the GPU's copy engine, on Hopper and later.
 
-The same results, arguments and tiles as kernels/attention.py, which see. There every thread computes addresses and
-asks for 16 bytes at a time; here one asks for KEYS x d at once, through a tensor descriptor (TMA), since a head's
-tokens of a block lie together in the pool. What differs beside:
+Results, arguments and tiles as in kernels/attention.py, which see. There every thread computes addresses and asks for
+16 bytes at a time; here one thread asks for KEYS x d at once, through a tensor descriptor (TMA), since a head's tokens
+of a block lie together in the pool. Beside that:
 
     a tile's keys come in three parts, of which only the first (windows) and the last (the diagonal) need a mask
-    PARTS blocks of keys share one maximum and one rescaling of the sum: that is d multiplications for each row
     the scale is applied where the maximum is subtracted, in one instruction
+    a row's sum is rescaled once for KEYS keys, which is d multiplications: the more keys, the less of them
 
-Operations of a tile of R rows and a KV head: 4 * R * d * keys. Read: 4 * d bytes a key, from the L2 cache mostly.
+Operations of a tile of R rows and a KV head: 4 * R * d * keys. Read: 4 * d bytes a key, from the L2 cache mostly,
+which bounds 128 rows at d = 128 to 128 operations a byte. Not yet run on a GPU.
 """
-
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from llmrs.backends.torch.kernels.attention import LEAST, LOG2E, checked
+from llmrs.backends.torch.kernels.attention import LEAST, LOG2E, Tiling, checked
 from llmrs.backends.torch.kernels.launch import power, require
 
 NAME = "prompt attention"
 
 
 @triton.jit
-def _row(table, start, end, block_rows, BLOCK: tl.constexpr):
-    """The row of the pool, counted in rows of d elements, where the key `start` lies; beyond `end` any."""
+def _row(table, start, end, head_row, block_rows, BLOCK: tl.constexpr):
+    """Where the key `start` of a head lies in the pool, in rows of d elements; from `end` on it does not matter."""
     block = tl.load(table + start // BLOCK, mask=start < end, other=0)
-    return block * block_rows + start % BLOCK
+    return head_row + block * block_rows + start % BLOCK
 
 
 @triton.jit
 def _over_keys(
-    state, q, keys, values, table, low, high, end, seen_from, scale, row, block_rows,
-    BLOCK: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
+    state, q, keys, values, table, low, high, end, seen_from, scale, head_row, block_rows,
+    BLOCK: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the keys low .. high - 1. `keys` and `values` are descriptors of tiles (KEYS, d).
 
-    `state` is (sum of weighted values (R, d), maximum (R,), sum of weights (R,)), of scores that are scaled.
+    `state` is (sum of weighted values (R, d), maximum (R,), sum of weights (R,)), the maximum of scaled scores.
     """
     total, most, weight = state
-    first = _row(table, low, end, block_rows, BLOCK)
-    second = _row(table, low + KEYS, end, block_rows, BLOCK) if PARTS == 2 else first
-    for start in range(low, high, KEYS * PARTS):
-        # the next blocks are looked up now, so that the copies of keys never wait for a table
-        ahead = start + KEYS * PARTS
-        next_first = _row(table, ahead, end, block_rows, BLOCK)
-        next_second = _row(table, ahead + KEYS, end, block_rows, BLOCK) if PARTS == 2 else next_first
-        at = start + tl.arange(0, KEYS)
-        a = tl.dot(q, keys.load([row + first, 0]).T)  # (R, KEYS)
+    row = _row(table, low, end, head_row, block_rows, BLOCK)
+    for start in range(low, high, KEYS):
+        # the next block is looked up now, so that no copy waits for a table
+        ahead = _row(table, start + KEYS, end, head_row, block_rows, BLOCK)
+        # values first: Triton has all warps meet between the two copies, which then need not meet before the sums
+        v = values.load([row, 0])  # (KEYS, d)
+        scores = tl.dot(q, keys.load([row, 0]).T)  # (R, KEYS)
         if MASKED:
-            a = tl.where(_seen(seen_from, at, end, WINDOW), a, LEAST)
-        higher = tl.max(a, 1)
-        if PARTS == 2:
-            b = tl.dot(q, keys.load([row + second, 0]).T)
-            if MASKED:
-                b = tl.where(_seen(seen_from, at + KEYS, end, WINDOW), b, LEAST)
-            higher = tl.maximum(higher, tl.max(b, 1))
-        higher = tl.maximum(most, higher * scale)
+            at = start + tl.arange(0, KEYS)
+            scores = tl.where(_seen(seen_from, at, end, WINDOW), scores, LEAST)
+            v = tl.where((at < end)[:, None], v, 0.0)  # after the last token anything may lie, and 0 * NaN is NaN
+        higher = tl.maximum(most, tl.max(scores, 1) * scale)
+        part = tl.exp2(scores * scale - higher[:, None])
         shrink = tl.exp2(most - higher)
-        total = total * shrink[:, None]
-        weight = weight * shrink
+        total = tl.dot(part.to(v.dtype), v, total * shrink[:, None])
+        weight = weight * shrink + tl.sum(part, 1)
         most = higher
-        total, weight = _add(total, weight, a, most, scale, values, row + first, at, end, MASKED)
-        if PARTS == 2:
-            total, weight = _add(total, weight, b, most, scale, values, row + second, at + KEYS, end, MASKED)
-        first = next_first
-        second = next_second
+        row = ahead
     return total, most, weight
 
 
@@ -81,20 +71,10 @@ def _seen(seen_from, at, end, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def _add(total, weight, scores, most, scale, values, row, at, end, MASKED: tl.constexpr):
-    """What one tile of values adds to the sums."""
-    part = tl.exp2(scores * scale - most[:, None])
-    v = values.load([row, 0])  # (KEYS, d)
-    if MASKED:  # what lies in a block after the last token may be anything, and 0 * NaN is NaN
-        v = tl.where((at < end)[:, None], v, 0.0)
-    return tl.dot(part.to(v.dtype), v, total), weight + tl.sum(part, 1)
-
-
-@triton.jit
 def _prompt(
     q, keys, values, tables, tiles, y, scale, q_row, q_head, y_row, block_rows, head_rows,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr, KEYS: tl.constexpr,
-    PARTS: tl.constexpr, WINDOW: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):  # fmt: skip
     head, tile = tl.program_id(0), tl.program_id(1)
     table = tables + tl.load(tiles + tile * 4)
@@ -119,34 +99,24 @@ def _prompt(
         begin = tl.maximum(first - WINDOW + 1, 0) // KEYS * KEYS
         low = tl.minimum(tl.cdiv(tl.maximum(end - WINDOW, 0), KEYS), first // KEYS) * KEYS
         state = _over_keys(state, x, keys, values, table, begin, low, end, seen_from, scale, head_row, block_rows,
-                           BLOCK, KEYS, 1, WINDOW, True)  # fmt: skip
+                           BLOCK, KEYS, WINDOW, True)  # fmt: skip
         low = tl.maximum(begin, low)
-    whole = low + (first - low) // (KEYS * PARTS) * (KEYS * PARTS)  # before it, no key is later than any row
+    whole = first // KEYS * KEYS  # before it, no key is later than any row
     state = _over_keys(state, x, keys, values, table, low, whole, end, seen_from, scale, head_row, block_rows,
-                       BLOCK, KEYS, PARTS, WINDOW, False)  # fmt: skip
-    total, most, weight = _over_keys(state, x, keys, values, table, whole, end, end, seen_from, scale, head_row,
-                                     block_rows, BLOCK, KEYS, 1, WINDOW, True)  # fmt: skip
+                       BLOCK, KEYS, WINDOW, False)  # fmt: skip
+    low = tl.maximum(low, whole)
+    state = _over_keys(state, x, keys, values, table, low, end, end, seen_from, scale, head_row, block_rows,
+                       BLOCK, KEYS, WINDOW, True)  # fmt: skip
 
     out = y + (row + r // G).to(tl.int64) * y_row + heads * D
-    tl.store(out[:, None] + d[None, :], (total / weight[:, None]).to(y.dtype.element_ty), mask=mine)
+    tl.store(out[:, None] + d[None, :], (state[0] / state[2][:, None]).to(y.dtype.element_ty), mask=mine)
 
 
-@dataclass(frozen=True)
-class PromptCut:
-    """How a launch is cut: tokens of a tile, keys of a copy, copies that share a maximum, and what Triton is told."""
-
-    tokens: int
-    keys: int
-    parts: int
-    warps: int
-    stages: int
-
-
-def prompt_cut(group: int, size: int, block_size: int) -> PromptCut:
-    """Not measured yet: chosen by what fits into shared memory and registers."""
+def prompt_tiling(group: int, size: int, block_size: int) -> Tiling:
+    """Chosen by what fits into shared memory and registers: 128 rows x 128 keys of 128 take 245 of 255."""
     rows = 128 if size <= 128 else 64
-    keys = min(block_size & -block_size, 64 if size <= 128 else 32)
-    return PromptCut(max(rows // power(group), 1), keys, 2 if size <= 128 else 1, 8 if rows == 128 else 4, 2)
+    keys = min(block_size & -block_size, 128 if size <= 128 else 32)
+    return Tiling(max(rows // power(group), 1), keys, 8 if rows == 128 else 4, 2 if keys == 128 else 3)
 
 
 def prompt_attention(
@@ -159,7 +129,7 @@ def prompt_attention(
     *,
     scale: float,
     window: int,
-    cut: PromptCut,
+    cut: Tiling,
 ) -> None:
     """Writes the rows of y (T, Hq * d) that `tiles` name. Raises BackendError for shapes and types it can't do."""
     block_size, kv_heads, size = keys.shape[1:]
@@ -170,17 +140,17 @@ def prompt_attention(
     _prompt[(kv_heads, len(tiles))](
         q, *pools, tables, tiles, y, scale * LOG2E, q.stride(0), q.stride(1), y.stride(0),
         keys.stride(0) // size, keys.stride(2) // size,
-        G=group, D=size, DP=padded, BLOCK=block_size, R=rows, KEYS=cut.keys, PARTS=cut.parts, WINDOW=window,
+        G=group, D=size, DP=padded, BLOCK=block_size, R=rows, KEYS=cut.keys, WINDOW=window,
         num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
 
 
 def fits(keys: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether a copy engine can load tiles of a pool (blocks, block_size, Hk, d): a head's tokens of a block must lie
-    side by side, at multiples of 16 bytes, and as the computation has them."""
+    side by side, each at a multiple of 16 bytes, in the type of the computation."""
     size = keys.shape[3]
     strides = keys.stride(1) == size and all(keys.stride(n) % size == 0 for n in (0, 2))
-    return strides and size * keys.itemsize % 16 == 0 and keys.dtype == dtype != torch.float32
+    return strides and keys.shape[1] % 16 == size * 2 % 16 == 0 and keys.dtype == dtype != torch.float32
 
 
 def _tiles_of(pool: torch.Tensor, keys: int, padded: int) -> TensorDescriptor:
