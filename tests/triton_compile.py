@@ -4,32 +4,39 @@ Run by tests/test_triton_compile.py in a process of its own, where Triton's inte
 """
 
 import re
+import subprocess
 import sys
+from pathlib import Path
 
 import torch
 import triton
+import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from llmrs.backends.torch.kernels import attention, bounds, embed, gated, matvec, norm, rope, sampling
+from llmrs.backends.torch.kernels import attention, bounds, embed, gated, gather, matvec, norm, rope, sampling
 from llmrs.backends.torch.kernels import edges as edges_of
+from llmrs.backends.torch.kernels import prompt as prompt_of
 from llmrs.backends.torch.kernels.launch import power, precision
 
 TARGET = GPUTarget("cuda", 90, 32)
 SHARED = 227 * 1024  # bytes that a program of an H100 may have
 EARLY = {"w", "tiles", "positions"}  # weights, and arrays of the step that a copy brings
+CUOBJDUMP = Path(triton.backends.nvidia.__file__).with_name("bin") / "cuobjdump"
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def compiled(kernel, pointers: dict[str, str], constants: dict, floats=(), longs=(), warps: int = 4, stages: int = 3):
-    """The kernel, chained and not; arguments that are not named are int32, and all are multiples of 16 where they can
+    """The kernel, not chained and, as it is returned, chained; arguments that are not named are int32, and all are multiples of 16 where they can
     be."""
     signature, attributes = {}, {}
     for n, name in enumerate(kernel.arg_names):
         kind = "fp32" if name in floats else "i64" if name in longs else "i32"
         fixed = "constexpr" if name in constants or name == "PDL" else None
-        signature[name] = fixed or (f"*{pointers[name]}" if name in pointers else kind)
-        if name in (*pointers, "V", "span") or name.endswith(("_row", "_head", "_block", "_token")):
+        if name in pointers:
+            kind = pointers[name] if pointers[name].startswith("tensordesc") else f"*{pointers[name]}"
+        signature[name] = fixed or kind
+        if kind.startswith("*") or name in ("V", "span") or name.endswith(("_row", "_head", "_block", "_token")):
             attributes[(n,)] = [["tt.divisibility", 16]]
     for chained in (False, True):
         source = ASTSource(kernel, signature, constants | {"PDL": chained}, attributes)
@@ -39,6 +46,7 @@ def compiled(kernel, pointers: dict[str, str], constants: dict, floats=(), longs
         spills = " LOCAL MEMORY" if ".local " in found.asm["ptx"] else ""
         chain = " chained" if chained else ""
         print(kernel.__name__, constants, f"shared {found.metadata.shared}{chain}{spills}")
+    return found
 
 
 def check_chain(found, chained: bool) -> None:
@@ -94,6 +102,32 @@ def attentions(dtype: torch.dtype, group: int, size: int, block: int, window: in
     compiled(attention._combine, {"tiles": "i32", "y": t, **parts}, {"D": size, "DP": padded, "SPLITS": 8}, warps=1)
 
 
+def prompts(dtype: torch.dtype, group: int, size: int, block: int, window: int) -> None:
+    """With its registers; matrix products of Hopper's kind, copies by the copy engine, and nothing spilled."""
+    t, padded, cut = NAMES[dtype], power(size, 16), prompt_of.prompt_tiling(group, size, block)
+    constants = {
+        "G": group, "D": size, "DP": padded, "BLOCK": block, "R": power(cut.tokens * power(group), 16),
+        "KEYS": cut.keys, "WINDOW": window,
+    }  # fmt: skip
+    pool = f"tensordesc<{t}[{cut.keys},{padded}]>"
+    tensors = {"q": t, "y": t, "keys": pool, "values": pool, "tables": "i32", "tiles": "i32"}
+    found = compiled(prompt_of._prompt, tensors, constants, ("scale",), (), cut.warps, cut.stages)
+    assert "wgmma.mma_async" in found.asm["ptx"]
+    assert "cp.async.bulk.tensor" in found.asm["ptx"]
+    print("    registers, bytes spilled:", *resources(found.asm["cubin"]))
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread, and bytes of its stack, which is what did not fit into them."""
+    path = Path("prompt.cubin")
+    path.write_bytes(cubin)
+    told = subprocess.run([CUOBJDUMP, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+).*?STACK:(\d+)", told)
+    assert found is not None, told
+    assert found[2] == "0", told
+    return int(found[1]), int(found[2])
+
+
 def rows(dtype: torch.dtype, width: int) -> None:
     t, padded = NAMES[dtype], power(width)
     for add in (False, True):
@@ -107,6 +141,11 @@ def rows(dtype: torch.dtype, width: int) -> None:
     compiled(embed._embed, {"tokens": "i32", "last": "i64", "table": t, "y": t}, constants, warps=2)
 
 
+def gathers(dtype: torch.dtype, size: int, block: int) -> None:
+    tensors = dict.fromkeys(("keys", "values", "k", "v"), NAMES[dtype]) | {"pieces": "i32"}
+    compiled(gather._gather, tensors, {"HK": 8, "D": size, "DP": power(size), "BLOCK_P": block})
+
+
 def matvecs(dtype: torch.dtype, count: int, width: int) -> None:
     t, part = NAMES[dtype], min(matvec.PART, power(width))
     constants = {"K": width, "PARTS": -(-width // part), "PART": part, "ROWS": matvec.rows_together(count)}
@@ -118,11 +157,13 @@ def ropes(dtype: torch.dtype, heads: int, kv_heads: int, size: int, norms: bool,
     cache, absent = pools(dtype, fp8=fp8)
     tensors = dict.fromkeys(("q", "k", "v", "qw", "kw", "out"), NAMES[dtype]) | cache
     tensors |= {"positions": "i32", "cells": "i32", "turns": "fp32"}
-    constants = {
-        "HQ": heads, "HK": kv_heads, "D": size, "HALF": size // 2, "HALF_P": power(size // 2),
-        "HEADS": min(4, power(kv_heads)), "BLOCK": 64, "NORM": norms,
-    }  # fmt: skip
-    compiled(rope._norm_rope_store, tensors, constants | absent, ("eps", "offset"), warps=1)
+    for most in (4, 16):
+        together = min(most, power(kv_heads))
+        constants = {
+            "HQ": heads, "HK": kv_heads, "D": size, "HALF": size // 2, "HALF_P": power(size // 2),
+            "HEADS": together, "BLOCK": 64, "NORM": norms,
+        }  # fmt: skip
+        compiled(rope._norm_rope_store, tensors, constants | absent, ("eps", "offset"), warps=max(together // 4, 1))
 
 
 def samplings(dtype: torch.dtype) -> None:
@@ -153,6 +194,10 @@ def main(few: bool) -> None:
         for group, size, block, window in every[:2] if few else every:
             for fp8 in (False, True):
                 attentions(dtype, group, size, block, window, fp8=fp8)
+        for group, size, block, window in () if dtype == torch.float32 else (*every, (2, 128, 128, 0)):
+            if not few or (size, window) == (128, 0):
+                prompts(dtype, group, size, block, window)
+                gathers(dtype, size, block)
         for width in (1024,) if few else (1024, 80, 5376):
             rows(dtype, width)
             matvecs(dtype, 1024, 3 * width)

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from llmrs.backends.torch.kernels.launch import check_rows, power, require
+from llmrs.backends.torch.kernels.launch import chained, check_rows, power, require
 
 NAME = "gather"
 
@@ -18,9 +18,12 @@ NAME = "gather"
 @triton.jit
 def _gather(
     keys, values, pieces, k, v, key_block, key_token, key_head,
-    HK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK_P: tl.constexpr,
+    HK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK_P: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     piece, head = tl.program_id(0), tl.program_id(1)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     block = tl.load(pieces + piece * 3).to(tl.int64)
     row = tl.load(pieces + piece * 3 + 1).to(tl.int64)
     count = tl.load(pieces + piece * 3 + 2)
@@ -40,9 +43,10 @@ def gather(
     check_rows(NAME, keys, values)
     require(NAME, keys.stride() == values.stride(), "keys and values differ in strides")
     require(NAME, pieces.dtype == torch.int32 and pieces.is_contiguous() and pieces.ndim == 2, f"pieces {pieces.shape}")
+    pdl = chained(keys.device)
     k, v = (torch.empty(rows, heads, size, dtype=dtype, device=keys.device) for _ in range(2))
     _gather[(len(pieces), heads)](
         keys, values, pieces, k, v, *keys.stride()[:3],
-        HK=heads, D=size, DP=power(size), BLOCK_P=power(block_size), num_warps=4,
+        HK=heads, D=size, DP=power(size), BLOCK_P=power(block_size), PDL=pdl, num_warps=4, launch_pdl=pdl,
     )  # fmt: skip
     return k, v

@@ -18,7 +18,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from llmrs.backends.torch.kernels.attention import LEAST, LOG2E, Tiling, checked
-from llmrs.backends.torch.kernels.launch import power, require
+from llmrs.backends.torch.kernels.launch import chained, power, require
 
 NAME = "prompt attention"
 
@@ -74,13 +74,16 @@ def _seen(seen_from, at, end, WINDOW: tl.constexpr):
 def _prompt(
     q, keys, values, tables, tiles, y, scale, q_row, q_head, y_row, block_rows, head_rows,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr, KEYS: tl.constexpr,
-    WINDOW: tl.constexpr,
+    WINDOW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     head, tile = tl.program_id(0), tl.program_id(1)
     table = tables + tl.load(tiles + tile * 4)
     row = tl.load(tiles + tile * 4 + 1)
     count = tl.load(tiles + tile * 4 + 2)
     first = tl.load(tiles + tile * 4 + 3)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     if count == 0:
         return
     r, d = tl.arange(0, R), tl.arange(0, DP)
@@ -113,10 +116,13 @@ def _prompt(
 
 
 def prompt_tiling(group: int, size: int, block_size: int) -> Tiling:
-    """Chosen by what fits into shared memory and registers: 128 rows x 128 keys of 128 take 245 of 255."""
+    """Chosen by what fits into shared memory and registers: 128 rows x 128 keys of 128 take 245 of 255.
+
+    128 keys at a time need blocks of 128 tokens (`block_size: 128`).
+    """
     rows = 128 if size <= 128 else 64
     keys = min(block_size & -block_size, 128 if size <= 128 else 32)
-    return Tiling(max(rows // power(group), 1), keys, 8 if rows == 128 else 4, 2 if keys == 128 else 3)
+    return Tiling(max(rows // power(group), 1), keys, 8, 2 if keys == 128 else 3)
 
 
 def prompt_attention(
@@ -136,12 +142,13 @@ def prompt_attention(
     group = checked(q, keys, values, tables, tiles, y)
     require(NAME, fits(keys, q.dtype) and block_size % cut.keys == 0, f"keys {keys.shape}, {keys.stride()}, {cut}")
     rows, padded = power(cut.tokens * power(group), 16), power(size, 16)
+    pdl = chained(q.device)
     pools = (_tiles_of(x, cut.keys, padded) for x in (keys, values))
     _prompt[(kv_heads, len(tiles))](
         q, *pools, tables, tiles, y, scale * LOG2E, q.stride(0), q.stride(1), y.stride(0),
         keys.stride(0) // size, keys.stride(2) // size,
         G=group, D=size, DP=padded, BLOCK=block_size, R=rows, KEYS=cut.keys, WINDOW=window,
-        num_warps=cut.warps, num_stages=cut.stages,
+        PDL=pdl, num_warps=cut.warps, num_stages=cut.stages, launch_pdl=pdl,
     )  # fmt: skip
 
 
