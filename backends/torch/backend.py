@@ -16,7 +16,7 @@ from llmrs.backends.memory import free_host_memory, keep_freed_memory, trim_host
 from llmrs.backends.torch.attention import context, on_device
 from llmrs.backends.torch.fp8 import CODES, Scaled, check_device
 from llmrs.backends.torch.linear import Linear, prepare
-from llmrs.backends.torch.lowering import Lowering, Program, join_layers
+from llmrs.backends.torch.lowering import Lowering, Program, join_layers, last_early
 from llmrs.backends.torch.ops import FUSED, KV, OPS
 from llmrs.backends.torch.profile import TorchProfiler
 from llmrs.backends.torch.reserve import runner_memory
@@ -127,7 +127,7 @@ class TorchBackend(Backend):
         lowering = Lowering(self.graph, self.rules, self.at, self.type, weights, progress, self.prepare)
         self.program = lowering.program()
         if self.kernels:
-            self.program = join_layers(self.program, self.rules)
+            self.program = join_layers(last_early(self.program), self.rules)
         trim_host_memory()
         if self.at.type == "cpu" and lowering.size > LARGE:
             use_huge_pages()
