@@ -81,7 +81,7 @@ class TorchBackend(Backend):
             from llmrs.backends.torch import rules, runner
         except ImportError as error:
             missing = BackendError(f"Triton can't be loaded: {error}", "pip install triton, or kernels: plain")
-            if wanted != "auto":
+            if wanted != "auto" or attention not in ("auto", "sdpa"):
                 raise missing from error
             warnings.warn(f"{missing}; plain torch runs in its place, at a tenth of the speed", stacklevel=2)
             return
