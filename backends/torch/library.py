@@ -82,14 +82,14 @@ class Sdpa:
         """It does every model: where no fast way is there, torch has a slow one."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, p: Parts, scale: float, window: int) -> Tensor:
-        y, row, key = torch.empty_like(q), 0, 0
+        found, row, key = [], 0, 0
         for (n, length), group in groupby(p.counts):
             s = len(list(group))
             here, there = slice(row, row + s * n), slice(key, key + s * length)
             some = (t.unflatten(0, (s, -1)).transpose(1, 2) for t in (q[here], k[there], v[there]))  # (s, H, n or L, d)
-            y[here] = _alike(*some, scale=scale, window=window).transpose(1, 2).flatten(0, 1)
+            found.append(_alike(*some, scale=scale, window=window).transpose(1, 2).flatten(0, 1))
             row, key = here.stop, there.stop
-        return y
+        return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def _alike(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int) -> Tensor:

@@ -126,7 +126,10 @@ def attend(c: KernelContext, q: Tensor, kv: KV, *, scale: float, window: int = 0
     if c.library:
         run, parts = c.library
         k, v = gather(kv.keys, kv.values, parts.pieces, parts.keys, q.dtype)
-        y[parts.rows] = run.attend(q[parts.rows], k, v, parts, scale, window).flatten(1)
+        found = run.attend(q[parts.rows], k, v, parts, scale, window).flatten(1)
+        if len(found) == tokens:
+            return found
+        y[parts.rows] = found
     elif shape.chunks and c.copies and fits(kv.keys, q.dtype):
         cut = replace(prompt_tiling(group, size, kv.keys.shape[1]), tokens=c.tile)
         prompt_attention(q, kv.keys, kv.values, f.tables, f.chunks, y, scale=scale, window=window, cut=cut)
