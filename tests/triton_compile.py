@@ -27,8 +27,8 @@ NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def compiled(kernel, pointers: dict[str, str], constants: dict, floats=(), longs=(), warps: int = 4, stages: int = 3):
-    """The kernel, not chained and, as it is returned, chained; arguments that are not named are int32, and all are multiples of 16 where they can
-    be."""
+    """The kernel, compiled unchained and then chained, which is returned; arguments that are not named are int32, and
+    all are multiples of 16 where they can be."""
     signature, attributes = {}, {}
     for n, name in enumerate(kernel.arg_names):
         kind = "fp32" if name in floats else "i64" if name in longs else "i32"
