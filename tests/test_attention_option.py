@@ -146,6 +146,12 @@ def test_flash_refuses_what_it_cannot_do_at_load(monkeypatch):
     Flash().check(RandomModel.of("qwen3").graph, torch.float16)
 
 
+def test_libraries_and_a_cache_in_fp8_do_not_go_together():
+    made = find("torch")("cpu", "f32", "fp8")
+    with pytest.raises(BackendError, match="sdpa does not go with kv_cache_dtype: fp8"):
+        made.use_kernels("triton", attention="sdpa")
+
+
 def test_without_kernels_there_is_torchs_own():
     made = find("torch")("cpu", "f32", "f32")
     made.configure(EngineConfig(attention="sdpa"))

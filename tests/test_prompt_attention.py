@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 from test_triton_attention import LEFT, TYPES, expected, pool, step
 
 from llmrs.backends.torch import rules
+from llmrs.backends.torch.fp8 import CODES, Scaled
 from llmrs.backends.torch.kernels.attention import Tiling
 from llmrs.backends.torch.kernels.prompt import fits, prompt_attention, prompt_tiling
 from llmrs.backends.torch.step import chunk_tiles
@@ -63,6 +64,7 @@ def test_what_a_copy_engine_cannot_load():
     assert not fits(heads_first[:, :8], torch.float16)  # blocks of fewer tokens than a matrix product takes
     assert not fits(torch.zeros(4, 16, 2, 24, dtype=torch.float16), torch.float16)  # heads lie side by side
     assert not fits(torch.zeros(4, 2, 16, 12, dtype=torch.float16).transpose(1, 2), torch.float16)  # 24 bytes
+    assert not fits(Scaled(heads_first.to(CODES), torch.zeros(4, 16, 2)), torch.float16)
     rng = np.random.default_rng(0)
     batch = step(rng, [0], [5], 16)
     kv, q = pool(rng, batch, 16, 1, 16, torch.float16), torch.ones(5, 2, 16, dtype=torch.float16)

@@ -87,6 +87,8 @@ class TorchBackend(Backend):
             return
         if self.kv_dtype == "fp8":
             check_device(self.at)
+            if attention in ("sdpa", "flash"):
+                raise BackendError(f"attention: {attention} does not go with kv_cache_dtype: fp8", "attention: auto")
         if self.at.type == "cuda":
             self._check_bf16()
             torch.cuda.set_device(self.at)  # of this thread: Triton launches on it

@@ -125,12 +125,14 @@ def attend(c: KernelContext, q: Tensor, kv: KV, *, scale: float, window: int = 0
         paged.attention(q, kv.keys, kv.values, f.tables, f.singles, y, scale=scale, window=window, cut=cut, split=split)
     if c.library:
         run, parts = c.library
+        assert isinstance(kv.keys, Tensor), "a cache in fp8 is refused before"
+        assert isinstance(kv.values, Tensor)
         k, v = gather(kv.keys, kv.values, parts.pieces, parts.keys, q.dtype)
         found = run.attend(q[parts.rows], k, v, parts, scale, window).flatten(1)
         if len(found) == tokens:
             return found
         y[parts.rows] = found
-    elif shape.chunks and c.copies and fits(kv.keys, q.dtype):
+    elif shape.chunks and c.copies and fits(kv.keys, q.dtype) and fits(kv.values, q.dtype):
         cut = replace(prompt_tiling(group, size, kv.keys.shape[1]), tokens=c.tile)
         prompt_attention(q, kv.keys, kv.values, f.tables, f.chunks, y, scale=scale, window=window, cut=cut)
     elif shape.chunks:

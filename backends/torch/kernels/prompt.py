@@ -12,11 +12,14 @@ Operations of a tile of R rows and a KV head: 4 * R * d * keys. Read: 4 * d byte
 which bounds 128 rows at d = 128 to 128 operations a byte. Not yet run on a GPU.
 """
 
+from typing import TypeGuard
+
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from llmrs.backends.torch.fp8 import Scaled
 from llmrs.backends.torch.kernels.attention import LEAST, LOG2E, Tiling, checked
 from llmrs.backends.torch.kernels.launch import chained, power, require
 
@@ -152,12 +155,14 @@ def prompt_attention(
     )  # fmt: skip
 
 
-def fits(keys: torch.Tensor, dtype: torch.dtype) -> bool:
+def fits(keys: torch.Tensor | Scaled, dtype: torch.dtype) -> TypeGuard[torch.Tensor]:
     """Whether a copy engine can load tiles of a pool (blocks, block_size, Hk, d): a head's tokens of a block must lie
     side by side, each at a multiple of 16 bytes, in the type of the computation."""
+    if isinstance(keys, Scaled) or keys.dtype != dtype or dtype == torch.float32:
+        return False
     size = keys.shape[3]
     strides = keys.stride(1) == size and all(keys.stride(n) % size == 0 for n in (0, 2))
-    return strides and keys.shape[1] % 16 == size * 2 % 16 == 0 and keys.dtype == dtype != torch.float32
+    return strides and keys.shape[1] % 16 == size * 2 % 16 == 0
 
 
 def _tiles_of(pool: torch.Tensor, keys: int, padded: int) -> TensorDescriptor:
