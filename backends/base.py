@@ -69,8 +69,9 @@ class Backend(ABC):
 
     def configure(self, config: EngineConfig) -> None:
         """Takes what the user says about how it runs, before anything is loaded. Raises BackendError, ConfigError."""
-        if config.kernels != "auto":
-            raise ConfigError(f"kernels: backend {self.name} has no choice of kernels", "leave it at auto")
+        for name in ("kernels", "attention"):
+            if getattr(config, name) != "auto":
+                raise ConfigError(f"{name}: backend {self.name} has no choice of {name}", "leave it at auto")
 
     def reserve(self, graph: Graph, sequences: int, tokens: int) -> int:
         """Bytes that it needs beside weights and KV cache for steps of at most so many sequences and tokens."""

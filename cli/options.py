@@ -19,7 +19,7 @@ class RunOptions(Checked):
     output: str | None = option(None, "also write one JSON object per request to this file", ("o",))
     json: bool = option(False, "print one JSON object per request instead of text")
     trace: str | None = option(None, "write what each step spends its time on to this file, in Chrome's trace format")
-    flash: bool | None = option(None, "accepted for vllm.rs; no effect, the backend chooses its attention kernel")
+    flash: bool | None = option(None, "vllm.rs's word for attention: flash")
 
 
 @dataclass(frozen=True)

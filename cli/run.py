@@ -56,8 +56,6 @@ def cancel(answers: Sequence[Answer]) -> None:
 
 def check_template(engine: "Engine", options: RunOptions) -> None:
     """Says what happens where the model has no chat template. Raises ConfigError for a system message then."""
-    if options.flash is not None:
-        note("flash has no effect: the backend chooses how attention is computed")
     if options.chat and engine.model.template is None:
         if options.system is not None:
             raise ConfigError("system: the model has no chat template", "leave out the system message")

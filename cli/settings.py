@@ -33,10 +33,21 @@ def load_settings(config: str | None, flags: Mapping[str, Any]) -> Settings:
     parts = [replace(p, **{name: over[name] for name in vars(p) if name in over}) for p in parts]
     by_type = {type(p): p for p in parts}
     by_type[LaterOptions].refuse()
-    settings = Settings(by_type[EngineConfig], by_type[SamplingParams], by_type[RunOptions])
+    settings = Settings(
+        _with_flash(by_type[EngineConfig], by_type[RunOptions].flash), by_type[SamplingParams], by_type[RunOptions]
+    )
     if settings.run.system is not None and not settings.run.chat:
         raise ConfigError("system: a system message needs the chat template", "leave out system, or chat: false")
     return settings
+
+
+def _with_flash(config: EngineConfig, flash: bool | None) -> EngineConfig:
+    """`flash` is another word for one choice of `attention`. Raises ConfigError where both are set and differ."""
+    if flash is None or (not flash and config.attention != "flash"):
+        return config
+    if not flash or config.attention not in ("auto", "flash"):
+        raise ConfigError(f"flash: {str(flash).lower()} does not go with attention: {config.attention}", "keep one")
+    return replace(config, attention="flash")
 
 
 def from_file(path: Path) -> list[Any]:

@@ -130,6 +130,11 @@ class EngineConfig(Checked):
         "our own on a GPU, Triton's or Metal's; plain: none; triton: on any device",
         choices=("auto", "plain", "triton"),
     )
+    attention: str = option(
+        "auto",
+        "of prompts on NVIDIA GPUs: our kernel (auto), torch's, or flash-attn's",
+        choices=("auto", "triton", "sdpa", "flash"),
+    )
     cuda_graphs: bool = option(True, "record steps and run them again, where Triton kernels run")
     dtype: str = option("bf16", "type of computation and of the KV cache", choices=DTYPES)
     kv_cache_dtype: str = option(

@@ -27,6 +27,7 @@ if find_spec("pytest") is None:  # its decorators stand in llmrs.backends.testin
 
 import bench_chain
 import bench_fp8
+import bench_prompt
 import bench_rows
 import random_checkpoint
 
@@ -46,6 +47,7 @@ from llmrs.bench_profile import profile_step
 from llmrs.core.batch import Batch
 from llmrs.speed import Device
 from llmrs.workloads import WORKLOADS
+from llmrs.workloads import run as run_workload
 
 FOUND: dict[str, Any] = {}
 GPU = "cuda:0"
@@ -115,18 +117,22 @@ def answers(backend: Any) -> list[list[int]]:
 ENGINE: list[Engine] = []
 
 
+def loaded(**options: Any) -> Engine:
+    config = EngineConfig(
+        sys.argv[1], device=GPU, max_num_seqs=256, max_model_len=4224, max_num_batched_tokens=8192,
+        prefix_cache=False, **options,
+    )  # fmt: skip
+    return Engine(config)
+
+
 def engine(kv: str = "bf16") -> Engine:
     """The engine, loaded once for each type of the KV cache in turn."""
     if ENGINE and ENGINE[0].fit.kv_dtype != kv:
         ENGINE.pop().close()
     if not ENGINE:
         begin = time.perf_counter()
-        config = EngineConfig(
-            sys.argv[1], device=GPU, max_num_seqs=256, max_model_len=4224, max_num_batched_tokens=8192,
-            kv_cache_memory=min(60 * 10**9, int(torch.cuda.mem_get_info()[0] * 0.8)), prefix_cache=False,
-            kv_cache_dtype=kv,
-        )  # fmt: skip
-        ENGINE.append(Engine(config))
+        memory = min(60 * 10**9, int(torch.cuda.mem_get_info()[0] * 0.8))
+        ENGINE.append(loaded(kv_cache_memory=memory, kv_cache_dtype=kv))
         print(f"loaded in {time.perf_counter() - begin:.1f} s")
         begin = time.perf_counter()
         backend().kernels.warm(range(1, 257))
@@ -277,6 +283,17 @@ def rows() -> None:
     bench_rows.linears(timed, FOUND)
 
 
+def prompt() -> None:
+    """What bench_prompt.py says."""
+
+    def measured(engine: Engine) -> float:
+        asked = WORKLOADS["prefill"].requests_of(engine.model.config.vocabulary)
+        return sum(len(a.prompt) for a in asked) / run_workload(engine, asked).seconds
+
+    FOUND["prompt"] = bench_prompt.kernels(timed)
+    FOUND["prompt prefill"] = bench_prompt.prefill(loaded, measured, timed)
+
+
 PARTS = {
     f.__name__: f
     for f in (
@@ -287,6 +304,7 @@ PARTS = {
         arrivals,
         profiles,
         cuts,
+        prompt,
         sampling,
         pdl,
         fp8,

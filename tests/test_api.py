@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import threading
 
+import numpy as np
 import pytest
 import texts
 
@@ -40,6 +41,15 @@ def engine(folder):
 
 def threads():
     return [t for t in threading.enumerate() if t.name == "llmrs"]
+
+
+def test_token_ids_in_every_form(engine):
+    forms = [[5, 6, 7], (5, 6, 7), np.array([5, 6, 7]), [5, np.int32(6), 7]]
+    first, *others = [o.token_ids for o in engine.generate_sync(GREEDY, forms)]
+    assert others == [first] * 3
+    for wrong in ([5, True], [5, 6.0], np.array([5.0])):
+        with pytest.raises(RequestError, match="not in the vocabulary"):
+            engine.generate_sync(GREEDY, [wrong])
 
 
 def test_asyncio_gives_the_same_answers(engine):

@@ -101,11 +101,14 @@ def test_vllm_rs_spellings(call, folder):
         "128",
         "--max-tokens",
         "3",
-        "--flash",
     ]
-    status, out, _ = call("run", *args, "--prompts", "Hello | the", "--json", "--kv-cache-dtype", "f32")
+    asked = ("--prompts", "Hello | the", "--json", "--kv-cache-dtype", "f32")
+    status, out, _ = call("run", *args, *asked)
     assert status == 0
     assert len(out.splitlines()) == 2
+    status, _, err = call("run", *args, *asked, "--flash")
+    assert status == 2
+    assert "attention: flash is not there on cpu" in err
 
 
 def test_a_conversation(call, folder, monkeypatch):

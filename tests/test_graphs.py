@@ -60,7 +60,7 @@ def test_what_is_sent():
         assert f["tokens"] == [7] * 3 + [9] + [8] * 5 + [0] * 7
         assert f["cells"] == [0, 1, 2, 8, 16, 17, 18, 19, 20, *(200 + n % 4 for n in range(7))]
         assert f["singles"] == [[2, 3, 1, 0], *[[0] * 4] * 3]
-        assert f["chunks"] == [[0, 0, 2, 0], [0, 2, 1, 2], [4, 4, 2, 0], [4, 6, 2, 2], [4, 8, 1, 4], *[[0] * 4] * 3]
+        assert f["chunks"] == [[4, 8, 1, 4], [0, 2, 1, 2], [4, 6, 2, 2], [0, 0, 2, 0], [4, 4, 2, 0], *[[0] * 4] * 3]
         assert f["rows"] == [2, 3, 8, 0]
         assert f["slots"] == [2, -1, 5, -1]
         assert f["top_p"] == [1, 1, 1, 0]
@@ -126,6 +126,8 @@ def test_without_triton_auto_warns_and_triton_is_an_error(monkeypatch):
     with pytest.raises(BackendError, match="Triton can't be loaded"):
         made.use_kernels("triton")
     made.at = torch.device("cuda:0")
+    with pytest.raises(BackendError, match="Triton can't be loaded"):
+        made.use_kernels("auto", attention="flash")
     with pytest.warns(UserWarning, match="plain torch"):
         made.use_kernels("auto")
     assert made.kernels is None

@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 def test_kernels_compile(part: str, tmp_path: Path):
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     script = Path(__file__).with_name("triton_compile.py")
-    done = subprocess.run([sys.executable, script, part], env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, script, part], env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "_attend" in done.stdout
     assert "chained" in done.stdout

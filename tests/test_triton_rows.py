@@ -8,6 +8,7 @@ from llmrs.backends.reference import ops
 from llmrs.core.ir import Frequencies
 
 pytest.importorskip("triton")
+from llmrs.backends.torch.kernels import rope
 from llmrs.backends.torch.kernels.embed import embed
 from llmrs.backends.torch.kernels.gated import gated
 from llmrs.backends.torch.kernels.matvec import matvec
@@ -59,7 +60,9 @@ def test_gated(rows: int, width: int, dtype: torch.dtype):
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 2, 32), (3, 1, 24), (8, 8, 64), (5, 5, 80), (2, 1, 256)])
-def test_norm_rope_store(heads: int, kv_heads: int, size: int, dtype: torch.dtype):
+@pytest.mark.parametrize("many", [1, 1024])  # tokens, from which a program does more heads
+def test_norm_rope_store(heads: int, kv_heads: int, size: int, many: int, dtype: torch.dtype, monkeypatch):
+    monkeypatch.setattr(rope, "MANY", many)
     rng = np.random.default_rng(size)
     tokens, block_size = 5, 4
     rows = random(rng, tokens, (heads + 2 * kv_heads) * size, dtype=dtype)

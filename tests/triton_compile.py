@@ -14,8 +14,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from llmrs.backends.torch.kernels import attention, bounds, embed, gated, matvec, norm, rope, sampling
+from llmrs.backends.torch.kernels import attention, bounds, embed, gated, gather, matvec, norm, rope, sampling
 from llmrs.backends.torch.kernels import edges as edges_of
+from llmrs.backends.torch.kernels import prompt as prompt_of
 from llmrs.backends.torch.kernels import rows as rows_of
 from llmrs.backends.torch.kernels.launch import power, precision
 
@@ -27,14 +28,16 @@ NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def compiled(kernel, pointers: dict[str, str], constants: dict, floats=(), longs=(), warps: int = 4, stages: int = 3):
-    """The kernel's code when chained; it is compiled both ways. Arguments that are not named are int32, and all are
-    multiples of 16 where they can be."""
+    """The kernel when chained; it is compiled both ways. Arguments that are not named are int32, and all are multiples
+    of 16 where they can be."""
     signature, attributes = {}, {}
     for n, name in enumerate(kernel.arg_names):
         kind = "fp32" if name in floats else "i64" if name in longs else "i32"
         fixed = "constexpr" if name in constants or name == "PDL" else None
-        signature[name] = fixed or (f"*{pointers[name]}" if name in pointers else kind)
-        if name in (*pointers, "V", "span") or name.endswith(("_row", "_head", "_block", "_token")):
+        if name in pointers:
+            kind = pointers[name] if pointers[name].startswith("tensordesc") else f"*{pointers[name]}"
+        signature[name] = fixed or kind
+        if kind.startswith("*") or name in ("V", "span") or name.endswith(("_row", "_head", "_block", "_token")):
             attributes[(n,)] = [["tt.divisibility", 16]]
     for chained in (False, True):
         source = ASTSource(kernel, signature, constants | {"PDL": chained}, attributes)
@@ -44,7 +47,7 @@ def compiled(kernel, pointers: dict[str, str], constants: dict, floats=(), longs
         spills = " LOCAL MEMORY" if ".local " in found.asm["ptx"] else ""
         chain = " chained" if chained else ""
         print(kernel.__name__, constants, f"shared {found.metadata.shared}{chain}{spills}")
-    return found.asm["cubin"]
+    return found
 
 
 def check_chain(found, chained: bool) -> None:
@@ -100,6 +103,23 @@ def attentions(dtype: torch.dtype, group: int, size: int, block: int, window: in
     compiled(attention._combine, {"tiles": "i32", "y": t, **parts}, {"D": size, "DP": padded, "SPLITS": 8}, warps=1)
 
 
+def prompts(dtype: torch.dtype, group: int, size: int, block: int, window: int) -> None:
+    """With its registers; matrix products of Hopper's kind, copies by the copy engine, and nothing spilled."""
+    t, padded, cut = NAMES[dtype], power(size, 16), prompt_of.prompt_tiling(group, size, block)
+    constants = {
+        "G": group, "D": size, "DP": padded, "BLOCK": block, "R": power(cut.tokens * power(group), 16),
+        "KEYS": cut.keys, "WINDOW": window,
+    }  # fmt: skip
+    pool = f"tensordesc<{t}[{cut.keys},{padded}]>"
+    tensors = {"q": t, "y": t, "keys": pool, "values": pool, "tables": "i32", "tiles": "i32"}
+    found = compiled(prompt_of._prompt, tensors, constants, ("scale",), (), cut.warps, cut.stages)
+    assert "wgmma.mma_async" in found.asm["ptx"]
+    assert "cp.async.bulk.tensor" in found.asm["ptx"]
+    registers, spilled = resources(found)
+    print(f"    registers {registers}")
+    assert spilled == 0
+
+
 def rows(dtype: torch.dtype, width: int) -> None:
     t, padded = NAMES[dtype], power(width)
     for add in (False, True):
@@ -111,6 +131,11 @@ def rows(dtype: torch.dtype, width: int) -> None:
         compiled(gated._gated, dict.fromkeys(("gate", "up", "y"), t), constants)
     constants = {"D": width, "PART": min(1024, padded)}
     compiled(embed._embed, {"tokens": "i32", "last": "i64", "table": t, "y": t}, constants, warps=2)
+
+
+def gathers(dtype: torch.dtype, size: int, block: int) -> None:
+    tensors = dict.fromkeys(("keys", "values", "k", "v"), NAMES[dtype]) | {"pieces": "i32"}
+    compiled(gather._gather, tensors, {"HK": 8, "D": size, "DP": power(size), "BLOCK_P": block})
 
 
 def matvecs(dtype: torch.dtype, count: int, width: int) -> None:
@@ -136,31 +161,32 @@ def products(dtype: torch.dtype, count: int, width: int, gate: str, norm: bool, 
             "GATE": rows_of.GATES[gate], "BIAS": False, "ADD": add, "EARLY": cut.early, **own,
         }  # fmt: skip
         kernel = rows_of.few if vectors else rows_of.some
-        code = compiled(kernel, tensors, constants, ("eps", "offset"), (), cut.warps, stages)
-        print("   ", resources(code))
+        registers, spilled = resources(compiled(kernel, tensors, constants, ("eps", "offset"), (), cut.warps, stages))
+        where = "LOCAL MEMORY" if spilled > 16 else "spilled"  # a register or four by the way cost nothing
+        print(f"    registers {registers}, {where} {spilled} bytes")
 
 
-def resources(code: bytes) -> str:
-    """Registers and memory of a kernel, as ptxas gave them; spilled registers are on the stack."""
+def resources(found) -> tuple[int, int]:
+    """Registers of a thread, and bytes that did not fit into them, as ptxas gave them: those are on the stack."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(code)
+        file.write(found.asm["cubin"])
         file.flush()
         said = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", said))
-    spilled = int(found["STACK"]) + int(found["LOCAL"])
-    where = "LOCAL MEMORY" if spilled > 16 else "spilled"  # a register or four by the way cost nothing
-    return f"registers {found['REG']}, {where} {spilled} bytes"
+    counts = {name: int(count) for name, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
+    return counts["REG"], counts["STACK"] + counts["LOCAL"]
 
 
 def ropes(dtype: torch.dtype, heads: int, kv_heads: int, size: int, norms: bool, *, fp8: bool) -> None:
     cache, absent = pools(dtype, fp8=fp8)
     tensors = dict.fromkeys(("q", "k", "v", "qw", "kw", "out"), NAMES[dtype]) | cache
     tensors |= {"positions": "i32", "cells": "i32", "turns": "fp32"}
-    constants = {
-        "HQ": heads, "HK": kv_heads, "D": size, "HALF": size // 2, "HALF_P": power(size // 2),
-        "HEADS": min(4, power(kv_heads)), "BLOCK": 64, "NORM": norms,
-    }  # fmt: skip
-    compiled(rope._norm_rope_store, tensors, constants | absent, ("eps", "offset"), warps=1)
+    for most in (4, 16):
+        together = min(most, power(kv_heads))
+        constants = {
+            "HQ": heads, "HK": kv_heads, "D": size, "HALF": size // 2, "HALF_P": power(size // 2),
+            "HEADS": together, "BLOCK": 64, "NORM": norms,
+        }  # fmt: skip
+        compiled(rope._norm_rope_store, tensors, constants | absent, ("eps", "offset"), warps=max(together // 4, 1))
 
 
 def samplings(dtype: torch.dtype) -> None:
@@ -200,6 +226,10 @@ def main(few: bool) -> None:
         for group, size, block, window in every[:2] if few else every:
             for fp8 in (False, True):
                 attentions(dtype, group, size, block, window, fp8=fp8)
+        for group, size, block, window in () if dtype == torch.float32 else (*every, (2, 128, 128, 0)):
+            if not few or (size, window) == (128, 0):
+                prompts(dtype, group, size, block, window)
+                gathers(dtype, size, block)
         for width in (1024,) if few else (1024, 80, 5376):
             rows(dtype, width)
             matvecs(dtype, 1024, 3 * width)

@@ -16,7 +16,7 @@ from llmrs.backends.memory import free_host_memory, keep_freed_memory, trim_host
 from llmrs.backends.torch.attention import context, on_device
 from llmrs.backends.torch.fp8 import CODES, Scaled, check_device
 from llmrs.backends.torch.linear import Linear, prepare
-from llmrs.backends.torch.lowering import Lowering, Program, join_layers
+from llmrs.backends.torch.lowering import Lowering, Program, join_layers, last_early
 from llmrs.backends.torch.ops import FUSED, KV, OPS
 from llmrs.backends.torch.profile import TorchProfiler
 from llmrs.backends.torch.reserve import runner_memory
@@ -62,32 +62,38 @@ class TorchBackend(Backend):
         self.outbox: Outbox | None = None
 
     def configure(self, config: EngineConfig) -> None:
-        self.use_kernels(config.kernels, graphs=config.cuda_graphs)
+        self.use_kernels(config.kernels, graphs=config.cuda_graphs, attention=config.attention)
 
-    def use_kernels(self, wanted: str, *, graphs: bool = True) -> None:
+    def use_kernels(self, wanted: str, *, graphs: bool = True, attention: str = "auto") -> None:
         """Triton kernels, before anything is loaded: "triton", "plain" (none), or "auto": where there is an NVIDIA GPU.
 
         "auto" does without what has not run on a GPU yet; runner.KernelRunner says what that is.
+        `attention` is what the option says; plain torch ops are "sdpa", or "auto".
         Raises BackendError where they are asked for and can't run, or can't do fp8; "auto" warns and does without a
         missing Triton.
         """
         if wanted == "plain" or (wanted == "auto" and self.at.type != "cuda"):
+            if attention not in ("auto", "sdpa"):
+                where = "without kernels" if wanted == "plain" else f"on {self.at}"
+                raise BackendError(f"attention: {attention} is not there {where}", "attention: auto, or sdpa")
             return
         try:
             from llmrs.backends.torch import rules, runner
         except ImportError as error:
             missing = BackendError(f"Triton can't be loaded: {error}", "pip install triton, or kernels: plain")
-            if wanted != "auto":
+            if wanted != "auto" or attention not in ("auto", "sdpa"):
                 raise missing from error
             warnings.warn(f"{missing}; plain torch runs in its place, at a tenth of the speed", stacklevel=2)
             return
         if self.kv_dtype == "fp8":
             check_device(self.at)
+            if attention in ("sdpa", "flash"):
+                raise BackendError(f"attention: {attention} does not go with kv_cache_dtype: fp8", "attention: auto")
         if self.at.type == "cuda":
             self._check_bf16()
             torch.cuda.set_device(self.at)  # of this thread: Triton launches on it
         self.rules, self.fused_ops, self.prepare = rules.TRITON, rules.FUSED, rules.Matrix
-        self.kernels = runner.KernelRunner(self.at, graphs=graphs, untried=wanted == "triton")
+        self.kernels = runner.KernelRunner(self.at, graphs=graphs, untried=wanted == "triton", attention=attention)
         self.block_size = runner.BLOCK_SIZE
 
     def _check_bf16(self) -> None:
@@ -118,10 +124,12 @@ class TorchBackend(Backend):
     # Loading: every equation becomes a call with its weights bound.
 
     def load_weights(self, weights: Mapping[str, Tensor], progress: Callable[[int], None]) -> None:
+        if self.kernels:
+            self.kernels.check(self.graph, self.type)
         lowering = Lowering(self.graph, self.rules, self.at, self.type, weights, progress, self.prepare)
         self.program = lowering.program()
         if self.kernels:
-            self.program = join_layers(self.program, self.rules)
+            self.program = join_layers(last_early(self.program), self.rules)
         trim_host_memory()
         if self.at.type == "cpu" and lowering.size > LARGE:
             use_huge_pages()

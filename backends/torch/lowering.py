@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +14,7 @@ from llmrs.backends.torch.linear import Linear, prepare
 from llmrs.core.ir import Equation, Graph, Weight
 from llmrs.quant.tensor import Tensor
 
+ROWWISE = {"linear", "linears", "rms_norm", "add", "scale", "silu_mul", "gelu_mul", "moe"}  # each row by itself
 VECTORS = ("rms_norm", "add_norm", "norm_rope_store")  # ops whose weights are vectors, taken as they are
 
 
@@ -77,6 +78,28 @@ def join_layers(program: Program, rules: Mapping[str, Callable[..., Any]]) -> Pr
         else:
             calls.append(call)
     return Program(calls, program.count, program.results)
+
+
+def last_early(program: Program) -> Program:
+    """With `last` right after the last attention: of a prompt's other rows, nobody reads what comes then."""
+    at = next(n for n, call in enumerate(program.calls) if call.op == "last")
+    begin = at
+    while begin and program.calls[begin - 1].op in ROWWISE:
+        begin -= 1
+    (last, *rest), rows = program.calls[at:], program.calls[begin:at]
+    made = {n for call in rows for n in call.outs}
+    read = {n for call in rest for n in call.inputs} | set(program.results)
+    if last.inputs[0] not in made or made & read:
+        return program
+    taken = dict.fromkeys(n for call in rows for n in call.inputs if n not in made)
+    new = dict(zip(taken, range(program.count, program.count + len(taken)), strict=True))
+    new[last.outs[0]] = last.inputs[0]
+    calls = [
+        *program.calls[:begin],
+        *(Call("last", last.rule, [n], [new[n]]) for n in taken),
+        *(replace(call, inputs=[new.get(n, n) for n in call.inputs]) for call in (*rows, *rest)),
+    ]
+    return Program(calls, program.count + len(taken), program.results)
 
 
 class Lowering:

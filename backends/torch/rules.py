@@ -14,9 +14,12 @@ from llmrs.backends.torch.kernels import embed as embedding
 from llmrs.backends.torch.kernels import norm
 from llmrs.backends.torch.kernels import rows as few
 from llmrs.backends.torch.kernels.gated import gated
+from llmrs.backends.torch.kernels.gather import gather
 from llmrs.backends.torch.kernels.launch import multiprocessors
 from llmrs.backends.torch.kernels.matvec import matvec
+from llmrs.backends.torch.kernels.prompt import fits, prompt_attention, prompt_tiling
 from llmrs.backends.torch.kernels.rope import norm_rope_store as turn_and_store
+from llmrs.backends.torch.library import Library, Parts
 from llmrs.backends.torch.linear import Linear
 from llmrs.backends.torch.ops import KV, OPS
 from llmrs.backends.torch.step import Fields, Shape
@@ -50,6 +53,8 @@ class KernelContext:
     turns: Turns
     programs: int  # of attention, that fill the device
     tile: int  # tokens of a prompt's tile
+    library: tuple[Library, Parts] | None = None  # does the parts of prompts in the kernel's place
+    copies: bool = False  # whether the kernel for them loads keys by the copy engine, where that is possible
 
 
 def programs(device: torch.device) -> int:
@@ -110,7 +115,8 @@ def norm_rope_store(
 
 
 def attend(c: KernelContext, q: Tensor, kv: KV, *, scale: float, window: int = 0) -> Tensor:
-    """Single tokens in one launch, with their keys split where they are few; parts of prompts in another."""
+    """Single tokens in one launch, with their keys split where they are few; parts of prompts in another, or by a
+    library."""
     tokens, heads, size = q.shape
     group, shape, f = heads // kv.keys.shape[2], c.shape, c.fields
     y = torch.empty(tokens, heads * size, dtype=q.dtype, device=q.device)
@@ -118,7 +124,19 @@ def attend(c: KernelContext, q: Tensor, kv: KV, *, scale: float, window: int = 0
         cut = paged.tiling(group, size, q.dtype, prompt=False)
         split = paged.splits(shape.singles, kv.keys.shape[2], c.programs)
         paged.attention(q, kv.keys, kv.values, f.tables, f.singles, y, scale=scale, window=window, cut=cut, split=split)
-    if shape.chunks:
+    if c.library:
+        run, parts = c.library
+        assert isinstance(kv.keys, Tensor), "a cache in fp8 is refused before"
+        assert isinstance(kv.values, Tensor)
+        k, v = gather(kv.keys, kv.values, parts.pieces, parts.keys, q.dtype)
+        found = run.attend(q[parts.rows], k, v, parts, scale, window).flatten(1)
+        if len(found) == tokens:
+            return found
+        y[parts.rows] = found
+    elif shape.chunks and c.copies and fits(kv.keys, q.dtype) and fits(kv.values, q.dtype):
+        cut = replace(prompt_tiling(group, size, kv.keys.shape[1]), tokens=c.tile)
+        prompt_attention(q, kv.keys, kv.values, f.tables, f.chunks, y, scale=scale, window=window, cut=cut)
+    elif shape.chunks:
         cut = replace(paged.tiling(group, size, q.dtype, prompt=True), tokens=c.tile)
         paged.attention(q, kv.keys, kv.values, f.tables, f.chunks, y, scale=scale, window=window, cut=cut)
     return y

@@ -16,6 +16,7 @@ from llmrs.backends.torch.kernels.edges import find_edges
 from llmrs.backends.torch.kernels.launch import chaining, interpreted
 from llmrs.backends.torch.kernels.rows import most_rows
 from llmrs.backends.torch.kernels.sampling import draw
+from llmrs.backends.torch.library import LIBRARIES, Library, Parts, parts_of
 from llmrs.backends.torch.lowering import Program
 from llmrs.backends.torch.ops import KV
 from llmrs.backends.torch.rules import TRITON, KernelContext, Turns, programs, rows
@@ -34,8 +35,9 @@ UNRECORDED = {"moe"}  # ops whose rules ask the device what to do
 class KernelRunner:
     """The steps of one program on one pool. Life: `begin`, any number of `forward` and `sample`, `end`."""
 
-    def __init__(self, device: torch.device, *, graphs: bool, untried: bool) -> None:
-        """`untried` takes what has not run on a GPU yet: `fused`, `edges`, `bounded`, `chain` and `aside`, below.
+    def __init__(self, device: torch.device, *, graphs: bool, untried: bool, attention: str = "triton") -> None:
+        """`untried` takes what has not run on a GPU yet: `fused`, `edges`, `bounded`, `chain`, `aside` and `copies`,
+        below. `attention` may be a library's: then it does the parts of prompts of steps that are not recorded.
 
         Raises BackendError where kernels can't run: they need an NVIDIA GPU, or Triton's interpreter.
         """
@@ -47,6 +49,8 @@ class KernelRunner:
         self.bounded = untried  # few scores are worked out, not all
         self.chain = untried  # programmatic dependent launch, where the GPU has it; see kernels/launch.py
         self.aside = untried and device.type == "cuda"  # tokens are copied on a stream of their own; see tickets.py
+        self.copies = untried and _has_copy_engine(device)  # which loads the keys of prompts; see kernels/prompt.py
+        self.library: Library | None = LIBRARIES[attention]() if attention in LIBRARIES else None
         self.end()
 
     def end(self) -> None:
@@ -76,6 +80,11 @@ class KernelRunner:
         if self.wanted and not UNRECORDED & {c.op for c in program.calls}:
             self.recorder = Recorder(self.device)
 
+    def check(self, graph: Graph, dtype: torch.dtype) -> None:
+        """Raises BackendError for a model that the chosen attention can't do."""
+        if self.library:
+            self.library.check(graph, dtype)
+
     def forward(self, batch: Batch) -> torch.Tensor:
         """Logits (R, V), in the type of the computation; they stay until the next step."""
         found = self._recorded(batch)
@@ -83,7 +92,7 @@ class KernelRunner:
         inputs.fill(batch, self.block_size, self.spare, self.tile)
         self.step = batch, inputs, found
         if found is None:
-            return self._run(inputs)
+            return self._run(inputs, parts_of(batch, self.block_size, self.device) if self.library else None)
         return self._forward(found)[: len(batch.rows)]
 
     def sample(self, logits: torch.Tensor, batch: Batch, mask: np.ndarray | None) -> torch.Tensor:
@@ -147,9 +156,10 @@ class KernelRunner:
             found.sample[filtered] = self.recorder.record(lambda: self._draw(whole, found.inputs, filtered))
         return found.sample[filtered]()
 
-    def _run(self, inputs: StepInputs) -> torch.Tensor:
+    def _run(self, inputs: StepInputs, parts: Parts | None = None) -> torch.Tensor:
         f, last = inputs.fields, self.slots.last_token
-        context = KernelContext(inputs.shape, f, last, self.turns, self.programs, self.tile)
+        library = (self.library, parts) if self.library and parts else None
+        context = KernelContext(inputs.shape, f, last, self.turns, self.programs, self.tile, library, self.copies)
         program = self.few if inputs.shape.tokens <= self.few_rows else self.program
         with chaining(self.chain):
             logits: torch.Tensor = program.run(context, [f.tokens, f.positions, *self.kv])[0]
@@ -165,6 +175,11 @@ class KernelRunner:
                 edges = find_edges(logits, temperature, f.top_k[:n], f.top_p[:n], f.min_p[:n])
             run = draw_bounded if self.bounded else draw
             return run(logits, temperature, f.keys[:n], f.slots[:n], last, edges, out=out)
+
+
+def _has_copy_engine(device: torch.device) -> bool:
+    """Whether tiles can be loaded through tensor descriptors: from Hopper on, and in the interpreter."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _filters(params: SamplingArrays) -> bool:

@@ -149,7 +149,7 @@ def single_tiles(batch: Batch, counts: np.ndarray, width: int) -> np.ndarray:
     """int32 (n, 4): the tiles of the sequences with one token; `width` is that of the block tables."""
     s = np.flatnonzero(counts == 1)
     row = batch.starts[s]
-    return np.stack([s * width, row, np.ones_like(row), batch.positions[row]], axis=1).astype(np.int32)
+    return _longest_first(np.stack([s * width, row, np.ones_like(row), batch.positions[row]], axis=1))
 
 
 def chunk_tiles(batch: Batch, counts: np.ndarray, width: int, tile: int) -> np.ndarray:
@@ -158,6 +158,11 @@ def chunk_tiles(batch: Batch, counts: np.ndarray, width: int, tile: int) -> np.n
     s = np.arange(len(counts)).repeat(parts)
     number = np.arange(len(s)) - (parts.cumsum() - parts).repeat(parts)
     row = batch.starts[s] + number * tile
-    return np.stack([s * width, row, np.minimum(batch.starts[s + 1] - row, tile), batch.positions[row]], axis=1).astype(
-        np.int32
+    return _longest_first(
+        np.stack([s * width, row, np.minimum(batch.starts[s + 1] - row, tile), batch.positions[row]], axis=1)
     )
+
+
+def _longest_first(tiles: np.ndarray) -> np.ndarray:
+    """int32, in the order in which they start: one with many keys that started last would run on alone."""
+    return tiles[np.argsort(-tiles[:, 3], kind="stable")].astype(np.int32)

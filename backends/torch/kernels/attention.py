@@ -212,7 +212,7 @@ def attention(
     """
     (keys, key_scales), (values, value_scales) = parts(keys), parts(values)
     (_blocks, block_size, kv_heads, size), heads = keys.shape, q.shape[1]
-    group = _checked(q, keys, values, tables, tiles, y)
+    group = checked(q, keys, values, tables, tiles, y)
     for codes, scales in ((keys, key_scales), (values, value_scales)):
         check_scales(NAME, codes, scales)
     require(NAME, split == 1 or cut.tokens == 1, "only tiles of one token are split")
@@ -231,7 +231,7 @@ def attention(
         )
 
 
-def _checked(
+def checked(
     q: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,

@@ -20,6 +20,7 @@ from llmrs.backends.torch.kernels.fp8 import check_scales, store_scaled
 from llmrs.backends.torch.kernels.launch import POOLS, chained, check_rows, power, require
 
 NAME = "norm_rope_store"
+MANY = 1024  # tokens, from which programs do more heads: then there are enough, and starting them takes time too
 
 
 @triton.jit
@@ -109,7 +110,7 @@ def norm_rope_store(
         check_scales(NAME, codes, scales)
     _check(q, k, v, positions, cells, turns, keys, values)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    together, pdl = min(4, power(kv_heads)), chained(q.device)
+    together, pdl = min(16 if tokens >= MANY else 4, power(kv_heads)), chained(q.device)
     qw, kw = norms or (q, q)
     require(NAME, norms is None or qw.shape == kw.shape == (size,), f"norms {qw.shape}, {kw.shape}")
     _norm_rope_store[(tokens, triton.cdiv(heads, together) + triton.cdiv(kv_heads, together))](
@@ -117,7 +118,7 @@ def norm_rope_store(
         float(eps), float(offset), turns.stride(0),
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *keys.stride()[:3],
         HQ=heads, HK=kv_heads, D=size, HALF=half, HALF_P=power(half), HEADS=together, BLOCK=keys.shape[1],
-        NORM=norms is not None, PDL=pdl, num_warps=1, launch_pdl=pdl,
+        NORM=norms is not None, PDL=pdl, num_warps=max(together // 4, 1), launch_pdl=pdl,
     )  # fmt: skip
     return out
 

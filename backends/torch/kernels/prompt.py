@@ -1,0 +1,173 @@
+"""Attention of parts of prompts with K and V loaded by the GPU's copy engine, on Hopper and later.
+
+Results, arguments and tiles as in kernels/attention.py, which see. There every thread computes addresses and asks for
+16 bytes at a time; here one thread asks for KEYS x d at once, through a tensor descriptor (TMA), since a head's tokens
+of a block lie together in the pool. Beside that:
+
+    a tile's keys come in three parts, of which only the first (windows) and the last (the diagonal) need a mask
+    the scale is applied where the maximum is subtracted, in one instruction
+    a row's sum is rescaled once for KEYS keys, which is d multiplications: the more keys, the less of them
+
+Operations of a tile of R rows and a KV head: 4 * R * d * keys. Read: 4 * d bytes a key, from the L2 cache mostly,
+which bounds 128 rows at d = 128 to 128 operations a byte. Not yet run on a GPU.
+"""
+
+from typing import TypeGuard
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from llmrs.backends.torch.fp8 import Scaled
+from llmrs.backends.torch.kernels.attention import LEAST, LOG2E, Tiling, checked
+from llmrs.backends.torch.kernels.launch import chained, power, require
+
+NAME = "prompt attention"
+
+
+@triton.jit
+def _row(table, start, end, head_row, block_rows, BLOCK: tl.constexpr):
+    """Where the key `start` of a head lies in the pool, in rows of d elements; from `end` on it does not matter."""
+    block = tl.load(table + start // BLOCK, mask=start < end, other=0)
+    return head_row + block * block_rows + start % BLOCK
+
+
+@triton.jit
+def _over_keys(
+    state, q, keys, values, table, low, high, end, seen_from, scale, head_row, block_rows,
+    BLOCK: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over the keys low .. high - 1. `keys` and `values` are descriptors of tiles (KEYS, d).
+
+    `state` is (sum of weighted values (R, d), maximum (R,), sum of weights (R,)), the maximum of scaled scores.
+    """
+    total, most, weight = state
+    row = _row(table, low, end, head_row, block_rows, BLOCK)
+    for start in range(low, high, KEYS):
+        # the next block is looked up now, so that no copy waits for a table
+        ahead = _row(table, start + KEYS, end, head_row, block_rows, BLOCK)
+        # values first: Triton has all warps meet between the two copies, which then need not meet before the sums
+        v = values.load([row, 0])  # (KEYS, d)
+        scores = tl.dot(q, keys.load([row, 0]).T)  # (R, KEYS)
+        if MASKED:
+            at = start + tl.arange(0, KEYS)
+            scores = tl.where(_seen(seen_from, at, end, WINDOW), scores, LEAST)
+            v = tl.where((at < end)[:, None], v, 0.0)  # after the last token anything may lie, and 0 * NaN is NaN
+        higher = tl.maximum(most, tl.max(scores, 1) * scale)
+        part = tl.exp2(scores * scale - higher[:, None])
+        shrink = tl.exp2(most - higher)
+        total = tl.dot(part.to(v.dtype), v, total * shrink[:, None])
+        weight = weight * shrink + tl.sum(part, 1)
+        most = higher
+        row = ahead
+    return total, most, weight
+
+
+@triton.jit
+def _seen(seen_from, at, end, WINDOW: tl.constexpr):
+    distance = seen_from[:, None] - at[None, :]
+    seen = (distance >= 0) & (at < end)[None, :]
+    if WINDOW > 0:
+        seen = seen & (distance < WINDOW)
+    return seen
+
+
+@triton.jit
+def _prompt(
+    q, keys, values, tables, tiles, y, scale, q_row, q_head, y_row, block_rows, head_rows,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr, KEYS: tl.constexpr,
+    WINDOW: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    head, tile = tl.program_id(0), tl.program_id(1)
+    table = tables + tl.load(tiles + tile * 4)
+    row = tl.load(tiles + tile * 4 + 1)
+    count = tl.load(tiles + tile * 4 + 2)
+    first = tl.load(tiles + tile * 4 + 3)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    if count == 0:
+        return
+    r, d = tl.arange(0, R), tl.arange(0, DP)
+    mine = (r < count * G)[:, None] & (d < D)[None, :]
+    seen_from = first + r // G
+    heads = head * G + r % G
+    queries = q + (row + r // G).to(tl.int64) * q_row + heads * q_head
+    x = tl.load(queries[:, None] + d[None, :], mask=mine, other=0.0)  # (R, d)
+
+    # which keys
+    end = first + count
+    low = 0
+    state = tl.zeros([R, DP], tl.float32), tl.full([R], LEAST, tl.float32), tl.zeros([R], tl.float32)
+    head_row = head * head_rows
+    if WINDOW > 0:  # keys that only some of the rows see, since they lie before the windows of the others
+        begin = tl.maximum(first - WINDOW + 1, 0) // KEYS * KEYS
+        low = tl.minimum(tl.cdiv(tl.maximum(end - WINDOW, 0), KEYS), first // KEYS) * KEYS
+        state = _over_keys(state, x, keys, values, table, begin, low, end, seen_from, scale, head_row, block_rows,
+                           BLOCK, KEYS, WINDOW, True)  # fmt: skip
+        low = tl.maximum(begin, low)
+    whole = first // KEYS * KEYS  # before it, no key is later than any row
+    state = _over_keys(state, x, keys, values, table, low, whole, end, seen_from, scale, head_row, block_rows,
+                       BLOCK, KEYS, WINDOW, False)  # fmt: skip
+    low = tl.maximum(low, whole)
+    state = _over_keys(state, x, keys, values, table, low, end, end, seen_from, scale, head_row, block_rows,
+                       BLOCK, KEYS, WINDOW, True)  # fmt: skip
+
+    out = y + (row + r // G).to(tl.int64) * y_row + heads * D
+    tl.store(out[:, None] + d[None, :], (state[0] / state[2][:, None]).to(y.dtype.element_ty), mask=mine)
+
+
+def prompt_tiling(group: int, size: int, block_size: int) -> Tiling:
+    """Chosen by what fits into shared memory and registers: 128 rows x 128 keys of 128 take 245 of 255.
+
+    128 keys at a time need blocks of 128 tokens (`block_size: 128`).
+    """
+    rows = 128 if size <= 128 else 64
+    keys = min(block_size & -block_size, 128 if size <= 128 else 32)
+    return Tiling(max(rows // power(group), 1), keys, 8, 2 if keys == 128 else 3)
+
+
+def prompt_attention(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    tables: torch.Tensor,
+    tiles: torch.Tensor,
+    y: torch.Tensor,
+    *,
+    scale: float,
+    window: int,
+    cut: Tiling,
+) -> None:
+    """Writes the rows of y (T, Hq * d) that `tiles` name. Raises BackendError for shapes and types it can't do."""
+    block_size, kv_heads, size = keys.shape[1:]
+    group = checked(q, keys, values, tables, tiles, y)
+    require(NAME, fits(keys, q.dtype) and block_size % cut.keys == 0, f"keys {keys.shape}, {keys.stride()}, {cut}")
+    rows, padded = power(cut.tokens * power(group), 16), power(size, 16)
+    pdl = chained(q.device)
+    pools = (_tiles_of(x, cut.keys, padded) for x in (keys, values))
+    _prompt[(kv_heads, len(tiles))](
+        q, *pools, tables, tiles, y, scale * LOG2E, q.stride(0), q.stride(1), y.stride(0),
+        keys.stride(0) // size, keys.stride(2) // size,
+        G=group, D=size, DP=padded, BLOCK=block_size, R=rows, KEYS=cut.keys, WINDOW=window,
+        PDL=pdl, num_warps=cut.warps, num_stages=cut.stages, launch_pdl=pdl,
+    )  # fmt: skip
+
+
+def fits(keys: torch.Tensor | Scaled, dtype: torch.dtype) -> TypeGuard[torch.Tensor]:
+    """Whether a copy engine can load tiles of a pool (blocks, block_size, Hk, d): a head's tokens of a block must lie
+    side by side, each at a multiple of 16 bytes, in the type of the computation."""
+    if isinstance(keys, Scaled) or keys.dtype != dtype or dtype == torch.float32:
+        return False
+    size = keys.shape[3]
+    strides = keys.stride(1) == size and all(keys.stride(n) % size == 0 for n in (0, 2))
+    return strides and keys.shape[1] % 16 == size * 2 % 16 == 0
+
+
+def _tiles_of(pool: torch.Tensor, keys: int, padded: int) -> TensorDescriptor:
+    """A pool as rows of d elements, read in tiles (keys, padded)."""
+    blocks, block_size, heads, size = pool.shape
+    rows = ((blocks - 1) * pool.stride(0) + (heads - 1) * pool.stride(2)) // size + block_size
+    require(NAME, rows < 2**31, f"{rows} rows are too many")
+    return TensorDescriptor(pool, [rows, size], [size, 1], [keys, padded])
