@@ -71,6 +71,8 @@ class Backend(ABC):
         """Takes what the user says about how it runs, before anything is loaded. Raises BackendError, ConfigError."""
         if config.kernels != "auto":
             raise ConfigError(f"kernels: backend {self.name} has no choice of kernels", "leave it at auto")
+        if config.tune:
+            raise ConfigError(f"tune: backend {self.name} has nothing to tune", "leave it out")
 
     def reserve(self, graph: Graph, sequences: int, tokens: int) -> int:
         """Bytes that it needs beside weights and KV cache for steps of at most so many sequences and tokens."""

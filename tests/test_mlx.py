@@ -455,4 +455,6 @@ def test_kernels_of_mlx_are_an_option():
     assert backend.rules["attend"] is ops.FAST["attend"]
     with pytest.raises(BackendError, match="triton"):
         backend.configure(EngineConfig(kernels="triton"))
+    with pytest.raises(BackendError, match="tune"):
+        backend.configure(EngineConfig(tune=True))
     backend.close()

@@ -19,6 +19,7 @@ from llmrs.backends.torch.kernels.rope import norm_rope_store as turn_and_store
 from llmrs.backends.torch.linear import Linear
 from llmrs.backends.torch.ops import KV, OPS
 from llmrs.backends.torch.step import Fields, Shape
+from llmrs.backends.torch.tuned import Cuts, pool_type
 from llmrs.core.ir import Frequencies
 
 Tensor = torch.Tensor
@@ -49,6 +50,7 @@ class KernelContext:
     turns: Turns
     programs: int  # of attention, that fill the device
     tile: int  # tokens of a prompt's tile
+    cuts: Cuts
 
 
 def programs(device: torch.device) -> int:
@@ -114,11 +116,11 @@ def attend(c: KernelContext, q: Tensor, kv: KV, *, scale: float, window: int = 0
     group, shape, f = heads // kv.keys.shape[2], c.shape, c.fields
     y = torch.empty(tokens, heads * size, dtype=q.dtype, device=q.device)
     if shape.singles:
-        cut = paged.tiling(group, size, q.dtype, prompt=False)
+        cut = c.cuts.tiling(group, size, q.dtype, pool_type(kv.keys), prompt=False)
         split = paged.splits(shape.singles, kv.keys.shape[2], c.programs)
         paged.attention(q, kv.keys, kv.values, f.tables, f.singles, y, scale=scale, window=window, cut=cut, split=split)
     if shape.chunks:
-        cut = replace(paged.tiling(group, size, q.dtype, prompt=True), tokens=c.tile)
+        cut = replace(c.cuts.tiling(group, size, q.dtype, pool_type(kv.keys), prompt=True), tokens=c.tile)
         paged.attention(q, kv.keys, kv.values, f.tables, f.chunks, y, scale=scale, window=window, cut=cut)
     return y
 
@@ -140,12 +142,12 @@ def head(_: KernelContext, x: Tensor, matrix: Linear) -> Tensor:
     return matrix(x)
 
 
-def prepare(weight: Tensor, bias: Tensor | None = None) -> Linear:
+def prepare(weight: Tensor, bias: Tensor | None = None, *, cuts: Cuts) -> Linear:
     """A function of x (n, K) for weight (N, K): our own for one row, the library's matrix product for more."""
 
     def run(x: Tensor) -> Tensor:
         if len(x) == 1:
-            return matvec(x, weight, bias)
+            return matvec(x, weight, bias, cuts.rows(weight))
         return torch.nn.functional.linear(x, weight, bias)
 
     return run
