@@ -72,6 +72,8 @@ class Backend(ABC):
         for name in ("kernels", "attention"):
             if getattr(config, name) != "auto":
                 raise ConfigError(f"{name}: backend {self.name} has no choice of {name}", "leave it at auto")
+        if config.tune:
+            raise ConfigError(f"tune: backend {self.name} has nothing to tune", "leave it out")
 
     def reserve(self, graph: Graph, sequences: int, tokens: int) -> int:
         """Bytes that it needs beside weights and KV cache for steps of at most so many sequences and tokens."""

@@ -136,6 +136,10 @@ class EngineConfig(Checked):
         choices=("auto", "triton", "sdpa", "flash"),
     )
     cuda_graphs: bool = option(True, "record steps and run them again, where Triton kernels run")
+    tune: bool | None = option(
+        None,
+        "time how Triton kernels are best cut, 10 s at the first load; null: with kernels: triton, on an unknown GPU",
+    )
     dtype: str = option("bf16", "type of computation and of the KV cache", choices=DTYPES)
     kv_cache_dtype: str = option(
         "auto", "type of the KV cache; auto is that of dtype", choices=("auto", *DTYPES, "fp8")

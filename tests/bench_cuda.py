@@ -2,9 +2,9 @@
 
 Random weights in the shapes of the model that FOLDER is named after (qwen3-8b, llama-3.2-1b), else of Qwen3-0.6B; it is
 written if it is not there. Prints what the device can do, then how near the engine comes: correctness, device time of
-decode steps, the four workloads, arrivals, kernels against their floors, cuts of attention, the start of a process, a
-grid of steps, which it also draws into $OUT. All but correctness and cuts are those of `llmrs bench`. A part that fails
-says so, and the others go on. The last line is JSON.
+decode steps, the four workloads, arrivals, kernels against their floors, cuts of attention, tuning, the start of a
+process, a grid of steps, which it also draws into $OUT. All but correctness, cuts and tuning are those of `llmrs
+bench`. A part that fails says so, and the others go on. The last line is JSON.
 """
 
 import json
@@ -29,6 +29,7 @@ import bench_chain
 import bench_fp8
 import bench_prompt
 import bench_rows
+import bench_tuning
 import random_checkpoint
 
 from llmrs import Engine, EngineConfig, bench_start, bench_steps, bench_tables, bench_workloads
@@ -294,6 +295,12 @@ def prompt() -> None:
     FOUND["prompt prefill"] = bench_prompt.prefill(loaded, measured, timed)
 
 
+def tuning() -> None:
+    """The search for cuts that an unknown GPU gets at load."""
+    engine()
+    bench_tuning.tuning(backend(), FOUND)
+
+
 PARTS = {
     f.__name__: f
     for f in (
@@ -309,6 +316,7 @@ PARTS = {
         pdl,
         fp8,
         rows,
+        tuning,
         more_correctness,
         start,
         grid,

@@ -457,4 +457,6 @@ def test_kernels_of_mlx_are_an_option():
         backend.configure(EngineConfig(kernels="triton"))
     with pytest.raises(BackendError, match="attention: sdpa"):
         backend.configure(EngineConfig(attention="sdpa"))
+    with pytest.raises(BackendError, match="tune"):
+        backend.configure(EngineConfig(tune=True))
     backend.close()

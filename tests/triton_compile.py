@@ -1,6 +1,10 @@
-"""Compiles every kernel in every configuration that a GPU would run, for sm_90, without one. Prints a line for each.
+"""Compiles every kernel in every configuration that a GPU would run, without one. Prints a line for each.
 
-Run by tests/test_triton_compile.py in a process of its own, where Triton's interpreter is off.
+    python tests/triton_compile.py [few | all] [sm_80 sm_89 sm_90 sm_100]    (all, sm_90)
+
+`few` are two shapes, cut as they are without tuning; `all` are awkward shapes too, and all that tuning tries. Each
+must fit into the shared memory of the target. Run by tests/test_triton_compile.py and `make compile` in a process of
+its own, where Triton's interpreter is off.
 """
 
 import re
@@ -8,28 +12,51 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from llmrs.backends.torch.fp8 import CODES, LEAST_CAPABILITY
 from llmrs.backends.torch.kernels import attention, bounds, embed, gated, gather, matvec, norm, rope, sampling
 from llmrs.backends.torch.kernels import edges as edges_of
 from llmrs.backends.torch.kernels import prompt as prompt_of
 from llmrs.backends.torch.kernels import rows as rows_of
 from llmrs.backends.torch.kernels.launch import power, precision
+from llmrs.backends.torch.tuned import STORED, Cut, Device, Key, attention_key, candidates, default, shared_memory
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-TARGET = GPUTarget("cuda", 90, 32)
-SHARED = 227 * 1024  # bytes that a program of an H100 may have
 EARLY = {"w", "norm", "tiles", "positions"}  # weights, and arrays of the step that a copy brings
+TARGETS = {f"sm_{a}{b}": Device(f"sm_{a}{b}", (a, b)) for a, b in ((8, 0), (8, 9), (9, 0), (10, 0))}
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
-def compiled(kernel, pointers: dict[str, str], constants: dict, floats=(), longs=(), warps: int = 4, stages: int = 3):
-    """The kernel when chained; it is compiled both ways. Arguments that are not named are int32, and all are multiples
-    of 16 where they can be."""
+class Run:
+    """What is compiled for: set by `main`."""
+
+    device = TARGETS["sm_90"]
+    few = True
+    stored = STORED["NVIDIA H200"] | STORED["NVIDIA H100"]  # all there is as yet is for sm_90
+    done: ClassVar[set[str]] = set()
+
+
+def cuts(key: Key) -> list[Cut]:
+    """Those of a key that may run on the device; what tuning tries, in bfloat16 only."""
+    all_of_them = not Run.few and key.types[0] == torch.bfloat16
+    found = candidates(key, Run.device) if all_of_them else [default(key, Run.device)]
+    Run.done.add(str(key))
+    if Run.device.capability == (9, 0) and str(key) in Run.stored:
+        found.insert(0, Run.stored[str(key)])
+    return [*dict.fromkeys(found)]
+
+
+def compiled(
+    kernel, pointers: dict[str, str], constants: dict, floats=(), longs=(), warps: int = 4, stages: int = 3, chain=True
+):
+    """The kernel, chained where a GPU can: it is compiled both ways. Arguments that are not named are int32, and all
+    are multiples of 16 where they can be."""
     signature, attributes = {}, {}
     for n, name in enumerate(kernel.arg_names):
         kind = "fp32" if name in floats else "i64" if name in longs else "i32"
@@ -39,14 +66,16 @@ def compiled(kernel, pointers: dict[str, str], constants: dict, floats=(), longs
         signature[name] = fixed or kind
         if kind.startswith("*") or name in ("V", "span") or name.endswith(("_row", "_head", "_block", "_token")):
             attributes[(n,)] = [["tt.divisibility", 16]]
-    for chained in (False, True):
+    major, minor = Run.device.capability
+    target = GPUTarget("cuda", 10 * major + minor, 32)
+    for chained in (False, True) if chain and major >= 9 else (False,):
         source = ASTSource(kernel, signature, constants | {"PDL": chained}, attributes)
-        found = triton.compile(source, target=TARGET, options={"num_warps": warps, "num_stages": stages})
-        assert found.metadata.shared <= SHARED, (kernel.__name__, constants, found.metadata.shared)
+        found = triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
+        assert found.metadata.shared <= Run.device.shared, (kernel.__name__, constants, found.metadata.shared)
         check_chain(found, chained)
         spills = " LOCAL MEMORY" if ".local " in found.asm["ptx"] else ""
-        chain = " chained" if chained else ""
-        print(kernel.__name__, constants, f"shared {found.metadata.shared}{chain}{spills}")
+        how = " chained" if chained else ""
+        print(kernel.__name__, constants, f"shared {found.metadata.shared}{how}{spills}")
     return found
 
 
@@ -92,14 +121,19 @@ def attentions(dtype: torch.dtype, group: int, size: int, block: int, window: in
     ints = dict.fromkeys(("tables", "tiles"), "i32")
     parts = dict.fromkeys(("part_sum", "part_most", "part_weight"), "fp32")
     cache, absent = pools(dtype, fp8=fp8)
-    for prompt, split in ((False, 1), (False, 8), (True, 1)):
-        cut = attention.tiling(group, size, dtype, prompt=prompt)
-        constants = {
-            "G": group, "D": size, "DP": padded, "BLOCK": block, "R": power(cut.tokens * power(group), 16),
-            "TILE": cut.keys, "SPLITS": split, "WINDOW": window, "PROMPT": prompt, "PRECISION": precision(dtype),
-        }  # fmt: skip
-        tensors = dict.fromkeys(("q", "y"), t) | cache | ints | parts
-        compiled(attention._attend, tensors, constants | absent, ("scale",), (), cut.warps, cut.stages)
+    for prompt in (False, True):
+        key = attention_key(group, size, dtype, CODES if fp8 else dtype, prompt=prompt)
+        first, *others = cuts(key)
+        for cut, split in [(first, 1), *([] if prompt else [(first, 8)]), *((cut, 1) for cut in others)]:
+            tokens, keys, warps, stages = cut
+            constants = {
+                "G": group, "D": size, "DP": padded, "BLOCK": block, "R": power(tokens * power(group), 16),
+                "TILE": keys, "SPLITS": split, "WINDOW": window, "PROMPT": prompt, "PRECISION": precision(dtype),
+            }  # fmt: skip
+            constants |= absent
+            tensors = dict.fromkeys(("q", "y"), t) | cache | ints | parts
+            found = compiled(attention._attend, tensors, constants, ("scale",), (), warps, stages, cut == first)
+            assert found.metadata.shared <= shared_memory(key, cut, Run.device), (key, cut, found.metadata.shared)
     compiled(attention._combine, {"tiles": "i32", "y": t, **parts}, {"D": size, "DP": padded, "SPLITS": 8}, warps=1)
 
 
@@ -113,7 +147,8 @@ def prompts(dtype: torch.dtype, group: int, size: int, block: int, window: int) 
     pool = f"tensordesc<{t}[{cut.keys},{padded}]>"
     tensors = {"q": t, "y": t, "keys": pool, "values": pool, "tables": "i32", "tiles": "i32"}
     found = compiled(prompt_of._prompt, tensors, constants, ("scale",), (), cut.warps, cut.stages)
-    assert "wgmma.mma_async" in found.asm["ptx"]
+    if Run.device.capability == (9, 0):
+        assert "wgmma.mma_async" in found.asm["ptx"]
     assert "cp.async.bulk.tensor" in found.asm["ptx"]
     registers, spilled = resources(found)
     print(f"    registers {registers}")
@@ -140,9 +175,10 @@ def gathers(dtype: torch.dtype, size: int, block: int) -> None:
 
 def matvecs(dtype: torch.dtype, count: int, width: int) -> None:
     t, part = NAMES[dtype], min(matvec.PART, power(width))
-    constants = {"K": width, "PARTS": -(-width // part), "PART": part, "ROWS": matvec.rows_together(count)}
-    for bias in (False, True):
-        compiled(matvec._matvec, dict.fromkeys(("x", "w", "bias", "y"), t), constants | {"BIAS": bias})
+    for (together,) in cuts(Key("matvec", (count, width), (dtype,))):
+        constants = {"K": width, "PARTS": -(-width // part), "PART": part, "ROWS": together}
+        for bias in (False, True):
+            compiled(matvec._matvec, dict.fromkeys(("x", "w", "bias", "y"), t), constants | {"BIAS": bias})
 
 
 def products(dtype: torch.dtype, count: int, width: int, gate: str, norm: bool, add: bool, counts: tuple) -> None:
@@ -198,7 +234,7 @@ def samplings(dtype: torch.dtype) -> None:
         "scores": "fp32",
         "ids": "i32",
     }
-    for part in (1024, 4096):
+    for part in sorted({part for n in (0, 1) for (part,) in cuts(Key("draw", (n,), (dtype,)))}):
         for edges in (False, True):
             compiled(sampling._score, tensors, {"PART": part, "EDGES": edges})
     for edges in (False, True):
@@ -220,13 +256,16 @@ FEW = [
 ]  # fmt: skip
 
 
-def main(few: bool) -> None:
+def main(few: bool, device: Device) -> None:
+    Run.few, Run.device = few, device
+    caches = (False, True) if device.capability >= LEAST_CAPABILITY else (False,)  # in the computation's type, or fp8
     every = [(2, 128, 64, 0), (4, 64, 64, 0), (2, 256, 64, 512), (1, 24, 64, 6), (5, 96, 16, 0), (8, 128, 64, 4096)]
     for dtype in (torch.bfloat16,) if few else (torch.bfloat16, torch.float16, torch.float32):
         for group, size, block, window in every[:2] if few else every:
-            for fp8 in (False, True):
+            for fp8 in caches:
                 attentions(dtype, group, size, block, window, fp8=fp8)
-        for group, size, block, window in () if dtype == torch.float32 else (*every, (2, 128, 128, 0)):
+        copies = device.capability >= (9, 0) and dtype != torch.float32
+        for group, size, block, window in (*every, (2, 128, 128, 0)) if copies else ():
             if not few or (size, window) == (128, 0):
                 prompts(dtype, group, size, block, window)
                 gathers(dtype, size, block)
@@ -234,14 +273,19 @@ def main(few: bool) -> None:
             rows(dtype, width)
             matvecs(dtype, 1024, 3 * width)
             matvecs(dtype, 4096, width)
+        for count, width in ((1024, 2048), (6144, 1024), (151936, 1024)):
+            matvecs(dtype, count, width)
         for sizes in FEW[:4] if few else FEW:
             products(dtype, *sizes, (1, 4, 16) if few else (1, 2, 4, 8, 16, 32, 64))
         for shape in ((16, 8, 128),) if few else ((16, 8, 128), (3, 1, 24), (4, 1, 256)):
             for norms in (False, True):
-                for fp8 in (False, True):
+                for fp8 in caches:
                     ropes(dtype, *shape, norms, fp8=fp8)
         samplings(dtype)
+    assert set(Run.stored) <= Run.done, set(Run.stored) - Run.done
 
 
 if __name__ == "__main__":
-    main("few" in sys.argv)
+    for name in [a for a in sys.argv[1:] if a in TARGETS] or ["sm_90"]:
+        print(f"-- {name}, {TARGETS[name].shared // 1024} KB", flush=True)
+        main("few" in sys.argv, TARGETS[name])

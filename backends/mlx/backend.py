@@ -83,10 +83,12 @@ class MlxBackend(Backend):
         self.slots: SlotState | None = None
 
     def configure(self, config: EngineConfig) -> None:
-        """Raises BackendError for kernels and attention that MLX has no use for."""
+        """Raises BackendError for kernels, attention and tuning that MLX has no use for."""
         memory.bound(self.loan, config.memory_limit)
         if config.attention != "auto":
             raise BackendError(f"attention: {config.attention} is not for the mlx backend", "auto")
+        if config.tune:
+            raise BackendError("tune: only Triton kernels are tuned", "leave it out")
         if config.kernels == "triton":
             raise BackendError("kernels: triton is not for the mlx backend", "auto or plain")
         if config.kernels == "plain" and self.compiles:

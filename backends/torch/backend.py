@@ -6,6 +6,7 @@ With plain torch ops; `runner.py` adds Triton kernels and CUDA graphs.
 import math
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -62,13 +63,17 @@ class TorchBackend(Backend):
         self.outbox: Outbox | None = None
 
     def configure(self, config: EngineConfig) -> None:
-        self.use_kernels(config.kernels, graphs=config.cuda_graphs, attention=config.attention)
+        self.use_kernels(config.kernels, graphs=config.cuda_graphs, attention=config.attention, tune=config.tune)
+        if config.tune and self.kernels is None:
+            raise BackendError(f"tune: no Triton kernels run on {self.device}", "leave it out")
 
-    def use_kernels(self, wanted: str, *, graphs: bool = True, attention: str = "auto") -> None:
+    def use_kernels(
+        self, wanted: str, *, graphs: bool = True, attention: str = "auto", tune: bool | None = False
+    ) -> None:
         """Triton kernels, before anything is loaded: "triton", "plain" (none), or "auto": where there is an NVIDIA GPU.
 
-        "auto" does without what has not run on a GPU yet; runner.KernelRunner says what that is.
-        `attention` is what the option says; plain torch ops are "sdpa", or "auto".
+        "auto" does without what has not run on a GPU yet; runner.KernelRunner says what that is, and tunes
+        only where `tune` is true. `attention` is what the option says; plain torch ops are "sdpa", or "auto".
         Raises BackendError where they are asked for and can't run, or can't do fp8; "auto" warns and does without a
         missing Triton.
         """
@@ -92,8 +97,12 @@ class TorchBackend(Backend):
         if self.at.type == "cuda":
             self._check_bf16()
             torch.cuda.set_device(self.at)  # of this thread: Triton launches on it
-        self.rules, self.fused_ops, self.prepare = rules.TRITON, rules.FUSED, rules.Matrix
-        self.kernels = runner.KernelRunner(self.at, graphs=graphs, untried=wanted == "triton", attention=attention)
+        untried = wanted == "triton"
+        self.kernels = runner.KernelRunner(
+            self.at, graphs=graphs, untried=untried, attention=attention, tune=tune if untried else bool(tune)
+        )
+        self.rules, self.fused_ops = rules.TRITON, rules.FUSED
+        self.prepare = partial(rules.Matrix, cuts=self.kernels.cuts)
         self.block_size = runner.BLOCK_SIZE
 
     def _check_bf16(self) -> None:

@@ -23,6 +23,7 @@ from llmrs.backends.torch.library import Library, Parts
 from llmrs.backends.torch.linear import Linear
 from llmrs.backends.torch.ops import KV, OPS
 from llmrs.backends.torch.step import Fields, Shape
+from llmrs.backends.torch.tuned import Cuts, pool_type
 from llmrs.core.ir import Frequencies
 
 Tensor = torch.Tensor
@@ -53,6 +54,7 @@ class KernelContext:
     turns: Turns
     programs: int  # of attention, that fill the device
     tile: int  # tokens of a prompt's tile
+    cuts: Cuts
     library: tuple[Library, Parts] | None = None  # does the parts of prompts in the kernel's place
     copies: bool = False  # whether the kernel for them loads keys by the copy engine, where that is possible
 
@@ -121,7 +123,7 @@ def attend(c: KernelContext, q: Tensor, kv: KV, *, scale: float, window: int = 0
     group, shape, f = heads // kv.keys.shape[2], c.shape, c.fields
     y = torch.empty(tokens, heads * size, dtype=q.dtype, device=q.device)
     if shape.singles:
-        cut = paged.tiling(group, size, q.dtype, prompt=False)
+        cut = c.cuts.tiling(group, size, q.dtype, pool_type(kv.keys), prompt=False)
         split = paged.splits(shape.singles, kv.keys.shape[2], c.programs)
         paged.attention(q, kv.keys, kv.values, f.tables, f.singles, y, scale=scale, window=window, cut=cut, split=split)
     if c.library:
@@ -137,7 +139,7 @@ def attend(c: KernelContext, q: Tensor, kv: KV, *, scale: float, window: int = 0
         cut = replace(prompt_tiling(group, size, kv.keys.shape[1]), tokens=c.tile)
         prompt_attention(q, kv.keys, kv.values, f.tables, f.chunks, y, scale=scale, window=window, cut=cut)
     elif shape.chunks:
-        cut = replace(paged.tiling(group, size, q.dtype, prompt=True), tokens=c.tile)
+        cut = replace(c.cuts.tiling(group, size, q.dtype, pool_type(kv.keys), prompt=True), tokens=c.tile)
         paged.attention(q, kv.keys, kv.values, f.tables, f.chunks, y, scale=scale, window=window, cut=cut)
     return y
 
@@ -165,10 +167,11 @@ class Matrix:
 
     weight: Tensor
     bias: Tensor | None = None
+    cuts: Cuts | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         if len(x) == 1:
-            return matvec(x, self.weight, self.bias)
+            return matvec(x, self.weight, self.bias, self.cuts.rows(self.weight) if self.cuts else 0)
         return torch.nn.functional.linear(x, self.weight, self.bias)
 
 

@@ -4,13 +4,13 @@ Nothing here waits for the device. The tokens of a step that the host does not k
 """
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 
 from llmrs.backends.torch.fusing import fuse
 from llmrs.backends.torch.graphs import COPIES, DECODE, Recorded, Recorder, bucket, decode_bucket
-from llmrs.backends.torch.kernels.attention import tiling
 from llmrs.backends.torch.kernels.bounds import draw_bounded
 from llmrs.backends.torch.kernels.edges import find_edges
 from llmrs.backends.torch.kernels.launch import chaining, interpreted
@@ -23,6 +23,9 @@ from llmrs.backends.torch.rules import TRITON, KernelContext, Turns, programs, r
 from llmrs.backends.torch.sampling import SlotState, adjusted
 from llmrs.backends.torch.sampling import sample as sample_plainly
 from llmrs.backends.torch.step import Shape, StepInputs, shape_of
+from llmrs.backends.torch.trials import Trials
+from llmrs.backends.torch.tuned import Cuts, Device, pool_type
+from llmrs.backends.torch.tuning import cache_file, keys_of, tune
 from llmrs.core.batch import Batch
 from llmrs.core.errors import BackendError
 from llmrs.core.ir import Graph
@@ -35,9 +38,18 @@ UNRECORDED = {"moe"}  # ops whose rules ask the device what to do
 class KernelRunner:
     """The steps of one program on one pool. Life: `begin`, any number of `forward` and `sample`, `end`."""
 
-    def __init__(self, device: torch.device, *, graphs: bool, untried: bool, attention: str = "triton") -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        graphs: bool,
+        untried: bool,
+        attention: str = "triton",
+        tune: bool | None = False,
+    ) -> None:
         """`untried` takes what has not run on a GPU yet: `fused`, `edges`, `bounded`, `chain`, `aside` and `copies`,
-        below. `attention` may be a library's: then it does the parts of prompts of steps that are not recorded.
+        below. `attention` may be a library's: then it does the parts of prompts of steps that are not recorded. `tune`
+        says whether launches are timed at `begin` to find the best cuts, None: on a GPU of which none are stored.
 
         Raises BackendError where kernels can't run: they need an NVIDIA GPU, or Triton's interpreter.
         """
@@ -51,6 +63,8 @@ class KernelRunner:
         self.aside = untried and device.type == "cuda"  # tokens are copied on a stream of their own; see tickets.py
         self.copies = untried and _has_copy_engine(device)  # which loads the keys of prompts; see kernels/prompt.py
         self.library: Library | None = LIBRARIES[attention]() if attention in LIBRARIES else None
+        self.cuts = Cuts(Device.of(device))
+        self.tunes = self.cuts.device.unknown if tune is None else tune
         self.end()
 
     def end(self) -> None:
@@ -76,7 +90,13 @@ class KernelRunner:
         self.longest = slots.tokens.shape[1]
         self.tokens = torch.empty(max(len(slots.tokens), DECODE[-1]), dtype=torch.int32, device=self.device)
         self.turns, self.programs = Turns(self.longest, self.device), programs(self.device)
-        self.tile = min(tiling(group, size, dtype, prompt=True).tokens for group, size in _heads(graph))
+        keys = keys_of(graph, dtype, pool_type(kv[0].keys), draws=not self.bounded)
+        if self.tunes:
+            vocabulary = graph.main.outs[0].type.sizes[0]
+            trials = Trials(self.kv, len(slots.last_token), self.longest, vocabulary, self.device)
+            tune(self.cuts, keys, trials, cache_file(self.cuts.device))
+            trials.end()
+        self.tile = min(self.cuts.of(k)[0] for k in keys if k.kernel == "prompt")
         if self.wanted and not UNRECORDED & {c.op for c in program.calls}:
             self.recorder = Recorder(self.device)
 
@@ -159,7 +179,9 @@ class KernelRunner:
     def _run(self, inputs: StepInputs, parts: Parts | None = None) -> torch.Tensor:
         f, last = inputs.fields, self.slots.last_token
         library = (self.library, parts) if self.library and parts else None
-        context = KernelContext(inputs.shape, f, last, self.turns, self.programs, self.tile, library, self.copies)
+        context = KernelContext(
+            inputs.shape, f, last, self.turns, self.programs, self.tile, self.cuts, library, self.copies
+        )
         program = self.few if inputs.shape.tokens <= self.few_rows else self.program
         with chaining(self.chain):
             logits: torch.Tensor = program.run(context, [f.tokens, f.positions, *self.kv])[0]
@@ -173,7 +195,7 @@ class KernelRunner:
         with chaining(self.chain):
             if filtered:
                 edges = find_edges(logits, temperature, f.top_k[:n], f.top_p[:n], f.min_p[:n])
-            run = draw_bounded if self.bounded else draw
+            run = draw_bounded if self.bounded else partial(draw, part=self.cuts.part(logits))
             return run(logits, temperature, f.keys[:n], f.slots[:n], last, edges, out=out)
 
 
@@ -185,10 +207,3 @@ def _has_copy_engine(device: torch.device) -> bool:
 def _filters(params: SamplingArrays) -> bool:
     """Whether top-k, top-p or min-p drop anything from a row that is drawn."""
     return bool(((params.temperature > 0) & ((params.top_k > 0) | (params.top_p < 1) | (params.min_p > 0))).any())
-
-
-def _heads(graph: Graph) -> set[tuple[int, int]]:
-    """Query heads of a KV head, and head size, of every attention."""
-    attends = (e for f in graph.functions.values() for e in f.equations if e.op == "attend")
-    shapes = [(e.inputs[0].type.sizes, e.inputs[1].type.sizes) for e in attends]
-    return {(q[0] // kv[0], q[1]) for q, kv in shapes}

@@ -40,11 +40,11 @@ def rows_together(count: int) -> int:
     return 4 if count <= 2048 else 8
 
 
-def matvec(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """(1, N) of x's type. Raises BackendError for shapes and types that it can't do."""
+def matvec(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None, rows: int = 0) -> torch.Tensor:
+    """(1, N) of x's type; a program does `rows`, 0: as many as suit. Raises BackendError for what it can't do."""
     check_rows("matvec", x)
     check_rows("matvec", w)
-    (count, width), together = w.shape, rows_together(len(w))
+    (count, width), together = w.shape, rows or rows_together(len(w))
     require("matvec", x.shape == (1, width) and x.dtype == w.dtype, f"x {x.shape} of {x.dtype}, w {w.shape}")
     y = torch.empty(1, count, dtype=x.dtype, device=x.device)
     part, pdl = min(PART, power(width)), chained(x.device)

@@ -18,6 +18,7 @@ from llmrs.backends.torch.kernels.launch import FLOATS, chained, power, require
 
 NAME = "sampling"
 NOWHERE = tl.constexpr(2**31 - 1)
+FEW = 16  # sequences from which on each has less to be split over the chip
 
 
 @triton.jit
@@ -99,6 +100,11 @@ def check(logits: torch.Tensor, temperature: torch.Tensor, keys: torch.Tensor, s
     require(NAME, temperature.dtype == torch.float32 and keys.dtype == slots.dtype == torch.int32, "types")
 
 
+def parted(rows: int) -> int:
+    """Elements of a program: few where there are few rows, so that every multiprocessor has some."""
+    return 1024 if rows < FEW else 4096
+
+
 def draw(
     logits: torch.Tensor,
     temperature: torch.Tensor,
@@ -113,7 +119,7 @@ def draw(
     of `edges.find`."""
     check(logits, temperature, keys, slots)
     rows, vocabulary = logits.shape
-    part = part or (1024 if rows < 16 else 4096)
+    part = part or parted(rows)
     parts, pdl = triton.cdiv(vocabulary, part), chained(logits.device)
     scores = torch.empty(rows, parts, dtype=torch.float32, device=logits.device)
     ids = torch.empty(rows, parts, dtype=torch.int32, device=logits.device)
