@@ -25,10 +25,19 @@ def test_only_wanted_rows_go_through_the_end_of_the_last_layer(name: str):
     np.testing.assert_allclose(backend.to_host(backend.forward(batch)), expected, atol=1e-4)
 
 
-def test_rows_that_somebody_reads_stay():
-    def calls(*ops: tuple[str, list[int], list[int]]) -> list[Call]:
-        return [Call(op, len, inputs, outs) for op, inputs, outs in ops]
+def calls(*ops: tuple[str, list[int], list[int]]) -> list[Call]:
+    return [Call(op, len, inputs, outs) for op, inputs, outs in ops]
 
+
+def test_fused_sums_are_row_by_row_too():
+    layer = calls(("attend", [0], [1]), ("linear", [1], [2]), ("add_norm", [0, 2], [3, 4]), ("linear", [4], [5]))
+    end = calls(("add", [3, 5], [6]), ("rms_norm", [6], [7]), ("last", [7], [8]), ("head", [8], [9]))
+    found = last_early(Program([*layer, *end], 10, [9])).calls
+    assert [c.op for c in found[:5]] == ["attend", "last", "last", "linear", "add_norm"]
+    assert [c.op for c in found[5:]] == ["linear", "add", "rms_norm", "head"]
+
+
+def test_rows_that_somebody_reads_stay():
     after_norm = calls(("add", [0, 1], [2]), ("last", [2], [3]), ("head", [3], [4]))
     assert last_early(Program(after_norm, 5, [4])).calls[-1].inputs == [2]
     for program in (

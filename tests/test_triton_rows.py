@@ -63,6 +63,10 @@ def test_gated(rows: int, width: int, dtype: torch.dtype):
 @pytest.mark.parametrize("many", [1, 1024])  # tokens, from which a program does more heads
 def test_norm_rope_store(heads: int, kv_heads: int, size: int, many: int, dtype: torch.dtype, monkeypatch):
     monkeypatch.setattr(rope, "MANY", many)
+    check_norm_rope_store(heads, kv_heads, size, dtype)
+
+
+def check_norm_rope_store(heads: int, kv_heads: int, size: int, dtype: torch.dtype) -> None:
     rng = np.random.default_rng(size)
     tokens, block_size = 5, 4
     rows = random(rng, tokens, (heads + 2 * kv_heads) * size, dtype=dtype)

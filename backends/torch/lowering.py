@@ -14,7 +14,7 @@ from llmrs.backends.torch.linear import Linear, prepare
 from llmrs.core.ir import Equation, Graph, Weight
 from llmrs.quant.tensor import Tensor
 
-ROWWISE = {"linear", "linears", "rms_norm", "add", "scale", "silu_mul", "gelu_mul", "moe"}  # each row by itself
+ROWWISE = {"linear", "linears", "rms_norm", "add", "add_norm", "scale", "silu_mul", "gelu_mul", "moe"}  # row by row
 VECTORS = ("rms_norm", "add_norm", "norm_rope_store")  # ops whose weights are vectors, taken as they are
 
 
