@@ -8,26 +8,17 @@ import numpy as np
 
 from llmrs.core.config import SamplingParams
 from llmrs.engine import Engine
-from llmrs.speed import Device, Work
+from llmrs.speed import Device, Rated, Work
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measured(Rated):
     """One line of the table. `floor` is the least time that the device's ceilings allow."""
 
     what: str
     tokens: int
     seconds: float
     floor: float
-
-    @property
-    def rate(self) -> float:
-        return self.tokens / self.seconds
-
-    @property
-    def share(self) -> float:
-        """Of the ceiling that was reached."""
-        return self.floor / self.seconds
 
 
 def measure(

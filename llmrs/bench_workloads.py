@@ -8,7 +8,7 @@ from llmrs.backends.base import Profiler
 from llmrs.bench_steps import busy
 from llmrs.core.errors import ConfigError
 from llmrs.engine import Engine
-from llmrs.speed import Device, Work
+from llmrs.speed import Device, Rated, Work
 from llmrs.workloads import Asked, Outcome, Workload, arrivals, run
 
 PIECE = 100  # steps
@@ -16,7 +16,7 @@ Latencies = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measured(Rated):
     """A workload that was run. `tokens` are new ones, of `prefill` those of the prompts."""
 
     name: str
@@ -27,15 +27,6 @@ class Measured:
     latencies: Latencies
     idle: float | None = None  # share of the time in which the device does nothing; None: can't be measured
     rate_of_requests: float | None = None  # per second, where they came over time
-
-    @property
-    def rate(self) -> float:
-        return self.tokens / self.seconds
-
-    @property
-    def share(self) -> float:
-        """Of the ceiling that was reached."""
-        return self.floor / self.seconds
 
 
 def check(engine: Engine, workloads: Sequence[Workload]) -> None:

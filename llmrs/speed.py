@@ -21,6 +21,23 @@ class Device:
     operations: float
 
 
+class Rated:
+    """What a record of a measurement is by its rate, and by the least seconds that a device's ceilings allow."""
+
+    tokens: int
+    seconds: float
+    floor: float
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / self.seconds
+
+    @property
+    def share(self) -> float:
+        """Of the ceiling that was reached."""
+        return self.floor / self.seconds
+
+
 @dataclass(frozen=True)
 class Work:
     """What one token costs. A step reads all weights once, and each sequence's KV cache; embeddings are looked up."""

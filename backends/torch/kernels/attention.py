@@ -41,6 +41,35 @@ def _places(table, start, end, key_block, key_token, BLOCK: tl.constexpr, TILE: 
 
 
 @triton.jit
+def seen(seen_from, at, end, WINDOW: tl.constexpr):
+    """Which of the keys `at` the positions `seen_from` (R,) see."""
+    distance = seen_from[:, None] - at[None, :]
+    found = (distance >= 0) & (at < end)[None, :]
+    if WINDOW > 0:
+        found = found & (distance < WINDOW)
+    return found
+
+
+@triton.jit
+def tile_at(tables, tiles, tile):
+    """A tile's block table, first row, rows, and first position."""
+    table = tables + tl.load(tiles + tile * 4)
+    row = tl.load(tiles + tile * 4 + 1)
+    count = tl.load(tiles + tile * 4 + 2)
+    first = tl.load(tiles + tile * 4 + 3)
+    return table, row, count, first
+
+
+@triton.jit
+def queries(q, row, count, first, head, r, d, q_row, q_head, G: tl.constexpr, D: tl.constexpr):
+    """A tile's queries (R, d), which of them there are, their positions (R,), and their heads (R,)."""
+    mine = (r < count * G)[:, None] & (d < D)[None, :]
+    heads = head * G + r % G
+    places = q + (row + r // G).to(tl.int64) * q_row + heads * q_head
+    return tl.load(places[:, None] + d[None, :], mask=mine, other=0.0), mine, first + r // G, heads
+
+
+@triton.jit
 def _over_keys(
     state, q, keys, values, key_scales, value_scales, table, low, high, end, seen_from, scale,
     key_block, key_token, d, D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr,
@@ -62,11 +91,7 @@ def _over_keys(
         if key_scales is not None:
             scores *= tl.load(key_scales + base // D, mask=at < end, other=0.0)[None, :]
         if MASKED:
-            distance = seen_from[:, None] - at[None, :]
-            seen = (distance >= 0) & (at < end)[None, :]
-            if WINDOW > 0:
-                seen = seen & (distance < WINDOW)
-            scores = tl.where(seen, scores, LEAST)
+            scores = tl.where(seen(seen_from, at, end, WINDOW), scores, LEAST)
         higher = tl.maximum(most, tl.max(scores, 1))
         part = tl.exp2(scores - higher[:, None])
         shrink = tl.exp2(most - higher)
@@ -91,21 +116,14 @@ def _attend(
     SPLITS: tl.constexpr, WINDOW: tl.constexpr, PROMPT: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     head, tile, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    table = tables + tl.load(tiles + tile * 4)
-    row = tl.load(tiles + tile * 4 + 1)
-    count = tl.load(tiles + tile * 4 + 2)
-    first = tl.load(tiles + tile * 4 + 3)
+    table, row, count, first = tile_at(tables, tiles, tile)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     if count == 0:
         return
     r, d = tl.arange(0, R), tl.arange(0, DP)
-    mine = (r < count * G)[:, None] & (d < D)[None, :]
-    seen_from = first + r // G
-    heads = head * G + r % G
-    queries = q + (row + r // G).to(tl.int64) * q_row + heads * q_head
-    x = tl.load(queries[:, None] + d[None, :], mask=mine, other=0.0)  # (R, d)
+    x, mine, seen_from, heads = queries(q, row, count, first, head, r, d, q_row, q_head, G, D)
 
     # which keys
     end = first + count

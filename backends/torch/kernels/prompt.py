@@ -20,7 +20,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from llmrs.backends.torch.fp8 import Scaled
-from llmrs.backends.torch.kernels.attention import LEAST, LOG2E, Tiling, checked
+from llmrs.backends.torch.kernels.attention import LEAST, LOG2E, Tiling, checked, queries, seen, tile_at
 from llmrs.backends.torch.kernels.launch import chained, power, require
 
 NAME = "prompt attention"
@@ -52,7 +52,7 @@ def _over_keys(
         scores = tl.dot(q, keys.load([row, 0]).T)  # (R, KEYS)
         if MASKED:
             at = start + tl.arange(0, KEYS)
-            scores = tl.where(_seen(seen_from, at, end, WINDOW), scores, LEAST)
+            scores = tl.where(seen(seen_from, at, end, WINDOW), scores, LEAST)
             v = tl.where((at < end)[:, None], v, 0.0)  # after the last token anything may lie, and 0 * NaN is NaN
         higher = tl.maximum(most, tl.max(scores, 1) * scale)
         part = tl.exp2(scores * scale - higher[:, None])
@@ -65,36 +65,20 @@ def _over_keys(
 
 
 @triton.jit
-def _seen(seen_from, at, end, WINDOW: tl.constexpr):
-    distance = seen_from[:, None] - at[None, :]
-    seen = (distance >= 0) & (at < end)[None, :]
-    if WINDOW > 0:
-        seen = seen & (distance < WINDOW)
-    return seen
-
-
-@triton.jit
 def _prompt(
     q, keys, values, tables, tiles, y, scale, q_row, q_head, y_row, block_rows, head_rows,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr, KEYS: tl.constexpr,
     WINDOW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     head, tile = tl.program_id(0), tl.program_id(1)
-    table = tables + tl.load(tiles + tile * 4)
-    row = tl.load(tiles + tile * 4 + 1)
-    count = tl.load(tiles + tile * 4 + 2)
-    first = tl.load(tiles + tile * 4 + 3)
+    table, row, count, first = tile_at(tables, tiles, tile)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     if count == 0:
         return
     r, d = tl.arange(0, R), tl.arange(0, DP)
-    mine = (r < count * G)[:, None] & (d < D)[None, :]
-    seen_from = first + r // G
-    heads = head * G + r % G
-    queries = q + (row + r // G).to(tl.int64) * q_row + heads * q_head
-    x = tl.load(queries[:, None] + d[None, :], mask=mine, other=0.0)  # (R, d)
+    x, mine, seen_from, heads = queries(q, row, count, first, head, r, d, q_row, q_head, G, D)
 
     # which keys
     end = first + count
