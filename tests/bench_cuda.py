@@ -253,7 +253,7 @@ def cuts() -> None:
 
 
 def sampling() -> None:
-    """Drawing by itself, the old way and the new."""
+    """Drawing by itself."""
     bench_chain.sampling(timed, FOUND)
 
 

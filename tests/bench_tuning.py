@@ -16,8 +16,7 @@ def tuning(backend: Any, report: dict[str, Any]) -> None:
     device = kernels.cuts.device
     print(device, f"{device.shared // 1024} KB, {'stored' if device.stored else 'unknown'}")
     keys = search.keys_of(backend.graph, backend.type, tuned.pool_type(kernels.kv[0].keys))
-    vocabulary = backend.graph.main.outs[0].type.sizes[0]
-    trials = Trials(kernels.kv, len(kernels.slots.last_token), kernels.longest, vocabulary, kernels.device)
+    trials = Trials(kernels.kv, len(kernels.slots.last_token), kernels.longest, kernels.device)
     for budget in (search.BUDGET, 1000.0):  # as at load, then all of it
         cuts, begin = tuned.Cuts(device), time.perf_counter()
         with TemporaryDirectory() as folder:

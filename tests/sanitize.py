@@ -9,7 +9,6 @@ interpreter runs them. Needs no pytest.
 import os
 import sys
 import time
-from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from unittest.mock import MagicMock
@@ -53,11 +52,9 @@ def by_row() -> None:
 
 
 def drawing() -> None:
-    for draw in (sampling.draw, sampling.draw_bounded):
-        run_it = partial(sampling.run_with, draw)
-        sampling.test_draws(run_it, 2)
-        sampling.test_half_precision_logits_with_strides(run_it)
-        sampling.test_rows_that_are_masked_out_and_rows_of_nan(run_it)
+    sampling.test_draws(2)
+    sampling.test_half_precision_logits_with_strides()
+    sampling.test_rows_that_are_masked_out_and_rows_of_nan()
     sampling.test_what_top_k_top_p_and_min_p_keep(33, True)
 
 

@@ -19,6 +19,8 @@ from llmrs.backends.torch.runner import KernelRunner
 
 GPU = torch.device("cuda:0")
 
+DEVICE = "cuda:0" if torch.cuda.is_available() else "cpu"
+
 
 @pytest.mark.parametrize(("capability", "chains"), [((8, 0), False), ((8, 9), False), ((9, 0), True), ((10, 0), True)])
 def test_only_where_the_device_can_and_somebody_wants_it(monkeypatch, capability, chains: bool):
@@ -63,10 +65,10 @@ def test_every_program_of_a_step_waits_once_and_then_lets_the_next_one_start(mon
 
 def test_the_runner_chains_what_it_runs_when_it_takes_what_is_untried(monkeypatch):
     for untried in (False, True):
-        backend = find("torch")("cpu", "f32", "f32")
+        backend = find("torch")(DEVICE, "f32", "f32")
         backend.use_kernels("triton", graphs=False)
         runner = backend.kernels = KernelRunner(backend.at, graphs=False, untried=untried)
-        assert (runner.chain, runner.bounded, runner.edges) == (untried,) * 3
+        assert runner.chain == untried
         model, seen = RandomModel.of("qwen3", num_hidden_layers=1).on(backend), []
         core = core_on(model)
         with monkeypatch.context() as patch:

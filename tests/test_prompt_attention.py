@@ -21,28 +21,28 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALVES = [t for t in TYPES if t != torch.float32]
 
 
-def run(q, kv, batch, scale: float, window: int, cut: Tiling) -> torch.Tensor:
+def run(q, kv, batch, scale: float, cut: Tiling) -> torch.Tensor:
     y = torch.full((len(q), q.shape[1] * q.shape[2]), 77.0, dtype=q.dtype)
     q, kv, tables, y = (x.to(DEVICE) for x in (q, kv, torch.from_numpy(batch.blocks), y))
     tiles = chunk_tiles(batch, np.diff(batch.starts), batch.blocks.shape[1], cut.tokens)
     tiles = torch.from_numpy(np.concatenate([np.zeros((1, 4), np.int32), tiles])).to(DEVICE)  # an empty one too
-    prompt_attention(q, *kv, tables, tiles, y, scale=scale, window=window, cut=cut)
+    prompt_attention(q, *kv, tables, tiles, y, scale=scale, cut=cut)
     return y.cpu()
 
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 2, 16), (3, 1, 24), (8, 8, 64), (4, 1, 96), (2, 1, 128)])
 def test_ragged_steps(heads: int, kv_heads: int, size: int, dtype: torch.dtype):
-    """With and without windows, from nothing and after a prefix; only chunks are written."""
+    """From nothing and after a prefix; only chunks are written."""
     rng = np.random.default_rng(size)
-    for block_size, keys, window in ((16, 16, 0), (32, 16, 19), (64, 64, 3), (64, 32, 40), (128, 128, 0)):
+    for block_size, keys in ((16, 16), (32, 16), (64, 64), (64, 32), (128, 128)):
         batch = step(rng, [0, 37, 3, 130, 65], [1, 13, 5, 40, 70], block_size)
         kv = pool(rng, batch, block_size, kv_heads, size, dtype)
         wide = torch.from_numpy(rng.normal(size=(len(batch.tokens), heads + 2, size))).to(dtype)
         q = wide[:, 1 : heads + 1]  # not contiguous, as a part of a merged product is
-        y = run(q, kv, batch, size**-0.5, window, Tiling(8, keys, 4, 2))
-        wanted = expected(q, kv, batch, block_size, size**-0.5, window)
-        assert np.abs(y[1:].float().numpy() - wanted[1:]).max() < LEFT[dtype], (block_size, window)
+        y = run(q, kv, batch, size**-0.5, Tiling(8, keys, 4, 2))
+        wanted = expected(q, kv, batch, block_size, size**-0.5, 0)
+        assert np.abs(y[1:].float().numpy() - wanted[1:]).max() < LEFT[dtype], block_size
         assert (y[0] == 77).all()
 
 
@@ -52,7 +52,7 @@ def test_the_cut_that_the_gpu_gets(size: int, block_size: int):
     batch = step(rng, [150, 0], [90, 200], block_size)
     kv = pool(rng, batch, block_size, 1, size, torch.float16)
     q = torch.from_numpy(rng.normal(size=(290, 2, size))).to(torch.float16)
-    y = run(q, kv, batch, 0.1, 0, prompt_tiling(2, size, block_size))
+    y = run(q, kv, batch, 0.1, prompt_tiling(2, size, block_size))
     assert np.abs(y.float().numpy() - expected(q, kv, batch, block_size, 0.1, 0)).max() < 4e-3
 
 
@@ -69,12 +69,13 @@ def test_what_a_copy_engine_cannot_load():
     batch = step(rng, [0], [5], 16)
     kv, q = pool(rng, batch, 16, 1, 16, torch.float16), torch.ones(5, 2, 16, dtype=torch.float16)
     with pytest.raises(BackendError, match="prompt attention"):
-        run(q, kv, batch, 1.0, 0, Tiling(8, 32, 4, 2))  # tiles that are larger than blocks
+        run(q, kv, batch, 1.0, Tiling(8, 32, 4, 2))  # tiles that are larger than blocks
 
 
 def test_a_model_with_it(monkeypatch):
-    """Where it is wanted and fits; logits in float16 as far as the mantissa carries."""
+    """Where parts of prompts are long and it fits; logits in float16 as far as the mantissa carries."""
     calls, found = [], []
+    monkeypatch.setattr("llmrs.backends.torch.step.LONG", 1)
     launch = rules.prompt_attention
     monkeypatch.setattr(
         rules, "prompt_attention", lambda *args, **how: (calls.append(how["cut"]), launch(*args, **how))

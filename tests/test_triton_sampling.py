@@ -1,7 +1,5 @@
 """Sampling kernels against core/sampling.py: the same tokens for the same keys."""
 
-from functools import partial
-
 import numpy as np
 import pytest
 import torch
@@ -10,27 +8,21 @@ from llmrs.backends.testing import random_sampling
 from llmrs.core.sampling import gumbel, keep, sample
 
 pytest.importorskip("triton")
-from llmrs.backends.torch.kernels import sampling as kernels
-from llmrs.backends.torch.kernels.bounds import _bounds, _limit, draw_bounded
+from llmrs.backends.torch.kernels.bounds import _bounds, _limit, draw
 from llmrs.backends.torch.kernels.edges import find_edges
-from llmrs.backends.torch.kernels.sampling import draw
+from llmrs.backends.torch.kernels.sampling import gumbel as gumbel_of_kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.fixture(params=[draw, draw_bounded], ids=lambda f: f.__name__)
-def run(request):
-    """Tokens of logits by one of the two ways; `part` tokens are looked at together."""
-    return partial(run_with, request.param)
-
-
-def run_with(draw, logits, params, slots=None, last=None, part=0, **more) -> np.ndarray:
+def run(logits, params, slots=None, last=None, part=0, **more) -> np.ndarray:
+    """Tokens of logits; `part` tokens are looked at together."""
     count = len(logits)
     slots = torch.arange(count, dtype=torch.int32) if slots is None else slots
     last = torch.zeros(count, dtype=torch.int64) if last is None else last
     arrays = (torch.from_numpy(params.temperature), torch.from_numpy(params.key.view(np.int32)), slots, last)
     if part:
-        more |= {"part": part} if draw is kernels.draw else {"chunk": part, "programs": 2 * count}
+        more |= {"chunk": part, "programs": 2 * count}
     return draw(torch.as_tensor(logits).to(DEVICE), *(a.to(DEVICE) for a in arrays), **more).cpu().numpy()
 
 
@@ -42,7 +34,7 @@ def plain(seed: int, count: int = 4):
 
 
 @pytest.mark.parametrize("vocabulary", [2, 33, 1000, 5003])
-def test_draws(run, vocabulary: int):
+def test_draws(vocabulary: int):
     for seed in range(4):
         rng, params = np.random.default_rng(seed), plain(seed)
         logits = np.round(rng.normal(size=(4, vocabulary)) * 4).astype(np.float32) / 2  # with ties
@@ -72,13 +64,11 @@ def test_what_top_k_top_p_and_min_p_keep(vocabulary: int, ties: bool):
             expected = keep(x, params.top_k[s], params.top_p[s], params.min_p[s])
             other = kept != (expected > -np.inf)  # the reference's running sum rounds in a long tail
             assert np.exp(x[other] - x.max()).sum() <= (1e-4 if vocabulary > 100 else 0), (seed, s)
-        for way in (draw, draw_bounded):
-            found = run_with(way, logits, params, edges=edges.to(DEVICE))
-            np.testing.assert_array_equal(found, sample(logits, params))
+        np.testing.assert_array_equal(run(logits, params, edges=edges.to(DEVICE)), sample(logits, params))
 
 
 @pytest.mark.parametrize("temperature", [0, 1e-4, 0.6, 100])
-def test_any_temperature_and_any_row(run, temperature: float):
+def test_any_temperature_and_any_row(temperature: float):
     """Of noise, all equal, one far above, masked out but for a few, and in steps that bfloat16 would make."""
     rng, params = np.random.default_rng(1), plain(1, 6)
     params.temperature[:] = temperature
@@ -122,7 +112,7 @@ def test_scores_are_below_their_bounds():
         assert above.max() < 0.2 + 1e-5 * np.abs(scores).max()
 
 
-def test_rows_that_are_masked_out_and_rows_of_nan(run):
+def test_rows_that_are_masked_out_and_rows_of_nan():
     params = random_sampling(np.random.default_rng(0), 3)
     params.temperature[:] = 0, 1, 0
     logits = np.full((3, 50), -np.inf, np.float32)
@@ -131,7 +121,7 @@ def test_rows_that_are_masked_out_and_rows_of_nan(run):
     assert run(logits, params, part=16)[2] < 50
 
 
-def test_the_token_is_kept_where_it_counts(run):
+def test_the_token_is_kept_where_it_counts():
     params = random_sampling(np.random.default_rng(0), 3)
     params.temperature[:] = 0
     logits, last = np.eye(3, 40, 7, dtype=np.float32), torch.full((5,), 99).to(DEVICE)
@@ -139,7 +129,7 @@ def test_the_token_is_kept_where_it_counts(run):
     assert last.tolist() == [9, 99, 99, 99, 7]
 
 
-def test_half_precision_logits_with_strides(run):
+def test_half_precision_logits_with_strides():
     rng, params = np.random.default_rng(0), plain(0)
     wide = torch.from_numpy(rng.normal(size=(4, 300)) * 3).half()
     logits = wide[:, :211]
@@ -162,7 +152,7 @@ def test_noise():
     import triton
     import triton.language as tl
 
-    noise = kernels.gumbel
+    noise = gumbel_of_kernels
 
     @triton.jit
     def fill(y, key, noise: tl.constexpr, N: tl.constexpr):

@@ -137,12 +137,12 @@ def attentions(dtype: torch.dtype, group: int, size: int, block: int, window: in
     compiled(attention._combine, {"tiles": "i32", "y": t, **parts}, {"D": size, "DP": padded, "SPLITS": 8}, warps=1)
 
 
-def prompts(dtype: torch.dtype, group: int, size: int, block: int, window: int) -> None:
+def prompts(dtype: torch.dtype, group: int, size: int, block: int) -> None:
     """With its registers; matrix products of Hopper's kind, copies by the copy engine, and nothing spilled."""
     t, padded, cut = NAMES[dtype], power(size, 16), prompt_of.prompt_tiling(group, size, block)
     constants = {
         "G": group, "D": size, "DP": padded, "BLOCK": block, "R": power(cut.tokens * power(group), 16),
-        "KEYS": cut.keys, "WINDOW": window,
+        "KEYS": cut.keys,
     }  # fmt: skip
     pool = f"tensordesc<{t}[{cut.keys},{padded}]>"
     tensors = {"q": t, "y": t, "keys": pool, "values": pool, "tables": "i32", "tiles": "i32"}
@@ -234,9 +234,6 @@ def samplings(dtype: torch.dtype) -> None:
         "scores": "fp32",
         "ids": "i32",
     }
-    for part in sorted({part for n in (0, 1) for (part,) in cuts(Key("draw", (n,), (dtype,)))}):
-        for edges in (False, True):
-            compiled(sampling._score, tensors, {"PART": part, "EDGES": edges})
     for edges in (False, True):
         compiled(bounds._search, tensors, {"CHUNK": bounds.CHUNK, "EDGES": edges}, warps=1)
     floats = dict.fromkeys(("temperature", "top_p", "min_p"), "fp32")
@@ -266,8 +263,8 @@ def main(few: bool, device: Device) -> None:
                 attentions(dtype, group, size, block, window, fp8=fp8)
         copies = device.capability >= (9, 0) and dtype != torch.float32
         for group, size, block, window in (*every, (2, 128, 128, 0)) if copies else ():
-            if not few or (size, window) == (128, 0):
-                prompts(dtype, group, size, block, window)
+            if window == 0 and (not few or size == 128):
+                prompts(dtype, group, size, block)
                 gathers(dtype, size, block)
         for width in (1024,) if few else (1024, 80, 5376):
             rows(dtype, width)

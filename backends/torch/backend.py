@@ -20,7 +20,7 @@ from llmrs.backends.torch.linear import Linear, prepare
 from llmrs.backends.torch.lowering import Lowering, Program, join_layers, last_early
 from llmrs.backends.torch.ops import FUSED, KV, OPS
 from llmrs.backends.torch.profile import TorchProfiler
-from llmrs.backends.torch.reserve import runner_memory
+from llmrs.backends.torch.reserve import runner_memory, step_memory
 from llmrs.backends.torch.sampling import SlotState, logprobs, sample
 from llmrs.backends.torch.tickets import Outbox, Sent, TorchTicket
 from llmrs.core.batch import Batch
@@ -61,6 +61,7 @@ class TorchBackend(Backend):
         self.slots = SlotState(0, 0, self.at)
         self.kernels: KernelRunner | None = None
         self.outbox: Outbox | None = None
+        self.room = 0  # bytes that a step's results may take
 
     def configure(self, config: EngineConfig) -> None:
         self.use_kernels(config.kernels, graphs=config.cuda_graphs, attention=config.attention, tune=config.tune)
@@ -128,7 +129,10 @@ class TorchBackend(Backend):
         return torch.cuda.mem_get_info(self.at)[0] if self.at.type == "cuda" else free_host_memory()
 
     def reserve(self, graph: Graph, sequences: int, tokens: int) -> int:
-        return runner_memory(graph, sequences, tokens, self.type.itemsize) if self.at.type == "cuda" else 0
+        if self.at.type != "cuda":
+            return 0
+        self.room = step_memory(graph, tokens, self.type.itemsize)
+        return runner_memory(graph, sequences, self.room, self.type.itemsize)
 
     # Loading: every equation becomes a call with its weights bound.
 
@@ -151,7 +155,7 @@ class TorchBackend(Backend):
             raise MemoryLimitError(f"no memory for {blocks} KV blocks: {error}", "lower max_model_len") from error
         self.slots = SlotState(slots, max_tokens, self.at)
         if self.kernels:
-            self.kernels.begin(self.graph, self.program, self.kv, self.slots, self.type)
+            self.kernels.begin(self.graph, self.program, self.kv, self.slots, self.type, self.room)
             self.outbox = Outbox(self.at, slots, self.max_in_flight + 1) if self.kernels.aside else None
 
     def _pool(self, blocks: int, block_size: int, heads: int, size: int) -> KV:

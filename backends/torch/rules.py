@@ -135,9 +135,11 @@ def attend(c: KernelContext, q: Tensor, kv: KV, *, scale: float, window: int = 0
         if len(found) == tokens:
             return found
         y[parts.rows] = found
-    elif shape.chunks and c.copies and fits(kv.keys, q.dtype) and fits(kv.values, q.dtype):
+    elif (
+        shape.chunks and c.copies and window == 0 and shape.long and fits(kv.keys, q.dtype) and fits(kv.values, q.dtype)
+    ):
         cut = replace(prompt_tiling(group, size, kv.keys.shape[1]), tokens=c.tile)
-        prompt_attention(q, kv.keys, kv.values, f.tables, f.chunks, y, scale=scale, window=window, cut=cut)
+        prompt_attention(q, kv.keys, kv.values, f.tables, f.chunks, y, scale=scale, cut=cut)
     elif shape.chunks:
         cut = replace(c.cuts.tiling(group, size, q.dtype, pool_type(kv.keys), prompt=True), tokens=c.tile)
         paged.attention(q, kv.keys, kv.values, f.tables, f.chunks, y, scale=scale, window=window, cut=cut)

@@ -4,24 +4,21 @@ Nothing here waits for the device. The tokens of a step that the host does not k
 """
 
 from collections.abc import Iterable, Sequence
-from functools import partial
 
 import numpy as np
 import torch
 
 from llmrs.backends.torch.fusing import fuse
 from llmrs.backends.torch.graphs import COPIES, DECODE, Recorded, Recorder, bucket, decode_bucket
-from llmrs.backends.torch.kernels.bounds import draw_bounded
+from llmrs.backends.torch.kernels.bounds import draw
 from llmrs.backends.torch.kernels.edges import find_edges
 from llmrs.backends.torch.kernels.launch import chaining, interpreted
 from llmrs.backends.torch.kernels.rows import most_rows
-from llmrs.backends.torch.kernels.sampling import draw
 from llmrs.backends.torch.library import LIBRARIES, Library, Parts, parts_of
 from llmrs.backends.torch.lowering import Program
 from llmrs.backends.torch.ops import KV
 from llmrs.backends.torch.rules import TRITON, KernelContext, Turns, programs, rows
 from llmrs.backends.torch.sampling import SlotState, adjusted
-from llmrs.backends.torch.sampling import sample as sample_plainly
 from llmrs.backends.torch.step import Shape, StepInputs, shape_of
 from llmrs.backends.torch.trials import Trials
 from llmrs.backends.torch.tuned import Cuts, Device, pool_type
@@ -32,6 +29,7 @@ from llmrs.core.ir import Graph
 from llmrs.core.sampling import SamplingArrays
 
 BLOCK_SIZE = 64  # tokens of a KV block: a tile of keys lies in one
+SMALL = 1024  # tokens of a step that is recorded though its prompts are for a library, and so go without it
 UNRECORDED = {"moe"}  # ops whose rules ask the device what to do
 
 
@@ -47,9 +45,9 @@ class KernelRunner:
         attention: str = "triton",
         tune: bool | None = False,
     ) -> None:
-        """`untried` takes what has not run on a GPU yet: `fused`, `edges`, `bounded`, `chain`, `aside` and `copies`,
-        below. `attention` may be a library's: then it does the parts of prompts of steps that are not recorded. `tune`
-        says whether launches are timed at `begin` to find the best cuts, None: on a GPU of which none are stored.
+        """`untried` takes what has not been measured on a GPU, or not found to be better: `fused` and `chain`.
+        `attention` may be a library's: then it does the parts of prompts of steps that are not recorded. `tune` says
+        whether launches are timed at `begin` to find the best cuts, None: on a GPU of which none are stored.
 
         Raises BackendError where kernels can't run: they need an NVIDIA GPU, or Triton's interpreter.
         """
@@ -57,11 +55,9 @@ class KernelRunner:
             raise BackendError(f"Triton kernels don't run on {device}", "kernels: auto uses them where they do")
         self.device, self.wanted = device, graphs
         self.fused = untried  # steps of few rows run a program of their own; see fusing.py
-        self.edges = untried  # top-k, top-p and min-p by a kernel, not by torch's sort
-        self.bounded = untried  # few scores are worked out, not all
         self.chain = untried  # programmatic dependent launch, where the GPU has it; see kernels/launch.py
-        self.aside = untried and device.type == "cuda"  # tokens are copied on a stream of their own; see tickets.py
-        self.copies = untried and _has_copy_engine(device)  # which loads the keys of prompts; see kernels/prompt.py
+        self.aside = device.type == "cuda"  # tokens are copied on a stream of their own; see tickets.py
+        self.copies = _has_copy_engine(device)  # which loads the keys of prompts; see kernels/prompt.py
         self.library: Library | None = LIBRARIES[attention]() if attention in LIBRARIES else None
         self.cuts = Cuts(Device.of(device))
         self.tunes = self.cuts.device.unknown if tune is None else tune
@@ -75,10 +71,13 @@ class KernelRunner:
         self.tokens = torch.empty(0, dtype=torch.int32, device=self.device)  # of the last step, where they go aside
         self.recorded: dict[Shape, Recorded] = {}
         self.step: tuple[Batch, StepInputs, Recorded | None] | None = None
-        self.recorder: Recorder | None = None
+        self.recorders: tuple[Recorder, Recorder] | None = None  # of forward parts, and of sampling ones
 
-    def begin(self, graph: Graph, program: Program, kv: Sequence[KV], slots: SlotState, dtype: torch.dtype) -> None:
-        """`kv` have a block more than anybody is given: what is padded goes there."""
+    def begin(
+        self, graph: Graph, program: Program, kv: Sequence[KV], slots: SlotState, dtype: torch.dtype, room: int = 0
+    ) -> None:
+        """`kv` have a block more than anybody is given: what is padded goes there. `room`: bytes that the results of
+        the largest step may take."""
         self.end()
         self.program, self.kv, self.slots = program, list(kv), slots
         if self.fused:
@@ -90,15 +89,14 @@ class KernelRunner:
         self.longest = slots.tokens.shape[1]
         self.tokens = torch.empty(max(len(slots.tokens), DECODE[-1]), dtype=torch.int32, device=self.device)
         self.turns, self.programs = Turns(self.longest, self.device), programs(self.device)
-        keys = keys_of(graph, dtype, pool_type(kv[0].keys), draws=not self.bounded)
+        keys = keys_of(graph, dtype, pool_type(kv[0].keys))
         if self.tunes:
-            vocabulary = graph.main.outs[0].type.sizes[0]
-            trials = Trials(self.kv, len(slots.last_token), self.longest, vocabulary, self.device)
+            trials = Trials(self.kv, len(slots.last_token), self.longest, self.device)
             tune(self.cuts, keys, trials, cache_file(self.cuts.device))
             trials.end()
         self.tile = min(self.cuts.of(k)[0] for k in keys if k.kernel == "prompt")
         if self.wanted and not UNRECORDED & {c.op for c in program.calls}:
-            self.recorder = Recorder(self.device)
+            self.recorders = Recorder(self.device, room), Recorder(self.device)
 
     def check(self, graph: Graph, dtype: torch.dtype) -> None:
         """Raises BackendError for a model that the chosen attention can't do."""
@@ -118,10 +116,6 @@ class KernelRunner:
     def sample(self, logits: torch.Tensor, batch: Batch, mask: np.ndarray | None) -> torch.Tensor:
         """Token ids int32 (S,), kept as the slots' last tokens too."""
         count, filtered = len(batch.slots), _filters(batch.sampling)
-        if filtered and not self.edges:
-            tokens = sample_plainly(logits[:count].float(), batch, self.slots, mask)
-            self.slots.append(batch, tokens)
-            return tokens
         inputs, found = self._inputs_of(batch)
         plain = adjusted(logits[:count], batch, self.slots, mask)
         if found and plain.data_ptr() == logits.data_ptr():
@@ -143,7 +137,9 @@ class KernelRunner:
 
     def _recorded(self, batch: Batch) -> Recorded | None:
         """The shape that can run a step and be run again; None: there is none."""
-        if self.recorder is None or len(batch.rows) != len(batch.slots):
+        if self.recorders is None or len(batch.rows) != len(batch.slots):
+            return None
+        if self.library and len(batch.tokens) > SMALL:
             return None
         shape = bucket(shape_of(batch, self.tile), self.tile)
         return self._static(shape) if shape else None
@@ -164,16 +160,16 @@ class KernelRunner:
 
     def _forward(self, found: Recorded) -> torch.Tensor:
         if found.forward is None:
-            assert self.recorder is not None
-            found.forward = self.recorder.record(lambda: self._run(found.inputs))
+            assert self.recorders is not None
+            found.forward = self.recorders[0].record(lambda: self._run(found.inputs))
         return found.forward()
 
     def _sample(self, found: Recorded, logits: torch.Tensor, filtered: bool) -> torch.Tensor:
         """`logits` are those of the recorded forward part, of which the first rows are the step's."""
         if filtered not in found.sample:
-            assert self.recorder is not None
+            assert self.recorders is not None
             whole = logits.as_strided((found.inputs.shape.sequences, logits.shape[1]), logits.stride())
-            found.sample[filtered] = self.recorder.record(lambda: self._draw(whole, found.inputs, filtered))
+            found.sample[filtered] = self.recorders[1].record(lambda: self._draw(whole, found.inputs, filtered))
         return found.sample[filtered]()
 
     def _run(self, inputs: StepInputs, parts: Parts | None = None) -> torch.Tensor:
@@ -195,8 +191,7 @@ class KernelRunner:
         with chaining(self.chain):
             if filtered:
                 edges = find_edges(logits, temperature, f.top_k[:n], f.top_p[:n], f.min_p[:n])
-            run = draw_bounded if self.bounded else partial(draw, part=self.cuts.part(logits))
-            return run(logits, temperature, f.keys[:n], f.slots[:n], last, edges, out=out)
+            return draw(logits, temperature, f.keys[:n], f.slots[:n], last, edges, out=out)
 
 
 def _has_copy_engine(device: torch.device) -> bool:

@@ -12,6 +12,7 @@ import torch
 
 from llmrs.core.batch import Batch
 
+LONG = 1536  # tokens
 ALIGN = 16  # fields begin at multiples of 64 bytes, which lets kernels read 16 bytes at a time
 
 
@@ -28,6 +29,11 @@ class Shape:
     def plain(self) -> bool:
         """Whether every sequence has one token, so that all rows are wanted, in their order."""
         return self.chunks == 0 and self.tokens == self.sequences
+
+    @property
+    def long(self) -> bool:
+        """Whether it is of long parts of prompts, on the average."""
+        return self.tokens >= LONG * self.sequences
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from llmrs.backends.torch.graphs import Recorder
 from llmrs.backends.torch.kernels import attention as paged
 from llmrs.backends.torch.kernels.launch import multiprocessors
 from llmrs.backends.torch.kernels.matvec import matvec
-from llmrs.backends.torch.kernels.sampling import draw
 from llmrs.backends.torch.ops import KV
 from llmrs.backends.torch.tuned import Cut, Key
 
@@ -28,9 +27,9 @@ Launch = Callable[[], torch.Tensor]
 class Trials:
     """Times launches like those of a model whose KV cache is there: `trials(key, cut)` in seconds."""
 
-    def __init__(self, kv: Sequence[KV], sequences: int, longest: int, vocabulary: int, device: torch.device) -> None:
+    def __init__(self, kv: Sequence[KV], sequences: int, longest: int, device: torch.device) -> None:
         """At most `sequences` at once, of at most `longest` tokens."""
-        self.kv, self.sequences, self.longest, self.vocabulary = kv, sequences, longest, vocabulary
+        self.kv, self.sequences, self.longest = kv, sequences, longest
         self.device, self.recorder = device, Recorder(device)
 
     @torch.inference_mode()
@@ -107,14 +106,6 @@ class Trials:
         weights = torch.zeros(copies, count, width, dtype=key.types[0], device=self.device)
         x = torch.zeros(1, width, dtype=key.types[0], device=self.device)
         return [partial(matvec, x, w, None, cut[0]) for w in weights]
-
-    def draw(self, key: Key, cut: Cut) -> list[Launch]:
-        """One sequence, or as many as there may be."""
-        rows = max(self.sequences, 16) if key.shape[0] else 1
-        logits = torch.zeros(rows, self.vocabulary, dtype=key.types[0], device=self.device)
-        warmth = torch.full((rows,), 0.6, device=self.device)
-        keys, slots = (torch.full((rows,), n, dtype=torch.int32, device=self.device) for n in (7, -1))
-        return [partial(draw, logits, warmth, keys, slots, slots.long(), None, cut[0])]
 
     def _room(self) -> int:
         return BEYOND if self.device.type == "cuda" else 2**12

@@ -4,7 +4,6 @@ A cut is a few whole numbers, so that a file can hold it. For each kernel, what 
 
     decode, prompt  query heads of a KV head, head size      tokens of a tile, keys at a time, warps, stages
     matvec          rows and columns of the matrix           rows of a program
-    draw            0: few sequences, 1: many                elements of a program
 
 The other kernels move little and are cut by their sizes alone.
 """
@@ -18,7 +17,6 @@ from llmrs.backends.torch.fp8 import Scaled
 from llmrs.backends.torch.kernels.attention import Tiling, tiling
 from llmrs.backends.torch.kernels.launch import power
 from llmrs.backends.torch.kernels.matvec import rows_together
-from llmrs.backends.torch.kernels.sampling import FEW, parted
 
 Cut = tuple[int, ...]
 
@@ -31,8 +29,6 @@ HOPPER: dict[str, Cut] = {
     "matvec 4096x1024 bfloat16": (8,),
     "matvec 6144x1024 bfloat16": (8,),
     "matvec 151936x1024 bfloat16": (8,),
-    "draw 0 bfloat16": (1024,),
-    "draw 1 bfloat16": (4096,),
 }
 STORED: dict[str, dict[str, Cut]] = {"NVIDIA H200": HOPPER, "NVIDIA H100": HOPPER}
 
@@ -94,17 +90,10 @@ def pool_type(pool: torch.Tensor | Scaled) -> torch.dtype:
     return pool.codes.dtype if isinstance(pool, Scaled) else pool.dtype
 
 
-def draw_key(sequences: int, dtype: torch.dtype) -> Key:
-    """For so many sequences: 1 stands for few, FEW for many."""
-    return Key("draw", (int(sequences >= FEW),), (dtype,))
-
-
 def default(key: Key, device: Device) -> Cut:
     """Without a measurement: that of an H200, made smaller until it fits."""
     if key.kernel == "matvec":
         return (rows_together(key.shape[0]),)
-    if key.kernel == "draw":
-        return (parted(FEW * key.shape[0]),)
     group, size = key.shape
     cut = tiling(group, size, key.types[0], prompt=key.kernel == "prompt")
     tokens, keys, warps, stages = cut.tokens, cut.keys, cut.warps, cut.stages
@@ -122,8 +111,6 @@ def candidates(key: Key, device: Device) -> list[Cut]:
 def _others(key: Key) -> list[Cut]:
     if key.kernel == "matvec":
         return [(2,), (4,), (8,), (16,)]
-    if key.kernel == "draw":
-        return [(1024,), (2048,), (4096,)]
     if key.types[0] == torch.float32:  # tests and small models
         return []
     group, wide = key.shape[0], key.shape[1] > 128
@@ -171,7 +158,3 @@ class Cuts:
     def rows(self, weight: torch.Tensor) -> int:
         """Rows of one of matvec's programs."""
         return self.of(Key("matvec", tuple(weight.shape), (weight.dtype,)))[0]
-
-    def part(self, logits: torch.Tensor) -> int:
-        """Elements of one of draw's programs."""
-        return self.of(draw_key(len(logits), logits.dtype))[0]

@@ -21,8 +21,7 @@ import triton
 from triton.errors import TritonError
 
 from llmrs.backends.torch import kernels, tuned
-from llmrs.backends.torch.kernels.sampling import FEW
-from llmrs.backends.torch.tuned import Cut, Cuts, Device, Key, attention_key, candidates, draw_key
+from llmrs.backends.torch.tuned import Cut, Cuts, Device, Key, attention_key, candidates
 from llmrs.core.ir import Graph, Weight
 
 BUDGET = 10.0  # seconds; the candidate under way when they are spent is finished
@@ -43,9 +42,8 @@ class Trial:
     error: str = ""
 
 
-def keys_of(graph: Graph, dtype: torch.dtype, kv_dtype: torch.dtype, *, draws: bool = True) -> list[Key]:
-    """What a model's launches are looked up by, first where most is to be gained. `draws`: whether `draw` is among
-    them."""
+def keys_of(graph: Graph, dtype: torch.dtype, kv_dtype: torch.dtype) -> list[Key]:
+    """What a model's launches are looked up by, first where most is to be gained."""
     equations = [e for f in (*graph.functions.values(), graph.main) for e in f.equations]
     attends = [(e.inputs[0].type.sizes, e.inputs[1].type.sizes) for e in equations if e.op == "attend"]
     heads = dict.fromkeys((q[0] // kv[0], q[1]) for q, kv in attends)
@@ -55,7 +53,6 @@ def keys_of(graph: Graph, dtype: torch.dtype, kv_dtype: torch.dtype, *, draws: b
     matrices = dict.fromkeys(of[0].type.sizes for of in weights)
     return [
         *(attention_key(*h, dtype, kv_dtype, prompt=False) for h in heads),
-        *(draw_key(n, dtype) for n in (1, FEW) if draws),
         *(Key("matvec", m, (dtype,)) for m in matrices),
         *(attention_key(*h, dtype, kv_dtype, prompt=True) for h in heads),
     ]

@@ -1,6 +1,12 @@
 """Sampling that works out few scores: the largest score by an upper bound that costs a tenth of it.
 
-The same tokens as `draw` of sampling.py, which defines it, with the same arrays. A score is x / T + g, and for the
+Temperature, Gumbel noise, and the largest score in two stages, without a softmax over the vocabulary. Defined by
+`sample` in core/sampling.py. S sequences, V tokens:
+
+    logits (S, V), any row stride, bf16, f16 or f32   temperature float32 (S,), 0: greedy   keys int32 (S,), the
+    bits of the uint32 ones   -> tokens int32 (S,), and last[slots[s]] = tokens[s] where slots[s] >= 0
+
+Equal scores: the lowest id. Moved: the logits once. A score is x / T + g, and for the
 uniform v that token and key are hashed to, g = -log(-log1p(-v)) is below -log v. So in units of log 2
 
     bound = x * (log2(e) / T) - chord(v)     is above the score, but for rounding, and near it where v is small,
@@ -13,9 +19,9 @@ on with the next largest: among n chunks about log(n) + 1 times, since the large
 scores are all worked out, and the lowest id stays.
 
 Instructions for each drawn logit: widened 1, hash 10 (6 logical, 4 multiplications), chord 3, bound 1, maximum 1; with
-addresses and masks the compiler makes it 20, which is 26 us for 256 x 151,936 on an H200; reading takes 18. `draw` has
-about 120. Of the hash's six x ^ (x >> n) four are left: the second mix begins with what undoes the end of the first,
-and the very last one changes h by less than h / 2^16, which the allowance for rounding covers.
+addresses and masks the compiler makes it 20, which is 26 us for 256 x 151,936 on an H200; reading takes 18. Working out
+every score takes 120. Of the hash's six x ^ (x >> n) four are left: the second mix begins with what undoes the end of
+the first, and the very last one changes h by less than h / 2^16, which the allowance for rounding covers.
 """
 
 import torch
@@ -111,7 +117,7 @@ def _search(
     tl.store(ids + to, token)
 
 
-def draw_bounded(
+def draw(
     logits: torch.Tensor,
     temperature: torch.Tensor,
     keys: torch.Tensor,
@@ -122,7 +128,8 @@ def draw_bounded(
     programs: int = 0,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Token ids int32 (S,), as `draw` gives them. `programs`: of the chip, for tests."""
+    """Token ids int32 (S,), in `out` where it is given. `edges` int32 (S, 2) are those of `find_edges`. `programs`: of
+    the chip, for tests."""
     check(logits, temperature, keys, slots)
     rows, vocabulary = logits.shape
     chunks, programs = triton.cdiv(vocabulary, chunk), programs or PROGRAMS * multiprocessors(logits.device)

@@ -4,12 +4,12 @@ Results, arguments and tiles as in kernels/attention.py, which see. There every 
 16 bytes at a time; here one thread asks for KEYS x d at once, through a tensor descriptor (TMA), since a head's tokens
 of a block lie together in the pool. Beside that:
 
-    a tile's keys come in three parts, of which only the first (windows) and the last (the diagonal) need a mask
+    only the last of a tile's keys, those of the diagonal, need a mask; windows are left to the other kernel
     the scale is applied where the maximum is subtracted, in one instruction
     a row's sum is rescaled once for KEYS keys, which is d multiplications: the more keys, the less of them
 
 Operations of a tile of R rows and a KV head: 4 * R * d * keys. Read: 4 * d bytes a key, from the L2 cache mostly,
-which bounds 128 rows at d = 128 to 128 operations a byte. Not yet run on a GPU.
+which bounds 128 rows at d = 128 to 128 operations a byte.
 """
 
 from typing import TypeGuard
@@ -36,7 +36,7 @@ def _row(table, start, end, head_row, block_rows, BLOCK: tl.constexpr):
 @triton.jit
 def _over_keys(
     state, q, keys, values, table, low, high, end, seen_from, scale, head_row, block_rows,
-    BLOCK: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the keys low .. high - 1. `keys` and `values` are descriptors of tiles (KEYS, d).
 
@@ -52,7 +52,7 @@ def _over_keys(
         scores = tl.dot(q, keys.load([row, 0]).T)  # (R, KEYS)
         if MASKED:
             at = start + tl.arange(0, KEYS)
-            scores = tl.where(seen(seen_from, at, end, WINDOW), scores, LEAST)
+            scores = tl.where(seen(seen_from, at, end, 0), scores, LEAST)
             v = tl.where((at < end)[:, None], v, 0.0)  # after the last token anything may lie, and 0 * NaN is NaN
         higher = tl.maximum(most, tl.max(scores, 1) * scale)
         part = tl.exp2(scores * scale - higher[:, None])
@@ -68,7 +68,7 @@ def _over_keys(
 def _prompt(
     q, keys, values, tables, tiles, y, scale, q_row, q_head, y_row, block_rows, head_rows,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr, KEYS: tl.constexpr,
-    WINDOW: tl.constexpr, PDL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     head, tile = tl.program_id(0), tl.program_id(1)
     table, row, count, first = tile_at(tables, tiles, tile)
@@ -82,21 +82,13 @@ def _prompt(
 
     # which keys
     end = first + count
-    low = 0
+    whole = first // KEYS * KEYS  # before it, no key is later than any row
     state = tl.zeros([R, DP], tl.float32), tl.full([R], LEAST, tl.float32), tl.zeros([R], tl.float32)
     head_row = head * head_rows
-    if WINDOW > 0:  # keys that only some of the rows see, since they lie before the windows of the others
-        begin = tl.maximum(first - WINDOW + 1, 0) // KEYS * KEYS
-        low = tl.minimum(tl.cdiv(tl.maximum(end - WINDOW, 0), KEYS), first // KEYS) * KEYS
-        state = _over_keys(state, x, keys, values, table, begin, low, end, seen_from, scale, head_row, block_rows,
-                           BLOCK, KEYS, WINDOW, True)  # fmt: skip
-        low = tl.maximum(begin, low)
-    whole = first // KEYS * KEYS  # before it, no key is later than any row
-    state = _over_keys(state, x, keys, values, table, low, whole, end, seen_from, scale, head_row, block_rows,
-                       BLOCK, KEYS, WINDOW, False)  # fmt: skip
-    low = tl.maximum(low, whole)
-    state = _over_keys(state, x, keys, values, table, low, end, end, seen_from, scale, head_row, block_rows,
-                       BLOCK, KEYS, WINDOW, True)  # fmt: skip
+    state = _over_keys(state, x, keys, values, table, 0, whole, end, seen_from, scale, head_row, block_rows,
+                       BLOCK, KEYS, False)  # fmt: skip
+    state = _over_keys(state, x, keys, values, table, whole, end, end, seen_from, scale, head_row, block_rows,
+                       BLOCK, KEYS, True)  # fmt: skip
 
     out = y + (row + r // G).to(tl.int64) * y_row + heads * D
     tl.store(out[:, None] + d[None, :], (state[0] / state[2][:, None]).to(y.dtype.element_ty), mask=mine)
@@ -121,7 +113,6 @@ def prompt_attention(
     y: torch.Tensor,
     *,
     scale: float,
-    window: int,
     cut: Tiling,
 ) -> None:
     """Writes the rows of y (T, Hq * d) that `tiles` name. Raises BackendError for shapes and types it can't do."""
@@ -134,8 +125,8 @@ def prompt_attention(
     _prompt[(kv_heads, len(tiles))](
         q, *pools, tables, tiles, y, scale * LOG2E, q.stride(0), q.stride(1), y.stride(0),
         keys.stride(0) // size, keys.stride(2) // size,
-        G=group, D=size, DP=padded, BLOCK=block_size, R=rows, KEYS=cut.keys, WINDOW=window,
-        PDL=pdl, num_warps=cut.warps, num_stages=cut.stages, launch_pdl=pdl,
+        G=group, D=size, DP=padded, BLOCK=block_size, R=rows, KEYS=cut.keys, PDL=pdl,
+        num_warps=cut.warps, num_stages=cut.stages, launch_pdl=pdl,
     )  # fmt: skip
 
 

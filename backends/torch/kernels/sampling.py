@@ -1,13 +1,7 @@
-"""Sampling without a softmax over the vocabulary: temperature, Gumbel noise, and the largest score in two stages.
+"""The noise of sampling, and the choice among the best of parts of the vocabulary; `bounds.py` finds those.
 
-Defined by `sample` in core/sampling.py. S sequences, V tokens, P parts of the vocabulary:
-
-    logits (S, V), any row stride, bf16, f16 or f32   temperature float32 (S,), 0: greedy   keys int32 (S,), the
-    bits of the uint32 ones   -> tokens int32 (S,), and last[slots[s]] = tokens[s] where slots[s] >= 0
-
-Equal scores: the lowest id. The noise is the hash of (key, token id) that core/sampling.py has, bit by bit. Its
-inner logarithm is a series, since the GPU's fast one is off by too much near 1, where the large values come from.
-Moved: the logits once. About 40 operations for each drawn one.
+Defined by `sample` in core/sampling.py. The noise is the hash of (key, token id) that it has, bit by bit. Its inner
+logarithm is a series, since the GPU's fast one is off by too much near 1, where the large values come from.
 """
 
 import torch
@@ -18,7 +12,6 @@ from llmrs.backends.torch.kernels.launch import FLOATS, chained, power, require
 
 NAME = "sampling"
 NOWHERE = tl.constexpr(2**31 - 1)
-FEW = 16  # sequences from which on each has less to be split over the chip
 
 
 @triton.jit
@@ -50,33 +43,6 @@ def gumbel(key, ids):
 
 
 @triton.jit
-def _score(
-    logits, temperature, keys, edges, scores, ids, logits_row, V,
-    PART: tl.constexpr, EDGES: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """The largest score of a part, and the lowest id that has it."""
-    row, part = tl.program_id(0), tl.program_id(1)
-    at = part * PART + tl.arange(0, PART)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    x = tl.load(logits + row.to(tl.int64) * logits_row + at, mask=at < V, other=-float("inf")).to(tl.float32)
-    warmth = tl.load(temperature + row)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    if warmth > 0:
-        x = tl.div_rn(x, tl.zeros_like(x) + warmth)
-        if EDGES:  # what top-k, top-p and min-p drop: what is below the edge, and of its equals those from an id on
-            edge = tl.load(edges + row * 2).to(tl.float32, bitcast=True)
-            x = tl.where((x > edge) | ((x == edge) & (at < tl.load(edges + row * 2 + 1))), x, -float("inf"))
-        x += gumbel(tl.load(keys + row).to(tl.uint32, bitcast=True), at)
-        x = tl.where(at < V, x, -float("inf"))
-    best = tl.max(x, 0)
-    to = row * tl.num_programs(1) + part
-    tl.store(scores + to, best)
-    tl.store(ids + to, tl.min(tl.where(x == best, at, NOWHERE), 0))
-
-
-@triton.jit
 def pick(scores, ids, slots, last, tokens, parts, V, PARTS: tl.constexpr, PDL: tl.constexpr):
     """The best part's token, kept for the slot's next step."""
     row, p = tl.program_id(0), tl.arange(0, PARTS)
@@ -98,37 +64,6 @@ def check(logits: torch.Tensor, temperature: torch.Tensor, keys: torch.Tensor, s
     require(NAME, logits.ndim == 2 and logits.dtype in FLOATS and logits.stride(1) == 1, f"logits {logits.shape}")
     require(NAME, {len(t) for t in (temperature, keys, slots)} == {len(logits)}, "one value a sequence")
     require(NAME, temperature.dtype == torch.float32 and keys.dtype == slots.dtype == torch.int32, "types")
-
-
-def parted(rows: int) -> int:
-    """Elements of a program: few where there are few rows, so that every multiprocessor has some."""
-    return 1024 if rows < FEW else 4096
-
-
-def draw(
-    logits: torch.Tensor,
-    temperature: torch.Tensor,
-    keys: torch.Tensor,
-    slots: torch.Tensor,
-    last: torch.Tensor,
-    edges: torch.Tensor | None = None,
-    part: int = 0,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Token ids int32 (S,), in `out` where it is given; the module says what is what. `edges` int32 (S, 2) are those
-    of `edges.find`."""
-    check(logits, temperature, keys, slots)
-    rows, vocabulary = logits.shape
-    part = part or parted(rows)
-    parts, pdl = triton.cdiv(vocabulary, part), chained(logits.device)
-    scores = torch.empty(rows, parts, dtype=torch.float32, device=logits.device)
-    ids = torch.empty(rows, parts, dtype=torch.int32, device=logits.device)
-    given = keys if edges is None else edges
-    _score[(rows, parts)](
-        logits, temperature, keys, given, scores, ids, logits.stride(0), vocabulary,
-        PART=part, EDGES=edges is not None, PDL=pdl, num_warps=4, launch_pdl=pdl,
-    )  # fmt: skip
-    return picked(scores, ids, slots, last, vocabulary, out)
 
 
 def picked(
