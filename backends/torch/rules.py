@@ -19,6 +19,7 @@ from llmrs.backends.torch.kernels.launch import multiprocessors
 from llmrs.backends.torch.kernels.matvec import matvec
 from llmrs.backends.torch.kernels.prompt import fits, prompt_attention, prompt_tiling
 from llmrs.backends.torch.kernels.rope import norm_rope_store as turn_and_store
+from llmrs.backends.torch.kernels.shares import Workspace, shared_attention
 from llmrs.backends.torch.library import Library, Parts
 from llmrs.backends.torch.linear import Linear
 from llmrs.backends.torch.ops import KV, OPS
@@ -56,12 +57,18 @@ class KernelContext:
     tile: int  # tokens of a prompt's tile
     cuts: Cuts
     library: tuple[Library, Parts] | None = None  # does the parts of prompts in the kernel's place
+    space: Workspace | None = None  # of single tokens whose keys are shared out evenly; None: they are not
     copies: bool = False  # whether the kernel for them loads keys by the copy engine, where that is possible
 
 
 def programs(device: torch.device) -> int:
     """Two of attention's programs keep a multiprocessor's memory pipes busy."""
     return 2 * multiprocessors(device)
+
+
+def workers(device: torch.device, kv_heads: int) -> int:
+    """For each KV head, where work is shared out evenly: all run at once, three on a multiprocessor."""
+    return max(3 * multiprocessors(device) // kv_heads, 1)
 
 
 def embed(c: KernelContext, tokens: Tensor, table: Tensor) -> Tensor:
@@ -117,15 +124,12 @@ def norm_rope_store(
 
 
 def attend(c: KernelContext, q: Tensor, kv: KV, *, scale: float, window: int = 0) -> Tensor:
-    """Single tokens in one launch, with their keys split where they are few; parts of prompts in another, or by a
-    library."""
+    """Single tokens in one launch, and parts of prompts in another, or by a library."""
     tokens, heads, size = q.shape
     group, shape, f = heads // kv.keys.shape[2], c.shape, c.fields
     y = torch.empty(tokens, heads * size, dtype=q.dtype, device=q.device)
     if shape.singles:
-        cut = c.cuts.tiling(group, size, q.dtype, pool_type(kv.keys), prompt=False)
-        split = paged.splits(shape.singles, kv.keys.shape[2], c.programs)
-        paged.attention(q, kv.keys, kv.values, f.tables, f.singles, y, scale=scale, window=window, cut=cut, split=split)
+        _attend_singles(c, q, kv, y, scale, window)
     if c.library:
         run, parts = c.library
         assert isinstance(kv.keys, Tensor), "a cache in fp8 is refused before"
@@ -144,6 +148,17 @@ def attend(c: KernelContext, q: Tensor, kv: KV, *, scale: float, window: int = 0
         cut = replace(c.cuts.tiling(group, size, q.dtype, pool_type(kv.keys), prompt=True), tokens=c.tile)
         paged.attention(q, kv.keys, kv.values, f.tables, f.chunks, y, scale=scale, window=window, cut=cut)
     return y
+
+
+def _attend_singles(c: KernelContext, q: Tensor, kv: KV, y: Tensor, scale: float, window: int) -> None:
+    """With their keys shared out evenly, or split where they are few. The shares are those of no window."""
+    (_, heads, size), kv_heads, f = q.shape, kv.keys.shape[2], c.fields
+    cut = c.cuts.tiling(heads // kv_heads, size, q.dtype, pool_type(kv.keys), prompt=False)
+    if c.space and not window:
+        shared_attention(q, kv.keys, kv.values, f.tables, f.segments, f.begins, y, c.space, scale=scale, cut=cut)
+        return
+    split = paged.splits(c.shape.singles, kv_heads, c.programs)
+    paged.attention(q, kv.keys, kv.values, f.tables, f.singles, y, scale=scale, window=window, cut=cut, split=split)
 
 
 def silu_mul(_: KernelContext, gate: Tensor, up: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def queries(q, row, count, first, head, r, d, q_row, q_head, G: tl.constexpr, D:
 
 
 @triton.jit
-def _over_keys(
+def over_keys(
     state, q, keys, values, key_scales, value_scales, table, low, high, end, seen_from, scale,
     key_block, key_token, d, D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr,
@@ -144,10 +144,10 @@ def _attend(
         value_scales += head * (key_head // D)
     if PROMPT and WINDOW == 0:  # no mask is needed before the first row's own position
         whole = first // TILE * TILE
-        state = _over_keys(state, x, keys, values, key_scales, value_scales, table, low, whole, end, seen_from, scale,
+        state = over_keys(state, x, keys, values, key_scales, value_scales, table, low, whole, end, seen_from, scale,
                            key_block, key_token, d, D, BLOCK, TILE, WINDOW, False, PRECISION)  # fmt: skip
         low = whole
-    total, most, weight = _over_keys(state, x, keys, values, key_scales, value_scales, table, low, end, end,
+    total, most, weight = over_keys(state, x, keys, values, key_scales, value_scales, table, low, end, end,
                                      seen_from, scale, key_block, key_token, d,
                                      D, BLOCK, TILE, WINDOW, True, PRECISION)  # fmt: skip
 
