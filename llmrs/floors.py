@@ -20,7 +20,7 @@ NORM = ("rms_norm", "add_norm")
 # Several kernels may share an op's work (parts of a split product): only the one that is named here gets the floor.
 KERNELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"splitk.*reduce|reduce.*splitk|_combine|memcpy|memset", ()),
-    (r"matvec|gemm|gemv|nvjet|cutlass|_linear_pointwise|aten::(linear|addmm|mm|matmul)$|^_?(few|some)$", LINEAR),
+    (r"matvec|gemm|gemv|nvjet|cutlass|_linear_pointwise|aten::(linear|addmm|mm|matmul)$|^_?(few|some|many)$", LINEAR),
     (r"_attend|scaled_dot_product|flash", ("attend",)),
     (r"norm_rope_store|rope_store", ("norm_rope_store", "rope_store")),
     (r"^_(add_)?norm", NORM),

@@ -11,7 +11,10 @@ from llmrs.backends.testing import BLOCK, RandomModel, core_on, prefill_batch, p
 
 pytest.importorskip("triton")
 from llmrs.backends.torch import runner
-from llmrs.backends.torch.kernels.rows import NORMED, SOME, Cut, most_rows, product, worthwhile
+from llmrs.backends.torch.kernels import rows
+from llmrs.backends.torch.kernels.rows import LARGE, MOST, NARROW, NORMED, WIDE, Cut, most_rows, product, worthwhile
+from llmrs.backends.torch.kernels.rows_many import MANY
+from llmrs.backends.torch.lowering import Call
 from llmrs.backends.torch.rules import Matrix
 from llmrs.core.errors import BackendError
 
@@ -74,8 +77,6 @@ def check(rows: int, count: int, width: int, dtype: torch.dtype, gate: str, more
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(("rows", "count", "width"), SHAPES)
 def test_products(rows: int, count: int, width: int, dtype: torch.dtype):
-    if rows > most_rows(dtype):
-        pytest.skip("not of this type")
     for gate, more, norm, bias in (
         ("", False, True, True), ("", True, False, False),
         ("silu_mul", False, True, False), ("gelu_mul", True, True, True),
@@ -88,23 +89,24 @@ def test_other_cuts(rows: int):
     """Also those in which a program holds only the first part of its rows."""
     for each, part, warps in ((1, 64, 1), (2, 128, 4), (4, 1024, 2)):
         cut = Cut(each, part, warps) if rows < 5 else Cut(16 * each, 16, warps)
-        check(rows, 19, 1300, torch.float32, "silu_mul", True, True, True, cut=cut)
+        check(rows, 19, 1300, torch.float32, "silu_mul", True, rows <= NORMED, True, cut=cut)
 
 
 def test_many_results():
-    check(2, 1100, 24, torch.float32, "", False, True, False)
-    check(33, 9000, 24, torch.float16, "", True, False, False)
+    check(2, 1100, 24, torch.float32, "", False, False, True)
+    check(7, 2048, 24, torch.float16, "", True, False, False)
 
 
 def test_what_does_not_fit_is_refused():
     x, w = torch.zeros(3, 8), torch.zeros(6, 8)
     for wrong in (
         lambda: product(x, w.half()),
-        lambda: product(torch.zeros(SOME + 1, 8), w),
+        lambda: product(torch.zeros(MANY + 1, 8), w),
+        lambda: product(x, w, norm=w[0]),
         lambda: product(x, w[:, :6]),
         lambda: product(x, w, w[0]),
         lambda: product(x, w, more=w),
-        lambda: product(x, w, norm=w[0, :4]),
+        lambda: product(x[:1], w, norm=w[0, :4]),
         lambda: product(x, w[:5], gate="silu_mul"),
         lambda: product(x, w, gate="tanh_mul"),
         lambda: product(x.T.contiguous().T, w),
@@ -120,13 +122,16 @@ def test_only_few_rows_take_it():
     """Where it is asked for; float32 has no use for as many rows, nor a large matrix."""
     made = backend("qwen3")
     made.allocate(4, BLOCK, 1, 16)
-    assert made.kernels.few_rows == most_rows(torch.float32) < most_rows(torch.float16) == SOME
+    assert made.kernels.few_rows == most_rows(torch.float32) < most_rows(torch.float16) == MOST
     made.kernels.fused = False
     made.allocate(4, BLOCK, 1, 16)
     assert made.kernels.few_rows == 0
-    small, large = torch.empty(8, 8, dtype=torch.float16), torch.empty(2**13, 2**12 + 1, dtype=torch.float16)
-    assert [worthwhile(n, small) for n in (1, SOME, SOME + 1)] == [True, True, False]
-    assert [worthwhile(n, large) for n in (1, NORMED, NORMED + 1)] == [True, True, False]
+    narrow, wide, large = (
+        torch.empty(n, k, dtype=torch.float16) for n, k in ((NARROW, 8), (NARROW + 1, 8), (2**12, LARGE // 2**13 + 1))
+    )
+    assert [worthwhile(n, narrow) for n in (1, MOST, MOST + 1)] == [True, True, False]
+    assert [worthwhile(n, wide) for n in (1, WIDE, WIDE + 1)] == [True, True, False]
+    assert [worthwhile(n, large) for n in (1, 2)] == [True, False]
 
 
 def test_auto_waits_for_what_has_not_run_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
@@ -146,38 +151,57 @@ def backend(name: str, dtype: str = "f32", **changes):
     return RandomModel.of(name, num_hidden_layers=2, **changes).on(made)
 
 
-def ops(name: str, rest: tuple[str, ...] = ("embed", "heads", "last", "scale"), **changes) -> list[str]:
-    """What few rows run, but for what launches nothing or once only."""
+def ops(name: str, rows: int, rest: tuple[str, ...] = ("embed", "heads", "last", "scale"), **changes) -> list[str]:
+    """What steps of so many rows run, but for what launches nothing or once only."""
     made = backend(name, **changes)
     made.allocate(4, BLOCK, 1, 16)
-    calls = [c for c in made.kernels.few.calls if c.op not in rest]
-    assert all(isinstance(c.weights[0][0], Matrix) for c in calls if c.op == "rows")
-    return [c.op + "".join(f" {k}" for k in ("gate", "eps") if k in c.params) * (c.op == "rows") for c in calls]
+    calls = [c for c in made.kernels._program(rows).calls if c.op not in rest]
+    return [described(c) if c.op == "rows" else c.op for c in calls]
 
 
-def test_a_layer_of_few_rows_is_six_calls():
+def described(call: Call) -> str:
+    ((matrix, before, after),) = call.weights
+    assert isinstance(matrix, Matrix)
+    words = ("norm" if before else "", "rows", call.params.get("gate") or "", "add" if len(call.inputs) > 1 else "")
+    return " ".join(w for w in (*words, "norm" if after else "") if w)
+
+
+def test_a_layer_of_few_rows_is_few_calls():
     for name, store in (("qwen3", "norm_rope_store"), ("llama", "rope_store"), ("mistral", "rope_store")):
-        layer = ["rows eps", store, "attend", "rows", "rows gate eps", "rows"]
-        assert ops(name) == [*layer, *layer, "rows eps"], name
+        layer = ["norm rows", store, "attend", "rows add", "norm rows silu_mul", "rows add"]
+        assert ops(name, 1) == [*layer, *layer, "rms_norm", "head"], name
+        layer = ["rows", store, "attend", "rows add norm", "rows silu_mul", "rows add norm"]
+        assert ops(name, 2) == ["rms_norm", *layer, *layer, "head"], name
 
 
 def test_what_does_not_match_stays():
-    layer = ["rows", "rms_norm", "add_norm", "rows gate", "rows", "rms_norm", "add_norm"]
-    assert ops("gemma3") == ["rows eps", *["norm_rope_store", "attend", *layer, "rows"] * 2]
-    layer = ["norm_rope_store", "attend", "rows", "rms_norm", "moe", "add_norm", "rows"]
-    assert ops("qwen3-moe") == ["rows eps", *layer, *layer]
+    layer = ["rows", "rms_norm", "add_norm", "rows gelu_mul", "rows", "rms_norm", "add_norm"]
+    assert ops("gemma3", 2) == ["rms_norm", *["rows", "norm_rope_store", "attend", *layer] * 2, "head"]
+    layer = ["rows", "norm_rope_store", "attend", "rows add norm", "moe", "add_norm"]
+    assert ops("qwen3-moe", 2) == ["rms_norm", *layer, *layer, "head"]
+    layer = ["norm_rope_store", "attend", "rows add", "rms_norm", "moe", "add_norm"]
+    assert ops("qwen3-moe", 1) == ["norm rows", *layer, "rows", *layer, "head"]
 
 
+def test_no_norm_before_a_large_matrix(monkeypatch: pytest.MonkeyPatch):
+    """Each of its many programs would do it again."""
+    monkeypatch.setattr(rows, "LARGE", 0)
+    layer = ["rows", "norm_rope_store", "attend", "rows add", "rms_norm", "rows silu_mul", "rows add", "rms_norm"]
+    assert ops("qwen3", 1) == ["rms_norm", *layer, *layer, "head"]
+
+
+@pytest.mark.parametrize("large", [LARGE, 0])  # 0: from two rows on the library's products
 @pytest.mark.parametrize(
     ("name", "dtype"), [("llama", "f32"), ("qwen3", "f16"), ("gemma3", "f32"), ("qwen3-moe", "f16")]
 )
-def test_the_fused_program_is_the_unfused_one(name: str, dtype: str):
-    """Up to the order of float32 sums: on steps of one row, of a few, and of more than a norm is fused for."""
+def test_the_fused_program_is_the_unfused_one(name: str, dtype: str, large: int, monkeypatch: pytest.MonkeyPatch):
+    """Up to the order of float32 sums: on steps of one row, of a few, of many, and of more than it is for."""
+    monkeypatch.setattr(rows, "LARGE", large)
     made, found = backend(name, dtype), []
     made.allocate(40, BLOCK, 8, 64)
-    batches = [prefill_batch(prompts(*lengths)) for lengths in ((1,), (3,), (5, 1), (9, 20))]
-    for program in (made.kernels.few, made.kernels.program):
-        made.kernels.few = program
+    batches = [prefill_batch(prompts(*lengths)) for lengths in ((1,), (3,), (5, 1), (9, 20, 25))]
+    for most in (most_rows(made.type), 0):
+        made.kernels.few_rows = most
         found.append([made.to_host(made.forward(b)).copy() for b in batches])
     for ours, expected in zip(*found, strict=True):
         assert np.abs(ours - expected).max() < (1e-4 if dtype == "f32" else 0.02) * np.abs(expected).max()

@@ -25,6 +25,7 @@ from llmrs.backends.torch.kernels import edges as edges_of
 from llmrs.backends.torch.kernels import prompt as prompt_of
 from llmrs.backends.torch.kernels import rows as rows_of
 from llmrs.backends.torch.kernels.launch import power, precision
+from llmrs.backends.torch.kernels.rows_many import Tiles, many, of_many
 from llmrs.backends.torch.tuned import STORED, Cut, Device, Key, attention_key, candidates, default, shared_memory
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -64,7 +65,7 @@ def compiled(
         if name in pointers:
             kind = pointers[name] if pointers[name].startswith("tensordesc") else f"*{pointers[name]}"
         signature[name] = fixed or kind
-        if kind.startswith("*") or name in ("V", "span") or name.endswith(("_row", "_head", "_block", "_token")):
+        if kind.startswith("*") or name in ("V", "N", "span") or name.endswith(("_row", "_head", "_block", "_token")):
             attributes[(n,)] = [["tt.divisibility", 16]]
     major, minor = Run.device.capability
     target = GPUTarget("cuda", 10 * major + minor, 32)
@@ -182,24 +183,32 @@ def matvecs(dtype: torch.dtype, count: int, width: int) -> None:
 
 
 def products(dtype: torch.dtype, count: int, width: int, gate: str, norm: bool, add: bool, counts: tuple) -> None:
-    """For numbers of rows; and what ptxas says."""
-    t, size = NAMES[dtype], dtype.itemsize
-    tensors = dict.fromkeys(("x", "norm", "w", "bias", "more", "y"), t)
+    """For numbers of rows; and what ptxas says. Two-byte products of `many` are Hopper's, from copies of 16 bytes."""
+    tensors = dict.fromkeys(("x", "norm", "w", "bias", "more", "y"), NAMES[dtype]) | {"sums": "fp32", "arrived": "i32"}
+    bound = {"K": width, "GATE": rows_of.GATES[gate], "BIAS": False, "ADD": add, "NORM": norm}
     for rows in (n for n in counts if n <= rows_of.most_rows(dtype)):
-        vectors = rows_of.vectors(rows, width, bool(gate))
-        cut = rows_of.cut_few(rows, width, size, bool(gate)) if vectors else rows_of.cut_some(
-            rows, count, width, size, bool(gate)
-        )  # fmt: skip
-        own = rows_of.of_few(cut, rows, width, size, gate) if vectors else rows_of.of_some(cut, rows, width, dtype)
+        cut = rows_of.cut_for(rows, count, width, dtype.itemsize, bool(gate))
+        kernel, own = kernel_of(cut, rows, width, dtype, gate)
+        own |= {"PART": cut.part, "EACH": cut.each, "EARLY": cut.early}
         stages = own.pop("num_stages", 1)
-        constants = {
-            "K": width, "PART": cut.part, "EACH": cut.each, "WARPS": cut.warps, "NORM": norm and rows <= rows_of.NORMED,
-            "GATE": rows_of.GATES[gate], "BIAS": False, "ADD": add, "EARLY": cut.early, **own,
-        }  # fmt: skip
-        kernel = rows_of.few if vectors else rows_of.some
-        registers, spilled = resources(compiled(kernel, tensors, constants, ("eps", "offset"), (), cut.warps, stages))
+        constants = {k: v for k, v in (bound | own).items() if k in kernel.arg_names}
+        given = {k: v for k, v in tensors.items() if k in kernel.arg_names}
+        found = compiled(kernel, given, constants, ("eps", "offset"), (), cut.warps, stages)
+        if kernel is many and Run.device.capability == (9, 0) and dtype != torch.float32:
+            assert "wgmma.mma_async" in found.asm["ptx"]
+            assert re.search(r"cp\.async\.cg\.shared\.global .*, 0x10,", found.asm["ptx"])
+        registers, spilled = resources(found)
         where = "LOCAL MEMORY" if spilled > 16 else "spilled"  # a register or four by the way cost nothing
-        print(f"    registers {registers}, {where} {spilled} bytes")
+        print(f"    {rows} rows: registers {registers}, {where} {spilled} bytes")
+
+
+def kernel_of(cut, rows: int, width: int, dtype: torch.dtype, gate: str):
+    """The kernel that does a cut, and its constants."""
+    if isinstance(cut, Tiles):
+        return many, of_many(cut, width, dtype)
+    if rows_of.vectors(rows, width, bool(gate)):
+        return rows_of.few, rows_of.of_few(cut, rows, width, dtype.itemsize, gate)
+    return rows_of.some, rows_of.of_some(cut, rows, width, dtype)
 
 
 def resources(found) -> tuple[int, int]:
@@ -244,11 +253,14 @@ def samplings(dtype: torch.dtype) -> None:
         compiled(sampling.pick, ints, {"PARTS": parts}, warps=1)
 
 
-# Of Qwen3-0.6B's layer and head; then an 8B model's, and awkward ones.
+# Of Qwen3-0.6B's layer and head; then Llama-3.2-1B's and Qwen3-8B's, and awkward ones. A norm only of one row.
 FEW = [
     (4096, 1024, "", True, False), (1024, 2048, "", False, True), (3072, 1024, "silu_mul", True, False),
-    (1024, 3072, "", False, True), (151936, 1024, "", True, False), (6144, 4096, "", True, False),
-    (12288, 4096, "silu_mul", True, False), (4096, 12288, "", False, True), (21504, 5376, "gelu_mul", True, False),
+    (1024, 3072, "", False, True), (151936, 1024, "", False, False),
+    (3072, 2048, "", True, False), (2048, 2048, "", False, True), (8192, 2048, "silu_mul", True, False),
+    (2048, 8192, "", False, True),
+    (6144, 4096, "", True, False), (4096, 4096, "", False, True), (12288, 4096, "silu_mul", True, False),
+    (4096, 12288, "", False, True), (21504, 5376, "gelu_mul", True, False),
     (1000, 80, "gelu_mul", True, True), (2560, 2560, "", True, False), (1152, 1152, "", True, True),
 ]  # fmt: skip
 
@@ -273,7 +285,7 @@ def main(few: bool, device: Device) -> None:
         for count, width in ((1024, 2048), (6144, 1024), (151936, 1024)):
             matvecs(dtype, count, width)
         for sizes in FEW[:4] if few else FEW:
-            products(dtype, *sizes, (1, 4, 16) if few else (1, 2, 4, 8, 16, 32, 64))
+            products(dtype, *sizes, (1, 4, 16, 64) if few else (1, 2, 4, 8, 16, 32, 64, 128, 256))
         for shape in ((16, 8, 128),) if few else ((16, 8, 128), (3, 1, 24), (4, 1, 256)):
             for norms in (False, True):
                 for fp8 in caches:

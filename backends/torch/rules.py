@@ -195,28 +195,27 @@ class Matrix:
 def rows(
     c: KernelContext,
     x: Tensor,
-    *rest: Any,  # what is added, if anything; and the matrix with the norm before it
+    *rest: Any,  # what is added, if anything; and the matrix with the norms before and after it
     sizes: Sequence[int] = (),
     gate: str = "",
-    eps: float = 0.0,
-    offset: float = 0.0,
 ) -> Tensor | tuple[Tensor, ...]:
-    """fusing.py's op, in one launch for few rows; for more, a norm by itself, or all by themselves."""
-    *more, (matrix, weight) = rest
-    if weight is not None and len(x) > few.NORMED:
-        x, weight = rms_norm(c, x, weight, eps=eps, offset=offset), None
-    if not few.worthwhile(len(x), matrix.weight):
-        y = _apart(c, matrix(x), gate, *more)
-    else:
-        added = more[0] if more else None
-        y = few.product(x, matrix.weight, matrix.bias, added, weight, eps, offset, gate)
+    """fusing.py's op: one launch where `product` is worthwhile, and one for a norm after it; else the library's
+    product, and what stands around it by itself."""
+    *more, (matrix, before, after) = rest
+    weight, bias = matrix.weight, matrix.bias
+    if few.worthwhile(len(x), weight):
+        norm, how = (before.weight, before.params) if before else (None, {})
+        y = few.product(x, weight, bias, more[0] if more else None, norm, gate=gate, **how)
+        return (y, rms_norm(c, y, after.weight, **after.params)) if after else _split(y, sizes)
+    y = matrix(rms_norm(c, x, before.weight, **before.params) if before else x)
+    if after:
+        return add_norm(c, more[0], y, after.weight, **after.params)
+    y = TRITON[gate](c, *y.chunk(2, dim=-1)) if gate else y
+    return more[0] + y if more else _split(y, sizes)
+
+
+def _split(y: Tensor, sizes: Sequence[int]) -> Tensor | tuple[Tensor, ...]:
     return y.split(sizes, dim=-1) if sizes else y
-
-
-def _apart(c: KernelContext, y: Tensor, gate: str, *more: Tensor) -> Tensor:
-    if gate:
-        y = TRITON[gate](c, *y.chunk(2, dim=-1))
-    return more[0] + y if more else y
 
 
 TRITON: dict[str, Callable[..., Any]] = {

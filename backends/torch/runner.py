@@ -13,7 +13,7 @@ from llmrs.backends.torch.graphs import COPIES, DECODE, Recorded, Recorder, buck
 from llmrs.backends.torch.kernels.bounds import draw
 from llmrs.backends.torch.kernels.edges import find_edges
 from llmrs.backends.torch.kernels.launch import chaining, interpreted
-from llmrs.backends.torch.kernels.rows import most_rows
+from llmrs.backends.torch.kernels.rows import NORMED, most_rows, normed
 from llmrs.backends.torch.kernels.shares import Workspace
 from llmrs.backends.torch.library import LIBRARIES, Library, Parts, parts_of
 from llmrs.backends.torch.lowering import Program
@@ -47,8 +47,8 @@ class KernelRunner:
         attention: str = "triton",
         tune: bool | None = False,
     ) -> None:
-        """`untried` takes what has not been measured on a GPU, or not found to be better: `fused`, `chain` and `shares`.
-        `attention` may be a library's: then it does the parts of prompts of steps that are not recorded. `tune` says
+        """`untried` takes what has not been measured on a GPU, or not found to be better: `fused`, `chain`,
+        `shares`. `attention` may be a library's: then it does the parts of prompts of steps that are not recorded. `tune` says
         whether launches are timed at `begin` to find the best cuts, None: on a GPU of which none are stored.
 
         Raises BackendError where kernels can't run: they need an NVIDIA GPU, or Triton's interpreter.
@@ -69,7 +69,7 @@ class KernelRunner:
     def end(self) -> None:
         """Lets go of everything."""
         self.program, self.kv = Program([], 0, []), list[KV]()
-        self.few, self.few_rows = self.program, 0  # what runs steps of few rows
+        self.one, self.few, self.few_rows = self.program, self.program, 0  # what runs steps of one row, and of few
         self.slots = SlotState(0, 0, self.device)
         self.tokens = torch.empty(0, dtype=torch.int32, device=self.device)  # of the last step, where they go aside
         self.recorded: dict[Shape, Recorded] = {}
@@ -85,7 +85,8 @@ class KernelRunner:
         self.end()
         self.program, self.kv, self.slots = program, list(kv), slots
         if self.fused:
-            self.few, self.few_rows = fuse(program, {**TRITON, "rows": rows}), most_rows(dtype)
+            rules, self.few_rows = {**TRITON, "rows": rows}, most_rows(dtype)
+            self.one, self.few = fuse(program, rules, lambda matrix: normed(matrix.weight)), fuse(program, rules)
         blocks, self.block_size = kv[0].keys.shape[:2]
         self.spare = blocks - 1
         if blocks * self.block_size >= 2**31:
@@ -195,10 +196,14 @@ class KernelRunner:
         context = KernelContext(
             inputs.shape, f, last, self.turns, self.programs, self.tile, self.cuts, library, space, self.copies
         )
-        program = self.few if inputs.shape.tokens <= self.few_rows else self.program
         with chaining(self.chain):
-            logits: torch.Tensor = program.run(context, [f.tokens, f.positions, *self.kv])[0]
+            logits: torch.Tensor = self._program(inputs.shape.tokens).run(context, [f.tokens, f.positions, *self.kv])[0]
         return logits
+
+    def _program(self, tokens: int) -> Program:
+        if tokens > self.few_rows:
+            return self.program
+        return self.one if tokens <= NORMED else self.few
 
     def _draw(self, logits: torch.Tensor, inputs: StepInputs, filtered: bool) -> torch.Tensor:
         """Token ids int32 (n,) of the step's first n sequences."""

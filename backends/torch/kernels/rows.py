@@ -1,14 +1,14 @@
-"""Few rows through a matrix, with what stands before and after it: y = [more +] gate(rms_norm(x) w^T + bias).
+"""Rows through a matrix, with what stands before and after it: y = [more +] gate(rms_norm(x) w^T + bias).
 
 Defined by `linear`, `rms_norm`, `silu_mul`, `gelu_mul` and `add` in backends/reference/ops.py. Rounded to the type of
 the computation wherever the equations by themselves would; sums are float32.
 
-    x (M, K), any row stride   norm (K,)   w (N, K), or (2 N, K) with a gate: rows i and i + N make result i
+    x (M, K), any row stride   norm (K,), of one row   w (N, K), or (2 N, K) with a gate: rows i and i + N make result i
     bias as long as w   more (M, N), any row stride   -> y (M, N)
 
-Up to FEW rows `rows_few.py` computes it, up to SOME `rows_some.py`. Moved: the weight once, and x from the caches for
-each program. Chained kernels (see `launch.py`) ask for their weights before they wait for what makes x. Not yet
-run on a GPU.
+Three kernels, by rows and results: `rows_few.py` in registers, `rows_some.py` where the results are few, `rows_many.py`
+for the rest. Moved: the weight once, and x from the caches for each program. Chained kernels (see `launch.py`) ask for
+their weights before they wait for what makes x. Right and measured on an H200, but for `rows_many.py`.
 """
 
 from dataclasses import dataclass
@@ -19,29 +19,32 @@ import triton
 
 from llmrs.backends.torch.kernels.launch import chained, check_rows, power, precision, require
 from llmrs.backends.torch.kernels.rows_few import few
+from llmrs.backends.torch.kernels.rows_many import MANY, Tiles, cut_many, launch_many
 from llmrs.backends.torch.kernels.rows_some import some
 
 NAME = "rows"
-FEW, SOME, EXACT = 4, 64, 16  # rows; EXACT: of float32, which the tensor cores don't multiply exactly
+FEW, SOME = 4, 32  # rows
+EXACT = 16  # rows of float32, which the tensor cores don't multiply exactly
+NARROW = 2048  # results that are few: of `o` and `down` of a small model
+MOST, WIDE = 256, 128  # rows up to which the library is slower, for few results and for more; a guess beyond 64
 TOGETHER = 12288  # elements of all rows of x that registers have room for; one row may be longer
-NORMED = 16  # rows up to which every program can norm them by itself
+NORMED = 1  # rows up to which every program can norm them by itself; for two the norm's own launch is cheaper
 GATES = {"": 0, "silu_mul": 1, "gelu_mul": 2}
 SHARED = 110 * 1024  # bytes of a program, so that two fit
 LARGE = 32 * 2**20  # bytes of w
 HELD = 192  # bytes of w that a thread holds before x is there
-PROGRAMS = 264  # that fill an H100
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How the work is cut: results of a warp (few) or program (some), columns at a time, warps, tiles on their way
-    (some), and whether the next kernel may start as soon as this one has."""
+    """How the work of `few` and `some` is cut: results of a warp (few) or program (some), columns at a time, warps,
+    tiles on their way (some), and whether the next kernel may start as soon as this one has."""
 
     each: int
     part: int
     warps: int = 4
     stages: int = 1
-    early: bool = False
+    early: bool = True
 
 
 def cut_few(rows: int, width: int, size: int, gate: bool) -> Cut:
@@ -55,24 +58,20 @@ def cut_few(rows: int, width: int, size: int, gate: bool) -> Cut:
     return Cut(max(each, 1), part, warps=8 if short else 4)
 
 
-def cut_some(rows: int, count: int, width: int, size: int, gate: bool) -> Cut:
-    """Small tiles of results, unless there are many, and as many columns on their way as fit."""
+def cut_some(rows: int, width: int, size: int, gate: bool) -> Cut:
+    """Small tiles of results, and as many columns on their way as fit."""
     padded, part = power(rows, 8), min(max(power(width) // 4, 16), 128 // size)
-    each = 32 if not gate and count >= 32 * (PROGRAMS if padded < 32 else PROGRAMS // 3) else 16
-    stage = 4 * part * size * (each * (1 + gate) + padded)
-    return Cut(each, part, stages=min(max(SHARED // stage, 3), 6))
+    stage = 4 * part * size * (16 * (1 + gate) + padded)
+    return Cut(16, part, stages=min(max(SHARED // stage, 3), 6))
 
 
-def most_rows(dtype: torch.dtype) -> int:
-    return EXACT if dtype == torch.float32 else SOME
-
-
-def worthwhile(rows: int, w: torch.Tensor) -> bool:
-    """Whether `product` should run where it can.
-
-    For many rows x weighs as much as w, in the L2 cache; the library, slow to begin, is better where w is large.
-    """
-    return rows <= (NORMED if w.nbytes > LARGE else most_rows(w.dtype))
+def cut_for(rows: int, results: int, width: int, size: int, gate: bool) -> Cut | Tiles:
+    """The cut by which a product is done; it says which kernel does it."""
+    if vectors(rows, width, gate):
+        return cut_few(rows, width, size, gate)
+    if rows <= SOME and results <= NARROW:
+        return cut_some(rows, width, size, gate)
+    return cut_many(rows, results, width, size, gate)
 
 
 def vectors(rows: int, width: int, gate: bool) -> bool:
@@ -80,31 +79,49 @@ def vectors(rows: int, width: int, gate: bool) -> bool:
     return rows == 1 or (rows <= FEW and power(rows) * width * (1 + gate) <= TOGETHER)
 
 
+def most_rows(dtype: torch.dtype) -> int:
+    """Rows up to which `worthwhile` may be true of a matrix."""
+    return EXACT if dtype == torch.float32 else max(MOST, WIDE)
+
+
+def worthwhile(rows: int, w: torch.Tensor) -> bool:
+    """Whether `product` should run, and not the library, which is slow to begin but reads a large matrix well."""
+    most = EXACT if w.dtype == torch.float32 else MOST if len(w) <= NARROW else WIDE
+    return rows == 1 or (w.nbytes <= LARGE and rows <= most)
+
+
+def normed(w: torch.Tensor) -> bool:
+    """Whether programs may norm a row by themselves: of a large matrix so many would that a launch costs less."""
+    return w.nbytes <= LARGE
+
+
 def product(
     x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None, more: torch.Tensor | None = None,
     norm: torch.Tensor | None = None, eps: float = 0.0, offset: float = 0.0, gate: str = "",
-    *, cut: Cut | None = None,
+    *, cut: Cut | Tiles | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """(M, N) of x's type, for up to `most_rows`. Raises BackendError for shapes and types that it can't do."""
+    """(M, N) of x's type, for up to MANY rows; a norm for up to NORMED. `cut`: another one than `cut_for` gives.
+
+    Raises BackendError for shapes and types that it can't do.
+    """
     (rows, width), count = x.shape, len(w) // (2 if gate else 1)
     _check(x, w, bias, more, norm, count, gate)
-    pdl = chained(x.device)
-    size, short = x.element_size(), vectors(rows, width, bool(gate))
-    if cut is None:
-        cut = cut_few(rows, width, size, bool(gate)) if short else cut_some(rows, count, width, size, bool(gate))
+    pdl, cut = chained(x.device), cut or cut_for(rows, count, width, x.element_size(), bool(gate))
     y = torch.empty(rows, count, dtype=x.dtype, device=x.device)
-    arguments = [x, _or(norm, x), w, _or(bias, x), _or(more, y), y, rows, count]  # what is not there is not read
-    strides = [x.stride(0), w.stride(0), _or(more, y).stride(0), y.stride(0)]
+    tensors = [x, w, _or(bias, x), _or(more, y), y]  # what is not there is not read
+    sizes = [rows, count, x.stride(0), w.stride(0), _or(more, y).stride(0), y.stride(0)]
     shared = {
-        "K": width, "PART": cut.part, "EACH": cut.each, "WARPS": cut.warps, "NORM": norm is not None,
-        "GATE": GATES[gate], "BIAS": bias is not None, "ADD": more is not None, "PDL": pdl,
-        "EARLY": cut.early, "num_warps": cut.warps, "launch_pdl": pdl,
+        "K": width, "PART": cut.part, "EACH": cut.each, "GATE": GATES[gate], "BIAS": bias is not None,
+        "ADD": more is not None, "PDL": pdl, "EARLY": cut.early, "num_warps": cut.warps, "launch_pdl": pdl,
     }  # fmt: skip
-    together = cut.each * cut.warps if short else cut.each
-    own = of_few(cut, rows, width, size, gate) if short else of_some(cut, rows, width, x.dtype)
-    (few if short else some)[(triton.cdiv(count, together),)](
-        *arguments, *strides, float(eps), float(offset), **shared, **own
-    )
+    if isinstance(cut, Tiles):
+        launch_many(tensors, sizes, cut, shared, x.dtype)
+    elif vectors(rows, width, bool(gate)):
+        own = of_few(cut, rows, width, x.element_size(), gate) | {"NORM": norm is not None}
+        grid = (triton.cdiv(count, cut.each * cut.warps),)
+        few[grid](*tensors, _or(norm, x), *sizes, float(eps), float(offset), **shared, **own)
+    else:
+        some[(triton.cdiv(count, cut.each),)](*tensors, *sizes, **shared, **of_some(cut, rows, width, x.dtype))
     return y
 
 
@@ -112,14 +129,16 @@ def of_few(cut: Cut, rows: int, width: int, size: int, gate: str) -> dict[str, i
     """The kernel's constants that follow from a cut."""
     parts = triton.cdiv(width, cut.part)
     held = cut.each * cut.part * size * (2 if gate else 1) // 32  # bytes of a thread for each part
-    return {"PARTS": parts, "AHEAD": min(parts, max(HELD // max(held, 1), 1)), "COUNT": power(rows)}
+    ahead = min(parts, max(HELD // max(held, 1), 1))
+    return {"PARTS": parts, "AHEAD": ahead, "COUNT": power(rows), "WARPS": cut.warps}
 
 
 def of_some(cut: Cut, rows: int, width: int, dtype: torch.dtype) -> dict[str, Any]:
     """The same, and the number of stages."""
     lines = power(triton.cdiv(width * dtype.itemsize, 128))
     return {
-        "LINES": lines, "COUNT": power(rows, 8), "PRECISION": precision(dtype), "num_stages": cut.stages
+        "LINES": lines, "COUNT": power(rows, 8), "WARPS": cut.warps, "PRECISION": precision(dtype),
+        "num_stages": cut.stages,
     }  # fmt: skip
 
 
@@ -134,9 +153,8 @@ def _check(
     check_rows(NAME, x)
     check_rows(NAME, w)
     require(NAME, x.ndim == w.ndim == 2 and x.shape[1] == w.shape[1], f"x {tuple(x.shape)}, w {tuple(w.shape)}")
-    require(
-        NAME, 0 < len(x) <= most_rows(x.dtype) and x.dtype == w.dtype, f"{len(x)} rows of {x.dtype}, w of {w.dtype}"
-    )
+    most = MANY if norm is None else NORMED
+    require(NAME, 0 < len(x) <= most and x.dtype == w.dtype, f"{len(x)} rows of {x.dtype}, w of {w.dtype}")
     require(NAME, not gate or (gate in GATES and len(w) == 2 * count), f"gate {gate!r} of {len(w)} rows")
     for name, t, shape in (("bias", bias, w.shape[:1]), ("more", more, (len(x), count)), ("norm", norm, x.shape[1:])):
         fits = t is None or (t.dtype == x.dtype and t.shape == shape and t.stride(-1) == 1)

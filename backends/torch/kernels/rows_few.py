@@ -70,7 +70,7 @@ def _inverse_rms(row, k, eps, K: tl.constexpr, PARTS: tl.constexpr, PART: tl.con
 
 @triton.jit(do_not_specialize=["M"])
 def few(
-    x, norm, w, bias, more, y, M, N, x_row, w_row, more_row, y_row, eps, offset,
+    x, w, bias, more, y, norm, M, N, x_row, w_row, more_row, y_row, eps, offset,
     K: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, AHEAD: tl.constexpr,
     EACH: tl.constexpr, WARPS: tl.constexpr, COUNT: tl.constexpr, NORM: tl.constexpr, GATE: tl.constexpr,
     BIAS: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,

@@ -1,6 +1,6 @@
-"""Up to 64 rows through a matrix on the tensor cores: the kernel; `rows.py` says what it computes.
+"""Rows through a matrix with few results, on the tensor cores: the kernel; `rows.py` says what it computes.
 
-    x (M, K), norm (K,), w (N, K) or with a gate (2 N, K), bias, more (M, N) -> y (M, N)
+    x (M, K), w (N, K) or with a gate (2 N, K), bias, more (M, N) -> y (M, N)
 
 A program has EACH results for all rows of x, COUNT with what is padded. Each warp multiplies PART of every WARPS * PART
 columns, (WARPS, EACH, PART) x (WARPS, PART, COUNT), and the warps' sums are added at the end: that cuts the chain of
@@ -20,22 +20,12 @@ def _lines(row, K: tl.constexpr, LINES: tl.constexpr):
     return row + tl.minimum(tl.arange(0, LINES) * LINE, K - 1)[None, :]
 
 
-@triton.jit
-def _inverse_rms(rows, k, eps, K: tl.constexpr, STEP: tl.constexpr):
-    """(1, COUNT, 1) of rows at `rows` (WARPS, COUNT, PART)."""
-    squares = tl.zeros(rows.shape, tl.float32)
-    for begin in range(0, K, STEP):
-        x = columns(rows, k >= 0, begin, k, K, STEP).to(tl.float32)
-        squares += x * x
-    return tl.rsqrt(tl.sum(tl.sum(squares, 2), 0) / K + eps)[None, :, None]
-
-
 @triton.jit(do_not_specialize=["M"])
 def some(
-    x, norm, w, bias, more, y, M, N, x_row, w_row, more_row, y_row, eps, offset,
+    x, w, bias, more, y, M, N, x_row, w_row, more_row, y_row,
     K: tl.constexpr, PART: tl.constexpr, EACH: tl.constexpr, WARPS: tl.constexpr, COUNT: tl.constexpr,
-    LINES: tl.constexpr, NORM: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
-    PDL: tl.constexpr, EARLY: tl.constexpr, PRECISION: tl.constexpr,
+    LINES: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr,
+    EARLY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     STEP: tl.constexpr = WARPS * PART
     n, m = tl.program_id(0) * EACH + tl.arange(0, EACH), tl.arange(0, COUNT)
@@ -46,8 +36,6 @@ def some(
         fetch(_lines(gate_rows[:, None], K, LINES))
         if GATE:
             fetch(_lines(up_rows[:, None], K, LINES))
-        if NORM:
-            fetch(_lines(norm, K, LINES))
         if BIAS:
             fetch(bias + tl.minimum(n, N - 1))
         tl.extra.cuda.gdc_wait()  # nothing that another kernel makes is read before
@@ -59,16 +47,10 @@ def some(
     there, added = (n < N) & (m < M)[None, :], 0.0
     if ADD:
         added = tl.load(more + place * more_row + n, mask=there, other=0.0)
-    if NORM:
-        scale = _inverse_rms(x_at, k, eps, K, STEP)
     a = tl.zeros([WARPS, EACH, COUNT], tl.float32)
     b = tl.zeros([WARPS, EACH, COUNT], tl.float32)
     for begin in range(0, K, STEP):
-        value = columns(x_at, k >= 0, begin, k, K, STEP)  # (WARPS, COUNT, PART)
-        if NORM:
-            weight = columns(norm + k, k >= 0, begin, k, K, STEP).to(tl.float32) + offset
-            value = (value.to(tl.float32) * scale * weight).to(value.dtype)
-        value = tl.permute(value, (0, 2, 1))
+        value = tl.permute(columns(x_at, k >= 0, begin, k, K, STEP), (0, 2, 1))  # (WARPS, PART, COUNT)
         a = tl.dot(columns(gate_at, k >= 0, begin, k, K, STEP), value, a, input_precision=PRECISION)
         if GATE:
             b = tl.dot(columns(up_at, k >= 0, begin, k, K, STEP), value, b, input_precision=PRECISION)
