@@ -47,8 +47,8 @@ class KernelRunner:
         attention: str = "triton",
         tune: bool | None = False,
     ) -> None:
-        """`untried` takes what has not been measured on a GPU, or not found to be better: `fused`, `chain`,
-        `shares`. `attention` may be a library's: then it does the parts of prompts of steps that are not recorded. `tune` says
+        """`untried` takes what has not been measured on a GPU, or not found to be better: `fused`, `chain`, `shares`.
+        `attention` may be a library's: then it does the parts of prompts of steps that are not recorded. `tune` says
         whether launches are timed at `begin` to find the best cuts, None: on a GPU of which none are stored.
 
         Raises BackendError where kernels can't run: they need an NVIDIA GPU, or Triton's interpreter.
