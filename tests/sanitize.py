@@ -23,6 +23,7 @@ if find_spec("pytest") is None:  # its decorators leave the tests as they are
     sys.modules["pytest"] = MagicMock(importorskip=import_module)
     sys.modules["pytest"].mark.parametrize = lambda *_, **__: lambda test: test  # type: ignore[attr-defined]
 
+import test_shares as shares
 import test_triton_attention as attention
 import test_triton_rows as rows
 import test_triton_sampling as sampling
@@ -39,6 +40,13 @@ def attentions() -> None:
         attention.test_ragged_steps(3, 1, 24, dtype)
     attention.test_rows_of_no_tile_stay_as_they_are()
     attention.test_the_cut_that_the_gpu_gets()
+
+
+def by_shares() -> None:
+    for dtype in TYPES:
+        shares.test_against_the_reference(3, 1, 24, dtype)
+        shares.test_a_cache_in_fp8(dtype)
+    shares.test_the_cut_that_the_gpu_gets()
 
 
 def by_row() -> None:
@@ -67,7 +75,7 @@ def steps() -> None:
     assert [len(tokens) for tokens in found] == [2, 2], found
 
 
-CASES = {f.__name__: f for f in (attentions, by_row, drawing, steps)}
+CASES = {f.__name__: f for f in (attentions, by_shares, by_row, drawing, steps)}
 
 
 def main(*names: str) -> None:

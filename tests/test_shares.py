@@ -10,11 +10,19 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 from test_triton_attention import DEVICE, LEFT, SIZES, TYPES, expected, pool, step
+from test_triton_fp8 import LEFT as LEFT_FP8
+from test_triton_fp8 import filled
 
-from llmrs.backends.torch.kernels.attention import Tiling
+from llmrs.backends.base import find
+from llmrs.backends.reference import ops
+from llmrs.backends.testing import RandomModel, core_on, prefill_batch, prompts, request
+from llmrs.backends.testing import run as run_engine
+from llmrs.backends.torch import rules
+from llmrs.backends.torch.kernels.attention import Tiling, tiling
 from llmrs.backends.torch.kernels.shares import Workspace, shared_attention
 from llmrs.backends.torch.shares import WIDTH, Shares, share_out
-from llmrs.backends.torch.step import single_tiles
+from llmrs.backends.torch.step import Shape, StepInputs, single_tiles
+from llmrs.core.errors import BackendError
 
 
 def planned(shares: Shares, tiles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -107,8 +115,8 @@ def poisoned(shares: Shares, heads: int, size: int) -> Workspace:
 def test_against_the_reference(heads: int, kv_heads: int, size: int, dtype: torch.dtype):
     """Lengths at the edges of blocks and tiles, beside a part of a prompt; one worker, some, and more than tiles."""
     rng = np.random.default_rng(size)
-    for block_size, workers, keys in ((4, 1, 16), (5, 3, 16), (16, 7, 32), (64, 40, 16), (32, 4, 64)):
-        batch = step(rng, [0, 15, 16, 3, 63, 100], [1, 1, 1, 4, 1, 1], block_size)
+    for block_size, workers, keys in ((4, 1, 16), (5, 3, 16), (64, 20, 16), (16, 4, 64)):
+        batch = step(rng, [0, 15, 16, 3, 63, 70], [1, 1, 1, 4, 1, 1], block_size)
         kv = pool(rng, batch, block_size, kv_heads, size, dtype)
         wide = torch.from_numpy(rng.normal(size=(len(batch.tokens), heads + 2, size))).to(dtype)
         q, shares = wide[:, 1 : heads + 1], Shares(workers, keys)
@@ -120,3 +128,98 @@ def test_against_the_reference(heads: int, kv_heads: int, size: int, dtype: torc
         assert (y[~torch.from_numpy(single)] == 77).all()
         again = run(q, kv, batch, size**-0.5, Tiling(1, 16, 4, 1), shares, space)  # over what the first one left
         assert torch.equal(y, again)
+
+
+def short_pool(rng, batch, block_size: int, kv_heads: int, size: int, dtype: torch.dtype) -> torch.Tensor:
+    """As `pool`, made at once: NaN only behind the last token of each sequence."""
+    shape = (2, batch.blocks.max() + 2, kv_heads, block_size, size)
+    kv = torch.from_numpy(rng.normal(size=shape)).to(dtype).transpose(2, 3)
+    for s, length in enumerate(batch.lengths):
+        for at in range(length, batch.blocks.shape[1] * block_size):
+            kv[:, batch.blocks[s, at // block_size], at % block_size] = torch.nan
+    return kv
+
+
+@pytest.mark.parametrize(
+    ("past", "workers"),
+    [
+        ([0], 5),  # one token
+        ([15, 16, 31, 32, 33] * 51 + [7, 8], 9),  # 257 sequences at edges
+        ([0, 3, 700, 1, 2, 40], 24),  # one very long among short ones: more parts than are joined at a time
+        ([200], 13),
+    ],
+    ids=["one", "many", "long", "alone"],
+)
+def test_shapes_of_steps(past: list[int], workers: int):
+    rng = np.random.default_rng(0)
+    batch = step(rng, past, [1] * len(past), 16)
+    kv = short_pool(rng, batch, 16, 2, 32, torch.float32)
+    q = torch.from_numpy(rng.normal(size=(len(past), 6, 32))).float()
+    shares = Shares(workers, 16)
+    y = run(q, kv, batch, 0.2, Tiling(1, 16, 1, 1), shares, poisoned(shares, 6, 32))
+    assert np.abs(y.numpy() - expected(q, kv, batch, 16, 0.2, 0)).max() < 2e-5
+
+
+def test_the_cut_that_the_gpu_gets():
+    rng = np.random.default_rng(0)
+    batch = step(rng, [150, 70, 64], [1, 1, 1], 64)
+    kv = short_pool(rng, batch, 64, 1, 128, torch.float16)
+    q = torch.from_numpy(rng.normal(size=(3, 2, 128))).half()
+    cut = tiling(2, 128, torch.float16, prompt=False)
+    shares = Shares(4, cut.keys)
+    y = run(q, kv, batch, 0.1, cut, shares, poisoned(shares, 2, 128))
+    assert np.abs(y.float().numpy() - expected(q, kv, batch, 64, 0.1, 0)).max() < 4e-3
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_a_cache_in_fp8(dtype: torch.dtype):
+    rng = np.random.default_rng(0)
+    batch = step(rng, [37, 8, 70, 0], [1, 1, 1, 1], 16)
+    ours, theirs = filled(rng, batch, 16, 2, 24)
+    q = torch.from_numpy(rng.normal(size=(4, 6, 24))).to(dtype)
+    shares = Shares(3, 16)
+    y = run(q, ours, batch, 0.2, Tiling(1, 16, 4, 1), shares, poisoned(shares, 6, 24))
+    wanted = ops.attend(ops.Context(batch, 16), q.float().numpy(), ops.KV(*theirs), scale=0.2)
+    assert np.abs(y.float().numpy() - wanted).max() < LEFT_FP8[dtype]
+
+
+def test_a_workspace_that_is_too_small_is_refused():
+    rng = np.random.default_rng(0)
+    batch = step(rng, [5], [1], 4)
+    kv, q = short_pool(rng, batch, 4, 1, 16, torch.float32), torch.ones(1, 2, 16)
+    with pytest.raises(BackendError, match="for 5 workers"):
+        run(q, kv, batch, 1.0, Tiling(1, 16, 4, 1), Shares(5, 16), poisoned(Shares(4, 16), 2, 16))
+
+
+@pytest.mark.parametrize(("name", "graphs"), [("qwen3", True), ("qwen3", False), ("gemma3", False)])
+def test_an_engine_gives_the_reference_tokens(name: str, graphs: bool, monkeypatch):
+    """Where layers have windows, those go on as before."""
+
+    def answers(backend) -> list[list[int]]:
+        asked = [request(p, max_tokens=4) for p in prompts(3, 40, 1)]
+        return run_engine(core_on(RandomModel.of(name, **layers).on(backend), max_num_batched_tokens=32), asked)
+
+    layers, launches = {"num_hidden_layers": 6 if name == "gemma3" else 1}, []
+    launch = rules.shared_attention
+    monkeypatch.setattr(rules, "shared_attention", lambda *a, **k: (launches.append(1), launch(*a, **k))[1])
+    ours = find("torch")(DEVICE, "f32", "f32")
+    ours.use_kernels("triton", graphs=graphs)
+    assert ours.kernels.shares
+    assert answers(ours) == answers(find("reference")("cpu", "f32", "f32"))
+    assert launches
+    assert (ours.kernels.shared[1].arrived == 0).all()
+
+
+def test_what_is_sent():
+    """Of a padded step, twice: what is padded, and what was there before, is no segment."""
+    shares = Shares(3, 4)
+    inputs = StepInputs(Shape(16, 4, 4, 8), 40, torch.device(DEVICE), copies=1, shares=shares)
+    inputs.rest(0)
+    assert inputs.fields.begins.tolist() == [0] * 4
+    for batch in (prefill_batch([[1], [2], [3], [4]], 4), prefill_batch([[7] * 3, [9], [8] * 5], 4)):
+        inputs.fill(batch, 4, spare=50, tile=2)
+        segments, begins = inputs.fields.segments.tolist(), inputs.fields.begins.tolist()
+    assert begins == [0, 0, 0, 1]
+    assert segments == [[2, 3, 0, 0, 1, -1, -1, 1], *[[0] * 8] * 6]
+    inputs.fill(prefill_batch([[1] * 3], 4), 4, spare=50, tile=2)
+    assert inputs.fields.begins.tolist() == [0] * 4

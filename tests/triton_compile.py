@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from llmrs.backends.torch.fp8 import CODES, LEAST_CAPABILITY
-from llmrs.backends.torch.kernels import attention, bounds, embed, gated, gather, matvec, norm, rope, sampling
+from llmrs.backends.torch.kernels import attention, bounds, embed, gated, gather, matvec, norm, rope, sampling, shares
 from llmrs.backends.torch.kernels import edges as edges_of
 from llmrs.backends.torch.kernels import prompt as prompt_of
 from llmrs.backends.torch.kernels import rows as rows_of
@@ -29,7 +29,7 @@ from llmrs.backends.torch.kernels.rows_many import Tiles, many, of_many
 from llmrs.backends.torch.tuned import STORED, Cut, Device, Key, attention_key, candidates, default, shared_memory
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-EARLY = {"w", "norm", "tiles", "positions"}  # weights, and arrays of the step that a copy brings
+EARLY = {"w", "norm", "tiles", "positions", "segments", "begins"}  # weights, and arrays of the step that a copy brings
 TARGETS = {f"sm_{a}{b}": Device(f"sm_{a}{b}", (a, b)) for a, b in ((8, 0), (8, 9), (9, 0), (10, 0))}
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -135,7 +135,27 @@ def attentions(dtype: torch.dtype, group: int, size: int, block: int, window: in
             tensors = dict.fromkeys(("q", "y"), t) | cache | ints | parts
             found = compiled(attention._attend, tensors, constants, ("scale",), (), warps, stages, cut == first)
             assert found.metadata.shared <= shared_memory(key, cut, Run.device), (key, cut, found.metadata.shared)
+        if not prompt and not window:
+            for cut in cuts(key):
+                by_shares(dtype, cut, group, cache, constants | {"TILE": cut[1]})
     compiled(attention._combine, {"tiles": "i32", "y": t, **parts}, {"D": size, "DP": padded, "SPLITS": 8}, warps=1)
+
+
+def by_shares(dtype: torch.dtype, cut: Cut, group: int, cache: dict[str, str], constants: dict) -> None:
+    """With its registers."""
+    ints = dict.fromkeys(("tables", "segments", "begins", "arrived"), "i32")
+    tensors = (
+        dict.fromkeys(("q", "y"), NAMES[dtype]) | cache | ints | dict.fromkeys(("sums", "tops", "weights"), "fp32")
+    )
+    constants = {k: v for k, v in constants.items() if k not in ("SPLITS", "WINDOW", "PROMPT")}
+    constants |= {"GP": power(group), "JOIN": shares.joined(group, constants["D"], cut[2])}
+    found = compiled(shares._attend_shares, tensors, constants, ("scale",), (), *cut[2:])
+    registers, spilled = resources(found)
+    print(f"    registers {registers}, spilled {spilled} bytes")
+    assert spilled <= 64, "those of the loop over keys would be among them"
+    counted = found.asm["ptx"].partition("atom.global.gpu.acq_rel.add")
+    assert "bar.sync" in counted[0].rpartition("st.global")[2], "all parts are written before the counter says so"
+    assert "bar.sync" in counted[2].partition("ld.global")[0], "and read after it said so"
 
 
 def prompts(dtype: torch.dtype, group: int, size: int, block: int) -> None:
