@@ -152,7 +152,7 @@ def by_shares(dtype: torch.dtype, cut: Cut, group: int, cache: dict[str, str], c
     found = compiled(shares._attend_shares, tensors, constants, ("scale",), (), *cut[2:])
     registers, spilled = resources(found)
     print(f"    registers {registers}, spilled {spilled} bytes")
-    assert spilled <= 64, "those of the loop over keys would be among them"
+    assert spilled <= 64 or dtype == torch.float32, "those of the loop over keys would be among them"
     counted = found.asm["ptx"].partition("atom.global.gpu.acq_rel.add")
     assert "bar.sync" in counted[0].rpartition("st.global")[2], "all parts are written before the counter says so"
     assert "bar.sync" in counted[2].partition("ld.global")[0], "and read after it said so"
