@@ -271,17 +271,16 @@ def fp8() -> None:
 
 def rows() -> None:
     """Steps of few sequences: matrices with what stands around them in one kernel, and apart."""
-
-    def made(kernels: str) -> Engine:
-        return Engine(EngineConfig(
-            sys.argv[1], device=GPU, max_num_seqs=64, max_model_len=1024, kv_cache_memory=8 * 10**9,
-            prefix_cache=False, kernels=kernels,
-        ))  # fmt: skip
+    config = EngineConfig(
+        sys.argv[1], device=GPU, max_num_seqs=512, max_model_len=1024, kv_cache_memory=26 * 10**9,
+        prefix_cache=False, kernels="triton",
+    )  # fmt: skip
 
     def batch(backend: Any, count: int, context: int) -> Batch:
         return bench_steps.decode_batch(backend.block_size, count, context)
 
-    bench_rows.whole_steps(timed, FOUND, made, batch)
+    with Engine(config) as own:
+        bench_rows.whole_steps(timed, FOUND, own._worker.core.backend, batch)
     bench_rows.linears(timed, FOUND)
 
 

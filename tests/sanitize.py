@@ -25,11 +25,14 @@ if find_spec("pytest") is None:  # its decorators leave the tests as they are
 
 import test_shares as shares
 import test_triton_attention as attention
+import test_triton_few as few
+import test_triton_many as many
 import test_triton_rows as rows
 import test_triton_sampling as sampling
 
 from llmrs.backends.base import find
 from llmrs.backends.testing import RandomModel, core_on, prompts, request, run
+from llmrs.backends.torch.kernels.rows_many import Tiles, workspace
 
 GPU = torch.cuda.is_available()
 TYPES = (torch.float16, torch.bfloat16) if GPU else (torch.float16,)  # the interpreter's bfloat16 is wrong
@@ -59,6 +62,18 @@ def by_row() -> None:
     rows.test_embed()
 
 
+def products() -> None:
+    """Each kernel of rows.py; the last in ranges of K too, whose counters are left at 0."""
+    for dtype in TYPES:
+        few.check(1, 37, 264, dtype, "silu_mul", True, True, True)
+        few.check(3, 9, 1100, dtype, "gelu_mul", True, False, True)
+        few.check(17, 33, 520, dtype, "silu_mul", True, False, True)
+        for split, gate in ((1, "silu_mul"), (3, ""), (4, "gelu_mul")):
+            few.check(17, 65, 264, dtype, gate, True, False, True, cut=Tiles(64, 32, 64, split))
+    many.test_the_same_bits_each_time()
+    assert not workspace(torch.device("cuda:0" if GPU else "cpu")).arrived.any()
+
+
 def drawing() -> None:
     sampling.test_draws(2)
     sampling.test_half_precision_logits_with_strides()
@@ -75,7 +90,7 @@ def steps() -> None:
     assert [len(tokens) for tokens in found] == [2, 2], found
 
 
-CASES = {f.__name__: f for f in (attentions, by_shares, by_row, drawing, steps)}
+CASES = {f.__name__: f for f in (attentions, by_shares, by_row, products, drawing, steps)}
 
 
 def main(*names: str) -> None:

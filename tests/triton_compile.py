@@ -54,10 +54,11 @@ def cuts(key: Key) -> list[Cut]:
 
 
 def compiled(
-    kernel, pointers: dict[str, str], constants: dict, floats=(), longs=(), warps: int = 4, stages: int = 3, chain=True
-):
-    """The kernel, chained where a GPU can: it is compiled both ways. Arguments that are not named are int32, and all
-    are multiples of 16 where they can be."""
+    kernel, pointers: dict[str, str], constants: dict, floats=(), longs=(), warps: int = 4, stages: int = 3, chain=True,
+    sixteens=(),
+):  # fmt: skip
+    """The kernel, chained where a GPU can: it is compiled both ways. Arguments that are not named are int32, and
+    strides, V, span and `sixteens` are multiples of 16."""
     signature, attributes = {}, {}
     for n, name in enumerate(kernel.arg_names):
         kind = "fp32" if name in floats else "i64" if name in longs else "i32"
@@ -65,7 +66,11 @@ def compiled(
         if name in pointers:
             kind = pointers[name] if pointers[name].startswith("tensordesc") else f"*{pointers[name]}"
         signature[name] = fixed or kind
-        if kind.startswith("*") or name in ("V", "N", "span") or name.endswith(("_row", "_head", "_block", "_token")):
+        if (
+            kind.startswith("*")
+            or name in ("V", "span", *sixteens)
+            or name.endswith(("_row", "_head", "_block", "_token"))
+        ):
             attributes[(n,)] = [["tt.divisibility", 16]]
     major, minor = Run.device.capability
     target = GPUTarget("cuda", 10 * major + minor, 32)
@@ -90,7 +95,7 @@ def check_chain(found, chained: bool) -> None:
     assert ptx.count("griddepcontrol.launch_dependents") == 1
     assert ptx.index("griddepcontrol.wait") < ptx.index("griddepcontrol.launch_dependents")
     early = ptx[: ptx.index("griddepcontrol.wait")]
-    assert not re.search(r"\b(st|red|atom)\.", early)
+    assert not re.search(r"\b(st|red|atom)\.(?!shared)", early)
     assert not re.search(r"^\s*(ret|@%p\d+ bra|bra)\b", early, re.M)  # every way out comes after the wait
     assert read_early(found.asm["ttir"]) <= EARLY, read_early(found.asm["ttir"])
     assert bool(read_early(found.asm["ttir"])) == ("ld.global" in early)
@@ -205,15 +210,18 @@ def matvecs(dtype: torch.dtype, count: int, width: int) -> None:
 def products(dtype: torch.dtype, count: int, width: int, gate: str, norm: bool, add: bool, counts: tuple) -> None:
     """For numbers of rows; and what ptxas says. Two-byte products of `many` are Hopper's, from copies of 16 bytes."""
     tensors = dict.fromkeys(("x", "norm", "w", "bias", "more", "y"), NAMES[dtype]) | {"sums": "fp32", "arrived": "i32"}
-    bound = {"K": width, "GATE": rows_of.GATES[gate], "BIAS": False, "ADD": add, "NORM": norm}
+    bound = {"K": width, "GATE": rows_of.GATES[gate], "BIAS": False, "ADD": add}
+    small = count * (2 if gate else 1) * width * dtype.itemsize <= rows_of.LARGE
     for rows in (n for n in counts if n <= rows_of.most_rows(dtype)):
         cut = rows_of.cut_for(rows, count, width, dtype.itemsize, bool(gate))
         kernel, own = kernel_of(cut, rows, width, dtype, gate)
         own |= {"PART": cut.part, "EACH": cut.each, "EARLY": cut.early}
+        own["NORM"] = norm and small and rows <= rows_of.NORMED
         stages = own.pop("num_stages", 1)
         constants = {k: v for k, v in (bound | own).items() if k in kernel.arg_names}
         given = {k: v for k, v in tensors.items() if k in kernel.arg_names}
-        found = compiled(kernel, given, constants, ("eps", "offset"), (), cut.warps, stages)
+        sixteens = () if count % 16 else ("N",)
+        found = compiled(kernel, given, constants, ("eps", "offset"), (), cut.warps, stages, True, sixteens)
         if kernel is many and Run.device.capability == (9, 0) and dtype != torch.float32:
             assert "wgmma.mma_async" in found.asm["ptx"]
             assert re.search(r"cp\.async\.cg\.shared\.global .*, 0x10,", found.asm["ptx"])

@@ -26,7 +26,7 @@ from llmrs.backends.torch.kernels.rows_few import columns, fetch, finish
 NAME = "rows"
 MANY = 512  # rows
 PROGRAMS = 132  # that run at once on an H100 with all bandwidth to themselves
-TILE = 2**15  # elements of a program's sums that registers have room for
+TILE = 2**15  # elements of a program's sums that registers have room for; half of it where K is split
 SHARED = 110 * 1024  # bytes of a program, so that two fit
 CACHE, ONE = 5.5e6, 65e3  # bytes a microsecond from the L2 cache: to all multiprocessors, and to one; both are guesses
 JOIN = 1.5  # microseconds from a program's last product to the sums of the others: three trips to the L2 cache
@@ -61,7 +61,7 @@ class Workspace:
 def workspace(device: torch.device) -> Workspace:
     """For the largest launch there is, so that recorded graphs can rely on it. Made before any is recorded."""
     assert device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
-    sums = torch.empty(2 * PROGRAMS * TILE, dtype=torch.float32, device=device)
+    sums = torch.empty(PROGRAMS * TILE, dtype=torch.float32, device=device)
     return Workspace(sums, torch.zeros(2 * PROGRAMS, dtype=torch.int32, device=device))
 
 
@@ -73,13 +73,13 @@ def cut_many(rows: int, results: int, width: int, size: int, gate: bool) -> Tile
     tried = [
         Tiles(each, count, part, split)
         for each, count, split in combined(eaches, counts, (1, 2, 3, 4, 6, 8))
-        if each * count * (1 + gate) <= TILE and split <= triton.cdiv(width, part)
+        if each * count * (1 + gate) <= TILE // (1 + (split > 1)) and split <= triton.cdiv(width, part)
     ]
     tried = [t for t in tried if t.split == 1 or t.programs(rows, results) <= 2 * PROGRAMS]
     best = min(tried, key=lambda t: on_paper(t, rows, results, width, size, gate))
     stage = part * size * (best.each * (1 + gate) + best.count)
     twice = size == 2 and 8 * stage <= SHARED
-    warps = 4 if best.each * best.count * (1 + gate) <= TILE // 2 else 8
+    warps = 4 if best.each * best.count * (1 + gate) <= TILE // 4 else 8
     stages = min(max(SHARED // (stage * (1 + twice)), 3), 5)
     return Tiles(best.each, best.count, part * (1 + twice), best.split, warps, stages)
 
