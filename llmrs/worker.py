@@ -141,6 +141,11 @@ class Worker:
         self._loading.put(None)
 
     def _take_commands(self) -> None:
-        """Runs what was asked for; waits for something when there is nothing else to do."""
-        while not self._commands.empty() or (self.core.idle and not self._closed):
+        """Runs what has been asked for by now; waits for something when there is nothing else to do.
+
+        What comes meanwhile waits for a step: whoever submits many requests must not keep the first ones waiting.
+        """
+        for _ in range(self._commands.qsize()):
+            self._commands.get()(self.core)
+        while self.core.idle and not self._closed:
             self._commands.get()(self.core)

@@ -2,7 +2,9 @@
 
 import gc
 import pickle
+import queue
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from llmrs import (
     RequestError,
     SamplingParams,
 )
+from llmrs.worker import Worker
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
 PROMPTS = ["Hello", "What is 7 + 5?", "the there", "a b c"]
@@ -330,3 +333,17 @@ def test_progress_of_loading(folder):
     Engine(EngineConfig(str(folder)), progress=lambda done, total: seen.append((done, total))).close()
     assert seen == sorted(seen)
     assert seen[-1][0] == seen[-1][1] > 100_000
+
+
+def test_what_is_asked_for_meanwhile_waits_for_a_step():
+    """Whoever submits without end must not keep what was submitted first from being computed."""
+    worker, ran = Worker.__new__(Worker), []
+    worker._commands, worker._closed, worker.core = queue.SimpleQueue(), False, SimpleNamespace(idle=False)
+
+    def command(core: object) -> None:
+        ran.append(core)
+        worker._commands.put(command)
+
+    worker._commands.put(command)
+    worker._take_commands()
+    assert ran == [worker.core]
