@@ -162,6 +162,25 @@ def test_shapes_of_steps(past: list[int], workers: int):
     assert np.abs(y.numpy() - expected(q, kv, batch, 16, 0.2, 0)).max() < 2e-5
 
 
+def test_who_comes_last_does_not_matter():
+    """Workers one by one, in another order: the same bits."""
+    rng = np.random.default_rng(0)
+    batch = step(rng, [90, 3, 200], [1] * 3, 16)
+    kv = [x.to(DEVICE) for x in short_pool(rng, batch, 16, 2, 32, torch.float32)]
+    q = torch.from_numpy(rng.normal(size=(3, 4, 32))).float()
+    shares, cut = Shares(8, 16), Tiling(1, 16, 1, 1)
+    space = poisoned(shares, 4, 32)
+    expected = run(q, kv, batch, 0.2, cut, shares, space)
+    tables = torch.from_numpy(batch.blocks).to(DEVICE)
+    tiles = single_tiles(batch, np.diff(batch.starts), batch.blocks.shape[1])
+    segments, begins = (torch.from_numpy(a).to(DEVICE) for a in planned(shares, tiles))
+    y = torch.full_like(expected, 77.0, device=DEVICE)
+    for worker in rng.permutation(8):
+        shared_attention(q.to(DEVICE), *kv, tables, segments, begins[worker : worker + 2], y, space, scale=0.2, cut=cut)
+    assert torch.equal(y.cpu(), expected)
+    assert (space.arrived == 0).all()
+
+
 def test_the_cut_that_the_gpu_gets():
     rng = np.random.default_rng(0)
     batch = step(rng, [150, 70, 64], [1, 1, 1], 64)

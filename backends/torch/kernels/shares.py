@@ -23,10 +23,11 @@ import triton
 import triton.language as tl
 
 from llmrs.backends.torch.fp8 import Scaled, parts
-from llmrs.backends.torch.kernels.attention import LEAST, LOG2E, Tiling, checked, over_keys, queries
+from llmrs.backends.torch.kernels.attention import LEAST, LOG2E, Tiling, checked, over_keys, places, queries
 from llmrs.backends.torch.kernels.fp8 import check_scales, in_half
 from llmrs.backends.torch.kernels.launch import chained, check_rows, power, precision, require
 from llmrs.backends.torch.kernels.rope import keep
+from llmrs.backends.torch.kernels.rows_few import fetch
 
 NAME = "shared attention"
 JOINED = 1024  # floats of parts that a warp joins at a time: more would not fit into its registers
@@ -40,6 +41,16 @@ def _segment(segments, n):
         tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3),
         tl.load(at + 4), tl.load(at + 5), tl.load(at + 6), tl.load(at + 7),
     )  # fmt: skip
+
+
+@triton.jit
+def _fetch_first(keys, values, base, D: tl.constexpr, DP: tl.constexpr):
+    """Asks for a tile while the kernel ahead still runs: where it writes to it, the L2 cache has what it wrote."""
+    LINE: tl.constexpr = 1024 // keys.dtype.element_ty.primitive_bitwidth
+    LINES: tl.constexpr = DP // LINE if DP > LINE else 1
+    at = base[:, None] + tl.minimum(tl.arange(0, LINES) * LINE, D - 1)[None, :]
+    fetch(keys + at)
+    fetch(values + at)
 
 
 @triton.jit
@@ -115,12 +126,13 @@ def _attend_shares(
     head, worker = tl.program_id(0), tl.program_id(1)
     begin, end = tl.load(begins + worker), tl.load(begins + worker + 1)
     table, row, position, low, high, slot, first, count = _segment(segments, begin)
+    keys += head * key_head
+    values += head * key_head
     if PDL:
+        _fetch_first(keys, values, places(tables + table, low, high, key_block, key_token, BLOCK, TILE), D, DP)
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     r, d = tl.arange(0, R), tl.arange(0, DP)
-    keys += head * key_head
-    values += head * key_head
     if key_scales is not None:
         key_scales += head * (key_head // D)
         value_scales += head * (key_head // D)
