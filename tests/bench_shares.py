@@ -1,4 +1,6 @@
-"""The part `shares` of bench_cuda.py: attention of single tokens, split as before, and shared out evenly."""
+"""The part `shares` of bench_cuda.py: attention of single tokens, split as before, and shared out evenly; then with the
+rotation of the new tokens in a kernel before it, and in the same.
+"""
 
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +14,8 @@ from bench_chain import recorded
 
 from llmrs.backends.torch.kernels.attention import Tiling, attention, splits
 from llmrs.backends.torch.kernels.launch import chaining, multiprocessors
-from llmrs.backends.torch.kernels.shares import Workspace, shared_attention
+from llmrs.backends.torch.kernels.rope import norm_rope_store
+from llmrs.backends.torch.kernels.shares import New, Workspace, shared_attention
 from llmrs.backends.torch.shares import WIDTH, Shares, share_out
 
 Timed = Callable[[Callable[[], object]], float]
@@ -99,6 +102,35 @@ def shared_out(step: Step, cut: Tiling, programs: int, space: Workspace) -> Call
     return launch
 
 
+def turned(step: Step, space: Workspace, *, at_once: bool) -> Callable[..., None]:
+    """Norm, rotation and store of new tokens, and attention: shared out as the engine does it."""
+    count, plan = len(step.lengths), Shares(PROGRAMS[1] // KV_HEADS, CUTS[0].keys)
+    found = np.zeros((plan.rows(count), WIDTH), np.int32), np.zeros(plan.workers + 1, np.int32)
+    share_out(plan, step.tiles, *found)
+    segments, begins = (torch.from_numpy(a).to(GPU) for a in found)
+    positions = torch.from_numpy(step.lengths - 1).to(GPU)
+    cells = step.tables.view(count, -1)[torch.arange(count, device=GPU), positions // BLOCK] * BLOCK + positions % BLOCK
+    ints = positions.int(), cells.int()
+    rng = torch.Generator(GPU).manual_seed(0)
+    k, v, *norms = (
+        torch.randn(n, device=GPU, generator=rng).to(DTYPE)
+        for n in ((count, KV_HEADS, SIZE), (count, KV_HEADS, SIZE), SIZE, SIZE)
+    )
+    angles = torch.rand(int(step.lengths.max()), SIZE // 2, device=GPU, generator=rng) * 6
+    new = New(k, v, (norms[0], norms[1]), torch.stack([angles.cos(), angles.sin()]), 1e-6)
+
+    def launch(
+        q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tables: torch.Tensor, y: torch.Tensor
+    ) -> None:
+        if not at_once:
+            q = norm_rope_store(q, k, v, new.norms, *ints, new.turns, keys, values, eps=new.eps)
+        shared_attention(
+            q, keys, values, tables, segments, begins, y, space, scale=SCALE, cut=CUTS[0], new=new if at_once else None
+        )
+
+    return launch
+
+
 def shares(timed: Timed, found: dict[str, Any]) -> None:
     """Microseconds of a launch and TB/s, in a graph of some layers; results beside those of the way before."""
     space = Workspace.of(2 * max(PROGRAMS), HEADS, SIZE, torch.device(GPU))
@@ -110,18 +142,27 @@ def shares(timed: Timed, found: dict[str, Any]) -> None:
             for cut in CUTS
             for p in (PROGRAMS if cut == CUTS[0] else PROGRAMS[:4])
         }
-        expected = None
-        for way, launch in (*ways.items(), ("before", ways["before"])):
-            step.y.fill_(torch.nan)
-            with chaining(True):
-                seconds = timed(recorded(partial(step.over_layers, launch))) / len(step.pools)
-            expected = step.y.float() if expected is None else expected
-            right = alike(step.y.float(), expected) and not space.arrived.any()
-            found.setdefault(f"shares {name}", {})[way] = [seconds, step.bytes / seconds / 1e12, right]
-            print(f"{name:18} {way:31} {seconds * 1e6:6.1f} us, {step.bytes / seconds / 1e12:.2f} TB/s"
-                  f"{'' if right else '  WRONG'}", flush=True)  # fmt: skip
+        compared(timed, found, name, step, ways, space)
+        both = {f"new tokens {how}": turned(step, space, at_once=how == "inside") for how in ("apart", "inside")}
+        compared(timed, found, name, step, both, space)
         del step, ways
         torch.cuda.empty_cache()
+
+
+def compared(
+    timed: Timed, found: dict[str, Any], name: str, step: Step, ways: dict[str, Callable[..., None]], space: Workspace
+) -> None:
+    """Each way, and the first once more, which the others must agree with."""
+    expected = None
+    for way, launch in (*ways.items(), next(iter(ways.items()))):
+        step.y.fill_(torch.nan)
+        with chaining(True):
+            seconds = timed(recorded(partial(step.over_layers, launch))) / len(step.pools)
+        expected = step.y.float() if expected is None else expected
+        right = alike(step.y.float(), expected) and not space.arrived.any()
+        found.setdefault(f"shares {name}", {})[way] = [seconds, step.bytes / seconds / 1e12, right]
+        print(f"{name:18} {way:31} {seconds * 1e6:6.1f} us, {step.bytes / seconds / 1e12:.2f} TB/s"
+              f"{'' if right else '  WRONG'}", flush=True)  # fmt: skip
 
 
 def alike(y: torch.Tensor, expected: torch.Tensor) -> bool:

@@ -49,6 +49,7 @@ def by_shares() -> None:
     for dtype in TYPES:
         shares.test_against_the_reference(3, 1, 24, dtype)
         shares.test_a_cache_in_fp8(dtype)
+        shares.test_new_tokens_in_the_same_launch(3, 1, 24, dtype)
     shares.test_the_cut_that_the_gpu_gets()
 
 

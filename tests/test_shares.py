@@ -18,8 +18,10 @@ from llmrs.backends.reference import ops
 from llmrs.backends.testing import RandomModel, core_on, prefill_batch, prompts, request
 from llmrs.backends.testing import run as run_engine
 from llmrs.backends.torch import rules
+from llmrs.backends.torch.fp8 import Scaled
 from llmrs.backends.torch.kernels.attention import Tiling, tiling
-from llmrs.backends.torch.kernels.shares import Workspace, shared_attention
+from llmrs.backends.torch.kernels.rope import norm_rope_store
+from llmrs.backends.torch.kernels.shares import New, Workspace, shared_attention
 from llmrs.backends.torch.shares import WIDTH, Shares, share_out
 from llmrs.backends.torch.step import Shape, StepInputs, single_tiles
 from llmrs.core.errors import BackendError
@@ -91,14 +93,14 @@ def test_a_plan_by_hand():
     ]
 
 
-def run(q, kv, batch, scale: float, cut: Tiling, shares: Shares, space: Workspace) -> torch.Tensor:
+def run(q, kv, batch, scale: float, cut: Tiling, shares: Shares, space: Workspace, new: New | None = None):
     """y of the step's single tokens; what is not written is 77."""
     y = torch.full((len(q), q.shape[1] * q.shape[2]), 77.0, dtype=q.dtype, device=DEVICE)
     tiles = single_tiles(batch, np.diff(batch.starts), batch.blocks.shape[1])
     segments, begins = (torch.from_numpy(a).to(DEVICE) for a in planned(shares, tiles))
     keys, values = (x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in kv)
     tables = torch.from_numpy(batch.blocks).to(DEVICE)
-    shared_attention(q.to(DEVICE), keys, values, tables, segments, begins, y, space, scale=scale, cut=cut)
+    shared_attention(q.to(DEVICE), keys, values, tables, segments, begins, y, space, scale=scale, cut=cut, new=new)
     assert (space.arrived == 0).all()
     return y.cpu()
 
@@ -160,6 +162,25 @@ def test_shapes_of_steps(past: list[int], workers: int):
     assert np.abs(y.numpy() - expected(q, kv, batch, 16, 0.2, 0)).max() < 2e-5
 
 
+def test_who_comes_last_does_not_matter():
+    """Workers one by one, in another order: the same bits."""
+    rng = np.random.default_rng(0)
+    batch = step(rng, [90, 3, 200], [1] * 3, 16)
+    kv = [x.to(DEVICE) for x in short_pool(rng, batch, 16, 2, 32, torch.float32)]
+    q = torch.from_numpy(rng.normal(size=(3, 4, 32))).float()
+    shares, cut = Shares(8, 16), Tiling(1, 16, 1, 1)
+    space = poisoned(shares, 4, 32)
+    expected = run(q, kv, batch, 0.2, cut, shares, space)
+    tables = torch.from_numpy(batch.blocks).to(DEVICE)
+    tiles = single_tiles(batch, np.diff(batch.starts), batch.blocks.shape[1])
+    segments, begins = (torch.from_numpy(a).to(DEVICE) for a in planned(shares, tiles))
+    y = torch.full_like(expected, 77.0, device=DEVICE)
+    for worker in rng.permutation(8):
+        shared_attention(q.to(DEVICE), *kv, tables, segments, begins[worker : worker + 2], y, space, scale=0.2, cut=cut)
+    assert torch.equal(y.cpu(), expected)
+    assert (space.arrived == 0).all()
+
+
 def test_the_cut_that_the_gpu_gets():
     rng = np.random.default_rng(0)
     batch = step(rng, [150, 70, 64], [1, 1, 1], 64)
@@ -201,12 +222,12 @@ def test_an_engine_gives_the_reference_tokens(name: str, graphs: bool, monkeypat
 
     layers, launches = {"num_hidden_layers": 6 if name == "gemma3" else 1}, []
     launch = rules.shared_attention
-    monkeypatch.setattr(rules, "shared_attention", lambda *a, **k: (launches.append(1), launch(*a, **k))[1])
+    monkeypatch.setattr(rules, "shared_attention", lambda *a, **k: (launches.append("new" in k), launch(*a, **k))[1])
     ours = find("torch")(DEVICE, "f32", "f32")
     ours.use_kernels("triton", graphs=graphs)
     assert ours.kernels.shares
     assert answers(ours) == answers(find("reference")("cpu", "f32", "f32"))
-    assert launches
+    assert set(launches) == {False, True}  # a step with parts of prompts, and without
     assert (ours.kernels.shared[1].arrived == 0).all()
 
 
@@ -223,3 +244,44 @@ def test_what_is_sent():
     assert segments == [[2, 3, 0, 0, 1, -1, -1, 1], *[[0] * 8] * 6]
     inputs.fill(prefill_batch([[1] * 3], 4), 4, spare=50, tile=2)
     assert inputs.fields.begins.tolist() == [0] * 4
+
+
+def copied(x: torch.Tensor | Scaled) -> torch.Tensor | Scaled:
+    return Scaled(x.codes.clone(), x.scales.clone()) if isinstance(x, Scaled) else x.clone()
+
+
+def stored(x: torch.Tensor | Scaled) -> tuple[torch.Tensor, ...]:
+    return (x.codes.float(), x.scales) if isinstance(x, Scaled) else (x,)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 2, 16), (3, 1, 24), (2, 2, 128), (5, 1, 80)])
+def test_new_tokens_in_the_same_launch(heads: int, kv_heads: int, size: int, dtype: torch.dtype):
+    """As norm_rope_store and then attention: the same in the cache, bit for bit, and next to the same results."""
+    rng = np.random.default_rng(size)
+    batch = step(rng, [0, 15, 16, 63, 70], [1] * 5, 16)
+    both = torch.from_numpy(rng.normal(size=(5, (heads + 2 * kv_heads) * size))).to(dtype).to(DEVICE)
+    sizes = [heads * size, kv_heads * size, kv_heads * size]
+    q, k, v = (x.unflatten(1, (-1, size)) for x in both.split(sizes, dim=1))
+    turns = torch.from_numpy(rng.normal(size=(2, 80, size // 2))).float().to(DEVICE)
+    at = batch.blocks[np.arange(5), batch.positions // 16] * 16 + batch.positions % 16
+    ints = [torch.from_numpy(a.astype(np.int32)).to(DEVICE) for a in (batch.positions, at)]
+    weights = tuple(torch.from_numpy(rng.normal(size=(2, size))).to(dtype).to(DEVICE))
+    at = at.astype(np.int64)
+    for norms, fp8, workers in ((None, False, 3), (weights, False, 20), (weights, True, 2)):
+        if fp8:
+            old = filled(rng, batch, 16, kv_heads, size)[0]
+        else:
+            old = [x.to(DEVICE) for x in pool(rng, batch, 16, kv_heads, size, dtype)]
+        for pool_ in old:
+            pool_[at // 16, at % 16] = torch.full((5, kv_heads, size), 9.0, dtype=pool_.dtype, device=DEVICE)
+        mine, shares, how = [copied(x) for x in old], Shares(workers, 16), {"eps": 1e-6, "offset": 0.5}
+        turned = norm_rope_store(q, k, v, norms, *ints, turns, *old, **how)
+        space = poisoned(shares, heads, size)
+        wanted = run(turned, old, batch, 0.2, Tiling(1, 16, 2, 1), shares, space)
+        new = New(k, v, norms, turns, **how)
+        y = run(q, mine, batch, 0.2, Tiling(1, 16, 2, 1), shares, space, new)
+        for a, b in zip(old, mine, strict=True):
+            for x, z in zip(stored(a), stored(b), strict=True):
+                assert torch.equal(x.nan_to_num(77.0), z.nan_to_num(77.0))
+        assert (y - wanted).abs().max() <= LEFT[dtype] * wanted.abs().max()

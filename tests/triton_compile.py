@@ -29,7 +29,15 @@ from llmrs.backends.torch.kernels.rows_many import Tiles, many, of_many
 from llmrs.backends.torch.tuned import STORED, Cut, Device, Key, attention_key, candidates, default, shared_memory
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-EARLY = {"w", "norm", "tiles", "positions", "segments", "begins"}  # weights, and arrays of the step that a copy brings
+EARLY = {
+    "w",
+    "norm",
+    "tiles",
+    "positions",
+    "segments",
+    "begins",
+    "tables",
+}  # weights, and arrays of the step that a copy brings
 TARGETS = {f"sm_{a}{b}": Device(f"sm_{a}{b}", (a, b)) for a, b in ((8, 0), (8, 9), (9, 0), (10, 0))}
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -147,20 +155,24 @@ def attentions(dtype: torch.dtype, group: int, size: int, block: int, window: in
 
 
 def by_shares(dtype: torch.dtype, cut: Cut, group: int, cache: dict[str, str], constants: dict) -> None:
-    """With its registers."""
-    ints = dict.fromkeys(("tables", "segments", "begins", "arrived"), "i32")
-    tensors = (
-        dict.fromkeys(("q", "y"), NAMES[dtype]) | cache | ints | dict.fromkeys(("sums", "tops", "weights"), "fp32")
-    )
+    """With its registers: by itself, and with the new tokens' rotation."""
+    size, t = constants["D"], NAMES[dtype]
+    tensors = dict.fromkeys(("q", "y", "k", "v", "qw", "kw"), t) | cache
+    tensors |= dict.fromkeys(("tables", "segments", "begins", "arrived"), "i32")
+    tensors |= dict.fromkeys(("sums", "tops", "weights", "turns"), "fp32")
     constants = {k: v for k, v in constants.items() if k not in ("SPLITS", "WINDOW", "PROMPT")}
-    constants |= {"GP": power(group), "JOIN": shares.joined(group, constants["D"], cut[2])}
-    found = compiled(shares._attend_shares, tensors, constants, ("scale",), (), *cut[2:])
-    registers, spilled = resources(found)
-    print(f"    registers {registers}, spilled {spilled} bytes")
-    assert spilled <= 64 or dtype == torch.float32, "those of the loop over keys would be among them"
-    counted = found.asm["ptx"].partition("atom.global.gpu.acq_rel.add")
-    assert "bar.sync" in counted[0].rpartition("st.global")[2], "all parts are written before the counter says so"
-    assert "bar.sync" in counted[2].partition("ld.global")[0], "and read after it said so"
+    constants |= {"GP": power(group), "JOIN": shares.joined(group, size, cut[2]), "HALF_P": power(size // 2)}
+    norms = dict.fromkeys(("qw", "kw"))
+    for more in (norms | dict.fromkeys(("k", "v", "turns")), norms, {}):
+        pointers = {k: v for k, v in tensors.items() if k not in more}
+        how = constants | more | {"NORM": not more}
+        found = compiled(shares._attend_shares, pointers, how, ("scale", "eps", "offset"), (), *cut[2:])
+        registers, spilled = resources(found)
+        print(f"    registers {registers}, spilled {spilled} bytes")
+        assert spilled <= 64 or dtype == torch.float32, "those of the loop over keys would be among them"
+        counted = found.asm["ptx"].partition("atom.global.gpu.acq_rel.add")
+        assert "bar.sync" in counted[0].rpartition("st.global")[2], "all parts are written before the counter says so"
+        assert "bar.sync" in counted[2].partition("ld.global")[0], "and read after it said so"
 
 
 def prompts(dtype: torch.dtype, group: int, size: int, block: int) -> None:

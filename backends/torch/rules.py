@@ -19,7 +19,7 @@ from llmrs.backends.torch.kernels.launch import multiprocessors
 from llmrs.backends.torch.kernels.matvec import matvec
 from llmrs.backends.torch.kernels.prompt import fits, prompt_attention, prompt_tiling
 from llmrs.backends.torch.kernels.rope import norm_rope_store as turn_and_store
-from llmrs.backends.torch.kernels.shares import Workspace, shared_attention
+from llmrs.backends.torch.kernels.shares import New, Workspace, shared_attention
 from llmrs.backends.torch.library import Library, Parts
 from llmrs.backends.torch.linear import Linear
 from llmrs.backends.torch.ops import KV, OPS
@@ -152,13 +152,42 @@ def attend(c: KernelContext, q: Tensor, kv: KV, *, scale: float, window: int = 0
 
 def _attend_singles(c: KernelContext, q: Tensor, kv: KV, y: Tensor, scale: float, window: int) -> None:
     """With their keys shared out evenly, or split where they are few. The shares are those of no window."""
-    (_, heads, size), kv_heads, f = q.shape, kv.keys.shape[2], c.fields
-    cut = c.cuts.tiling(heads // kv_heads, size, q.dtype, pool_type(kv.keys), prompt=False)
+    f, kv_heads, cut = c.fields, kv.keys.shape[2], _single(c, q, kv)
     if c.space and not window:
         shared_attention(q, kv.keys, kv.values, f.tables, f.segments, f.begins, y, c.space, scale=scale, cut=cut)
         return
     split = paged.splits(c.shape.singles, kv_heads, c.programs)
     paged.attention(q, kv.keys, kv.values, f.tables, f.singles, y, scale=scale, window=window, cut=cut, split=split)
+
+
+def _single(c: KernelContext, q: Tensor, kv: KV) -> paged.Tiling:
+    (_, heads, size), kv_heads = q.shape, kv.keys.shape[2]
+    return c.cuts.tiling(heads // kv_heads, size, q.dtype, pool_type(kv.keys), prompt=False)
+
+
+def turn_attend(
+    c: KernelContext,
+    q: Tensor,
+    positions: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv: KV,
+    norms: tuple[Tensor, Tensor] | None = None,
+    *,
+    frequencies: Frequencies,
+    scale: float,
+    window: int = 0,
+    **how: float,  # eps and offset of norms
+) -> tuple[Tensor, KV]:
+    """norm_rope_store or rope_store, and attend: in one launch where all tokens are single ones, shared out evenly."""
+    turns = c.turns.of(frequencies)
+    if not c.space or not c.shape.plain or window:
+        q = turn_and_store(q, k, v, norms, positions, c.fields.cells, turns, kv.keys, kv.values, **how)
+        return attend(c, q, kv, scale=scale, window=window), kv
+    y, f = torch.empty(len(q), q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device), c.fields
+    cut, new = _single(c, q, kv), New(k, v, norms, turns, **how)
+    shared_attention(q, kv.keys, kv.values, f.tables, f.segments, f.begins, y, c.space, scale=scale, cut=cut, new=new)
+    return y, kv
 
 
 def silu_mul(_: KernelContext, gate: Tensor, up: Tensor) -> Tensor:

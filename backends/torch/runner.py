@@ -16,9 +16,9 @@ from llmrs.backends.torch.kernels.launch import chaining, interpreted
 from llmrs.backends.torch.kernels.rows import NORMED, most_rows, normed
 from llmrs.backends.torch.kernels.shares import Workspace
 from llmrs.backends.torch.library import LIBRARIES, Library, Parts, parts_of
-from llmrs.backends.torch.lowering import Program
+from llmrs.backends.torch.lowering import Program, attend_at_once
 from llmrs.backends.torch.ops import KV
-from llmrs.backends.torch.rules import TRITON, KernelContext, Turns, programs, rows, workers
+from llmrs.backends.torch.rules import TRITON, KernelContext, Turns, programs, rows, turn_attend, workers
 from llmrs.backends.torch.sampling import SlotState, adjusted
 from llmrs.backends.torch.shares import Shares
 from llmrs.backends.torch.step import Shape, StepInputs, shape_of
@@ -83,6 +83,8 @@ class KernelRunner:
         """`kv` have a block more than anybody is given: what is padded goes there. `room`: bytes that the results of
         the largest step may take."""
         self.end()
+        if self.shares:
+            program = attend_at_once(program, turn_attend)
         self.program, self.kv, self.slots = program, list(kv), slots
         if self.fused:
             rules, self.few_rows = {**TRITON, "rows": rows}, most_rows(dtype)

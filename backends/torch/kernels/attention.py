@@ -30,7 +30,7 @@ LOG2E = 1.4426950408889634
 
 
 @triton.jit
-def _places(table, start, end, key_block, key_token, BLOCK: tl.constexpr, TILE: tl.constexpr):
+def places(table, start, end, key_block, key_token, BLOCK: tl.constexpr, TILE: tl.constexpr):
     """Where the keys start .. start + TILE - 1 lie in the pool, int64 (TILE,); from `end` on it does not matter."""
     at = start + tl.arange(0, TILE)
     if BLOCK % TILE == 0:  # within one block
@@ -65,8 +65,8 @@ def queries(q, row, count, first, head, r, d, q_row, q_head, G: tl.constexpr, D:
     """A tile's queries (R, d), which of them there are, their positions (R,), and their heads (R,)."""
     mine = (r < count * G)[:, None] & (d < D)[None, :]
     heads = head * G + r % G
-    places = q + (row + r // G).to(tl.int64) * q_row + heads * q_head
-    return tl.load(places[:, None] + d[None, :], mask=mine, other=0.0), mine, first + r // G, heads
+    at = q + (row + r // G).to(tl.int64) * q_row + heads * q_head
+    return tl.load(at[:, None] + d[None, :], mask=mine, other=0.0), mine, first + r // G, heads
 
 
 @triton.jit
@@ -80,11 +80,11 @@ def over_keys(
     `state` is (sum of weighted values (R, d), maximum (R,), sum of weights (R,)); `seen_from` (R,) are positions.
     """
     total, most, weight = state
-    base = _places(table, low, end, key_block, key_token, BLOCK, TILE)
+    base = places(table, low, end, key_block, key_token, BLOCK, TILE)
     for start in range(low, high, TILE):
         at = start + tl.arange(0, TILE)
         # the next tile's block is looked up now: keys must not wait for it, nor Triton's pipeline reckon with two loads
-        ahead = _places(table, start + TILE, end, key_block, key_token, BLOCK, TILE)
+        ahead = places(table, start + TILE, end, key_block, key_token, BLOCK, TILE)
         there = (at < end)[:, None] & (d < D)[None, :]
         k = tl.load(keys + base[:, None] + d[None, :], mask=there, other=0.0).to(q.dtype)  # (TILE, d)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale  # (R, TILE)
