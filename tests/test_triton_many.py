@@ -7,6 +7,7 @@ import torch
 pytest.importorskip("triton")
 from test_triton_few import DEVICE, TYPES, check, poisoned, random
 
+from llmrs.backends.torch.kernels.launch import chaining
 from llmrs.backends.torch.kernels.rows import NARROW, SOME, cut_for, product
 from llmrs.backends.torch.kernels.rows_many import MANY, PROGRAMS, TILE, Tiles, cut_many, workspace
 from llmrs.core.errors import BackendError
@@ -50,10 +51,14 @@ def test_no_range_is_empty():
 
 
 def test_the_same_bits_each_time():
+    """Also when launches that share the workspace follow each other, chained where a GPU can."""
     rng = np.random.default_rng(0)
-    x, w = (random(rng, n, 512, dtype=torch.float16) for n in (40, 130))
-    first, second = (product(x, w, cut=Tiles(64, 16, 64, 4)) for _ in range(2))
-    assert torch.equal(first, second)
+    w, cut = random(rng, 130, 512, dtype=torch.float16), Tiles(64, 16, 64, 4)
+    xs = [random(rng, rows, 512, dtype=torch.float16) for rows in (40, 17, 3, 40)]
+    first = [product(x, w, cut=cut).clone() for x in xs]
+    with chaining(True):
+        second = [product(x, w, cut=cut) for x in xs]
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("size", [2, 4])

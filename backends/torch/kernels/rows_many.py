@@ -61,8 +61,9 @@ class Workspace:
 def workspace(device: torch.device) -> Workspace:
     """For the largest launch there is, so that recorded graphs can rely on it. Made before any is recorded."""
     assert device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
-    sums = torch.empty(PROGRAMS * TILE, dtype=torch.float32, device=device)
-    return Workspace(sums, torch.zeros(2 * PROGRAMS, dtype=torch.int32, device=device))
+    with torch.inference_mode(False):  # it outlives the block that first needs it
+        sums = torch.empty(PROGRAMS * TILE, dtype=torch.float32, device=device)
+        return Workspace(sums, torch.zeros(2 * PROGRAMS, dtype=torch.int32, device=device))
 
 
 @lru_cache(maxsize=1024)
