@@ -81,7 +81,7 @@ class EngineCore:
         ids = (*request.prompt, *request.stops, *(p.logit_bias or ()), *(p.allowed_token_ids or ()))
         if not length:
             raise RequestError("the prompt is empty", "give at least one token")
-        fine = {*map(type, ids)} == {int} and 0 <= min(ids) and max(ids) < self.vocabulary  # at once: prompts are long
+        fine = {*map(type, ids)} == {int} and min(ids) >= 0 and max(ids) < self.vocabulary  # at once: prompts are long
         for bad in () if fine else (t for t in ids if type(t) is not int or not 0 <= t < self.vocabulary):
             raise RequestError(f"token id {bad!r} is not in the vocabulary", f"ids are 0 to {self.vocabulary - 1}")
         if length >= self.max_model_len:

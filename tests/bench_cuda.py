@@ -29,7 +29,6 @@ import bench_chain
 import bench_fp8
 import bench_prompt
 import bench_rows
-import bench_shares
 import bench_tuning
 import random_checkpoint
 
@@ -295,11 +294,6 @@ def prompt() -> None:
     FOUND["prompt prefill"] = bench_prompt.prefill(loaded, measured, timed)
 
 
-def shares() -> None:
-    """Attention of single tokens, as before and by equal shares, by itself."""
-    bench_shares.shares(timed, FOUND)
-
-
 def tuning() -> None:
     """The search for cuts that an unknown GPU gets at load."""
     engine()
@@ -321,7 +315,6 @@ PARTS = {
         pdl,
         fp8,
         rows,
-        shares,
         tuning,
         more_correctness,
         start,

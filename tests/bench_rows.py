@@ -189,7 +189,6 @@ def whole_steps(
 ) -> None:
     """The forward part of decode steps: as `kernels: auto` has it, then with what it leaves out."""
     kernels = backend.kernels
-    kernels.shares = False  # of attention, which is not what is timed
     for name, fused, chained in (("auto", False, False), ("chained", False, True), ("fused, chained", True, True)):
         kernels.chain, kernels.fused = chained, fused
         kernels.begin(backend.graph, backend.program, backend.kv, backend.slots, backend.type)

@@ -23,10 +23,10 @@ if find_spec("pytest") is None:  # its decorators leave the tests as they are
     sys.modules["pytest"] = MagicMock(importorskip=import_module)
     sys.modules["pytest"].mark.parametrize = lambda *_, **__: lambda test: test  # type: ignore[attr-defined]
 
-import test_shares as shares
 import test_triton_attention as attention
 import test_triton_few as few
 import test_triton_many as many
+import test_triton_newest as newest
 import test_triton_rows as rows
 import test_triton_sampling as sampling
 
@@ -45,12 +45,9 @@ def attentions() -> None:
     attention.test_the_cut_that_the_gpu_gets()
 
 
-def by_shares() -> None:
+def new_tokens() -> None:
     for dtype in TYPES:
-        shares.test_against_the_reference(3, 1, 24, dtype)
-        shares.test_a_cache_in_fp8(dtype)
-        shares.test_new_tokens_in_the_same_launch(3, 1, 24, dtype)
-    shares.test_the_cut_that_the_gpu_gets()
+        newest.test_new_tokens_in_the_same_launch(3, 1, 24, dtype)
 
 
 def by_row() -> None:
@@ -91,7 +88,7 @@ def steps() -> None:
     assert [len(tokens) for tokens in found] == [2, 2], found
 
 
-CASES = {f.__name__: f for f in (attentions, by_shares, by_row, products, drawing, steps)}
+CASES = {f.__name__: f for f in (attentions, new_tokens, by_row, products, drawing, steps)}
 
 
 def main(*names: str) -> None:

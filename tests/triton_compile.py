@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from llmrs.backends.torch.fp8 import CODES, LEAST_CAPABILITY
-from llmrs.backends.torch.kernels import attention, bounds, embed, gated, gather, matvec, norm, rope, sampling, shares
+from llmrs.backends.torch.kernels import attention, bounds, embed, gated, gather, matvec, norm, rope, sampling
 from llmrs.backends.torch.kernels import edges as edges_of
 from llmrs.backends.torch.kernels import prompt as prompt_of
 from llmrs.backends.torch.kernels import rows as rows_of
@@ -144,35 +144,16 @@ def attentions(dtype: torch.dtype, group: int, size: int, block: int, window: in
                 "G": group, "D": size, "DP": padded, "BLOCK": block, "R": power(tokens * power(group), 16),
                 "TILE": keys, "SPLITS": split, "WINDOW": window, "PROMPT": prompt, "PRECISION": precision(dtype),
             }  # fmt: skip
-            constants |= absent
+            constants |= {"HALF_P": power(size // 2), **absent}
             tensors = dict.fromkeys(("q", "y"), t) | cache | ints | parts
-            found = compiled(attention._attend, tensors, constants, ("scale",), (), warps, stages, cut == first)
-            assert found.metadata.shared <= shared_memory(key, cut, Run.device), (key, cut, found.metadata.shared)
-        if not prompt and not window:
-            for cut in cuts(key):
-                by_shares(dtype, cut, group, cache, constants | {"TILE": cut[1]})
+            for new in (False,) if prompt else (False, True):
+                pointers = tensors | (dict.fromkeys(("k", "v", "qw", "kw"), t) | {"turns": "fp32"} if new else {})
+                how = constants | {"NORM": new} | ({} if new else dict.fromkeys(("k", "v", "qw", "kw", "turns")))
+                found = compiled(
+                    attention._attend, pointers, how, ("scale", "eps", "offset"), (), warps, stages, cut == first
+                )
+                assert found.metadata.shared <= shared_memory(key, cut, Run.device), (key, cut, found.metadata.shared)
     compiled(attention._combine, {"tiles": "i32", "y": t, **parts}, {"D": size, "DP": padded, "SPLITS": 8}, warps=1)
-
-
-def by_shares(dtype: torch.dtype, cut: Cut, group: int, cache: dict[str, str], constants: dict) -> None:
-    """With its registers: by itself, and with the new tokens' rotation."""
-    size, t = constants["D"], NAMES[dtype]
-    tensors = dict.fromkeys(("q", "y", "k", "v", "qw", "kw"), t) | cache
-    tensors |= dict.fromkeys(("tables", "segments", "begins", "arrived"), "i32")
-    tensors |= dict.fromkeys(("sums", "tops", "weights", "turns"), "fp32")
-    constants = {k: v for k, v in constants.items() if k not in ("SPLITS", "WINDOW", "PROMPT")}
-    constants |= {"GP": power(group), "JOIN": shares.joined(group, size, cut[2]), "HALF_P": power(size // 2)}
-    norms = dict.fromkeys(("qw", "kw"))
-    for more in (norms | dict.fromkeys(("k", "v", "turns")), norms, {}):
-        pointers = {k: v for k, v in tensors.items() if k not in more}
-        how = constants | more | {"NORM": not more}
-        found = compiled(shares._attend_shares, pointers, how, ("scale", "eps", "offset"), (), *cut[2:])
-        registers, spilled = resources(found)
-        print(f"    registers {registers}, spilled {spilled} bytes")
-        assert spilled <= 64 or dtype == torch.float32, "those of the loop over keys would be among them"
-        counted = found.asm["ptx"].partition("atom.global.gpu.acq_rel.add")
-        assert "bar.sync" in counted[0].rpartition("st.global")[2], "all parts are written before the counter says so"
-        assert "bar.sync" in counted[2].partition("ld.global")[0], "and read after it said so"
 
 
 def prompts(dtype: torch.dtype, group: int, size: int, block: int) -> None:

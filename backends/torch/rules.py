@@ -17,9 +17,9 @@ from llmrs.backends.torch.kernels.gated import gated
 from llmrs.backends.torch.kernels.gather import gather
 from llmrs.backends.torch.kernels.launch import multiprocessors
 from llmrs.backends.torch.kernels.matvec import matvec
+from llmrs.backends.torch.kernels.newest import New
 from llmrs.backends.torch.kernels.prompt import fits, prompt_attention, prompt_tiling
 from llmrs.backends.torch.kernels.rope import norm_rope_store as turn_and_store
-from llmrs.backends.torch.kernels.shares import New, Workspace, shared_attention
 from llmrs.backends.torch.library import Library, Parts
 from llmrs.backends.torch.linear import Linear
 from llmrs.backends.torch.ops import KV, OPS
@@ -28,6 +28,7 @@ from llmrs.backends.torch.tuned import Cuts, pool_type
 from llmrs.core.ir import Frequencies
 
 Tensor = torch.Tensor
+TURNED = 16  # tokens up to which attention rotates them by itself: a launch less, but more to wait for in each program
 
 
 class Turns:
@@ -57,18 +58,12 @@ class KernelContext:
     tile: int  # tokens of a prompt's tile
     cuts: Cuts
     library: tuple[Library, Parts] | None = None  # does the parts of prompts in the kernel's place
-    space: Workspace | None = None  # of single tokens whose keys are shared out evenly; None: they are not
     copies: bool = False  # whether the kernel for them loads keys by the copy engine, where that is possible
 
 
 def programs(device: torch.device) -> int:
     """Two of attention's programs keep a multiprocessor's memory pipes busy."""
     return 2 * multiprocessors(device)
-
-
-def workers(device: torch.device, kv_heads: int) -> int:
-    """For each KV head, where work is shared out evenly: all run at once, three on a multiprocessor."""
-    return max(3 * multiprocessors(device) // kv_heads, 1)
 
 
 def embed(c: KernelContext, tokens: Tensor, table: Tensor) -> Tensor:
@@ -150,19 +145,16 @@ def attend(c: KernelContext, q: Tensor, kv: KV, *, scale: float, window: int = 0
     return y
 
 
-def _attend_singles(c: KernelContext, q: Tensor, kv: KV, y: Tensor, scale: float, window: int) -> None:
-    """With their keys shared out evenly, or split where they are few. The shares are those of no window."""
-    f, kv_heads, cut = c.fields, kv.keys.shape[2], _single(c, q, kv)
-    if c.space and not window:
-        shared_attention(q, kv.keys, kv.values, f.tables, f.segments, f.begins, y, c.space, scale=scale, cut=cut)
-        return
+def _attend_singles(
+    c: KernelContext, q: Tensor, kv: KV, y: Tensor, scale: float, window: int, new: New | None = None
+) -> None:
+    """With their keys split where they are few."""
+    f, (_, heads, size), kv_heads = c.fields, q.shape, kv.keys.shape[2]
+    cut = c.cuts.tiling(heads // kv_heads, size, q.dtype, pool_type(kv.keys), prompt=False)
     split = paged.splits(c.shape.singles, kv_heads, c.programs)
-    paged.attention(q, kv.keys, kv.values, f.tables, f.singles, y, scale=scale, window=window, cut=cut, split=split)
-
-
-def _single(c: KernelContext, q: Tensor, kv: KV) -> paged.Tiling:
-    (_, heads, size), kv_heads = q.shape, kv.keys.shape[2]
-    return c.cuts.tiling(heads // kv_heads, size, q.dtype, pool_type(kv.keys), prompt=False)
+    paged.attention(
+        q, kv.keys, kv.values, f.tables, f.singles, y, scale=scale, window=window, cut=cut, split=split, new=new
+    )
 
 
 def turn_attend(
@@ -179,14 +171,13 @@ def turn_attend(
     window: int = 0,
     **how: float,  # eps and offset of norms
 ) -> tuple[Tensor, KV]:
-    """norm_rope_store or rope_store, and attend: in one launch where all tokens are single ones, shared out evenly."""
+    """norm_rope_store or rope_store, and attend: in one launch where all tokens are single ones, and few."""
     turns = c.turns.of(frequencies)
-    if not c.space or not c.shape.plain or window:
+    if not c.shape.plain or c.shape.tokens > TURNED:
         q = turn_and_store(q, k, v, norms, positions, c.fields.cells, turns, kv.keys, kv.values, **how)
         return attend(c, q, kv, scale=scale, window=window), kv
-    y, f = torch.empty(len(q), q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device), c.fields
-    cut, new = _single(c, q, kv), New(k, v, norms, turns, **how)
-    shared_attention(q, kv.keys, kv.values, f.tables, f.segments, f.begins, y, c.space, scale=scale, cut=cut, new=new)
+    y = torch.empty(len(q), q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
+    _attend_singles(c, q, kv, y, scale, window, New(k, v, norms, turns, **how))
     return y, kv
 
 

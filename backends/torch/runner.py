@@ -14,16 +14,14 @@ from llmrs.backends.torch.kernels.bounds import draw
 from llmrs.backends.torch.kernels.edges import find_edges
 from llmrs.backends.torch.kernels.launch import chaining, interpreted
 from llmrs.backends.torch.kernels.rows import NORMED, most_rows, normed
-from llmrs.backends.torch.kernels.shares import Workspace
 from llmrs.backends.torch.library import LIBRARIES, Library, Parts, parts_of
 from llmrs.backends.torch.lowering import Program, attend_at_once
 from llmrs.backends.torch.ops import KV
-from llmrs.backends.torch.rules import TRITON, KernelContext, Turns, programs, rows, turn_attend, workers
+from llmrs.backends.torch.rules import TRITON, KernelContext, Turns, programs, rows, turn_attend
 from llmrs.backends.torch.sampling import SlotState, adjusted
-from llmrs.backends.torch.shares import Shares
 from llmrs.backends.torch.step import Shape, StepInputs, shape_of
 from llmrs.backends.torch.trials import Trials
-from llmrs.backends.torch.tuned import Cuts, Device, Key, pool_type
+from llmrs.backends.torch.tuned import Cuts, Device, pool_type
 from llmrs.backends.torch.tuning import cache_file, keys_of, tune
 from llmrs.core.batch import Batch
 from llmrs.core.errors import BackendError
@@ -60,7 +58,6 @@ class KernelRunner:
         self.chain = untried  # programmatic dependent launch, where the GPU has it; see kernels/launch.py
         self.aside = device.type == "cuda"  # tokens are copied on a stream of their own; see tickets.py
         self.copies = _has_copy_engine(device)  # which loads the keys of prompts; see kernels/prompt.py
-        self.shares = untried  # single tokens' attention by equal shares; see shares.py
         self.library: Library | None = LIBRARIES[attention]() if attention in LIBRARIES else None
         self.cuts = Cuts(Device.of(device))
         self.tunes = self.cuts.device.unknown if tune is None else tune
@@ -73,7 +70,6 @@ class KernelRunner:
         self.slots = SlotState(0, 0, self.device)
         self.tokens = torch.empty(0, dtype=torch.int32, device=self.device)  # of the last step, where they go aside
         self.recorded: dict[Shape, Recorded] = {}
-        self.shared: tuple[Shares, Workspace] | None = None
         self.step: tuple[Batch, StepInputs, Recorded | None] | None = None
         self.recorders: tuple[Recorder, Recorder] | None = None  # of forward parts, and of sampling ones
 
@@ -83,8 +79,7 @@ class KernelRunner:
         """`kv` have a block more than anybody is given: what is padded goes there. `room`: bytes that the results of
         the largest step may take."""
         self.end()
-        if self.shares:
-            program = attend_at_once(program, turn_attend)
+        program = attend_at_once(program, turn_attend)
         self.program, self.kv, self.slots = program, list(kv), slots
         if self.fused:
             rules, self.few_rows = {**TRITON, "rows": rows}, most_rows(dtype)
@@ -102,17 +97,8 @@ class KernelRunner:
             tune(self.cuts, keys, trials, cache_file(self.cuts.device))
             trials.end()
         self.tile = min(self.cuts.of(k)[0] for k in keys if k.kernel == "prompt")
-        if self.shares:
-            self.shared = self._shared([k for k in keys if k.kernel == "decode"])
         if self.wanted and not UNRECORDED & {c.op for c in program.calls}:
             self.recorders = Recorder(self.device, room), Recorder(self.device)
-
-    def _shared(self, keys: Sequence[Key]) -> tuple[Shares, Workspace]:
-        """How single tokens are shared out, and where parts of them lie; `keys` are those of their attention."""
-        kv_heads = max(kv.keys.shape[2] for kv in self.kv)
-        group, size = (max(sizes) for sizes in zip(*(k.shape for k in keys), strict=True))
-        shares = Shares(workers(self.device, kv_heads), max(self.cuts.of(k)[1] for k in keys))  # powers of two
-        return shares, Workspace.of(shares.slots, group * kv_heads, size, self.device)
 
     def check(self, graph: Graph, dtype: torch.dtype) -> None:
         """Raises BackendError for a model that the chosen attention can't do."""
@@ -122,7 +108,7 @@ class KernelRunner:
     def forward(self, batch: Batch) -> torch.Tensor:
         """Logits (R, V), in the type of the computation; they stay until the next step."""
         found = self._recorded(batch)
-        inputs = found.inputs if found else self._inputs(shape_of(batch, self.tile), batch.blocks.size)
+        inputs = found.inputs if found else StepInputs(shape_of(batch, self.tile), batch.blocks.size, self.device)
         inputs.fill(batch, self.block_size, self.spare, self.tile)
         self.step = batch, inputs, found
         if found is None:
@@ -163,11 +149,8 @@ class KernelRunner:
     def _static(self, shape: Shape) -> Recorded:
         if shape not in self.recorded:
             tables = shape.sequences * -(-self.longest // self.block_size)
-            self.recorded[shape] = Recorded(self._inputs(shape, tables, COPIES))
+            self.recorded[shape] = Recorded(StepInputs(shape, tables, self.device, COPIES))
         return self.recorded[shape]
-
-    def _inputs(self, shape: Shape, tables: int, copies: int = 1) -> StepInputs:
-        return StepInputs(shape, tables, self.device, copies, self.shared[0] if self.shared else None)
 
     def _inputs_of(self, batch: Batch) -> tuple[StepInputs, Recorded | None]:
         """What `forward` sent; a step that is only sampled, as in tests, is sent now."""
@@ -194,9 +177,8 @@ class KernelRunner:
     def _run(self, inputs: StepInputs, parts: Parts | None = None) -> torch.Tensor:
         f, last = inputs.fields, self.slots.last_token
         library = (self.library, parts) if self.library and parts else None
-        space = self.shared[1] if self.shared else None
         context = KernelContext(
-            inputs.shape, f, last, self.turns, self.programs, self.tile, self.cuts, library, space, self.copies
+            inputs.shape, f, last, self.turns, self.programs, self.tile, self.cuts, library, self.copies
         )
         with chaining(self.chain):
             logits: torch.Tensor = self._program(inputs.shape.tokens).run(context, [f.tokens, f.positions, *self.kv])[0]

@@ -10,7 +10,6 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
-from llmrs.backends.torch.shares import WIDTH, Shares, share_out
 from llmrs.core.batch import Batch
 
 LONG = 1536  # tokens
@@ -46,8 +45,6 @@ class Fields:
     cells: torch.Tensor  # int32 (T,): where each token's KV goes: block * block_size + offset
     singles: torch.Tensor  # int32 (singles, 4): tiles, as kernels/attention.py has them
     chunks: torch.Tensor  # int32 (chunks, 4)
-    segments: torch.Tensor  # int32 (n, 8): shares of singles, as kernels/shares.py has them
-    begins: torch.Tensor  # int32 (W + 1,); both are empty where nothing is shared out
     rows: torch.Tensor  # int32 (S,): those whose logits are wanted
     slots: torch.Tensor  # int32 (S,): where the token is kept; -1: nowhere
     keys: torch.Tensor  # int32 (S,): of the noise
@@ -59,17 +56,13 @@ class Fields:
 
 
 FLOATS = ("temperature", "top_p", "min_p")
-ROWS = {"singles": 4, "chunks": 4, "segments": WIDTH}  # fields with rows of so many numbers
 
 
 class StepInputs:
-    """The array of one shape on the host, more than once, and on the device, with room for `tables` numbers. `shares`
-    say how single tokens are shared out, if they are."""
+    """The array of one shape on the host, more than once, and on the device, with room for `tables` numbers."""
 
-    def __init__(
-        self, shape: Shape, tables: int, device: torch.device, copies: int = 1, shares: Shares | None = None
-    ) -> None:
-        self.shape, self.shares, self.spans = shape, shares, _spans(shape, tables, shares)
+    def __init__(self, shape: Shape, tables: int, device: torch.device, copies: int = 1) -> None:
+        self.shape, self.spans = shape, _spans(shape, tables)
         size, pinned = self.spans["tables"].stop, device.type == "cuda"
         self.on_host = [torch.empty(size, dtype=torch.int32, pin_memory=pinned) for _ in range(copies)]
         self.arrays = [{n: _host_view(h.numpy()[s], n) for n, s in self.spans.items()} for h in self.on_host]
@@ -84,7 +77,7 @@ class StepInputs:
         """
         self.turn = (self.turn + 1) % len(self.on_host)
         arrays = self.arrays[self.turn]
-        _fill_forward(arrays, batch, block_size, spare, tile, self.shares)
+        _fill_forward(arrays, batch, block_size, spare, tile)
         _fill_sampling(arrays, batch)
         self._send(self.spans["tables"].start + batch.blocks.size)
 
@@ -111,11 +104,9 @@ def shape_of(batch: Batch, tile: int) -> Shape:
     return Shape(len(batch.tokens), len(batch.rows), singles, chunks)
 
 
-def _spans(shape: Shape, tables: int, shares: Shares | None) -> dict[str, slice]:
+def _spans(shape: Shape, tables: int) -> dict[str, slice]:
     t, s = shape.tokens, shape.sequences
     room = {"tokens": t, "positions": t, "cells": t, "singles": 4 * shape.singles, "chunks": 4 * shape.chunks}
-    room["segments"] = WIDTH * shares.rows(shape.singles) if shares else 0
-    room["begins"] = shares.workers + 1 if shares else 0
     spans, begin = {}, 0
     for f in fields(Fields):
         size = tables if f.name == "tables" else room.get(f.name, s)
@@ -125,16 +116,14 @@ def _spans(shape: Shape, tables: int, shares: Shares | None) -> dict[str, slice]
 
 
 def _host_view(part: np.ndarray, name: str) -> np.ndarray:
-    return part.view(np.float32) if name in FLOATS else part.reshape(-1, ROWS[name]) if name in ROWS else part
+    return part.view(np.float32) if name in FLOATS else part.reshape(-1, 4) if name in ("singles", "chunks") else part
 
 
 def _device_view(part: torch.Tensor, name: str) -> torch.Tensor:
-    return part.view(torch.float32) if name in FLOATS else part.view(-1, ROWS[name]) if name in ROWS else part
+    return part.view(torch.float32) if name in FLOATS else part.view(-1, 4) if name in ("singles", "chunks") else part
 
 
-def _fill_forward(
-    to: dict[str, np.ndarray], batch: Batch, block_size: int, spare: int, tile: int, shares: Shares | None
-) -> None:
+def _fill_forward(to: dict[str, np.ndarray], batch: Batch, block_size: int, spare: int, tile: int) -> None:
     counts, (sequences, width) = np.diff(batch.starts), batch.blocks.shape
     tokens, padding = len(batch.tokens), len(to["tokens"]) - len(batch.tokens)
     at, offset = np.divmod(batch.positions, block_size)
@@ -143,10 +132,7 @@ def _fill_forward(
     _put(to["positions"], batch.positions, 0)
     to["cells"][:tokens] = batch.blocks[owner, at] * block_size + offset
     to["cells"][tokens:] = spare * block_size + np.arange(padding) % block_size
-    singles = single_tiles(batch, counts, width)
-    _put(to["singles"], singles, 0)
-    if shares:
-        share_out(shares, singles, to["segments"], to["begins"])
+    _put(to["singles"], single_tiles(batch, counts, width), 0)
     if len(to["chunks"]):
         _put(to["chunks"], chunk_tiles(batch, counts, width, tile), 0)
     _put(to["rows"], batch.rows, 0)
