@@ -15,7 +15,6 @@ from llmrs.backends.torch import kernels
 from llmrs.backends.torch.kernels import launch
 from llmrs.backends.torch.kernels.launch import chained, chaining
 from llmrs.backends.torch.lowering import Program
-from llmrs.backends.torch.runner import KernelRunner
 
 GPU = torch.device("cuda:0")
 
@@ -63,19 +62,16 @@ def test_every_program_of_a_step_waits_once_and_then_lets_the_next_one_start(mon
     assert calls == ["wait", "go"] * (len(calls) // 2)
 
 
-def test_the_runner_chains_what_it_runs_when_it_takes_what_is_untried(monkeypatch):
-    for untried in (False, True):
-        backend = find("torch")(DEVICE, "f32", "f32")
-        backend.use_kernels("triton", graphs=False)
-        runner = backend.kernels = KernelRunner(backend.at, graphs=False, untried=untried)
-        assert runner.chain == untried
-        model, seen = RandomModel.of("qwen3", num_hidden_layers=1).on(backend), []
-        core = core_on(model)
-        with monkeypatch.context() as patch:
-            patch.setattr(Program, "run", watched(Program.run, seen))
-            run(core, [request([1, 2], max_tokens=2)])
-        assert set(seen) == {untried}
-        assert not launch.CHAIN.get()
+def test_steps_of_few_tokens_are_chained(monkeypatch):
+    backend = find("torch")(DEVICE, "f32", "f32")
+    backend.use_kernels("triton", graphs=False)
+    model, seen = RandomModel.of("qwen3", num_hidden_layers=1).on(backend), []
+    core = core_on(model)
+    monkeypatch.setattr(Program, "run", watched(Program.run, seen))
+    monkeypatch.setattr("llmrs.backends.torch.runner.CHAINED", 2)
+    run(core, [request([1, 2, 3], max_tokens=3)])
+    assert seen == [False, True, True]
+    assert not launch.CHAIN.get()
 
 
 def watched(function, seen: list[bool]):

@@ -244,9 +244,9 @@ def test_nothing_is_tuned_unless_asked_for(monkeypatch, tmp_path):
 def test_a_gpu_of_which_nothing_is_stored_is_tuned(monkeypatch):
     for device, wanted in ((ADA, True), (H200, False)):
         monkeypatch.setattr(Device, "of", lambda _, device=device: device)
-        assert runner.KernelRunner(torch.device(DEVICE), graphs=False, untried=True, tune=None).tunes is wanted
-        assert runner.KernelRunner(torch.device(DEVICE), graphs=False, untried=True, tune=True).tunes
-        assert not runner.KernelRunner(torch.device(DEVICE), graphs=False, untried=True, tune=False).tunes
+        assert runner.KernelRunner(torch.device(DEVICE), graphs=False, tune=None).tunes is wanted
+        assert runner.KernelRunner(torch.device(DEVICE), graphs=False, tune=True).tunes
+        assert not runner.KernelRunner(torch.device(DEVICE), graphs=False, tune=False).tunes
 
 
 def test_tuned_steps_give_the_same_tokens(monkeypatch, tmp_path):

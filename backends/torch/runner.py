@@ -29,6 +29,7 @@ from llmrs.core.ir import Graph
 from llmrs.core.sampling import SamplingArrays
 
 BLOCK_SIZE = 64  # tokens of a KV block: a tile of keys lies in one
+CHAINED = 128  # tokens of a step up to which chained kernels are faster; of more, their gaps do not matter
 SMALL = 1024  # tokens of a step that is recorded though its prompts are for a library, and so go without it
 UNRECORDED = {"moe"}  # ops whose rules ask the device what to do
 
@@ -41,12 +42,10 @@ class KernelRunner:
         device: torch.device,
         *,
         graphs: bool,
-        untried: bool,
         attention: str = "triton",
         tune: bool | None = False,
     ) -> None:
-        """`untried` takes what has not been measured on a GPU, or not found to be better: `fused`, `chain`, `shares`.
-        `attention` may be a library's: then it does the parts of prompts of steps that are not recorded. `tune` says
+        """`attention` may be a library's: then it does the parts of prompts of steps that are not recorded. `tune` says
         whether launches are timed at `begin` to find the best cuts, None: on a GPU of which none are stored.
 
         Raises BackendError where kernels can't run: they need an NVIDIA GPU, or Triton's interpreter.
@@ -54,8 +53,8 @@ class KernelRunner:
         if device.type != "cuda" and not interpreted():
             raise BackendError(f"Triton kernels don't run on {device}", "kernels: auto uses them where they do")
         self.device, self.wanted = device, graphs
-        self.fused = untried  # steps of few rows run a program of their own; see fusing.py
-        self.chain = untried  # programmatic dependent launch, where the GPU has it; see kernels/launch.py
+        self.fused = True  # steps of few rows run a program of their own; see fusing.py
+        self.chain = True  # programmatic dependent launch, where the GPU has it; see kernels/launch.py
         self.aside = device.type == "cuda"  # tokens are copied on a stream of their own; see tickets.py
         self.copies = _has_copy_engine(device)  # which loads the keys of prompts; see kernels/prompt.py
         self.library: Library | None = LIBRARIES[attention]() if attention in LIBRARIES else None
@@ -180,7 +179,7 @@ class KernelRunner:
         context = KernelContext(
             inputs.shape, f, last, self.turns, self.programs, self.tile, self.cuts, library, self.copies
         )
-        with chaining(self.chain):
+        with chaining(self.chain and inputs.shape.tokens <= CHAINED):
             logits: torch.Tensor = self._program(inputs.shape.tokens).run(context, [f.tokens, f.positions, *self.kv])[0]
         return logits
 
@@ -194,7 +193,7 @@ class KernelRunner:
         n, f, edges = len(logits), inputs.fields, None
         temperature, last = f.temperature[:n], self.slots.last_token
         out = self.tokens[:n] if self.aside else None
-        with chaining(self.chain):
+        with chaining(self.chain and n <= CHAINED):
             if filtered:
                 edges = find_edges(logits, temperature, f.top_k[:n], f.top_p[:n], f.min_p[:n])
             return draw(logits, temperature, f.keys[:n], f.slots[:n], last, edges, out=out)

@@ -8,7 +8,7 @@ the computation wherever the equations by themselves would; sums are float32.
 
 Three kernels, by rows and results: `rows_few.py` in registers, `rows_some.py` where the results are few, `rows_many.py`
 for the rest. Moved: the weight once, and x from the caches for each program. Chained kernels (see `launch.py`) ask for
-their weights before they wait for what makes x. Right and measured on an H200, but for `rows_many.py`.
+their weights before they wait for what makes x.
 """
 
 from dataclasses import dataclass
@@ -23,10 +23,10 @@ from llmrs.backends.torch.kernels.rows_many import MANY, Tiles, cut_many, launch
 from llmrs.backends.torch.kernels.rows_some import some
 
 NAME = "rows"
-FEW, SOME = 4, 32  # rows
+FEW, SOME = 4, 16  # rows
 EXACT = 16  # rows of float32, which the tensor cores don't multiply exactly
 NARROW = 2048  # results that are few: of `o` and `down` of a small model
-MOST, WIDE = 256, 128  # rows up to which the library is slower, for few results and for more; a guess beyond 64
+MOST, WIDE = 64, 32  # rows up to which the library is slower on an H200, for few results and for more
 TOGETHER = 12288  # elements of all rows of x that registers have room for; one row may be longer
 NORMED = 1  # rows up to which every program can norm them by itself; for two the norm's own launch is cheaper
 GATES = {"": 0, "silu_mul": 1, "gelu_mul": 2}
@@ -50,12 +50,14 @@ class Cut:
 def cut_few(rows: int, width: int, size: int, gate: bool) -> Cut:
     """For w of `width` columns of `size` bytes: about 16 KB a program, of which a multiprocessor holds a few.
 
-    More than one result of a warp only where they are short: Triton 3.6 would move parts of w between warps.
+    More than one result of a warp only where they are short: Triton 3.6 would move parts of w between warps. For one
+    row that is better even so, up to 4 KB a result.
     """
     part = min((256 if width <= 1024 else 512 if width <= 4096 or gate else 1024) * 2 // size, power(width))
     short = power(width) * size * (1 + gate) * (1 + (rows > 2)) <= 2048
     each = min(1024 // power(width), 16) // (power(rows) * (1 + gate))
-    return Cut(max(each, 1), part, warps=8 if short else 4)
+    least = 2 if rows == 1 and power(width) * size <= 4096 else 1
+    return Cut(max(each, least), part, warps=8 if short else 4)
 
 
 def cut_some(rows: int, width: int, size: int, gate: bool) -> Cut:

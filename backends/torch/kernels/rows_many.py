@@ -8,7 +8,7 @@ not all of K, its sums go to a workspace, and the last program of a tile to arri
 so that the same bits come each time, and does the rest.
 
 The workspace is one for each device, since the launches of a stream run one after the other: sums that nobody keeps,
-and counters that are 0 between launches. Chained kernels touch it only after their wait. Not yet run on a GPU.
+and counters that are 0 between launches. Chained kernels touch it only after their wait.
 """
 
 from dataclasses import dataclass
