@@ -12,7 +12,18 @@ from llmrs.backends.testing import BLOCK, RandomModel, core_on, prefill_batch, p
 pytest.importorskip("triton")
 from llmrs.backends.torch import runner
 from llmrs.backends.torch.kernels import rows
-from llmrs.backends.torch.kernels.rows import LARGE, MOST, NARROW, NORMED, WIDE, Cut, most_rows, product, worthwhile
+from llmrs.backends.torch.kernels.rows import (
+    LARGE,
+    MOST,
+    NARROW,
+    NORMED,
+    SOME,
+    WIDE,
+    Cut,
+    most_rows,
+    product,
+    worthwhile,
+)
 from llmrs.backends.torch.kernels.rows_many import MANY
 from llmrs.backends.torch.lowering import Call
 from llmrs.backends.torch.rules import Matrix
@@ -118,7 +129,7 @@ def test_what_does_not_fit_is_refused():
 # The program
 
 
-def test_only_few_rows_take_it():
+def test_only_few_rows_take_it(monkeypatch: pytest.MonkeyPatch):
     """Where it is asked for; float32 has no use for as many rows, nor a large matrix."""
     made = backend("qwen3")
     made.allocate(4, BLOCK, 1, 16)
@@ -132,6 +143,9 @@ def test_only_few_rows_take_it():
     assert [worthwhile(n, narrow) for n in (1, MOST, MOST + 1)] == [True, True, False]
     assert [worthwhile(n, wide) for n in (1, WIDE, WIDE + 1)] == [True, True, False]
     assert [worthwhile(n, large) for n in (1, 2)] == [True, False]
+    monkeypatch.setattr(rows, "hopper", lambda device: False)
+    assert [worthwhile(n, narrow) for n in (1, SOME, SOME + 1)] == [True, True, False]
+    assert [worthwhile(n, wide) for n in (1, 2)] == [True, False]
 
 
 def test_auto_waits_for_what_has_not_run_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
