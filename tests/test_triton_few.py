@@ -9,7 +9,18 @@ from llmrs.backends.testing import BLOCK, RandomModel, core_on, prefill_batch, p
 
 pytest.importorskip("triton")
 from llmrs.backends.torch.kernels import rows
-from llmrs.backends.torch.kernels.rows import LARGE, MOST, NARROW, NORMED, WIDE, Cut, most_rows, product, worthwhile
+from llmrs.backends.torch.kernels.rows import (
+    LARGE,
+    MOST,
+    NARROW,
+    NORMED,
+    SOME,
+    WIDE,
+    Cut,
+    most_rows,
+    product,
+    worthwhile,
+)
 from llmrs.backends.torch.kernels.rows_many import MANY
 from llmrs.backends.torch.lowering import Call
 from llmrs.backends.torch.rules import Matrix
@@ -115,8 +126,8 @@ def test_what_does_not_fit_is_refused():
 # The program
 
 
-def test_only_few_rows_take_it():
-    """Float32 has no use for as many rows, nor a large matrix."""
+def test_only_few_rows_take_it(monkeypatch: pytest.MonkeyPatch):
+    """Where it is asked for; float32 has no use for as many rows, nor a large matrix."""
     made = backend("qwen3")
     made.allocate(4, BLOCK, 1, 16)
     assert made.kernels.few_rows == most_rows(torch.float32) < most_rows(torch.float16) == MOST
@@ -129,6 +140,9 @@ def test_only_few_rows_take_it():
     assert [worthwhile(n, narrow) for n in (1, MOST, MOST + 1)] == [True, True, False]
     assert [worthwhile(n, wide) for n in (1, WIDE, WIDE + 1)] == [True, True, False]
     assert [worthwhile(n, large) for n in (1, 2)] == [True, False]
+    monkeypatch.setattr(rows, "hopper", lambda device: False)
+    assert [worthwhile(n, narrow) for n in (1, SOME, SOME + 1)] == [True, True, False]
+    assert [worthwhile(n, wide) for n in (1, 2)] == [True, False]
 
 
 def backend(name: str, dtype: str = "f32", **changes):

@@ -207,6 +207,8 @@ def products(dtype: torch.dtype, count: int, width: int, gate: str, norm: bool, 
     small = count * (2 if gate else 1) * width * dtype.itemsize <= rows_of.LARGE
     for rows in (n for n in counts if n <= rows_of.most_rows(dtype)):
         cut = rows_of.cut_for(rows, count, width, dtype.itemsize, bool(gate))
+        if isinstance(cut, Tiles) and Run.device.capability < (9, 0):
+            continue  # the library's
         kernel, own = kernel_of(cut, rows, width, dtype, gate)
         own |= {"PART": cut.part, "EACH": cut.each, "EARLY": cut.early}
         own["NORM"] = norm and small and rows <= rows_of.NORMED

@@ -12,7 +12,7 @@ from llmrs.backends.torch.fusing import fuse
 from llmrs.backends.torch.graphs import COPIES, DECODE, Recorded, Recorder, bucket, decode_bucket
 from llmrs.backends.torch.kernels.bounds import draw
 from llmrs.backends.torch.kernels.edges import find_edges
-from llmrs.backends.torch.kernels.launch import chaining, interpreted
+from llmrs.backends.torch.kernels.launch import chaining, hopper, interpreted
 from llmrs.backends.torch.kernels.rows import NORMED, most_rows, normed
 from llmrs.backends.torch.library import LIBRARIES, Library, Parts, parts_of
 from llmrs.backends.torch.lowering import Program, attend_at_once
@@ -56,7 +56,7 @@ class KernelRunner:
         self.fused = True  # steps of few rows run a program of their own; see fusing.py
         self.chain = True  # programmatic dependent launch, where the GPU has it; see kernels/launch.py
         self.aside = device.type == "cuda"  # tokens are copied on a stream of their own; see tickets.py
-        self.copies = _has_copy_engine(device)  # which loads the keys of prompts; see kernels/prompt.py
+        self.copies = hopper(device)  # which loads the keys of prompts; see kernels/prompt.py
         self.library: Library | None = LIBRARIES[attention]() if attention in LIBRARIES else None
         self.cuts = Cuts(Device.of(device))
         self.tunes = self.cuts.device.unknown if tune is None else tune
@@ -197,11 +197,6 @@ class KernelRunner:
             if filtered:
                 edges = find_edges(logits, temperature, f.top_k[:n], f.top_p[:n], f.min_p[:n])
             return draw(logits, temperature, f.keys[:n], f.slots[:n], last, edges, out=out)
-
-
-def _has_copy_engine(device: torch.device) -> bool:
-    """Whether tiles can be loaded through tensor descriptors: from Hopper on, and in the interpreter."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _filters(params: SamplingArrays) -> bool:

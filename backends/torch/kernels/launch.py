@@ -86,6 +86,11 @@ def chained(device: torch.device) -> bool:
     return CHAIN.get() and device.type == "cuda" and not interpreted() and _capability(device) >= (9, 0)
 
 
+def hopper(device: torch.device) -> bool:
+    """Whether it has the copy engine, and products of what lies in shared memory; the interpreter has."""
+    return device.type != "cuda" or _capability(device) >= (9, 0)
+
+
 @cache
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)

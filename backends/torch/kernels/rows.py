@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import triton
 
-from llmrs.backends.torch.kernels.launch import chained, check_rows, power, precision, require
+from llmrs.backends.torch.kernels.launch import chained, check_rows, hopper, power, precision, require
 from llmrs.backends.torch.kernels.rows_few import few
 from llmrs.backends.torch.kernels.rows_many import MANY, Tiles, cut_many, launch_many
 from llmrs.backends.torch.kernels.rows_some import some
@@ -87,8 +87,13 @@ def most_rows(dtype: torch.dtype) -> int:
 
 
 def worthwhile(rows: int, w: torch.Tensor) -> bool:
-    """Whether `product` should run, and not the library, which is slow to begin but reads a large matrix well."""
+    """Whether `product` should run, and not the library, which is slow to begin but reads a large matrix well.
+
+    What `rows_many.py` would do is left to the library before Hopper.
+    """
     most = EXACT if w.dtype == torch.float32 else MOST if len(w) <= NARROW else WIDE
+    if not hopper(w.device):
+        most = min(most, SOME) if len(w) <= NARROW else 1
     return rows == 1 or (w.nbytes <= LARGE and rows <= most)
 
 
