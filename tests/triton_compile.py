@@ -30,7 +30,7 @@ from llmrs.backends.torch.tuned import STORED, Cut, Device, Key, attention_key, 
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 # weights, and arrays of the step that a copy brings
-EARLY = {"w", "norm", "tiles", "positions", "segments", "begins", "tables"}
+EARLY = {"w", "norm", "tiles", "positions"}
 TARGETS = {f"sm_{a}{b}": Device(f"sm_{a}{b}", (a, b)) for a, b in ((8, 0), (8, 9), (9, 0), (10, 0))}
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
