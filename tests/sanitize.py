@@ -26,7 +26,6 @@ if find_spec("pytest") is None:  # its decorators leave the tests as they are
 import test_triton_attention as attention
 import test_triton_few as few
 import test_triton_many as many
-import test_triton_newest as newest
 import test_triton_rows as rows
 import test_triton_sampling as sampling
 
@@ -43,11 +42,6 @@ def attentions() -> None:
         attention.test_ragged_steps(3, 1, 24, dtype)
     attention.test_rows_of_no_tile_stay_as_they_are()
     attention.test_the_cut_that_the_gpu_gets()
-
-
-def new_tokens() -> None:
-    for dtype in TYPES:
-        newest.test_new_tokens_in_the_same_launch(3, 1, 24, dtype)
 
 
 def by_row() -> None:
@@ -88,7 +82,7 @@ def steps() -> None:
     assert [len(tokens) for tokens in found] == [2, 2], found
 
 
-CASES = {f.__name__: f for f in (attentions, new_tokens, by_row, products, drawing, steps)}
+CASES = {f.__name__: f for f in (attentions, by_row, products, drawing, steps)}
 
 
 def main(*names: str) -> None:

@@ -167,26 +167,26 @@ def described(call: Call) -> str:
 
 
 def test_a_layer_of_few_rows_is_few_calls():
-    for name in ("qwen3", "llama", "mistral"):
-        layer = ["norm rows", "turn_attend", "rows add", "norm rows silu_mul", "rows add"]
+    for name, store in (("qwen3", "norm_rope_store"), ("llama", "rope_store"), ("mistral", "rope_store")):
+        layer = ["norm rows", store, "attend", "rows add", "norm rows silu_mul", "rows add"]
         assert ops(name, 1) == [*layer, *layer, "rms_norm", "head"], name
-        layer = ["rows", "turn_attend", "rows add norm", "rows silu_mul", "rows add norm"]
+        layer = ["rows", store, "attend", "rows add norm", "rows silu_mul", "rows add norm"]
         assert ops(name, 2) == ["rms_norm", *layer, *layer, "head"], name
 
 
 def test_what_does_not_match_stays():
     layer = ["rows", "rms_norm", "add_norm", "rows gelu_mul", "rows", "rms_norm", "add_norm"]
-    assert ops("gemma3", 2) == ["rms_norm", *["rows", "turn_attend", *layer] * 2, "head"]
-    layer = ["rows", "turn_attend", "rows add norm", "moe", "add_norm"]
+    assert ops("gemma3", 2) == ["rms_norm", *["rows", "norm_rope_store", "attend", *layer] * 2, "head"]
+    layer = ["rows", "norm_rope_store", "attend", "rows add norm", "moe", "add_norm"]
     assert ops("qwen3-moe", 2) == ["rms_norm", *layer, *layer, "head"]
-    layer = ["turn_attend", "rows add", "rms_norm", "moe", "add_norm"]
+    layer = ["norm_rope_store", "attend", "rows add", "rms_norm", "moe", "add_norm"]
     assert ops("qwen3-moe", 1) == ["norm rows", *layer, "rows", *layer, "head"]
 
 
 def test_no_norm_before_a_large_matrix(monkeypatch: pytest.MonkeyPatch):
     """Each of its many programs would do it again."""
     monkeypatch.setattr(rows, "LARGE", 0)
-    layer = ["rows", "turn_attend", "rows add", "rms_norm", "rows silu_mul", "rows add", "rms_norm"]
+    layer = ["rows", "norm_rope_store", "attend", "rows add", "rms_norm", "rows silu_mul", "rows add", "rms_norm"]
     assert ops("qwen3", 1) == ["rms_norm", *layer, *layer, "head"]
 
 

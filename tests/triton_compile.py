@@ -137,15 +137,10 @@ def attentions(dtype: torch.dtype, group: int, size: int, block: int, window: in
                 "G": group, "D": size, "DP": padded, "BLOCK": block, "R": power(tokens * power(group), 16),
                 "TILE": keys, "SPLITS": split, "WINDOW": window, "PROMPT": prompt, "PRECISION": precision(dtype),
             }  # fmt: skip
-            constants |= {"HALF_P": power(size // 2), **absent}
+            constants |= absent
             tensors = dict.fromkeys(("q", "y"), t) | cache | ints | parts
-            for new in (False,) if prompt else (False, True):
-                pointers = tensors | (dict.fromkeys(("k", "v", "qw", "kw"), t) | {"turns": "fp32"} if new else {})
-                how = constants | {"NORM": new} | ({} if new else dict.fromkeys(("k", "v", "qw", "kw", "turns")))
-                found = compiled(
-                    attention._attend, pointers, how, ("scale", "eps", "offset"), (), warps, stages, cut == first
-                )
-                assert found.metadata.shared <= shared_memory(key, cut, Run.device), (key, cut, found.metadata.shared)
+            found = compiled(attention._attend, tensors, constants, ("scale",), (), warps, stages, cut == first)
+            assert found.metadata.shared <= shared_memory(key, cut, Run.device), (key, cut, found.metadata.shared)
     compiled(attention._combine, {"tiles": "i32", "y": t, **parts}, {"D": size, "DP": padded, "SPLITS": 8}, warps=1)
 
 

@@ -7,6 +7,7 @@ small model. Each graph is recorded when a step first needs it.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -56,12 +57,14 @@ class Recorder:
     result must be read before the next. Without a GPU the function itself runs, to the same place.
     """
 
-    def __init__(self, device: torch.device, room: int = 0) -> None:
+    def __init__(self, device: torch.device, room: int = 1) -> None:
         """`room`: bytes that the pool begins with, so that a large function that comes late finds them in one piece."""
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.pool = torch.cuda.graph_pool_handle() if self.stream else None
-        self.first = self._captured(lambda: torch.zeros(room, dtype=torch.uint8, device=device)) if room else None
+        # a pool ends with its last graph, and can't begin again: this one stays as long as the recorder
+        empty = partial(torch.zeros, max(room, 1), dtype=torch.uint8, device=device)
+        self.first = self._captured(empty) if self.stream else None
 
     def record(self, run: Run) -> Run:
         """A function that runs `run` again, and gives the tensor that it gave. `run` must bear to be run twice."""

@@ -15,7 +15,6 @@ from llmrs.core.ir import Equation, Graph, Weight
 from llmrs.quant.tensor import Tensor
 
 ROWWISE = {"linear", "linears", "rms_norm", "add", "add_norm", "scale", "silu_mul", "gelu_mul", "moe"}  # row by row
-TURNS = ("norm_rope_store", "rope_store")  # ops that rotate queries, and store keys
 VECTORS = ("rms_norm", "add_norm", "norm_rope_store")  # ops whose weights are vectors, taken as they are
 
 
@@ -76,25 +75,6 @@ def join_layers(program: Program, rules: Mapping[str, Callable[..., Any]]) -> Pr
         if before and before.op == "add" and call.op == "rms_norm" and call.inputs == before.outs:
             outs = [*before.outs, *call.outs]
             calls[-1] = Call("add_norm", rules["add_norm"], before.inputs, outs, call.weights, call.params)
-        else:
-            calls.append(call)
-    return Program(calls, program.count, program.results)
-
-
-def attend_at_once(program: Program, rule: Callable[..., Any]) -> Program:
-    """With each attention and the rotation of its queries, right before it, in one call `turn_attend` of this rule."""
-    calls: list[Call] = []
-    uses = Counter([n for call in program.calls for n in call.inputs] + program.results)
-    for call in program.calls:
-        before = calls[-1] if calls else None
-        if (
-            before
-            and before.op in TURNS
-            and (call.op, call.inputs) == ("attend", before.outs)
-            and uses[before.outs[0]] == 1
-        ):
-            outs, params = [*call.outs, before.outs[1]], {**before.params, **call.params}
-            calls[-1] = Call("turn_attend", rule, before.inputs, outs, before.weights, params)
         else:
             calls.append(call)
     return Program(calls, program.count, program.results)

@@ -17,7 +17,6 @@ from llmrs.backends.torch.kernels.gated import gated
 from llmrs.backends.torch.kernels.gather import gather
 from llmrs.backends.torch.kernels.launch import multiprocessors
 from llmrs.backends.torch.kernels.matvec import matvec
-from llmrs.backends.torch.kernels.newest import New
 from llmrs.backends.torch.kernels.prompt import fits, prompt_attention, prompt_tiling
 from llmrs.backends.torch.kernels.rope import norm_rope_store as turn_and_store
 from llmrs.backends.torch.library import Library, Parts
@@ -28,7 +27,6 @@ from llmrs.backends.torch.tuned import Cuts, pool_type
 from llmrs.core.ir import Frequencies
 
 Tensor = torch.Tensor
-TURNED = 16  # tokens up to which attention rotates them by itself: a launch less, but more to wait for in each program
 
 
 class Turns:
@@ -124,7 +122,9 @@ def attend(c: KernelContext, q: Tensor, kv: KV, *, scale: float, window: int = 0
     group, shape, f = heads // kv.keys.shape[2], c.shape, c.fields
     y = torch.empty(tokens, heads * size, dtype=q.dtype, device=q.device)
     if shape.singles:
-        _attend_singles(c, q, kv, y, scale, window)
+        cut = c.cuts.tiling(group, size, q.dtype, pool_type(kv.keys), prompt=False)
+        split = paged.splits(shape.singles, kv.keys.shape[2], c.programs)
+        paged.attention(q, kv.keys, kv.values, f.tables, f.singles, y, scale=scale, window=window, cut=cut, split=split)
     if c.library:
         run, parts = c.library
         assert isinstance(kv.keys, Tensor), "a cache in fp8 is refused before"
@@ -143,42 +143,6 @@ def attend(c: KernelContext, q: Tensor, kv: KV, *, scale: float, window: int = 0
         cut = replace(c.cuts.tiling(group, size, q.dtype, pool_type(kv.keys), prompt=True), tokens=c.tile)
         paged.attention(q, kv.keys, kv.values, f.tables, f.chunks, y, scale=scale, window=window, cut=cut)
     return y
-
-
-def _attend_singles(
-    c: KernelContext, q: Tensor, kv: KV, y: Tensor, scale: float, window: int, new: New | None = None
-) -> None:
-    """With their keys split where they are few."""
-    f, (_, heads, size), kv_heads = c.fields, q.shape, kv.keys.shape[2]
-    cut = c.cuts.tiling(heads // kv_heads, size, q.dtype, pool_type(kv.keys), prompt=False)
-    split = paged.splits(c.shape.singles, kv_heads, c.programs)
-    paged.attention(
-        q, kv.keys, kv.values, f.tables, f.singles, y, scale=scale, window=window, cut=cut, split=split, new=new
-    )
-
-
-def turn_attend(
-    c: KernelContext,
-    q: Tensor,
-    positions: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kv: KV,
-    norms: tuple[Tensor, Tensor] | None = None,
-    *,
-    frequencies: Frequencies,
-    scale: float,
-    window: int = 0,
-    **how: float,  # eps and offset of norms
-) -> tuple[Tensor, KV]:
-    """norm_rope_store or rope_store, and attend: in one launch where all tokens are single ones, and few."""
-    turns = c.turns.of(frequencies)
-    if not c.shape.plain or c.shape.tokens > TURNED:
-        q = turn_and_store(q, k, v, norms, positions, c.fields.cells, turns, kv.keys, kv.values, **how)
-        return attend(c, q, kv, scale=scale, window=window), kv
-    y = torch.empty(len(q), q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
-    _attend_singles(c, q, kv, y, scale, window, New(k, v, norms, turns, **how))
-    return y, kv
 
 
 def silu_mul(_: KernelContext, gate: Tensor, up: Tensor) -> Tensor:

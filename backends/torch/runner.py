@@ -15,9 +15,9 @@ from llmrs.backends.torch.kernels.edges import find_edges
 from llmrs.backends.torch.kernels.launch import chaining, hopper, interpreted
 from llmrs.backends.torch.kernels.rows import NORMED, most_rows, normed
 from llmrs.backends.torch.library import LIBRARIES, Library, Parts, parts_of
-from llmrs.backends.torch.lowering import Program, attend_at_once
+from llmrs.backends.torch.lowering import Program
 from llmrs.backends.torch.ops import KV
-from llmrs.backends.torch.rules import TRITON, KernelContext, Turns, programs, rows, turn_attend
+from llmrs.backends.torch.rules import TRITON, KernelContext, Turns, programs, rows
 from llmrs.backends.torch.sampling import SlotState, adjusted
 from llmrs.backends.torch.step import Shape, StepInputs, shape_of
 from llmrs.backends.torch.trials import Trials
@@ -78,7 +78,6 @@ class KernelRunner:
         """`kv` have a block more than anybody is given: what is padded goes there. `room`: bytes that the results of
         the largest step may take."""
         self.end()
-        program = attend_at_once(program, turn_attend)
         self.program, self.kv, self.slots = program, list(kv), slots
         if self.fused:
             rules, self.few_rows = {**TRITON, "rows": rows}, most_rows(dtype)

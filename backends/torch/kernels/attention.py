@@ -23,7 +23,6 @@ import triton.language as tl
 from llmrs.backends.torch.fp8 import Scaled, parts
 from llmrs.backends.torch.kernels.fp8 import check_scales, in_half, shares
 from llmrs.backends.torch.kernels.launch import POOLS, chained, check_rows, power, precision, require
-from llmrs.backends.torch.kernels.newest import NOTHING_NEW, New, keep_new, turned_whole
 
 NAME = "attention"
 LEAST = tl.constexpr(-1e30)  # a score of what is not seen; finite, so that exp2 of differences never meets inf - inf
@@ -66,12 +65,12 @@ def queries(q, row, count, first, head, r, d, q_row, q_head, G: tl.constexpr, D:
     """A tile's queries (R, d), which of them there are, their positions (R,), and their heads (R,)."""
     mine = (r < count * G)[:, None] & (d < D)[None, :]
     heads = head * G + r % G
-    at = q + (row + r // G).to(tl.int64) * q_row + heads * q_head
-    return tl.load(at[:, None] + d[None, :], mask=mine, other=0.0), mine, first + r // G, heads
+    places = q + (row + r // G).to(tl.int64) * q_row + heads * q_head
+    return tl.load(places[:, None] + d[None, :], mask=mine, other=0.0), mine, first + r // G, heads
 
 
 @triton.jit
-def over_keys(
+def _over_keys(
     state, q, keys, values, key_scales, value_scales, table, low, high, end, seen_from, scale,
     key_block, key_token, d, D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr,
@@ -112,11 +111,9 @@ def over_keys(
 @triton.jit
 def _attend(
     q, keys, values, key_scales, value_scales, tables, tiles, y, part_sum, part_most, part_weight, scale,
-    k, v, qw, kw, turns, eps, offset, sines,
-    q_row, q_head, key_block, key_token, key_head, y_row, k_row, k_head, v_row, v_head,
+    q_row, q_head, key_block, key_token, key_head, y_row,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr,
-    SPLITS: tl.constexpr, WINDOW: tl.constexpr, PROMPT: tl.constexpr, NORM: tl.constexpr, HALF_P: tl.constexpr,
-    PRECISION: tl.constexpr, PDL: tl.constexpr,
+    SPLITS: tl.constexpr, WINDOW: tl.constexpr, PROMPT: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     head, tile, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     table, row, count, first = tile_at(tables, tiles, tile)
@@ -127,9 +124,6 @@ def _attend(
         return
     r, d = tl.arange(0, R), tl.arange(0, DP)
     x, mine, seen_from, heads = queries(q, row, count, first, head, r, d, q_row, q_head, G, D)
-    if k is not None:  # a tile is one token here
-        other, _mine, _from, _heads = queries(q, row, count, first, head, r, (d + D // 2) % D, q_row, q_head, G, D)
-        x = turned_whole(x, other, qw, turns, first, sines, d, eps, offset, D, NORM)
 
     # which keys
     end = first + count
@@ -148,16 +142,12 @@ def _attend(
         x, scale = in_half(x, scale)
         key_scales += head * (key_head // D)
         value_scales += head * (key_head // D)
-    if k is not None and (low <= first) & (end > first):
-        keep_new(k, v, kw, turns, keys, values, key_scales, value_scales, table, row, first, head, eps, offset,
-                 sines, k_row, k_head, v_row, v_head, key_block, key_token, D, HALF_P, BLOCK, NORM)  # fmt: skip
-        tl.debug_barrier()  # all threads have written before any of them reads it with the other keys
     if PROMPT and WINDOW == 0:  # no mask is needed before the first row's own position
         whole = first // TILE * TILE
-        state = over_keys(state, x, keys, values, key_scales, value_scales, table, low, whole, end, seen_from, scale,
+        state = _over_keys(state, x, keys, values, key_scales, value_scales, table, low, whole, end, seen_from, scale,
                            key_block, key_token, d, D, BLOCK, TILE, WINDOW, False, PRECISION)  # fmt: skip
         low = whole
-    total, most, weight = over_keys(state, x, keys, values, key_scales, value_scales, table, low, end, end,
+    total, most, weight = _over_keys(state, x, keys, values, key_scales, value_scales, table, low, end, end,
                                      seen_from, scale, key_block, key_token, d,
                                      D, BLOCK, TILE, WINDOW, True, PRECISION)  # fmt: skip
 
@@ -233,28 +223,25 @@ def attention(
     window: int,
     cut: Tiling,
     split: int = 1,
-    new: New | None = None,
 ) -> None:
     """Writes the rows of y (T, Hq * d) that `tiles` name; the module says what is what.
 
-    `split` programs share a tile, which then has one token. Tokens that are `new`, one a tile, are rotated and stored
-    first. Raises BackendError for shapes and types it can't do.
+    `split` programs share a tile, which then has one token. Raises BackendError for shapes and types it can't do.
     """
     (keys, key_scales), (values, value_scales) = parts(keys), parts(values)
     (_blocks, block_size, kv_heads, size), heads = keys.shape, q.shape[1]
     group = checked(q, keys, values, tables, tiles, y)
     for codes, scales in ((keys, key_scales), (values, value_scales)):
         check_scales(NAME, codes, scales)
-    require(NAME, cut.tokens == 1 or (split == 1 and new is None), "only tiles of one token are split, or new")
+    require(NAME, split == 1 or cut.tokens == 1, "only tiles of one token are split")
     rows, padded, pdl = power(cut.tokens * power(group), 16), power(size, 16), chained(q.device)
     found = _workspace(len(tiles) * heads if split > 1 else 0, split, size, q.device)
-    fresh, strides = new.arguments(q, kv_heads) if new else NOTHING_NEW
     _attend[(kv_heads, len(tiles), split)](
-        q, keys, values, key_scales, value_scales, tables, tiles, y, *found, scale * LOG2E, *fresh,
-        q.stride(0), q.stride(1), keys.stride(0), keys.stride(1), keys.stride(2), y.stride(0), *strides,
+        q, keys, values, key_scales, value_scales, tables, tiles, y, *found, scale * LOG2E,
+        q.stride(0), q.stride(1), keys.stride(0), keys.stride(1), keys.stride(2), y.stride(0),
         G=group, D=size, DP=padded, BLOCK=block_size, R=rows, TILE=cut.keys, SPLITS=split, WINDOW=window,
-        PROMPT=cut.tokens > 1, NORM=bool(new and new.norms), HALF_P=power(size // 2), PRECISION=precision(q.dtype),
-        PDL=pdl, num_warps=cut.warps, num_stages=cut.stages, launch_pdl=pdl,
+        PROMPT=cut.tokens > 1, PRECISION=precision(q.dtype), PDL=pdl, num_warps=cut.warps, num_stages=cut.stages,
+        launch_pdl=pdl,
     )  # fmt: skip
     if split > 1:
         _combine[(heads, len(tiles))](

@@ -24,7 +24,7 @@ MANY = 1024  # tokens, from which programs do more heads: then there are enough,
 
 
 @triton.jit
-def turned(x, at, there, w, cos, sin, half, eps, offset, D: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr):
+def _turned(x, at, there, w, cos, sin, half, eps, offset, D: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr):
     """The two halves (HEADS, d / 2) of rotated heads, float32, from x + at (HEADS, 1)."""
     low, h = at + half[None, :], there & (half < HALF)[None, :]
     a = tl.load(x + low, mask=h, other=0.0)
@@ -38,31 +38,6 @@ def turned(x, at, there, w, cos, sin, half, eps, offset, D: tl.constexpr, HALF: 
         a = (a * scale * wa[None, :]).to(dtype).to(tl.float32)  # rounded, as the equations by themselves would
         b = (b * scale * wb[None, :]).to(dtype).to(tl.float32)
     return a * cos[None, :] - b * sin[None, :], b * cos[None, :] + a * sin[None, :]
-
-
-@triton.jit
-def keep(
-    k, v, token, head, there, kw, cos, sin, half, eps, offset, keys, values, key_scales, value_scales, base,
-    k_row, k_head, v_row, v_head, D: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr,
-):  # fmt: skip
-    """Norm and rotation of the heads (HEADS, 1) of a token's k; it and v go into the KV cache at `base` (HEADS, 1)."""
-    a, b = turned(k, token * k_row + head * k_head, there, kw, cos, sin, half, eps, offset, D, HALF, NORM)
-    heads, there = there, there & (half < HALF)[None, :]
-    to = base + half[None, :]
-    kind = k.dtype.element_ty  # of the computation: rounded to it before the cache's own type
-    if key_scales is not None:
-        store_scaled(keys + to, key_scales + base // D, a.to(kind), b.to(kind), there, heads, HALF)
-    else:
-        tl.store(keys + to, a.to(kind).to(keys.dtype.element_ty), mask=there)
-        tl.store(keys + to + HALF, b.to(kind).to(keys.dtype.element_ty), mask=there)
-    at = token * v_row + head * v_head + half[None, :]
-    if value_scales is not None:
-        va, vb = tl.load(v + at, mask=there, other=0.0), tl.load(v + at + HALF, mask=there, other=0.0)
-        store_scaled(values + to, value_scales + base // D, va, vb, there, heads, HALF)
-    else:
-        for side in tl.static_range(2):
-            x = tl.load(v + at + side * HALF, mask=there, other=0.0)
-            tl.store(values + to + side * HALF, x.to(values.dtype.element_ty), mask=there)
 
 
 @triton.jit
@@ -84,17 +59,33 @@ def _norm_rope_store(
     if part < groups:
         head = (part * HEADS + tl.arange(0, HEADS))[:, None]
         there = head < HQ
-        a, b = turned(q, token * q_row + head * q_head, there, qw, cos, sin, half, eps, offset, D, HALF, NORM)
+        a, b = _turned(q, token * q_row + head * q_head, there, qw, cos, sin, half, eps, offset, D, HALF, NORM)
         rotated = out + (token * HQ + head) * D + half[None, :]
         there = there & (half < HALF)[None, :]
         tl.store(rotated, a.to(out.dtype.element_ty), mask=there)
         tl.store(rotated + HALF, b.to(out.dtype.element_ty), mask=there)
     else:
         head = ((part - groups) * HEADS + tl.arange(0, HEADS))[:, None]
+        there = head < HK
+        a, b = _turned(k, token * k_row + head * k_head, there, kw, cos, sin, half, eps, offset, D, HALF, NORM)
         cell = tl.load(cells + token)
         base = (cell // BLOCK).to(tl.int64) * key_block + (cell % BLOCK) * key_token + head * key_head
-        keep(k, v, token, head, head < HK, kw, cos, sin, half, eps, offset, keys, values, key_scales, value_scales,
-             base, k_row, k_head, v_row, v_head, D, HALF, NORM)  # fmt: skip
+        there = there & (half < HALF)[None, :]
+        to = base + half[None, :]
+        kind = k.dtype.element_ty  # of the computation: rounded to it before the cache's own type
+        if key_scales is not None:
+            store_scaled(keys + to, key_scales + base // D, a.to(kind), b.to(kind), there, head < HK, HALF)
+        else:
+            tl.store(keys + to, a.to(kind).to(keys.dtype.element_ty), mask=there)
+            tl.store(keys + to + HALF, b.to(kind).to(keys.dtype.element_ty), mask=there)
+        at = token * v_row + head * v_head + half[None, :]
+        if value_scales is not None:
+            va, vb = tl.load(v + at, mask=there, other=0.0), tl.load(v + at + HALF, mask=there, other=0.0)
+            store_scaled(values + to, value_scales + base // D, va, vb, there, head < HK, HALF)
+        else:
+            for side in tl.static_range(2):
+                x = tl.load(v + at + side * HALF, mask=there, other=0.0)
+                tl.store(values + to + side * HALF, x.to(values.dtype.element_ty), mask=there)
 
 
 def norm_rope_store(
