@@ -24,6 +24,7 @@ from llmrs.backends.torch.kernels.rows import (
 from llmrs.backends.torch.kernels.rows_many import MANY
 from llmrs.backends.torch.lowering import Call
 from llmrs.backends.torch.rules import Matrix
+from llmrs.backends.torch.step import Shape
 from llmrs.core.errors import BackendError
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -155,7 +156,7 @@ def ops(name: str, rows: int, rest: tuple[str, ...] = ("embed", "heads", "last",
     """What steps of so many rows run, but for what launches nothing or once only."""
     made = backend(name, **changes)
     made.allocate(4, BLOCK, 1, 16)
-    calls = [c for c in made.kernels._program(rows).calls if c.op not in rest]
+    calls = [c for c in made.kernels._program(Shape(rows, rows, rows, 0)).calls if c.op not in rest]
     return [described(c) if c.op == "rows" else c.op for c in calls]
 
 
@@ -213,3 +214,14 @@ def test_greedy_tokens_are_the_reference_s(name: str):
     reference = RandomModel.of(name, num_hidden_layers=2).on(find("reference")("cpu", "f32", "f32"))
     answers = [run(core_on(b), [request(p, max_tokens=3) for p in prompts(1, 4)]) for b in (made, reference)]
     assert answers[0] == answers[1]
+
+
+def test_one_token_with_two_wanted_rows():
+    """A prompt that comes token by token, with its log probabilities: the last token's own row, and the answer's."""
+    found = []
+    for made in (find("reference")("cpu", "f32", "f32"), None):
+        model = RandomModel.of("qwen3", num_hidden_layers=2).on(made) if made else backend("qwen3")
+        core = core_on(model, max_num_batched_tokens=1, max_num_seqs=1, prefix_cache=False)
+        asked = request(prompts(5)[0], max_tokens=2, prompt_logprobs=1)
+        found.append((run(core, [asked]), [likely and likely[0] for likely in asked.prompt_logprobs]))
+    assert found[0] == found[1]

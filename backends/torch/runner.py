@@ -179,13 +179,14 @@ class KernelRunner:
             inputs.shape, f, last, self.turns, self.programs, self.tile, self.cuts, library, self.copies
         )
         with chaining(self.chain and inputs.shape.tokens <= CHAINED):
-            logits: torch.Tensor = self._program(inputs.shape.tokens).run(context, [f.tokens, f.positions, *self.kv])[0]
+            logits: torch.Tensor = self._program(inputs.shape).run(context, [f.tokens, f.positions, *self.kv])[0]
         return logits
 
-    def _program(self, tokens: int) -> Program:
-        if tokens > self.few_rows:
+    def _program(self, shape: Shape) -> Program:
+        """By tokens, and by wanted rows, of which one token of a prompt can have two."""
+        if shape.tokens > self.few_rows:
             return self.program
-        return self.one if tokens <= NORMED else self.few
+        return self.one if max(shape.tokens, shape.sequences) <= NORMED else self.few
 
     def _draw(self, logits: torch.Tensor, inputs: StepInputs, filtered: bool) -> torch.Tensor:
         """Token ids int32 (n,) of the step's first n sequences."""
