@@ -206,8 +206,10 @@ class TorchBackend(Backend):
         side, wait = (8192, lambda: torch.cuda.synchronize(self.at)) if cuda else (1024, lambda: None)
         data = torch.ones(2**30 if cuda else 2**26, device=self.at)
         matrix = torch.randn(side, side, device=self.at).to(self.type)
-        reading = best_time(lambda: data.sum(), wait)
-        return data.nbytes / reading, 2 * side**3 / best_time(lambda: matrix @ matrix, wait)
+        reading, product = (
+            best_time(run, wait, together=10 if cuda else 1) for run in (data.sum, partial(torch.mm, matrix, matrix))
+        )
+        return data.nbytes / reading, 2 * side**3 / product
 
     def profiler(self) -> TorchProfiler:
         return TorchProfiler(self.at)
