@@ -1,5 +1,5 @@
 """The part `prompt` of bench_cuda.py: attention of prompts by every way there is, where a large step's time goes, and
-the workload `prefill` with each choice of the options `attention` and `kernels`.
+the workload `prefill` with each choice of the options `attention` and `block_size`.
 """
 
 import traceback
@@ -205,8 +205,7 @@ def prefill(
     results: dict[str, Any] = {}
     choices: list[dict[str, Any]] = [
         {},
-        {"kernels": "triton"},
-        {"kernels": "triton", "block_size": 128},
+        {"block_size": 128},
         {"attention": "sdpa"},
         *([{"attention": "flash"}] if find_spec("flash_attn_interface") or find_spec("flash_attn") else []),
     ]

@@ -98,6 +98,8 @@ class StepInputs:
 
 def shape_of(batch: Batch, tile: int) -> Shape:
     """The exact shape of a step whose prompts are cut into tiles of `tile` tokens."""
+    if len(batch.tokens) == len(batch.slots) == len(batch.rows):  # the usual case, without arithmetic
+        return Shape(len(batch.tokens), len(batch.rows), len(batch.tokens), 0)
     counts = np.diff(batch.starts)
     singles = int((counts == 1).sum())
     chunks = int((-(-counts // tile)).sum()) - singles
@@ -124,16 +126,18 @@ def _device_view(part: torch.Tensor, name: str) -> torch.Tensor:
 
 
 def _fill_forward(to: dict[str, np.ndarray], batch: Batch, block_size: int, spare: int, tile: int) -> None:
-    counts, (sequences, width) = np.diff(batch.starts), batch.blocks.shape
+    sequences, width = batch.blocks.shape
     tokens, padding = len(batch.tokens), len(to["tokens"]) - len(batch.tokens)
+    counts = np.diff(batch.starts) if tokens > sequences else None  # None: one each
     at, offset = np.divmod(batch.positions, block_size)
-    owner = np.arange(sequences) if tokens == sequences else np.arange(sequences).repeat(counts)
+    owner = np.arange(sequences) if counts is None else np.arange(sequences).repeat(counts)
     _put(to["tokens"], batch.tokens, 0)
     _put(to["positions"], batch.positions, 0)
     to["cells"][:tokens] = batch.blocks[owner, at] * block_size + offset
-    to["cells"][tokens:] = spare * block_size + np.arange(padding) % block_size
+    if padding:
+        to["cells"][tokens:] = spare * block_size + np.arange(padding) % block_size
     _put(to["singles"], single_tiles(batch, counts, width), 0)
-    if len(to["chunks"]):
+    if counts is not None:
         _put(to["chunks"], chunk_tiles(batch, counts, width, tile), 0)
     _put(to["rows"], batch.rows, 0)
     to["tables"][: batch.blocks.size] = batch.blocks.reshape(-1)
@@ -148,14 +152,18 @@ def _fill_sampling(to: dict[str, np.ndarray], batch: Batch) -> None:
 
 def _put(to: np.ndarray, values: np.ndarray, rest: int) -> None:
     to[: len(values)] = values
-    to[len(values) :] = rest
+    if len(values) < len(to):
+        to[len(values) :] = rest
 
 
-def single_tiles(batch: Batch, counts: np.ndarray, width: int) -> np.ndarray:
-    """int32 (n, 4): the tiles of the sequences with one token; `width` is that of the block tables."""
-    s = np.flatnonzero(counts == 1)
-    row = batch.starts[s]
-    return _longest_first(np.stack([s * width, row, np.ones_like(row), batch.positions[row]], axis=1))
+def single_tiles(batch: Batch, counts: np.ndarray | None, width: int) -> np.ndarray:
+    """int32 (n, 4): the tiles of the sequences with one token; `width` is that of the block tables. `counts` are each
+    sequence's tokens; None: one."""
+    s = np.arange(len(batch.positions)) if counts is None else np.flatnonzero(counts == 1)
+    row = s if counts is None else batch.starts[s]
+    tiles = np.ones((len(s), 4), np.int32)
+    tiles[:, 0], tiles[:, 1], tiles[:, 3] = s * width, row, batch.positions[row]
+    return _longest_first(tiles)
 
 
 def chunk_tiles(batch: Batch, counts: np.ndarray, width: int, tile: int) -> np.ndarray:
@@ -164,11 +172,10 @@ def chunk_tiles(batch: Batch, counts: np.ndarray, width: int, tile: int) -> np.n
     s = np.arange(len(counts)).repeat(parts)
     number = np.arange(len(s)) - (parts.cumsum() - parts).repeat(parts)
     row = batch.starts[s] + number * tile
-    return _longest_first(
-        np.stack([s * width, row, np.minimum(batch.starts[s + 1] - row, tile), batch.positions[row]], axis=1)
-    )
+    tiles = np.stack([s * width, row, np.minimum(batch.starts[s + 1] - row, tile), batch.positions[row]], axis=1)
+    return _longest_first(tiles.astype(np.int32))
 
 
 def _longest_first(tiles: np.ndarray) -> np.ndarray:
-    """int32, in the order in which they start: one with many keys that started last would run on alone."""
-    return tiles[np.argsort(-tiles[:, 3], kind="stable")].astype(np.int32)
+    """In the order in which they start: one with many keys that started last would run on alone."""
+    return tiles[np.argsort(-tiles[:, 3], kind="stable")] if len(tiles) > 1 else tiles
