@@ -8,6 +8,7 @@ from llmrs.backends.base import find
 from llmrs.backends.testing import BLOCK, RandomModel, core_on, prefill_batch, prompts, request, run
 
 pytest.importorskip("triton")
+from llmrs.backends.torch import rules
 from llmrs.backends.torch.kernels import rows
 from llmrs.backends.torch.kernels.rows import (
     LARGE,
@@ -225,3 +226,18 @@ def test_one_token_with_two_wanted_rows():
         asked = request(prompts(5)[0], max_tokens=2, prompt_logprobs=1)
         found.append((run(core, [asked]), [likely and likely[0] for likely in asked.prompt_logprobs]))
     assert found[0] == found[1]
+
+
+def test_engines_of_a_device_share_no_workspace(monkeypatch: pytest.MonkeyPatch):
+    """Their launches may run at the same time."""
+    seen, product = [], rules.few.product
+
+    def noted(*args, space=None, **how):
+        seen.append(space)
+        return product(*args, **how, space=space)
+
+    monkeypatch.setattr(rules.few, "product", noted)
+    for _ in range(2):
+        run(core_on(backend("qwen3")), [request([1, 2], max_tokens=2)])
+    assert None not in seen
+    assert len({id(space) for space in seen}) == 2

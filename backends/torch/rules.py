@@ -19,6 +19,7 @@ from llmrs.backends.torch.kernels.launch import multiprocessors
 from llmrs.backends.torch.kernels.matvec import matvec
 from llmrs.backends.torch.kernels.prompt import fits, prompt_attention, prompt_tiling
 from llmrs.backends.torch.kernels.rope import norm_rope_store as turn_and_store
+from llmrs.backends.torch.kernels.rows_many import Workspace
 from llmrs.backends.torch.library import Library, Parts
 from llmrs.backends.torch.linear import Linear
 from llmrs.backends.torch.ops import KV, OPS
@@ -55,6 +56,7 @@ class KernelContext:
     programs: int  # of attention, that fill the device
     tile: int  # tokens of a prompt's tile
     cuts: Cuts
+    space: Workspace | None = None  # of products of many rows
     library: tuple[Library, Parts] | None = None  # does the parts of prompts in the kernel's place
     copies: bool = False  # whether the kernel for them loads keys by the copy engine, where that is possible
 
@@ -189,7 +191,7 @@ def rows(
     weight, bias = matrix.weight, matrix.bias
     if few.worthwhile(len(x), weight):
         norm, how = (before.weight, before.params) if before else (None, {})
-        y = few.product(x, weight, bias, more[0] if more else None, norm, gate=gate, **how)
+        y = few.product(x, weight, bias, more[0] if more else None, norm, gate=gate, space=c.space, **how)
         return (y, rms_norm(c, y, after.weight, **after.params)) if after else _split(y, sizes)
     y = matrix(rms_norm(c, x, before.weight, **before.params) if before else x)
     if after:

@@ -14,6 +14,7 @@ from llmrs.backends.torch.kernels.bounds import draw
 from llmrs.backends.torch.kernels.edges import find_edges
 from llmrs.backends.torch.kernels.launch import chaining, hopper, interpreted
 from llmrs.backends.torch.kernels.rows import NORMED, most_rows, normed
+from llmrs.backends.torch.kernels.rows_many import Workspace
 from llmrs.backends.torch.library import LIBRARIES, Library, Parts, parts_of
 from llmrs.backends.torch.lowering import Program
 from llmrs.backends.torch.ops import KV
@@ -65,6 +66,7 @@ class KernelRunner:
     def end(self) -> None:
         """Lets go of everything."""
         self.program, self.kv = Program([], 0, []), list[KV]()
+        self.space: Workspace | None = None
         self.one, self.few, self.few_rows = self.program, self.program, 0  # what runs steps of one row, and of few
         self.slots = SlotState(0, 0, self.device)
         self.tokens = torch.empty(0, dtype=torch.int32, device=self.device)  # of the last step, where they go aside
@@ -81,6 +83,7 @@ class KernelRunner:
         self.program, self.kv, self.slots = program, list(kv), slots
         if self.fused:
             rules, self.few_rows = {**TRITON, "rows": rows}, most_rows(dtype)
+            self.space = Workspace.on(self.device)
             self.one, self.few = fuse(program, rules, lambda matrix: normed(matrix.weight)), fuse(program, rules)
         blocks, self.block_size = kv[0].keys.shape[:2]
         self.spare = blocks - 1
@@ -176,7 +179,7 @@ class KernelRunner:
         f, last = inputs.fields, self.slots.last_token
         library = (self.library, parts) if self.library and parts else None
         context = KernelContext(
-            inputs.shape, f, last, self.turns, self.programs, self.tile, self.cuts, library, self.copies
+            inputs.shape, f, last, self.turns, self.programs, self.tile, self.cuts, self.space, library, self.copies
         )
         with chaining(self.chain and inputs.shape.tokens <= CHAINED):
             logits: torch.Tensor = self._program(inputs.shape).run(context, [f.tokens, f.positions, *self.kv])[0]

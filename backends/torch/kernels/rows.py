@@ -19,7 +19,7 @@ import triton
 
 from llmrs.backends.torch.kernels.launch import chained, check_rows, hopper, power, precision, require
 from llmrs.backends.torch.kernels.rows_few import few
-from llmrs.backends.torch.kernels.rows_many import MANY, Tiles, cut_many, launch_many
+from llmrs.backends.torch.kernels.rows_many import MANY, Tiles, Workspace, cut_many, launch_many
 from llmrs.backends.torch.kernels.rows_some import some
 
 NAME = "rows"
@@ -105,9 +105,10 @@ def normed(w: torch.Tensor) -> bool:
 def product(
     x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None, more: torch.Tensor | None = None,
     norm: torch.Tensor | None = None, eps: float = 0.0, offset: float = 0.0, gate: str = "",
-    *, cut: Cut | Tiles | None = None,
+    *, cut: Cut | Tiles | None = None, space: Workspace | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """(M, N) of x's type, for up to MANY rows; a norm for up to NORMED. `cut`: another one than `cut_for` gives.
+    """(M, N) of x's type, for up to MANY rows; a norm for up to NORMED. `cut`: another one than `cut_for` gives;
+    `space`: that of the launches that run one after the other with this one.
 
     Raises BackendError for shapes and types that it can't do.
     """
@@ -122,7 +123,7 @@ def product(
         "ADD": more is not None, "PDL": pdl, "EARLY": cut.early, "num_warps": cut.warps, "launch_pdl": pdl,
     }  # fmt: skip
     if isinstance(cut, Tiles):
-        launch_many(tensors, sizes, cut, shared, x.dtype)
+        launch_many(tensors, sizes, cut, shared, space)
     elif vectors(rows, width, bool(gate)):
         own = of_few(cut, rows, width, x.element_size(), gate) | {"NORM": norm is not None}
         grid = (triton.cdiv(count, cut.each * cut.warps),)

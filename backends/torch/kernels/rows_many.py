@@ -7,8 +7,8 @@ of w with COUNT of x, PART columns at a time, (EACH, PART) x (PART, COUNT), over
 not all of K, its sums go to a workspace, and the last program of a tile to arrive adds them in the order of the ranges,
 so that the same bits come each time, and does the rest.
 
-The workspace is one for each device, since the launches of a stream run one after the other: sums that nobody keeps,
-and counters that are 0 between launches. Chained kernels touch it only after their wait.
+Launches that run one after the other share a workspace, as all of a model's do: sums that nobody keeps, and counters
+that are 0 between launches. Chained kernels touch it only after their wait.
 """
 
 from dataclasses import dataclass
@@ -56,14 +56,19 @@ class Workspace:
     sums: torch.Tensor  # float32
     arrived: torch.Tensor  # int32, one a tile
 
+    @staticmethod
+    def on(device: torch.device) -> "Workspace":
+        """For the largest launch there is, so that recorded graphs can rely on it."""
+        sums = torch.empty(PROGRAMS * TILE, dtype=torch.float32, device=device)
+        return Workspace(sums, torch.zeros(2 * PROGRAMS, dtype=torch.int32, device=device))
+
 
 @cache
 def workspace(device: torch.device) -> Workspace:
-    """For the largest launch there is, so that recorded graphs can rely on it. Made before any is recorded."""
+    """Of launches that bring none, as tests do, on one stream. Made before any is recorded."""
     assert device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
     with torch.inference_mode(False):  # it outlives the block that first needs it
-        sums = torch.empty(PROGRAMS * TILE, dtype=torch.float32, device=device)
-        return Workspace(sums, torch.zeros(2 * PROGRAMS, dtype=torch.int32, device=device))
+        return Workspace.on(device)
 
 
 @lru_cache(maxsize=1024)
@@ -174,13 +179,13 @@ def many(
 
 
 def launch_many(
-    tensors: list[torch.Tensor], sizes: list[int], cut: Tiles, shared: dict[str, Any], dtype: torch.dtype
+    tensors: list[torch.Tensor], sizes: list[int], cut: Tiles, shared: dict[str, Any], space: Workspace | None
 ) -> None:
     """`tensors` x, w, bias, more, y; `sizes` M, N and the strides; `shared` the constants of all three kernels."""
     (rows, results), width, gate = sizes[:2], shared["K"], bool(shared["GATE"])
-    own = of_many(cut, width, dtype)
+    own = of_many(cut, width, tensors[0].dtype)
     split, elements = own["SPLIT"], cut.each * cut.count * (1 + gate)
-    found = workspace(tensors[0].device)
+    found = space or workspace(tensors[0].device)
     tiles = cut.programs(rows, results) // cut.split
     fits = split == 1 or (tiles <= len(found.arrived) and tiles * split * elements <= len(found.sums))
     require(NAME, fits, f"{tiles} tiles of {elements} sums in {split} ranges")
