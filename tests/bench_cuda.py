@@ -217,39 +217,49 @@ def profiles() -> None:
 
 
 def cuts() -> None:
-    """Attention by itself, with other tiles than the defaults: 256 sequences of 512; one prompt of 4,096."""
+    """Attention by itself in the model's shapes, with other tiles than the defaults: 256 sequences of 512; a prompt of
+    4,096."""
     from llmrs.backends.torch.kernels.attention import Tiling, attention
 
+    shape = random_checkpoint.SHAPES[model_shape()]
+    heads, kv_heads, size = shape["num_attention_heads"], shape["num_key_value_heads"], shape["head_dim"]
     tables = torch.randperm(256 * 8, device=GPU).int()
     singles = torch.tensor([[8 * s, s, 1, 511] for s in range(256)], dtype=torch.int32, device=GPU)
-    q = torch.randn(4096, 16, 128, device=GPU, dtype=torch.bfloat16)
-    y = torch.empty(4096, 2048, device=GPU, dtype=torch.bfloat16)
+    q = torch.randn(4096, heads, size, device=GPU, dtype=torch.bfloat16)
+    y = torch.empty(4096, heads * size, device=GPU, dtype=torch.bfloat16)
     pools = [
-        torch.randn(2048, 2, 8, 64, 128, device=GPU, dtype=torch.bfloat16) for _ in range(4)
+        torch.randn(2048, 2, kv_heads, 64, size, device=GPU, dtype=torch.bfloat16) for _ in range(4)
     ]  # beyond the L2 cache
-    views = {
-        "head by head": lambda p, n: p[:, n].transpose(1, 2),
-        "token by token": lambda p, n: p.view(2048, 2, 64, 8, 128)[:, n],
-    }
 
-    def launch(how: str, tiles: torch.Tensor, cut: Tiling, split: int = 1) -> None:
+    def launch(tiles: torch.Tensor, cut: Tiling) -> None:
         for p in pools:
-            k, v = (views[how](p, n) for n in range(2))
-            attention(q, k, v, tables, tiles, y, scale=0.09, window=0, cut=cut, split=split)
+            k, v = p.transpose(2, 3).unbind(1)
+            attention(q, k, v, tables, tiles, y, scale=0.09, window=0, cut=cut)
 
-    read = 256 * 512 * 2 * 8 * 128 * 2 * len(pools)
-    for how in views:
-        some = ((64, 2, 3), (64, 4, 3), (32, 2, 3), (32, 2, 4), (64, 2, 2)) if how == "head by head" else ((64, 2, 3),)
-        for keys, warps, stages in some:
-            cut = Tiling(1, keys, warps, stages)
-            seconds = timed(partial(launch, how, singles, cut))
-            print(f"decode, {how}, {cut}: {read / seconds / 1e12:.2f} TB/s", flush=True)
-    flops = 4 * 4096 * 4096 / 2 * 2048 * len(pools)
-    for tokens, keys, warps, stages in ((64, 64, 8, 3), (64, 64, 8, 2), (64, 64, 4, 2), (32, 64, 4, 3)):
+    read = 256 * 512 * 2 * kv_heads * size * 2 * len(pools)
+    for keys, warps, stages in ((64, 2, 3), (64, 4, 3), (32, 2, 3), (32, 2, 4), (64, 2, 2), (64, 1, 3), (64, 2, 4)):
+        cut = Tiling(1, keys, warps, stages)
+        seconds = timed(partial(launch, singles, cut))
+        print(f"decode, {cut}: {read / seconds / 1e12:.2f} TB/s", flush=True)
+    flops, group = 4 * 4096 * 4096 / 2 * heads * size * len(pools), heads // kv_heads
+    for rows, keys, warps, stages in (
+        (128, 64, 8, 3),
+        (128, 64, 8, 2),
+        (128, 64, 4, 2),
+        (64, 64, 4, 3),
+        (256, 64, 8, 2),
+    ):
+        tokens = rows // group
         tiles = torch.tensor([[0, t, tokens, t] for t in range(0, 4096, tokens)], dtype=torch.int32, device=GPU)
         cut = Tiling(tokens, keys, warps, stages)
-        seconds = timed(partial(launch, "head by head", tiles, cut), 5)
+        seconds = timed(partial(launch, tiles, cut), 5)
         print(f"prompt, {cut}: {flops / seconds / 1e12:.0f} TFLOP/s", flush=True)
+
+
+def model_shape() -> str:
+    """The model whose shapes the folder has."""
+    name = Path(sys.argv[1]).name
+    return name if name in random_checkpoint.SHAPES else "qwen3-0.6b"
 
 
 def sampling() -> None:
@@ -326,7 +336,7 @@ PARTS = {
 def main() -> None:
     folder = Path(sys.argv[1])
     if not (folder / "model.safetensors").exists():
-        random_checkpoint.write(folder.name if folder.name in random_checkpoint.SHAPES else "qwen3-0.6b", folder)
+        random_checkpoint.write(model_shape(), folder)
     import triton
 
     print(torch.cuda.get_device_name(0), "torch", torch.__version__, "triton", triton.__version__, flush=True)
