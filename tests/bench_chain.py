@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from bench_rows import recorded
 
 from llmrs.backends.torch.graphs import Recorder
 from llmrs.backends.torch.kernels.bounds import draw
@@ -17,15 +18,6 @@ from llmrs.core.batch import Batch
 Timed = Callable[[Callable[[], object]], float]
 GPU, VOCABULARY = "cuda:0", 151_936
 WAYS = {"apart": False, "chained": True}
-
-
-def recorded(run: Callable[[], Any]) -> Callable[[], None]:
-    """The same as a CUDA graph, so that the host's time for launches does not count."""
-    run()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
 
 
 def random_logits(rows: int, kind: str) -> torch.Tensor:
@@ -53,7 +45,7 @@ def sampling(timed: Timed, found: dict[str, Any]) -> None:
             expected = drawn(logits, rest)
             for name, how in cuts_of(rows, warmth).items():
                 with chaining(True):
-                    seconds = timed(recorded(partial(drawn, logits, rest, **how))) / len(logits)
+                    seconds = timed(recorded(partial(drawn, logits, rest, **how))[0]) / len(logits)
                     same = torch.equal(drawn(logits, rest, **how), expected)
                 rate = logits[0].nbytes / seconds / 1e12
                 found[f"sampling {rows} {kind} {warmth} {name}"] = [seconds, rate, same]

@@ -121,11 +121,12 @@ class KernelRunner:
         count, filtered = len(batch.slots), _filters(batch.sampling)
         inputs, found = self._inputs_of(batch)
         plain = adjusted(logits[:count], batch, self.slots, mask)
-        if found and plain.data_ptr() == logits.data_ptr():
+        as_it_was = plain.data_ptr() == logits.data_ptr()
+        if found and as_it_was:
             tokens = self._sample(found, logits, filtered)[:count]
         else:
             tokens = self._draw(plain, inputs, filtered)
-        if batch.sampling.looks_back().any():
+        if not as_it_was and batch.sampling.looks_back().any():  # whoever does was adjusted
             self.slots.append(batch, tokens.long())
         return tokens
 

@@ -70,6 +70,13 @@ def queries(q, row, count, first, head, r, d, q_row, q_head, G: tl.constexpr, D:
 
 
 @triton.jit
+def store_rows(y, total, weight, row, r, heads, d, y_row, mine, G: tl.constexpr, D: tl.constexpr):
+    """A tile's results, from sums of weighted values (R, d) and of weights (R,); the rest as `queries` has it."""
+    out = y + (row + r // G).to(tl.int64) * y_row + heads * D
+    tl.store(out[:, None] + d[None, :], (total / weight[:, None]).to(y.dtype.element_ty), mask=mine)
+
+
+@triton.jit
 def _over_keys(
     state, q, keys, values, key_scales, value_scales, table, low, high, end, seen_from, scale,
     key_block, key_token, d, D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr,
@@ -158,8 +165,7 @@ def _attend(
         tl.store(part_most + at, most, mask=r < G)
         tl.store(part_weight + at, weight, mask=r < G)
     else:
-        out = y + (row + r // G).to(tl.int64) * y_row + heads * D
-        tl.store(out[:, None] + d[None, :], (total / weight[:, None]).to(y.dtype.element_ty), mask=mine)
+        store_rows(y, total, weight, row, r, heads, d, y_row, mine, G, D)
 
 
 @triton.jit

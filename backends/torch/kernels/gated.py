@@ -14,6 +14,15 @@ PART = 1024  # elements of a program
 
 
 @triton.jit
+def gate_times(g, u, GELU: tl.constexpr):
+    """silu or gelu of g, times u; float32."""
+    inner = g
+    if GELU:  # 0.5 (1 + tanh(z)) = sigmoid(2 z)
+        inner = 1.5957691216057308 * (g + 0.044715 * g * g * g)
+    return g / (1 + tl.exp(-inner)) * u
+
+
+@triton.jit
 def _gated(gate, up, y, gate_row, up_row, N: tl.constexpr, PART: tl.constexpr, GELU: tl.constexpr, PDL: tl.constexpr):
     row, i = tl.program_id(0).to(tl.int64), tl.program_id(1) * PART + tl.arange(0, PART)
     mask = i < N
@@ -23,10 +32,7 @@ def _gated(gate, up, y, gate_row, up_row, N: tl.constexpr, PART: tl.constexpr, G
     u = tl.load(up + row * up_row + i, mask=mask, other=0.0).to(tl.float32)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    inner = g
-    if GELU:  # 0.5 (1 + tanh(z)) = sigmoid(2 z)
-        inner = 1.5957691216057308 * (g + 0.044715 * g * g * g)
-    tl.store(y + row * N + i, (g / (1 + tl.exp(-inner)) * u).to(y.dtype.element_ty), mask=mask)
+    tl.store(y + row * N + i, gate_times(g, u, GELU).to(y.dtype.element_ty), mask=mask)
 
 
 def gated(gate: torch.Tensor, up: torch.Tensor, *, gelu: bool) -> torch.Tensor:

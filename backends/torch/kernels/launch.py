@@ -83,7 +83,7 @@ def chaining(on: bool) -> Iterator[None]:
 
 def chained(device: torch.device) -> bool:
     """Whether a launcher asks for programmatic dependent launch: PDL=..., launch_pdl=..."""
-    return CHAIN.get() and device.type == "cuda" and not interpreted() and _capability(device) >= (9, 0)
+    return CHAIN.get() and device.type == "cuda" and not interpreted() and hopper(device)
 
 
 def hopper(device: torch.device) -> bool:

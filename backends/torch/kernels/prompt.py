@@ -20,7 +20,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from llmrs.backends.torch.fp8 import Scaled
-from llmrs.backends.torch.kernels.attention import LEAST, LOG2E, Tiling, checked, queries, seen, tile_at
+from llmrs.backends.torch.kernels.attention import LEAST, LOG2E, Tiling, checked, queries, seen, store_rows, tile_at
 from llmrs.backends.torch.kernels.launch import chained, power, require
 
 NAME = "prompt attention"
@@ -89,9 +89,7 @@ def _prompt(
                        BLOCK, KEYS, False)  # fmt: skip
     state = _over_keys(state, x, keys, values, table, whole, end, end, seen_from, scale, head_row, block_rows,
                        BLOCK, KEYS, True)  # fmt: skip
-
-    out = y + (row + r // G).to(tl.int64) * y_row + heads * D
-    tl.store(out[:, None] + d[None, :], (state[0] / state[2][:, None]).to(y.dtype.element_ty), mask=mine)
+    store_rows(y, state[0], state[2], row, r, heads, d, y_row, mine, G, D)
 
 
 def prompt_tiling(group: int, size: int, block_size: int) -> Tiling:

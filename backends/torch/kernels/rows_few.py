@@ -11,19 +11,12 @@ of w, PART columns at a time, and all of x, which its cache holds: no warp waits
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def gated(g, u, GATE: tl.constexpr):
-    """silu (1) or gelu (2) of g, times u."""
-    inner = g
-    if GATE == 2:  # 0.5 (1 + tanh(z)) = sigmoid(2 z)
-        inner = 1.5957691216057308 * (g + 0.044715 * g * g * g)
-    return g / (1 + tl.exp(-inner)) * u
+from llmrs.backends.torch.kernels.gated import gate_times
 
 
 @triton.jit
 def finish(a, b, n, bias, more, y, there, N, GATE: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr):
-    """Stores sums `a` (with a gate: of gate, and `b` of up) of results `n` at `y`, with `more` added.
+    """Stores sums `a` (with a gate, silu 1 or gelu 2: of gate, and `b` of up) of results `n` at `y`, with `more` added.
 
     Rounded wherever the equations by themselves would.
     """
@@ -34,7 +27,7 @@ def finish(a, b, n, bias, more, y, there, N, GATE: tl.constexpr, BIAS: tl.conste
     if GATE:
         if BIAS:
             b += tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32)
-        a = gated(a.to(tl.float32), b.to(kind).to(tl.float32), GATE).to(kind)
+        a = gate_times(a.to(tl.float32), b.to(kind).to(tl.float32), GATE == 2).to(kind)
     if ADD:
         a = (more.to(tl.float32) + a.to(tl.float32)).to(kind)
     tl.store(y, a, mask=there)
@@ -44,6 +37,13 @@ def finish(a, b, n, bias, more, y, there, N, GATE: tl.constexpr, BIAS: tl.conste
 def fetch(at):
     """Asks for what is at some addresses, to be in the L2 cache when it is read: 128 bytes a request."""
     tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], tl.int32, False, 1)
+
+
+@triton.jit
+def lines(row, first, K: tl.constexpr, LINES: tl.constexpr):
+    """Addresses 128 bytes apart in rows of K at `row` (n, 1), from column `first` on: (n, LINES)."""
+    LINE: tl.constexpr = 1024 // row.dtype.element_ty.primitive_bitwidth
+    return row + tl.minimum(first + tl.arange(0, LINES) * LINE, K - 1)[None, :]
 
 
 @triton.jit

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from llmrs.backends.torch.kernels.launch import power, precision, require
-from llmrs.backends.torch.kernels.rows_few import columns, fetch, finish
+from llmrs.backends.torch.kernels.rows_few import columns, fetch, finish, lines
 
 NAME = "rows"
 MANY = 512  # rows
@@ -100,13 +100,6 @@ def on_paper(t: Tiles, rows: int, results: int, width: int, size: int, gate: boo
 
 
 @triton.jit
-def _lines(row, first, K: tl.constexpr, LINES: tl.constexpr):
-    """Addresses 128 bytes apart in rows of K at `row` (EACH, 1), from column `first` on: (EACH, LINES)."""
-    LINE: tl.constexpr = 1024 // row.dtype.element_ty.primitive_bitwidth
-    return row + tl.minimum(first + tl.arange(0, LINES) * LINE, K - 1)[None, :]
-
-
-@triton.jit
 def _end(
     a, b, m, n, bias, more, y, M, N, more_row, y_row,
     GATE: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
@@ -140,9 +133,9 @@ def many(
     gate_rows = w + tl.minimum(n, N - 1).to(tl.int64) * w_row  # (EACH, 1)
     up_rows = w + (tl.minimum(n, N - 1) + N).to(tl.int64) * w_row
     if PDL:
-        fetch(_lines(gate_rows, first, K, LINES))
+        fetch(lines(gate_rows, first, K, LINES))
         if GATE:
-            fetch(_lines(up_rows, first, K, LINES))
+            fetch(lines(up_rows, first, K, LINES))
         if BIAS:
             fetch(bias + tl.minimum(n, N - 1))
         tl.extra.cuda.gdc_wait()  # nothing that another kernel makes is read before, and no sum is stored

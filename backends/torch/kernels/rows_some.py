@@ -10,14 +10,7 @@ products that wait for each other, and needs no second kernel.
 import triton
 import triton.language as tl
 
-from llmrs.backends.torch.kernels.rows_few import columns, fetch, finish
-
-
-@triton.jit
-def _lines(row, K: tl.constexpr, LINES: tl.constexpr):
-    """Addresses 128 bytes apart in a row of K, (1, LINES)."""
-    LINE: tl.constexpr = 1024 // row.dtype.element_ty.primitive_bitwidth
-    return row + tl.minimum(tl.arange(0, LINES) * LINE, K - 1)[None, :]
+from llmrs.backends.torch.kernels.rows_few import columns, fetch, finish, lines
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -33,9 +26,9 @@ def some(
     gate_rows = w + tl.minimum(n, N - 1).to(tl.int64) * w_row
     up_rows = w + (tl.minimum(n, N - 1) + N).to(tl.int64) * w_row
     if PDL:
-        fetch(_lines(gate_rows[:, None], K, LINES))
+        fetch(lines(gate_rows[:, None], 0, K, LINES))
         if GATE:
-            fetch(_lines(up_rows[:, None], K, LINES))
+            fetch(lines(up_rows[:, None], 0, K, LINES))
         if BIAS:
             fetch(bias + tl.minimum(n, N - 1))
         tl.extra.cuda.gdc_wait()  # nothing that another kernel makes is read before
