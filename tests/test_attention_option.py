@@ -1,5 +1,6 @@
 """The option `attention`: torch's own and flash-attn's in the kernel's place, and who refuses what."""
 
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -179,3 +180,10 @@ def test_flash_is_another_word(tmp_path):
     for flags in ({"attention": "sdpa"}, {"flash": False, "attention": "flash"}):
         with pytest.raises(ConfigError, match="does not go with attention"):
             load_settings(str(path), flags)
+
+
+def test_kernels_do_not_load_what_only_libraries_need():
+    """torch.nn.attention.bias imports torch._dynamo, which takes longer than torch itself."""
+    code = "import sys, llmrs.backends.torch.runner; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False", done.stdout + done.stderr

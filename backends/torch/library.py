@@ -7,17 +7,18 @@ tokens stay with our kernel. Letters: s sequences, n new tokens of one, L its ke
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import groupby
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
 
 from llmrs.backends.torch.attention import on_device
 from llmrs.core.batch import Batch
 from llmrs.core.errors import BackendError
 from llmrs.core.ir import Graph
+
+if TYPE_CHECKING:
+    from torch.nn.attention import SDPBackend
 
 Tensor = torch.Tensor
 CUDNN_LENGTHS = 256  # cuDNN plans anew for every length that it meets: it gets multiples of this
@@ -94,6 +95,9 @@ class Sdpa:
 
 def _alike(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int) -> Tensor:
     """q (s, Hq, n, d), k and v (s, Hk, L, d) -> (s, Hq, n, d)."""
+    from torch.nn.attention import sdpa_kernel  # here, since with torch._dynamo it takes seconds to import
+    from torch.nn.attention.bias import causal_lower_right
+
     n, length = q.shape[2], k.shape[2]
     if window and window < length:
         return _windowed(q, k, v, scale, window)
@@ -104,8 +108,10 @@ def _alike(q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int) -> Ten
         return attend(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
 
 
-def _order(n: int) -> list[SDPBackend]:
+def _order(n: int) -> "list[SDPBackend]":
     """cuDNN is the fastest on Hopper; math, which keeps all scores, the last resort."""
+    from torch.nn.attention import SDPBackend
+
     flash = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     return [SDPBackend.CUDNN_ATTENTION, *flash] if n % CUDNN_LENGTHS == 0 else flash
 
