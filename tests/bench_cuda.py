@@ -239,7 +239,7 @@ def cuts() -> None:
     read = 256 * 512 * 2 * kv_heads * size * 2 * len(pools)
     for keys, warps, stages in ((64, 2, 3), (64, 4, 3), (32, 2, 3), (32, 2, 4), (64, 2, 2), (64, 1, 3), (64, 2, 4)):
         cut = Tiling(1, keys, warps, stages)
-        seconds = timed(partial(launch, singles, cut))
+        seconds = timed(bench_rows.recorded(partial(launch, singles, cut))[0])
         print(f"decode, {cut}: {read / seconds / 1e12:.2f} TB/s", flush=True)
     flops, group = 4 * 4096 * 4096 / 2 * heads * size * len(pools), heads // kv_heads
     for rows, keys, warps, stages in (

@@ -17,7 +17,7 @@ from llmrs.core.sampling import SamplingArrays
 pytest.importorskip("triton")
 from llmrs.backends.torch.graphs import DECODE, MIXED, ROWS, Recorder, bucket
 from llmrs.backends.torch.reserve import LIBRARIES
-from llmrs.backends.torch.step import Shape, StepInputs, shape_of
+from llmrs.backends.torch.step import LESS, MOST, SHORT, Shape, StepInputs, shape_of, split_of, splits
 
 DEVICE = "cuda:0" if torch.cuda.is_available() else "cpu"
 
@@ -32,22 +32,35 @@ def test_every_step_fits_into_its_bucket():
     rng = np.random.default_rng(0)
     for _ in range(300):
         counts = rng.choice([1, 1, 1, 2, 7, 64, 65, 200], rng.integers(1, 40))
-        exact = shape_of(prefill_batch([[0] * n for n in counts]), 64)
-        found = bucket(exact, 64)
+        exact = shape_of(prefill_batch([[0] * n for n in counts]), 64, 8)
+        found = bucket(exact, 64, 8)
         if found is None:
             assert exact.tokens > MIXED[-1]
         else:
-            assert all(getattr(found, f.name) >= getattr(exact, f.name) for f in dataclasses.fields(Shape))
+            room = {f.name for f in dataclasses.fields(Shape)} - {"split"}
+            assert all(getattr(found, name) >= getattr(exact, name) for name in room)
             assert found.plain == exact.plain
 
 
 def test_buckets_are_the_next_larger():
-    assert [bucket(Shape(n, n, n, 0), 64).tokens for n in (1, 3, 4, 9, 250, 257)] == [1, 4, 4, 16, 256, 288]
-    assert bucket(Shape(513, 513, 513, 0), 64) is None
-    assert bucket(Shape(100, 9, 5, 4), 64) == Shape(128, 16, 16, 2 + 16)
-    assert bucket(Shape(8190, 2, 0, 128), 64) == Shape(8192, 4, 0, 128 + 4)
+    assert [bucket(Shape(n, n, n, 0), 64, 8).tokens for n in (1, 3, 4, 9, 250, 257)] == [1, 4, 4, 16, 256, 288]
+    assert bucket(Shape(513, 513, 513, 0), 64, 8) is None
+    assert bucket(Shape(100, 9, 5, 4, 4), 64, 32) == Shape(128, 16, 16, 2 + 16, 2)  # by rows alone
+    assert bucket(Shape(8190, 2, 0, 128), 64, 8) == Shape(8192, 4, 0, 128 + 4, 1)
+    assert bucket(Shape(9, 9, 9, 0, 4), 64, 8) == Shape(16, 16, 16, 0, 4)
     assert list(DECODE) == sorted(set(DECODE))
     assert list(ROWS) == sorted(set(ROWS))
+
+
+def test_programs_that_share_the_keys_of_a_token():
+    same = [np.full(n, 999) for n in (1, 2, 4, 16, 31, 32, 256)]
+    assert [split_of(p, 62.7) for p in same] == [32, 16, 8, 2, 2, 1, 1]
+    assert [splits(n, 62.7) for n in (0, 1, 16, 32)] == [1, 32, 2, 1]
+    assert split_of(np.array([SHORT - 1]), 62.7) == LESS
+    assert split_of(np.array([SHORT]), 62.7) == MOST
+    uneven = [np.arange(300, 2000, 1700 / n) for n in (40, 56, 72)]
+    assert [split_of(p.astype(int), 62.7) for p in uneven] == [2, 2, 1]
+    assert split_of(np.zeros(1), 0.5) == 1
 
 
 def test_what_is_sent():

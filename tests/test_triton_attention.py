@@ -10,7 +10,7 @@ from llmrs.backends.torch.fp8 import Scaled
 from llmrs.core.batch import Batch
 
 pytest.importorskip("triton")
-from llmrs.backends.torch.kernels.attention import Tiling, attention, splits, tiling
+from llmrs.backends.torch.kernels.attention import Tiling, attention, tiling
 from llmrs.backends.torch.step import chunk_tiles, single_tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -92,9 +92,3 @@ def test_rows_of_no_tile_stay_as_they_are():
     y = run(q, kv, batch, 1.0, 0, Tiling(1, 16, 4, 1), 1)
     assert (y[:2] != 77).all()
     assert (y[2:] == 77).all()
-
-
-def test_splits_fill_the_chip_and_no_more():
-    assert splits(256, 8, 264) == 1
-    assert splits(1, 8, 264) == 32
-    assert splits(16, 8, 264) == 4

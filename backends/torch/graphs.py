@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from llmrs.backends.torch.step import Shape, StepInputs
+from llmrs.backends.torch.step import Shape, StepInputs, splits
 
 Run = Callable[[], torch.Tensor]
 
@@ -21,15 +21,17 @@ ROWS = (4, 16, 64, 128, 256, 512)
 COPIES = 3  # of a step's array on the host: two steps may be under way while the third is written
 
 
-def bucket(exact: Shape, tile: int) -> Shape | None:
-    """The shape in which a step runs; None: none is large enough. `tile` is the tokens of a prompt's tile."""
+def bucket(exact: Shape, tile: int, programs: float) -> Shape | None:
+    """The shape in which a step runs; None: none is large enough. `tile` is the tokens of a prompt's tile,
+    `programs` those of attention that fill the device, for each KV head."""
     if exact.plain:
         n = decode_bucket(exact.tokens)
-        return Shape(n, n, n, 0) if n else None
+        return Shape(n, n, n, 0, exact.split) if n else None
     tokens, rows = _next(MIXED, exact.tokens), _next(ROWS, exact.sequences)
     if not tokens or not rows:
         return None
-    return Shape(tokens, rows, rows if exact.singles else 0, tokens // tile + rows)  # last tiles are not full
+    singles = rows if exact.singles else 0
+    return Shape(tokens, rows, singles, tokens // tile + rows, splits(singles, programs))  # last tiles are not full
 
 
 def decode_bucket(tokens: int) -> int | None:

@@ -15,7 +15,6 @@ from llmrs.backends.torch.kernels import norm
 from llmrs.backends.torch.kernels import rows as few
 from llmrs.backends.torch.kernels.gated import gated
 from llmrs.backends.torch.kernels.gather import gather
-from llmrs.backends.torch.kernels.launch import multiprocessors
 from llmrs.backends.torch.kernels.matvec import matvec
 from llmrs.backends.torch.kernels.prompt import fits, prompt_attention, prompt_tiling
 from llmrs.backends.torch.kernels.rope import norm_rope_store as turn_and_store
@@ -53,17 +52,11 @@ class KernelContext:
     fields: Fields
     last: Tensor  # int64 (slots,): the last token of each
     turns: Turns
-    programs: int  # of attention, that fill the device
     tile: int  # tokens of a prompt's tile
     cuts: Cuts
     space: Workspace | None = None  # of products of many rows
     library: tuple[Library, Parts] | None = None  # does the parts of prompts in the kernel's place
     copies: bool = False  # whether the kernel for them loads keys by the copy engine, where that is possible
-
-
-def programs(device: torch.device) -> int:
-    """Two of attention's programs keep a multiprocessor's memory pipes busy."""
-    return 2 * multiprocessors(device)
 
 
 def embed(c: KernelContext, tokens: Tensor, table: Tensor) -> Tensor:
@@ -125,8 +118,9 @@ def attend(c: KernelContext, q: Tensor, kv: KV, *, scale: float, window: int = 0
     y = torch.empty(tokens, heads * size, dtype=q.dtype, device=q.device)
     if shape.singles:
         cut = c.cuts.tiling(group, size, q.dtype, pool_type(kv.keys), prompt=False)
-        split = paged.splits(shape.singles, kv.keys.shape[2], c.programs)
-        paged.attention(q, kv.keys, kv.values, f.tables, f.singles, y, scale=scale, window=window, cut=cut, split=split)
+        paged.attention(
+            q, kv.keys, kv.values, f.tables, f.singles, y, scale=scale, window=window, cut=cut, split=shape.split
+        )
     if c.library:
         run, parts = c.library
         assert isinstance(kv.keys, Tensor), "a cache in fp8 is refused before"

@@ -18,9 +18,9 @@ from llmrs.backends.torch.kernels.rows_many import Workspace
 from llmrs.backends.torch.library import LIBRARIES, Library, Parts, parts_of
 from llmrs.backends.torch.lowering import Program
 from llmrs.backends.torch.ops import KV
-from llmrs.backends.torch.rules import TRITON, KernelContext, Turns, programs, rows
+from llmrs.backends.torch.rules import TRITON, KernelContext, Turns, rows
 from llmrs.backends.torch.sampling import SlotState, adjusted
-from llmrs.backends.torch.step import Shape, StepInputs, shape_of
+from llmrs.backends.torch.step import Shape, StepInputs, programs, shape_of, splits
 from llmrs.backends.torch.trials import Trials
 from llmrs.backends.torch.tuned import Cuts, Device, pool_type
 from llmrs.backends.torch.tuning import cache_file, keys_of, tune
@@ -91,7 +91,8 @@ class KernelRunner:
             raise BackendError(f"{blocks} KV blocks of {self.block_size} tokens are too many", "lower kv_cache_memory")
         self.longest = slots.tokens.shape[1]
         self.tokens = torch.empty(max(len(slots.tokens), DECODE[-1]), dtype=torch.int32, device=self.device)
-        self.turns, self.programs = Turns(self.longest, self.device), programs(self.device)
+        self.turns = Turns(self.longest, self.device)
+        self.programs = programs(self.device, kv[0].keys.shape[2])
         keys = keys_of(graph, dtype, pool_type(kv[0].keys))
         if self.tunes:
             trials = Trials(self.kv, len(slots.last_token), self.longest, self.device)
@@ -108,8 +109,9 @@ class KernelRunner:
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Logits (R, V), in the type of the computation; they stay until the next step."""
-        found = self._recorded(batch)
-        inputs = found.inputs if found else StepInputs(shape_of(batch, self.tile), batch.blocks.size, self.device)
+        exact = shape_of(batch, self.tile, self.programs)
+        found = self._recorded(batch, exact)
+        inputs = found.inputs if found else StepInputs(exact, batch.blocks.size, self.device)
         inputs.fill(batch, self.block_size, self.spare, self.tile)
         self.step = batch, inputs, found
         if found is None:
@@ -134,18 +136,18 @@ class KernelRunner:
     def warm(self, sizes: Iterable[int]) -> None:
         """Records the graphs of steps of so many single tokens, the largest first: the rest fit into its memory."""
         for n in sorted({n for n in map(decode_bucket, sizes) if n}, reverse=True):
-            found = self._static(Shape(n, n, n, 0))
+            found = self._static(Shape(n, n, n, 0, splits(n, self.programs)))
             found.inputs.rest(self.spare * self.block_size)
             logits = self._forward(found)
             self._sample(found, logits, False)
 
-    def _recorded(self, batch: Batch) -> Recorded | None:
+    def _recorded(self, batch: Batch, exact: Shape) -> Recorded | None:
         """The shape that can run a step and be run again; None: there is none."""
         if self.recorders is None or len(batch.rows) != len(batch.slots):
             return None
         if self.library and len(batch.tokens) > SMALL:
             return None
-        shape = bucket(shape_of(batch, self.tile), self.tile)
+        shape = bucket(exact, self.tile, self.programs)
         return self._static(shape) if shape else None
 
     def _static(self, shape: Shape) -> Recorded:
@@ -180,7 +182,7 @@ class KernelRunner:
         f, last = inputs.fields, self.slots.last_token
         library = (self.library, parts) if self.library and parts else None
         context = KernelContext(
-            inputs.shape, f, last, self.turns, self.programs, self.tile, self.cuts, self.space, library, self.copies
+            inputs.shape, f, last, self.turns, self.tile, self.cuts, self.space, library, self.copies
         )
         with chaining(self.chain and inputs.shape.tokens <= CHAINED):
             logits: torch.Tensor = self._program(inputs.shape).run(context, [f.tokens, f.positions, *self.kv])[0]

@@ -10,20 +10,26 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
+from llmrs.backends.torch.kernels.launch import multiprocessors
 from llmrs.core.batch import Batch
 
 LONG = 1536  # tokens
+SHARING = 3.8  # programs of attention a multiprocessor; three run at once
+MOST = 32  # programs of attention that share a token's keys
+SHORT, LESS = 512, 8  # keys, up to which so many do: there is a tile of them for each
 ALIGN = 16  # fields begin at multiples of 64 bytes, which lets kernels read 16 bytes at a time
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Room of a step: T tokens, S sequences, tiles of one token each, tiles of prompts; tables are what is left."""
+    """Room of a step: T tokens, S sequences, tiles of one token each, tiles of prompts; tables are what is left.
+    `split` programs of attention share the keys of a single token."""
 
     tokens: int
     sequences: int
     singles: int
     chunks: int
+    split: int = 1
 
     @property
     def plain(self) -> bool:
@@ -96,14 +102,37 @@ class StepInputs:
         self.fields.slots.fill_(-1)
 
 
-def shape_of(batch: Batch, tile: int) -> Shape:
-    """The exact shape of a step whose prompts are cut into tiles of `tile` tokens."""
+def programs(device: torch.device, kv_heads: int) -> float:
+    """Of attention, for each KV head, that fill the device and leave no second round to begin."""
+    return SHARING * multiprocessors(device) / kv_heads
+
+
+def splits(tokens: float, programs: float) -> int:
+    """Programs that share each one's keys: a power of two, so that there are at most `programs` for a KV head."""
+    return min(1 << max(int(programs / tokens).bit_length() - 1, 0), MOST) if tokens else 1
+
+
+def split_of(positions: np.ndarray, programs: float) -> int:
+    """The same for a step of single tokens, some of which see more keys than others: they end late, so that sharing
+    pays for more tokens."""
+    count = len(positions)
+    if count > 2 * programs:
+        return 1
+    longest = int(positions.max()) + 1
+    evenness = (int(positions.sum()) + count) / (count * longest)
+    found = splits(count * evenness**1.2, programs)
+    return min(found, LESS) if longest <= SHORT else found
+
+
+def shape_of(batch: Batch, tile: int, programs: float) -> Shape:
+    """The exact shape of a step whose prompts are cut into tiles of `tile` tokens. `programs` of attention for each KV
+    head fill the device."""
     if len(batch.tokens) == len(batch.slots) == len(batch.rows):  # the usual case, without arithmetic
-        return Shape(len(batch.tokens), len(batch.rows), len(batch.tokens), 0)
+        return Shape(len(batch.tokens), len(batch.rows), len(batch.tokens), 0, split_of(batch.positions, programs))
     counts = np.diff(batch.starts)
     singles = int((counts == 1).sum())
     chunks = int((-(-counts // tile)).sum()) - singles
-    return Shape(len(batch.tokens), len(batch.rows), singles, chunks)
+    return Shape(len(batch.tokens), len(batch.rows), singles, chunks, splits(singles, programs))
 
 
 def _spans(shape: Shape, tables: int) -> dict[str, slice]:

@@ -12,9 +12,9 @@ import torch
 
 from llmrs.backends.torch.graphs import Recorder
 from llmrs.backends.torch.kernels import attention as paged
-from llmrs.backends.torch.kernels.launch import multiprocessors
 from llmrs.backends.torch.kernels.matvec import matvec
 from llmrs.backends.torch.ops import KV
+from llmrs.backends.torch.step import programs, splits
 from llmrs.backends.torch.tuned import Cut, Key
 
 BEYOND = 2**27  # bytes that no L2 cache holds
@@ -86,7 +86,7 @@ class Trials:
         tiles = torch.stack([sequences * width, first, rows, positions], dim=1)
         q = torch.zeros(count * new, kv_heads * group, size, dtype=key.types[0], device=self.device)
         y = torch.empty(len(q), kv_heads * group * size, dtype=q.dtype, device=self.device)
-        split = paged.splits(len(tiles), kv_heads, 2 * multiprocessors(self.device)) if new == 1 else 1
+        split = splits(len(tiles), programs(self.device, kv_heads)) if new == 1 else 1
         tables, tiles = (t.to(self.device, torch.int32) for t in (tables, tiles))
         scale, tiling = size**-0.5, paged.Tiling(*cut)
 

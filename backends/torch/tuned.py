@@ -20,9 +20,13 @@ from llmrs.backends.torch.kernels.matvec import rows_together
 
 Cut = tuple[int, ...]
 
-# NVIDIA H200, Qwen3-0.6B in bfloat16: docs/benchmarks.md. An H100 is the same chip with slower memory.
+# NVIDIA H200, shapes of Qwen3-0.6B, Llama-3.2-1B and Qwen3-8B in bfloat16: docs/benchmarks.md.
+# An H100 is the same chip with slower memory.
 HOPPER: dict[str, Cut] = {
-    "decode 2x128 bfloat16 bfloat16": (1, 64, 2, 3),
+    "decode 2x128 bfloat16 bfloat16": (1, 64, 4, 3),
+    "decode 2x128 bfloat16 float8_e4m3fn": (1, 64, 2, 3),
+    "decode 4x128 bfloat16 bfloat16": (1, 64, 4, 3),
+    "decode 4x64 bfloat16 bfloat16": (1, 64, 2, 2),
     "prompt 2x128 bfloat16 bfloat16": (64, 64, 8, 3),
     "matvec 1024x2048 bfloat16": (4,),
     "matvec 1024x3072 bfloat16": (4,),
@@ -95,7 +99,7 @@ def default(key: Key, device: Device) -> Cut:
     if key.kernel == "matvec":
         return (rows_together(key.shape[0]),)
     group, size = key.shape
-    cut = tiling(group, size, key.types[0], prompt=key.kernel == "prompt")
+    cut = tiling(group, size, key.types[0], prompt=key.kernel == "prompt", fp8=key.types[1].itemsize == 1)
     tokens, keys, warps, stages = cut.tokens, cut.keys, cut.warps, cut.stages
     while shared_memory(key, (tokens, keys, warps, stages), device) > device.shared and keys > 16:
         keys, stages = (keys, stages - 1) if stages > 2 else (keys // 2, stages)
@@ -115,7 +119,7 @@ def _others(key: Key) -> list[Cut]:
         return []
     group, wide = key.shape[0], key.shape[1] > 128
     if key.kernel == "decode":
-        return [(1, k // (1 + wide), w, s) for k, w, s in ((64, 2, 2), (64, 4, 3), (32, 2, 4), (32, 2, 2))]
+        return [(1, k // (1 + wide), w, s) for k, w, s in ((64, 2, 2), (64, 4, 2), (64, 4, 3), (64, 2, 3))]
     rows = 64 if wide else 128
     some = ((rows, 64, 8, 2), (rows, 32, 8, 3), (rows // 2, 64, 4, 2), (rows // 2, 32, 4, 3))
     return [(max(r // power(group), 1), k // (1 + wide), w, s) for r, k, w, s in some]

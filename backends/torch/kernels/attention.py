@@ -202,19 +202,17 @@ class Tiling:
     stages: int
 
 
-def tiling(group: int, size: int, dtype: torch.dtype, *, prompt: bool) -> Tiling:
-    """For single tokens, or parts of prompts. Float32 is for tests and small models: its tiles are small."""
+def tiling(group: int, size: int, dtype: torch.dtype, *, prompt: bool, fp8: bool = False) -> Tiling:
+    """For single tokens, or parts of prompts; `fp8`: the KV cache is in it.
+
+    Float32 is for tests and small models: its tiles are small."""
     if dtype == torch.float32:
         return Tiling(max(32 // power(group), 1) if prompt else 1, 32 if size <= 128 else 16, 4, 1)
     if not prompt:
-        return Tiling(1, 64 if size <= 128 else 32, 2 if group <= 16 else 4, 3)
+        small = size <= 64
+        return Tiling(1, 64 if size <= 128 else 32, 2 if (small or fp8) and group <= 16 else 4, 2 if small else 3)
     rows = 128 if size <= 128 else 64
     return Tiling(max(rows // power(group), 1), 64 if size <= 128 else 32, 8 if rows == 128 else 4, 3)
-
-
-def splits(tiles: int, kv_heads: int, programs: int) -> int:
-    """A power of two of programs for each tile and KV head, so that there are about `programs`; at most 32."""
-    return min(power(-(-programs // max(tiles * kv_heads, 1))), 32)
 
 
 def attention(
