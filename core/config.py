@@ -138,7 +138,7 @@ class EngineConfig(Checked):
     cuda_graphs: bool = option(True, "record steps and run them again, where Triton kernels run")
     tune: bool | None = option(
         None,
-        "time how Triton kernels are best cut, 10 s at the first load; null: with kernels: triton, on an unknown GPU",
+        "time how Triton kernels are best cut, 10 s at the first load; null: on a GPU of which none are stored",
     )
     dtype: str = option("bf16", "type of computation and of the KV cache", choices=DTYPES)
     kv_cache_dtype: str = option(

@@ -17,7 +17,7 @@ from llmrs.core.sampling import SamplingArrays
 pytest.importorskip("triton")
 from llmrs.backends.torch.graphs import DECODE, MIXED, ROWS, Recorder, bucket
 from llmrs.backends.torch.reserve import LIBRARIES
-from llmrs.backends.torch.step import LESS, MOST, SHORT, Shape, StepInputs, shape_of, split_of, splits
+from llmrs.backends.torch.step import LESS, MOST, SHORT, Shape, StepInputs, programs, shape_of, split_of, splits
 
 DEVICE = "cuda:0" if torch.cuda.is_available() else "cpu"
 
@@ -61,6 +61,11 @@ def test_programs_that_share_the_keys_of_a_token():
     uneven = [np.arange(300, 2000, 1700 / n) for n in (40, 56, 72)]
     assert [split_of(p.astype(int), 62.7) for p in uneven] == [2, 2, 1]
     assert split_of(np.zeros(1), 0.5) == 1
+
+
+def test_smaller_heads_need_more_programs():
+    one = programs(torch.device("cpu"), 8, 128)
+    assert programs(torch.device("cpu"), 8, 64) == 2 * one == programs(torch.device("cpu"), 4, 128)
 
 
 def test_what_is_sent():

@@ -310,7 +310,8 @@ def main(few: bool, device: Device) -> None:
                 for fp8 in caches:
                     ropes(dtype, *shape, norms, fp8=fp8)
         samplings(dtype)
-    assert set(Run.stored) <= Run.done, set(Run.stored) - Run.done
+    if device.capability == (9, 0):
+        assert set(Run.stored) <= Run.done, set(Run.stored) - Run.done
 
 
 if __name__ == "__main__":

@@ -73,9 +73,9 @@ class TorchBackend(Backend):
     ) -> None:
         """Triton kernels, before anything is loaded: "triton", "plain" (none), or "auto": where there is an NVIDIA GPU.
 
-        `tune`: None finds the best cuts on a GPU of which none are stored, with "triton". `attention` is what the
-        option says; plain torch ops are "sdpa", or "auto". Raises BackendError where they are asked for and can't run,
-        or can't do fp8; "auto" warns and does without a missing Triton.
+        `tune`: None finds the best cuts on a GPU of which none are stored. `attention` is what the option says; plain
+        torch ops are "sdpa", or "auto". Raises BackendError where they are asked for and can't run, or can't do fp8;
+        "auto" warns and does without a missing Triton.
         """
         if wanted == "plain" or (wanted == "auto" and self.at.type != "cuda"):
             if attention not in ("auto", "sdpa"):
@@ -97,7 +97,6 @@ class TorchBackend(Backend):
         if self.at.type == "cuda":
             self._check_bf16()
             torch.cuda.set_device(self.at)  # of this thread: Triton launches on it
-        tune = tune if wanted == "triton" else bool(tune)  # the search has not run to its end on a GPU yet
         self.kernels = runner.KernelRunner(self.at, graphs=graphs, attention=attention, tune=tune)
         self.rules, self.fused_ops = rules.TRITON, rules.FUSED
         self.prepare = partial(rules.Matrix, cuts=self.kernels.cuts)

@@ -92,7 +92,7 @@ class KernelRunner:
         self.longest = slots.tokens.shape[1]
         self.tokens = torch.empty(max(len(slots.tokens), DECODE[-1]), dtype=torch.int32, device=self.device)
         self.turns = Turns(self.longest, self.device)
-        self.programs = programs(self.device, kv[0].keys.shape[2])
+        self.programs = programs(self.device, *kv[0].keys.shape[2:])
         keys = keys_of(graph, dtype, pool_type(kv[0].keys))
         if self.tunes:
             trials = Trials(self.kv, len(slots.last_token), self.longest, self.device)

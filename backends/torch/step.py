@@ -14,7 +14,7 @@ from llmrs.backends.torch.kernels.launch import multiprocessors
 from llmrs.core.batch import Batch
 
 LONG = 1536  # tokens
-SHARING = 3.8  # programs of attention a multiprocessor; three run at once
+SHARING = 3.8  # programs of attention a multiprocessor for heads of 128; three run at once
 MOST = 32  # programs of attention that share a token's keys
 SHORT, LESS = 512, 8  # keys, up to which so many do: there is a tile of them for each
 ALIGN = 16  # fields begin at multiples of 64 bytes, which lets kernels read 16 bytes at a time
@@ -102,9 +102,10 @@ class StepInputs:
         self.fields.slots.fill_(-1)
 
 
-def programs(device: torch.device, kv_heads: int) -> float:
-    """Of attention, for each KV head, that fill the device and leave no second round to begin."""
-    return SHARING * multiprocessors(device) / kv_heads
+def programs(device: torch.device, kv_heads: int, size: int) -> float:
+    """Of attention, for each KV head, that fill the device and leave no second round to begin. With smaller heads more
+    fit, and more are needed, since each asks for less at a time."""
+    return SHARING * multiprocessors(device) / kv_heads * 128 / size
 
 
 def splits(tokens: float, programs: float) -> int:

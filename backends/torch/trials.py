@@ -86,7 +86,7 @@ class Trials:
         tiles = torch.stack([sequences * width, first, rows, positions], dim=1)
         q = torch.zeros(count * new, kv_heads * group, size, dtype=key.types[0], device=self.device)
         y = torch.empty(len(q), kv_heads * group * size, dtype=q.dtype, device=self.device)
-        split = splits(len(tiles), programs(self.device, kv_heads)) if new == 1 else 1
+        split = splits(len(tiles), programs(self.device, kv_heads, size)) if new == 1 else 1
         tables, tiles = (t.to(self.device, torch.int32) for t in (tables, tiles))
         scale, tiling = size**-0.5, paged.Tiling(*cut)
 
