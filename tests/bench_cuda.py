@@ -290,7 +290,7 @@ def rows() -> None:
 
     with Engine(config) as own:
         bench_rows.whole_steps(timed, FOUND, own._worker.core.backend, batch)
-    bench_rows.linears(timed, FOUND)
+    bench_rows.linears(timed, FOUND, random_checkpoint.SHAPES[model_shape()])
 
 
 def prompt() -> None:

@@ -1,9 +1,9 @@
-"""The part `rows` of bench_cuda.py: the linears of Qwen3-0.6B for up to 512 rows, by themselves and in whole steps.
+"""The part `rows` of bench_cuda.py: a model's linears for up to 512 rows, by themselves and in whole steps.
 
-Of each linear and number of rows: the library's product; the way of `kernels: auto` (a norm, a product, a gate or a
-sum); the kernels that do all of it, as `product` would choose, and `rows_many` in other cuts. All but the library's are
-chained. A line has the best of each, the JSON all. Every result is compared with the second way's, and those of the
-recorded launches, which share a workspace, with the same ones by themselves, bit by bit.
+Of each linear and number of rows: the library's product, by cuBLAS and by cuBLASLt; the way of `kernels: auto` (a norm,
+a product, a gate or a sum); the kernels that do all of it, as `product` would choose, and `rows_many` in other cuts.
+All but the library's are chained. A line has the best of each, the JSON all. Every result is compared with the second
+way's, and those of the recorded launches, which share a workspace, with the same ones by themselves, bit by bit.
 """
 
 from collections.abc import Callable, Iterator
@@ -49,13 +49,17 @@ class Linear:
     times: int = LAYERS
 
 
-LINEARS = (
-    Linear("qkv", 4096, 1024, norm=True),
-    Linear("o", 1024, 2048, more=True),
-    Linear("gate+up", 3072, 1024, norm=True, gate="silu_mul"),
-    Linear("down", 1024, 3072, more=True),
-    Linear("head", 151936, 1024, norm=True, times=2),
-)
+def linears_of(shape: dict[str, Any]) -> tuple[Linear, ...]:
+    """Those of a model whose config.json is `shape`."""
+    width, inner, size = shape["hidden_size"], shape["intermediate_size"], shape["head_dim"]
+    heads, kv_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
+    return (
+        Linear("qkv", (heads + 2 * kv_heads) * size, width, norm=True),
+        Linear("o", width, heads * size, more=True),
+        Linear("gate+up", inner, width, norm=True, gate="silu_mul"),
+        Linear("down", width, inner, more=True),
+        Linear("head", shape["vocab_size"], width, norm=True, times=2),
+    )
 
 
 def random(*shape: int) -> torch.Tensor:
@@ -64,6 +68,20 @@ def random(*shape: int) -> torch.Tensor:
 
 def library(w: torch.Tensor) -> Run:
     return lambda x: torch.nn.functional.linear(x, w)
+
+
+def lt(w: torch.Tensor) -> Run:
+    """By cuBLASLt, which chooses its kernels by itself."""
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        before = torch.backends.cuda.preferred_blas_library()
+        torch.backends.cuda.preferred_blas_library("cublaslt")
+        try:
+            return torch.nn.functional.linear(x, w)
+        finally:
+            torch.backends.cuda.preferred_blas_library(before)
+
+    return run
 
 
 def today(of: Linear, w: torch.Tensor, norm: torch.Tensor, more: torch.Tensor) -> Run:
@@ -147,15 +165,16 @@ def measured(timed: Timed, of: Linear, x: torch.Tensor, runs: list[Run], wanted:
     return seconds
 
 
-def linears(timed: Timed, found: dict[str, Any]) -> None:
+def linears(timed: Timed, found: dict[str, Any], shape: dict[str, Any]) -> None:
     """Microseconds of one launch, or of the launches that it replaces."""
-    for of in LINEARS:
+    for of in linears_of(shape):
         weights = [random(of.count * (2 if of.gate else 1), of.width) / 32 for _ in range(of.times)]
         norm, more = random(of.width), random(max(COUNTS), of.count)
         for rows in COUNTS:
             x = random(rows, of.width)
             wanted = today(of, weights[0], norm, more)(x).float()
             ways = [("library", None, [library(w) for w in weights])]
+            ways += [("library lt", None, [lt(w) for w in weights])]
             ways += [("auto", None, [today(of, w, norm, more) for w in weights])]
             for name, cut in dict.fromkeys(cuts(of, rows)):
                 ways.append((name, cut, [ours(of, w, norm, more, cut) for w in weights]))
@@ -177,8 +196,8 @@ def attempt(
 ) -> float | None:
     """Seconds; None if it fails, which is said: the others go on, since time on a GPU is short."""
     try:
-        with chaining(name != "library"):
-            return measured(timed, of, x, runs, None if name == "library" else wanted)
+        with chaining(not name.startswith("library")):
+            return measured(timed, of, x, runs, None if name.startswith("library") else wanted)
     except Exception as error:  # noqa: BLE001
         print(f"{of.name:8} {len(x):3} rows, {name} {cut}: FAILED, {type(error).__name__}: {error}", flush=True)
         return None
