@@ -114,8 +114,8 @@ def splits(tokens: float, programs: float) -> int:
 
 
 def split_of(positions: np.ndarray, programs: float) -> int:
-    """The same for a step of single tokens, some of which see more keys than others: they end late, so that sharing
-    pays for more tokens."""
+    """The same for a step of single tokens, some of which see more keys than others: those end late, so that sharing
+    pays for more tokens. How many more was measured (docs/log.md)."""
     count = len(positions)
     if count > 2 * programs:
         return 1

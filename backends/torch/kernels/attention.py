@@ -203,9 +203,7 @@ class Tiling:
 
 
 def tiling(group: int, size: int, dtype: torch.dtype, *, prompt: bool, fp8: bool = False) -> Tiling:
-    """For single tokens, or parts of prompts; `fp8`: the KV cache is in it.
-
-    Float32 is for tests and small models: its tiles are small."""
+    """For single tokens, or parts of prompts. `fp8`: the KV cache is in it; float32 is for tests and small models."""
     if dtype == torch.float32:
         return Tiling(max(32 // power(group), 1) if prompt else 1, 32 if size <= 128 else 16, 4, 1)
     if not prompt:
