@@ -195,9 +195,10 @@ def attempt(
     timed: Timed, of: Linear, x: torch.Tensor, runs: list[Run], wanted: torch.Tensor, name: str, cut: Cut | Tiles | None
 ) -> float | None:
     """Seconds; None if it fails, which is said: the others go on, since time on a GPU is short."""
+    theirs = name.startswith("library")
     try:
-        with chaining(not name.startswith("library")):
-            return measured(timed, of, x, runs, None if name.startswith("library") else wanted)
+        with chaining(not theirs):
+            return measured(timed, of, x, runs, None if theirs else wanted)
     except Exception as error:  # noqa: BLE001
         print(f"{of.name:8} {len(x):3} rows, {name} {cut}: FAILED, {type(error).__name__}: {error}", flush=True)
         return None

@@ -208,7 +208,8 @@ def tiling(group: int, size: int, dtype: torch.dtype, *, prompt: bool, fp8: bool
         return Tiling(max(32 // power(group), 1) if prompt else 1, 32 if size <= 128 else 16, 4, 1)
     if not prompt:
         small = size <= 64
-        return Tiling(1, 64 if size <= 128 else 32, 2 if (small or fp8) and group <= 16 else 4, 2 if small else 3)
+        warps = 2 if (small or fp8) and group <= 16 else 4
+        return Tiling(1, 64 if size <= 128 else 32, warps, 2 if small else 3)
     rows = 128 if size <= 128 else 64
     return Tiling(max(rows // power(group), 1), 64 if size <= 128 else 32, 8 if rows == 128 else 4, 3)
 
