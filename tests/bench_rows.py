@@ -1,9 +1,9 @@
 """The part `rows` of bench_cuda.py: a model's linears for up to 512 rows, by themselves and in whole steps.
 
-Of each linear and number of rows: the library's product, by cuBLAS and by cuBLASLt; the way of `kernels: auto` (a norm,
-a product, a gate or a sum); the kernels that do all of it, as `product` would choose, and `rows_many` in other cuts.
-All but the library's are chained. A line has the best of each, the JSON all. Every result is compared with the second
-way's, and those of the recorded launches, which share a workspace, with the same ones by themselves, bit by bit.
+Of each linear and number of rows: the library's product, by cuBLAS and by cuBLASLt, with its gate or the sum and norm
+that follow; and our kernels for all of it, cut as `cut_of` would, and otherwise. Of one row the norm before it too. All
+but the library's are chained. A line has the best of each, the JSON all. Every result is compared with the first way's,
+and those of the recorded launches with the same ones by themselves, bit by bit.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,24 +14,12 @@ import torch
 
 from llmrs.backends.torch import rules
 from llmrs.backends.torch.kernels.launch import chaining
-from llmrs.backends.torch.kernels.rows import (
-    NARROW,
-    NORMED,
-    Cut,
-    Tiles,
-    cut_few,
-    cut_many,
-    cut_some,
-    normed,
-    product,
-    vectors,
-)
-from llmrs.backends.torch.kernels.rows_many import PROGRAMS, TILE
+from llmrs.backends.torch.kernels.rows import FEW, NORMED, Cut, Tiles, cut_few, cut_many, normed, product, vectors
+from llmrs.backends.torch.kernels.rows_many import PROGRAMS, SPAN
+from llmrs.backends.torch.tuned import Device
 
 GPU, LAYERS = "cuda:0", 28
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-SOME = 64  # rows up to which the second kernel is tried
-SHARED = 220 * 1024  # bytes of a program
 Timed = Callable[[Callable[[], object]], float]
 Run = Callable[[torch.Tensor], torch.Tensor]
 
@@ -66,43 +54,39 @@ def random(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, device=GPU, dtype=torch.bfloat16)
 
 
-def library(w: torch.Tensor) -> Run:
-    return lambda x: torch.nn.functional.linear(x, w)
-
-
-def lt(w: torch.Tensor) -> Run:
-    """By cuBLASLt, which chooses its kernels by itself."""
+def library(of: Linear, w: torch.Tensor, norm: torch.Tensor, more: torch.Tensor, blas: str = "cublas") -> Run:
+    """As many launches as a step has that is not of few rows; cuBLAS or, with kernels of its own choice, cuBLASLt."""
 
     def run(x: torch.Tensor) -> torch.Tensor:
         before = torch.backends.cuda.preferred_blas_library()
-        torch.backends.cuda.preferred_blas_library("cublaslt")
+        torch.backends.cuda.preferred_blas_library(blas)
         try:
-            return torch.nn.functional.linear(x, w)
+            y = torch.nn.functional.linear(_before(of, x, norm), w)
         finally:
             torch.backends.cuda.preferred_blas_library(before)
-
-    return run
-
-
-def today(of: Linear, w: torch.Tensor, norm: torch.Tensor, more: torch.Tensor) -> Run:
-    """As many launches as `kernels: auto` has, but for add + norm, which it does in one."""
-    matrix = rules.Matrix(w)
-
-    def run(x: torch.Tensor) -> torch.Tensor:
-        x = rules.rms_norm(None, x, norm, eps=1e-6) if of.norm else x
-        y = matrix(x)
         y = rules.silu_mul(None, *y.chunk(2, dim=1)) if of.gate else y
-        return more[: len(x)] + y if of.more else y
+        return rules.add_norm(None, more[: len(x)], y, norm[: of.count], eps=1e-6)[1] if of.more else y
 
     return run
+
+
+def _before(of: Linear, x: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+    """x as it was, or normed: of several rows that belongs to the launch before."""
+    return rules.rms_norm(None, x, norm[: of.width], eps=1e-6) if of.norm and len(x) <= NORMED else x
 
 
 def ours(of: Linear, w: torch.Tensor, norm: torch.Tensor, more: torch.Tensor, cut: Cut | Tiles) -> Run:
+    after = norm[: of.count]
+
     def run(x: torch.Tensor) -> torch.Tensor:
-        before = norm if of.norm else None
-        if before is not None and (len(x) > NORMED or not normed(w)):
-            x, before = rules.rms_norm(None, x, norm, eps=1e-6), None
-        return product(x, w, None, more[: len(x)] if of.more else None, before, 1e-6, 0.0, of.gate, cut=cut)
+        if isinstance(cut, Tiles):
+            y = product(_before(of, x, norm), w, gate=of.gate, cut=cut)
+            return rules.add_norm(None, more[: len(x)], y, after, eps=1e-6)[1] if of.more else y
+        within = of.norm and len(x) <= NORMED and normed(w)
+        x = x if within else _before(of, x, norm)
+        added = more[: len(x)] if of.more else None
+        y = product(x, w, None, added, norm[: of.width] if within else None, 1e-6, 0.0, of.gate, cut=cut)
+        return rules.rms_norm(None, y, after, eps=1e-6) if of.more else y
 
     return run
 
@@ -110,31 +94,29 @@ def ours(of: Linear, w: torch.Tensor, norm: torch.Tensor, more: torch.Tensor, cu
 def cuts(of: Linear, rows: int) -> Iterator[tuple[str, Cut | Tiles]]:
     """The kernels by name, and their cuts: the default, and others near it."""
     gate = bool(of.gate)
-    if vectors(rows, of.width, gate) and (rows == 1 or of.name != "head"):
+    if rows <= FEW and vectors(rows, of.width, gate) and (rows == 1 or of.name != "head"):
         first = cut_few(rows, of.width, 2, gate)
         yield from (("few", c) for c in (first, replace(first, each=2 * first.each), replace(first, part=512)))
-    if not vectors(rows, of.width, gate) and rows <= SOME and of.count <= NARROW:
-        second = cut_some(rows, of.width, 2, gate)
-        yield from (("some", c) for c in (second, replace(second, part=128, stages=3)))
-    if rows > 1:
+    if of.name != "head":
         yield from (("many", t) for t in tiles(of, rows) if possible(t, of, rows))
 
 
 def tiles(of: Linear, rows: int) -> Iterator[Tiles]:
-    first = cut_many(rows, of.count, of.width, 2, bool(of.gate))
+    first = cut_many(rows, of.count, of.width, bool(of.gate), of.more, Device.of(torch.device(GPU)).shared)
     yield first
-    yield from (replace(first, split=n) for n in (1, 2, 4, 8))
-    yield from (replace(first, part=192 - first.part), replace(first, stages=3), replace(first, each=192 - first.each))
-    yield from (replace(first, warps=12 - first.warps), replace(first, count=2 * first.count, part=64))
-    if first.count > 16:
-        yield from (replace(first, count=first.count // 2, split=n) for n in (first.split, 2 * first.split))
+    for near in (first, replace(first, part=64, stages=8 if first.part == 128 else first.stages)):
+        yield from (replace(near, split=n) for n in (1, 2, 4, 6))
+        yield from (replace(near, each=192 - near.each), replace(near, warps=12 - near.warps))
+        yield from (replace(near, count=2 * near.count), replace(near, count=max(near.count // 2, 16)))
+        yield replace(near, stages=near.stages // 2)
 
 
 def possible(t: Tiles, of: Linear, rows: int) -> bool:
-    """Whether it fits into registers, shared memory and workspace, and has no more work than it must."""
-    wide, sums = t.each * (2 if of.gate else 1) + t.count, t.each * t.count * (2 if of.gate else 1)
-    held = sums <= TILE * t.warps // (16 if t.split > 1 else 8) and t.stages * t.part * 2 * wide <= SHARED
-    return held and t.count < max(2 * rows, 32) and (t.split == 1 or t.programs(rows, of.count) <= 2 * PROGRAMS)
+    """Whether it fits into registers and shared memory, has no more work than it must, and ranges that are added up."""
+    each = t.each * (2 if of.gate else 1)
+    held = each * t.count <= 2**12 * t.warps and t.stages * t.part * 2 * (each + t.count) <= 220 * 1024
+    ranged = t.split == 1 or (of.more and of.width >= SPAN * t.split and t.programs(rows, of.count) <= 2 * PROGRAMS)
+    return held and t.stages > 1 and t.count < max(2 * rows, 32) and ranged
 
 
 def recorded(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
@@ -169,13 +151,12 @@ def linears(timed: Timed, found: dict[str, Any], shape: dict[str, Any]) -> None:
     """Microseconds of one launch, or of the launches that it replaces."""
     for of in linears_of(shape):
         weights = [random(of.count * (2 if of.gate else 1), of.width) / 32 for _ in range(of.times)]
-        norm, more = random(of.width), random(max(COUNTS), of.count)
+        norm, more = random(max(of.width, of.count)), random(max(COUNTS), of.count)
         for rows in COUNTS:
             x = random(rows, of.width)
-            wanted = today(of, weights[0], norm, more)(x).float()
-            ways = [("library", None, [library(w) for w in weights])]
-            ways += [("library lt", None, [lt(w) for w in weights])]
-            ways += [("auto", None, [today(of, w, norm, more) for w in weights])]
+            wanted = library(of, weights[0], norm, more)(x).float()
+            ways = [("library", None, [library(of, w, norm, more) for w in weights])]
+            ways += [("library lt", None, [library(of, w, norm, more, "cublaslt") for w in weights])]
             for name, cut in dict.fromkeys(cuts(of, rows)):
                 ways.append((name, cut, [ours(of, w, norm, more, cut) for w in weights]))
             best: dict[str, tuple[float, Any]] = {}
@@ -207,9 +188,9 @@ def attempt(
 def whole_steps(
     timed: Timed, found: dict[str, Any], backend: Any, batch: Callable[[Any, int, int], Any], context: int = 384
 ) -> None:
-    """The forward part of decode steps: as `kernels: auto` has it, then with what it leaves out."""
+    """The forward part of decode steps: without the program for few rows, with it, and with its kernels chained."""
     kernels = backend.kernels
-    for name, fused, chained in (("auto", False, False), ("chained", False, True), ("fused, chained", True, True)):
+    for name, fused, chained in (("library", False, False), ("fused", True, False), ("fused, chained", True, True)):
         kernels.chain, kernels.fused = chained, fused
         kernels.begin(backend.graph, backend.program, backend.kv, backend.slots, backend.type)
         for count in COUNTS:

@@ -41,11 +41,12 @@ def test_not_in_the_interpreter(monkeypatch):
 
 
 @pytest.mark.skipif(not launch.interpreted(), reason="compiled kernels call nothing of ours")
-def test_every_program_of_a_step_waits_once_and_then_lets_the_next_one_start(monkeypatch):
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+def test_every_program_of_a_step_waits_once_and_then_lets_the_next_one_start(monkeypatch, dtype: str):
     """And runs as if alone otherwise. Sampling by bounds, top-k and prompts are among the steps."""
 
     def answers() -> list[list[int]]:
-        backend = find("torch")("cpu", "f32", "f32")
+        backend = find("torch")("cpu", dtype, dtype)
         backend.use_kernels("triton", graphs=False)
         model = RandomModel.of("qwen3", num_hidden_layers=1).on(backend)
         asked = [request(p, n, max_tokens=2, temperature=0.9, top_k=5 * n) for n, p in enumerate(prompts(3, 5))]

@@ -8,21 +8,17 @@ from llmrs.backends.base import find
 from llmrs.backends.testing import BLOCK, RandomModel, core_on, prefill_batch, prompts, request, run
 
 pytest.importorskip("triton")
-from llmrs.backends.torch import rules
 from llmrs.backends.torch.kernels import rows
 from llmrs.backends.torch.kernels.rows import (
-    LARGE,
-    MOST,
     NARROW,
     NORMED,
     SOME,
-    WIDE,
     Cut,
+    cut_of,
     most_rows,
     product,
-    worthwhile,
 )
-from llmrs.backends.torch.kernels.rows_many import MANY
+from llmrs.backends.torch.kernels.rows_many import MANY, Tiles
 from llmrs.backends.torch.lowering import Call
 from llmrs.backends.torch.rules import Matrix
 from llmrs.backends.torch.step import Shape
@@ -31,7 +27,7 @@ from llmrs.core.errors import BackendError
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
 LEFT = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-SHAPES = [(1, 3, 8), (1, 37, 264), (2, 211, 64), (3, 9, 1100), (4, 33, 3072), (5, 70, 80), (16, 33, 520), (17, 50, 264)]
+SHAPES = [(1, 3, 8), (1, 37, 264), (2, 211, 64), (3, 9, 1100), (4, 33, 3072), (5, 70, 80), (16, 33, 520)]
 
 
 def random(rng: np.random.Generator, *shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -128,23 +124,39 @@ def test_what_does_not_fit_is_refused():
 # The program
 
 
-def test_only_few_rows_take_it(monkeypatch: pytest.MonkeyPatch):
-    """Where it is asked for; float32 has no use for as many rows, nor a large matrix."""
+def test_only_few_rows_take_it():
+    """Where it is asked for; float32 has no use for as many."""
     made = backend("qwen3")
     made.allocate(4, BLOCK, 1, 16)
-    assert made.kernels.few_rows == most_rows(torch.float32) < most_rows(torch.float16) == MOST
+    device = made.kernels.device
+    assert made.kernels.few_rows == most_rows(torch.float32, device) == SOME
+    assert most_rows(torch.float16, device) == MANY
     made.kernels.fused = False
     made.allocate(4, BLOCK, 1, 16)
     assert made.kernels.few_rows == 0
-    narrow, wide, large = (
-        torch.empty(n, k, dtype=torch.float16) for n, k in ((NARROW, 8), (NARROW + 1, 8), (2**12, LARGE // 2**13 + 1))
-    )
-    assert [worthwhile(n, narrow) for n in (1, MOST, MOST + 1)] == [True, True, False]
-    assert [worthwhile(n, wide) for n in (1, WIDE, WIDE + 1)] == [True, True, False]
-    assert [worthwhile(n, large) for n in (1, 2)] == [True, False]
+
+
+def kinds(rows: tuple[int, ...], w: torch.Tensor, gate: bool = False, summed: bool = False) -> list[type]:
+    return [type(cut_of(n, w, gate, summed, 227 * 1024)) for n in rows]
+
+
+def test_which_kernel_runs(monkeypatch: pytest.MonkeyPatch):
+    library = type(None)
+    small, large = (torch.empty(n, n, dtype=torch.float16, device="meta") for n in (2048, 4096))
+    assert kinds((1, 2, 3, 256, 257), small) == [Cut, Cut, Tiles, Tiles, library]
+    assert kinds((1, 2, 128, 129, 256), large) == [Cut, Tiles, Tiles, library, library]
+    assert kinds((128, 129, 256), large, gate=True) == [Tiles, library, library]
+    assert kinds((2, 64, 65, 104, 105, MANY, MANY + 1), small, summed=True) == [
+        Tiles, Tiles, library, library, Tiles, Tiles, library,
+    ]  # fmt: skip
+    assert kinds((128, 129, 224, 225, 256, 257), large, summed=True) == [Tiles, *[library] * 2, *[Tiles] * 2, library]
+    assert kinds((2, 3), large[:, 1:]) == [library] * 2, "rows that do not begin at multiples of 16 bytes"
+    floats = small.float()
+    assert kinds((1, 2, SOME, SOME + 1), floats[:NARROW]) == [Cut, Cut, Cut, library]
+    assert kinds((1, 2), torch.cat([floats, floats])) == [Cut, library]
     monkeypatch.setattr(rows, "hopper", lambda device: False)
-    assert [worthwhile(n, narrow) for n in (1, SOME, SOME + 1)] == [True, True, False]
-    assert [worthwhile(n, wide) for n in (1, 2)] == [True, False]
+    assert kinds((1, 2, SOME, SOME + 1), small[:NARROW]) == [Cut, Cut, Cut, library]
+    assert kinds((1, 2), large, summed=True) == [Cut, library]
 
 
 def backend(name: str, dtype: str = "f32", **changes):
@@ -192,17 +204,18 @@ def test_no_norm_before_a_large_matrix(monkeypatch: pytest.MonkeyPatch):
     assert ops("qwen3", 1) == ["rms_norm", *layer, *layer, "head"]
 
 
-@pytest.mark.parametrize("large", [LARGE, 0])  # 0: from two rows on the library's products
+@pytest.mark.parametrize("old", [False, True])  # before Hopper: mostly the library's products
 @pytest.mark.parametrize(
-    ("name", "dtype"), [("llama", "f32"), ("qwen3", "f16"), ("gemma3", "f32"), ("qwen3-moe", "f16")]
+    ("name", "dtype"), [("llama", "f32"), ("qwen3", "f16"), ("qwen2", "f16"), ("gemma3", "f32"), ("qwen3-moe", "f16")]
 )
-def test_the_fused_program_is_the_unfused_one(name: str, dtype: str, large: int, monkeypatch: pytest.MonkeyPatch):
+def test_the_fused_program_is_the_unfused_one(name: str, dtype: str, old: bool, monkeypatch: pytest.MonkeyPatch):
     """Up to the order of float32 sums: on steps of one row, of a few, of many, and of more than it is for."""
-    monkeypatch.setattr(rows, "LARGE", large)
+    if old:
+        monkeypatch.setattr(rows, "hopper", lambda device: False)
     made, found = backend(name, dtype), []
     made.allocate(40, BLOCK, 8, 64)
     batches = [prefill_batch(prompts(*lengths)) for lengths in ((1,), (3,), (5, 1), (9, 20, 25))]
-    for most in (most_rows(made.type), 0):
+    for most in (most_rows(made.type, made.kernels.device), 0):
         made.kernels.few_rows = most
         found.append([made.to_host(made.forward(b)).copy() for b in batches])
     for ours, expected in zip(*found, strict=True):
@@ -226,18 +239,3 @@ def test_one_token_with_two_wanted_rows():
         asked = request(prompts(5)[0], max_tokens=2, prompt_logprobs=1)
         found.append((run(core, [asked]), [likely and likely[0] for likely in asked.prompt_logprobs]))
     assert found[0] == found[1]
-
-
-def test_engines_of_a_device_share_no_workspace(monkeypatch: pytest.MonkeyPatch):
-    """Their launches may run at the same time."""
-    seen, product = [], rules.few.product
-
-    def noted(*args, space=None, **how):
-        seen.append(space)
-        return product(*args, **how, space=space)
-
-    monkeypatch.setattr(rules.few, "product", noted)
-    for _ in range(2):
-        run(core_on(backend("qwen3")), [request([1, 2], max_tokens=2)])
-    assert None not in seen
-    assert len({id(space) for space in seen}) == 2

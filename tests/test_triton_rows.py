@@ -112,7 +112,12 @@ def test_embed():
 
 def test_what_does_not_fit_is_refused():
     x = torch.zeros(3, 8)
-    for wrong in (lambda: rms_norm(x.T, x[0], eps=1e-5), lambda: add_norm(x, x.half(), x[0], eps=1e-5)):
+    for wrong in (
+        lambda: rms_norm(x.T, x[0], eps=1e-5),
+        lambda: add_norm(x, x.half(), x[0], eps=1e-5),
+        lambda: add_norm(x, torch.zeros(2, 3, 8).half(), x[0], eps=1e-5),
+        lambda: add_norm(x, torch.zeros(2, 3, 9), x[0], eps=1e-5),
+    ):
         with pytest.raises(BackendError, match="kernel norm"):
             wrong()
     with pytest.raises(BackendError, match="shapes"):

@@ -25,7 +25,7 @@ from llmrs.backends.torch.kernels import edges as edges_of
 from llmrs.backends.torch.kernels import prompt as prompt_of
 from llmrs.backends.torch.kernels import rows as rows_of
 from llmrs.backends.torch.kernels.launch import power, precision
-from llmrs.backends.torch.kernels.rows_many import Tiles, many, of_many
+from llmrs.backends.torch.kernels.rows_many import LINES, Tiles, many
 from llmrs.backends.torch.tuned import STORED, Cut, Device, Key, attention_key, candidates, default, shared_memory
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -42,6 +42,7 @@ class Run:
     few = True
     stored = STORED["NVIDIA H200"] | STORED["NVIDIA H100"]  # all there is as yet is for sm_90
     done: ClassVar[set[str]] = set()
+    tiles: ClassVar[set[tuple]] = set()
 
 
 def cuts(key: Key) -> list[Cut]:
@@ -164,9 +165,9 @@ def prompts(dtype: torch.dtype, group: int, size: int, block: int) -> None:
 
 def rows(dtype: torch.dtype, width: int) -> None:
     t, padded = NAMES[dtype], power(width)
-    for add in (False, True):
-        tensors = dict.fromkeys(("x", "y", "w", "total", "n"), t)
-        constants = {"D": width, "DP": padded, "ADD": add}
+    for parts in (0, 1, 2, 6):
+        tensors = dict.fromkeys(("x", "y", "w", "total", "n"), t) | ({"y": "fp32"} if parts > 1 else {})
+        constants = {"D": width, "DP": padded, "PARTS": parts}
         compiled(norm._norm, tensors, constants, ("eps", "offset"), warps=min(max(padded // 512, 1), 16))
     for gelu in (False, True):
         constants = {"N": 3 * width, "PART": 1024, "GELU": gelu}
@@ -189,25 +190,24 @@ def matvecs(dtype: torch.dtype, count: int, width: int) -> None:
 
 
 def products(dtype: torch.dtype, count: int, width: int, gate: str, norm: bool, add: bool, counts: tuple) -> None:
-    """For numbers of rows; and what ptxas says. Two-byte products of `many` are Hopper's, from copies of 16 bytes."""
-    tensors = dict.fromkeys(("x", "norm", "w", "bias", "more", "y"), NAMES[dtype]) | {"sums": "fp32", "arrived": "i32"}
+    """For numbers of rows; and what ptxas says."""
+    w = torch.empty(count * (2 if gate else 1), width, dtype=dtype, device="meta")
+    tensors = dict.fromkeys(("x", "norm", "w", "bias", "more", "y"), NAMES[dtype])
     bound = {"K": width, "GATE": rows_of.GATES[gate], "BIAS": False, "ADD": add}
-    small = count * (2 if gate else 1) * width * dtype.itemsize <= rows_of.LARGE
-    for rows in (n for n in counts if n <= rows_of.most_rows(dtype)):
-        cut = rows_of.cut_for(rows, count, width, dtype.itemsize, bool(gate))
-        if isinstance(cut, Tiles) and Run.device.capability < (9, 0):
+    for rows in counts:
+        cut = rows_of.cut_of(rows, w, bool(gate), add, Run.device.shared)
+        if isinstance(cut, Tiles):
+            tiles(cut, dtype, count, width, bound["GATE"])
+        if not isinstance(cut, rows_of.Cut):
             continue  # the library's
         kernel, own = kernel_of(cut, rows, width, dtype, gate)
         own |= {"PART": cut.part, "EACH": cut.each, "EARLY": cut.early}
-        own["NORM"] = norm and small and rows <= rows_of.NORMED
+        own["NORM"] = norm and w.nbytes <= rows_of.LARGE and rows <= rows_of.NORMED
         stages = own.pop("num_stages", 1)
         constants = {k: v for k, v in (bound | own).items() if k in kernel.arg_names}
         given = {k: v for k, v in tensors.items() if k in kernel.arg_names}
         sixteens = () if count % 16 else ("N",)
         found = compiled(kernel, given, constants, ("eps", "offset"), (), cut.warps, stages, True, sixteens)
-        if kernel is many and Run.device.capability == (9, 0) and dtype != torch.float32:
-            assert "wgmma.mma_async" in found.asm["ptx"]
-            assert re.search(r"cp\.async\.cg\.shared\.global .*, 0x10,", found.asm["ptx"])
         registers, spilled = resources(found)
         where = "LOCAL MEMORY" if spilled > 16 else "spilled"  # a register or four by the way cost nothing
         print(f"    {rows} rows: registers {registers}, {where} {spilled} bytes")
@@ -215,11 +215,30 @@ def products(dtype: torch.dtype, count: int, width: int, gate: str, norm: bool, 
 
 def kernel_of(cut, rows: int, width: int, dtype: torch.dtype, gate: str):
     """The kernel that does a cut, and its constants."""
-    if isinstance(cut, Tiles):
-        return many, of_many(cut, width, dtype)
     if rows_of.vectors(rows, width, bool(gate)):
         return rows_of.few, rows_of.of_few(cut, rows, width, dtype.itemsize, gate)
     return rows_of.some, rows_of.of_some(cut, rows, width, dtype)
+
+
+def tiles(cut: Tiles, dtype: torch.dtype, count: int, width: int, gate: int) -> None:
+    """`many`, whose code does not depend on the matrix: from the copy engine right into Hopper's products."""
+    t, sixteens = NAMES[dtype], tuple(n for n, size in (("N", count), ("K", width)) if size % 16 == 0)
+    key = (dtype, Run.device, cut.each, cut.count, cut.part, cut.stages, cut.split > 1, gate, sixteens)
+    if key in Run.tiles:
+        return
+    Run.tiles.add(key)
+    shapes = (("x_tiles", cut.count), ("w_tiles", cut.each))
+    tensors = {name: f"tensordesc<{t}[{rows},{cut.part}]>" for name, rows in shapes}
+    tensors |= {"w": t, "bias": t, "y": "fp32" if cut.split > 1 else t}
+    constants = {"PART": cut.part, "EACH": cut.each, "COUNT": cut.count, "LINES": LINES, "GATE": gate}
+    for bias in (False, True) if cut.split == 1 else (False,):
+        found = compiled(many, tensors, constants | {"BIAS": bias}, (), (), cut.warps, cut.stages, True, sixteens)
+        assert "cp.async.bulk.tensor" in found.asm["ptx"]
+        if Run.device.capability == (9, 0):
+            assert "wgmma.mma_async" in found.asm["ptx"]
+        registers, spilled = resources(found)
+        print(f"    {cut}: registers {registers}")
+        assert spilled == 0, cut
 
 
 def resources(found) -> tuple[int, int]:
@@ -278,6 +297,7 @@ FEW = [
 
 def main(few: bool, device: Device) -> None:
     Run.few, Run.device = few, device
+    rows_of.hopper = lambda _: device.capability >= (9, 0)
     caches = (False, True) if device.capability >= LEAST_CAPABILITY else (False,)  # in the computation's type, or fp8
     every = [
         (2, 128, 64, 0),
@@ -304,7 +324,7 @@ def main(few: bool, device: Device) -> None:
         for count, width in ((1024, 2048), (6144, 1024), (151936, 1024)):
             matvecs(dtype, count, width)
         for sizes in FEW[:4] if few else FEW:
-            products(dtype, *sizes, (1, 4, 16, 64) if few else (1, 2, 4, 8, 16, 32, 64, 128, 256))
+            products(dtype, *sizes, (1, 2, 16, 256) if few else (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512))
         for shape in ((16, 8, 128),) if few else ((16, 8, 128), (3, 1, 24), (4, 1, 256)):
             for norms in (False, True):
                 for fp8 in caches:

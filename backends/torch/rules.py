@@ -18,7 +18,7 @@ from llmrs.backends.torch.kernels.gather import gather
 from llmrs.backends.torch.kernels.matvec import matvec
 from llmrs.backends.torch.kernels.prompt import fits, prompt_attention, prompt_tiling
 from llmrs.backends.torch.kernels.rope import norm_rope_store as turn_and_store
-from llmrs.backends.torch.kernels.rows_many import Workspace
+from llmrs.backends.torch.kernels.rows_many import Tiles, loadable
 from llmrs.backends.torch.library import Library, Parts
 from llmrs.backends.torch.linear import Linear
 from llmrs.backends.torch.ops import KV, OPS
@@ -54,7 +54,6 @@ class KernelContext:
     turns: Turns
     tile: int  # tokens of a prompt's tile
     cuts: Cuts
-    space: Workspace | None = None  # of products of many rows
     library: tuple[Library, Parts] | None = None  # does the parts of prompts in the kernel's place
     copies: bool = False  # whether the kernel for them loads keys by the copy engine, where that is possible
 
@@ -179,18 +178,23 @@ def rows(
     sizes: Sequence[int] = (),
     gate: str = "",
 ) -> Tensor | tuple[Tensor, ...]:
-    """fusing.py's op: one launch where `product` is worthwhile, and one for a norm after it; else the library's
-    product, and what stands around it by itself."""
+    """fusing.py's op, by as few launches as `cut_of` finds best: all in one, or a product with the gate and a norm that
+    adds up its ranges; else the library's product, and what stands around it by itself."""
     *more, (matrix, before, after) = rest
-    weight, bias = matrix.weight, matrix.bias
-    if few.worthwhile(len(x), weight):
+    weight, bias, device = matrix.weight, matrix.bias, c.cuts.device
+    cut = few.cut_of(len(x), weight, bool(gate), after is not None and bias is None, device.shared)
+    if isinstance(cut, few.Cut):
         norm, how = (before.weight, before.params) if before else (None, {})
-        y = few.product(x, weight, bias, more[0] if more else None, norm, gate=gate, space=c.space, **how)
+        y = few.product(x, weight, bias, more[0] if more else None, norm, gate=gate, cut=cut, **how)
         return (y, rms_norm(c, y, after.weight, **after.params)) if after else _split(y, sizes)
-    y = matrix(rms_norm(c, x, before.weight, **before.params) if before else x)
+    x = rms_norm(c, x, before.weight, **before.params) if before else x
+    if isinstance(cut, Tiles) and loadable(x):
+        y = few.product(x, weight, bias, gate=gate, cut=cut)
+    else:
+        y = matrix(x)
+        y = TRITON[gate](c, *y.chunk(2, dim=-1)) if gate else y
     if after:
         return add_norm(c, more[0], y, after.weight, **after.params)
-    y = TRITON[gate](c, *y.chunk(2, dim=-1)) if gate else y
     return more[0] + y if more else _split(y, sizes)
 
 

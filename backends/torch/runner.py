@@ -14,7 +14,6 @@ from llmrs.backends.torch.kernels.bounds import draw
 from llmrs.backends.torch.kernels.edges import find_edges
 from llmrs.backends.torch.kernels.launch import chaining, hopper, interpreted
 from llmrs.backends.torch.kernels.rows import NORMED, most_rows, normed
-from llmrs.backends.torch.kernels.rows_many import Workspace
 from llmrs.backends.torch.library import LIBRARIES, Library, Parts, parts_of
 from llmrs.backends.torch.lowering import Program
 from llmrs.backends.torch.ops import KV
@@ -30,7 +29,7 @@ from llmrs.core.ir import Graph
 from llmrs.core.sampling import SamplingArrays
 
 BLOCK_SIZE = 64  # tokens of a KV block: a tile of keys lies in one
-CHAINED = 128  # tokens of a step up to which chained kernels are faster; of more, their gaps do not matter
+CHAINED = 512  # tokens of a step up to which kernels are chained; of more, their gaps do not matter
 SMALL = 1024  # tokens of a step that is recorded though its prompts are for a library, and so go without it
 UNRECORDED = {"moe"}  # ops whose rules ask the device what to do
 
@@ -66,7 +65,6 @@ class KernelRunner:
     def end(self) -> None:
         """Lets go of everything."""
         self.program, self.kv = Program([], 0, []), list[KV]()
-        self.space: Workspace | None = None
         self.one, self.few, self.few_rows = self.program, self.program, 0  # what runs steps of one row, and of few
         self.slots = SlotState(0, 0, self.device)
         self.tokens = torch.empty(0, dtype=torch.int32, device=self.device)  # of the last step, where they go aside
@@ -82,8 +80,7 @@ class KernelRunner:
         self.end()
         self.program, self.kv, self.slots = program, list(kv), slots
         if self.fused:
-            rules, self.few_rows = {**TRITON, "rows": rows}, most_rows(dtype)
-            self.space = Workspace.on(self.device)
+            rules, self.few_rows = {**TRITON, "rows": rows}, most_rows(dtype, self.device)
             self.one, self.few = fuse(program, rules, lambda matrix: normed(matrix.weight)), fuse(program, rules)
         blocks, self.block_size = kv[0].keys.shape[:2]
         self.spare = blocks - 1
@@ -181,9 +178,7 @@ class KernelRunner:
     def _run(self, inputs: StepInputs, parts: Parts | None = None) -> torch.Tensor:
         f, last = inputs.fields, self.slots.last_token
         library = (self.library, parts) if self.library and parts else None
-        context = KernelContext(
-            inputs.shape, f, last, self.turns, self.tile, self.cuts, self.space, library, self.copies
-        )
+        context = KernelContext(inputs.shape, f, last, self.turns, self.tile, self.cuts, library, self.copies)
         with chaining(self.chain and inputs.shape.tokens <= CHAINED):
             logits: torch.Tensor = self._program(inputs.shape).run(context, [f.tokens, f.positions, *self.kv])[0]
         return logits

@@ -6,9 +6,10 @@ the computation wherever the equations by themselves would; sums are float32.
     x (M, K), any row stride   norm (K,), of one row   w (N, K), or (2 N, K) with a gate: rows i and i + N make result i
     bias as long as w   more (M, N), any row stride   -> y (M, N)
 
-Three kernels, by rows and results: `rows_few.py` in registers, `rows_some.py` where the results are few, `rows_many.py`
-for the rest. Moved: the weight once, and x from the caches for each program. Chained kernels (see `launch.py`) ask for
-their weights before they wait for what makes x.
+Three kernels: `rows_few.py` in registers, for a row or two; `rows_many.py` by the copy engine, on Hopper and later,
+which leaves norms and sums to others; `rows_some.py` for up to 16 rows elsewhere, where the results are few. `cut_of`
+says which one, or that the library is faster. Moved: the weight once, and x from the caches for each program. Chained
+kernels (see `launch.py`) ask for their weights before they wait for what makes x.
 """
 
 from dataclasses import dataclass
@@ -19,18 +20,16 @@ import triton
 
 from llmrs.backends.torch.kernels.launch import chained, check_rows, hopper, power, precision, require
 from llmrs.backends.torch.kernels.rows_few import few
-from llmrs.backends.torch.kernels.rows_many import MANY, Tiles, Workspace, cut_many, launch_many
+from llmrs.backends.torch.kernels.rows_many import MANY, Tiles, cut_many, launch_many, loadable
 from llmrs.backends.torch.kernels.rows_some import some
 
 NAME = "rows"
 FEW, SOME = 4, 16  # rows
-EXACT = 16  # rows of float32, which the tensor cores don't multiply exactly
 NARROW = 2048  # results that are few: of `o` and `down` of a small model
-MOST, WIDE = 64, 32  # rows up to which the library is slower on an H200, for few results and for more
 TOGETHER = 12288  # elements of all rows of x that registers have room for; one row may be longer
 NORMED = 1  # rows up to which every program can norm them by itself; for two the norm's own launch is cheaper
 GATES = {"": 0, "silu_mul": 1, "gelu_mul": 2}
-SHARED = 110 * 1024  # bytes of a program, so that two fit
+SHARED = 110 * 1024  # bytes of a program of `some`, so that two fit
 LARGE = 32 * 2**20  # bytes of w
 HELD = 192  # bytes of w that a thread holds before x is there
 
@@ -67,34 +66,42 @@ def cut_some(rows: int, width: int, size: int, gate: bool) -> Cut:
     return Cut(16, part, stages=min(max(SHARED // stage, 3), 6))
 
 
-def cut_for(rows: int, results: int, width: int, size: int, gate: bool) -> Cut | Tiles:
-    """The cut by which a product is done; it says which kernel does it."""
-    if vectors(rows, width, gate):
+def cut_of(rows: int, w: torch.Tensor, gate: bool, summed: bool, shared: int) -> Cut | Tiles | None:
+    """The cut by which a product is done, which says by which kernel; None: the library is faster.
+
+    `summed`: a norm of the sum with something else follows. `shared`: bytes that a program may have.
+    """
+    count, width, size = len(w) // (1 + gate), w.shape[1], w.element_size()
+    if rows == 1:
         return cut_few(rows, width, size, gate)
-    if rows <= SOME and results <= NARROW:
-        return cut_some(rows, width, size, gate)
-    return cut_many(rows, results, width, size, gate)
+    if hopper(w.device) and loadable(w):
+        if rows == 2 and not summed and w.nbytes <= LARGE // 2 and vectors(rows, width, gate):
+            return cut_few(rows, width, size, gate)
+        return cut_many(rows, count, width, gate, summed, shared) if worthwhile(rows, w, summed) else None
+    if rows > SOME or count > NARROW or w.nbytes > LARGE:
+        return None
+    return (cut_few if vectors(rows, width, gate) else cut_some)(rows, width, size, gate)
+
+
+def worthwhile(rows: int, w: torch.Tensor, summed: bool) -> bool:
+    """Whether `many` is faster than the library, in whole steps of an H100: docs/log.md has the times."""
+    if rows <= 64:
+        return True
+    if rows <= 128:  # between, the library's tiles are full and ours are not
+        return rows > 104 or not (summed and w.shape[1] <= 2 * len(w))
+    if min(w.shape) <= NARROW:
+        return rows <= (MANY if summed else 256)
+    return summed and 224 < rows <= 256  # of large matrices the library's large tiles fill the device
 
 
 def vectors(rows: int, width: int, gate: bool) -> bool:
-    """Whether `few` runs: a few short rows, or one."""
+    """Whether `few` runs, and not `some`: for a few short rows, or one."""
     return rows == 1 or (rows <= FEW and power(rows) * width * (1 + gate) <= TOGETHER)
 
 
-def most_rows(dtype: torch.dtype) -> int:
-    """Rows up to which `worthwhile` may be true of a matrix."""
-    return EXACT if dtype == torch.float32 else max(MOST, WIDE)
-
-
-def worthwhile(rows: int, w: torch.Tensor) -> bool:
-    """Whether `product` should run, and not the library, which is slow to begin but reads a large matrix well.
-
-    What `rows_many.py` would do is left to the library before Hopper.
-    """
-    most = EXACT if w.dtype == torch.float32 else MOST if len(w) <= NARROW else WIDE
-    if not hopper(w.device):
-        most = min(most, SOME) if len(w) <= NARROW else 1
-    return rows == 1 or (w.nbytes <= LARGE and rows <= most)
+def most_rows(dtype: torch.dtype, device: torch.device) -> int:
+    """Rows up to which `cut_of` may give a cut."""
+    return MANY if dtype.itemsize == 2 and hopper(device) else SOME
 
 
 def normed(w: torch.Tensor) -> bool:
@@ -105,30 +112,33 @@ def normed(w: torch.Tensor) -> bool:
 def product(
     x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None, more: torch.Tensor | None = None,
     norm: torch.Tensor | None = None, eps: float = 0.0, offset: float = 0.0, gate: str = "",
-    *, cut: Cut | Tiles | None = None, space: Workspace | None = None,
+    *, cut: Cut | Tiles | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """(M, N) of x's type, for up to MANY rows; a norm for up to NORMED. `cut`: another one than `cut_for` gives;
-    `space`: that of the launches that run one after the other with this one.
+    """(M, N) of x's type; with a cut in ranges float32 (S, M, N), which are to be added up.
 
-    Raises BackendError for shapes and types that it can't do.
+    Without a cut it is `few` or `some`. Tiles take neither `more` nor a norm. Raises BackendError for shapes and types
+    that it can't do.
     """
     (rows, width), count = x.shape, len(w) // (2 if gate else 1)
     _check(x, w, bias, more, norm, count, gate)
-    pdl, cut = chained(x.device), cut or cut_for(rows, count, width, x.element_size(), bool(gate))
-    y = torch.empty(rows, count, dtype=x.dtype, device=x.device)
+    if isinstance(cut, Tiles):
+        require(NAME, more is None and norm is None, "tiles with a sum or a norm")
+        return launch_many(x, w, bias, GATES[gate], cut)
+    in_registers = vectors(rows, width, bool(gate))
+    cut = cut or (cut_few if in_registers else cut_some)(rows, width, x.element_size(), bool(gate))
+    pdl, y = chained(x.device), torch.empty(rows, count, dtype=x.dtype, device=x.device)
     tensors = [x, w, _or(bias, x), _or(more, y), y]  # what is not there is not read
     sizes = [rows, count, x.stride(0), w.stride(0), _or(more, y).stride(0), y.stride(0)]
     shared = {
         "K": width, "PART": cut.part, "EACH": cut.each, "GATE": GATES[gate], "BIAS": bias is not None,
         "ADD": more is not None, "PDL": pdl, "EARLY": cut.early, "num_warps": cut.warps, "launch_pdl": pdl,
     }  # fmt: skip
-    if isinstance(cut, Tiles):
-        launch_many(tensors, sizes, cut, shared, space)
-    elif vectors(rows, width, bool(gate)):
+    if in_registers:
         own = of_few(cut, rows, width, x.element_size(), gate) | {"NORM": norm is not None}
         grid = (triton.cdiv(count, cut.each * cut.warps),)
         few[grid](*tensors, _or(norm, x), *sizes, float(eps), float(offset), **shared, **own)
     else:
+        require(NAME, rows <= SOME, f"{rows} rows, not in tiles")
         some[(triton.cdiv(count, cut.each),)](*tensors, *sizes, **shared, **of_some(cut, rows, width, x.dtype))
     return y
 
@@ -165,5 +175,5 @@ def _check(
     require(NAME, 0 < len(x) <= most and x.dtype == w.dtype, f"{len(x)} rows of {x.dtype}, w of {w.dtype}")
     require(NAME, not gate or (gate in GATES and len(w) == 2 * count), f"gate {gate!r} of {len(w)} rows")
     for name, t, shape in (("bias", bias, w.shape[:1]), ("more", more, (len(x), count)), ("norm", norm, x.shape[1:])):
-        fits = t is None or (t.dtype == x.dtype and t.shape == shape and t.stride(-1) == 1)
-        require(NAME, fits, f"{name} does not fit x {tuple(x.shape)} and w {tuple(w.shape)}")
+        loadable = t is None or (t.dtype == x.dtype and t.shape == shape and t.stride(-1) == 1)
+        require(NAME, loadable, f"{name} does not fit x {tuple(x.shape)} and w {tuple(w.shape)}")

@@ -40,7 +40,7 @@ def fetch(at):
 
 
 @triton.jit
-def lines(row, first, K: tl.constexpr, LINES: tl.constexpr):
+def lines(row, first, K, LINES: tl.constexpr):
     """Addresses 128 bytes apart in rows of K at `row` (n, 1), from column `first` on: (n, LINES)."""
     LINE: tl.constexpr = 1024 // row.dtype.element_ty.primitive_bitwidth
     return row + tl.minimum(first + tl.arange(0, LINES) * LINE, K - 1)[None, :]
