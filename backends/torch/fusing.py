@@ -1,6 +1,6 @@
 """The programs for steps of few rows: each matrix with what stands before and after it in one call, `rows`.
 
-    linear or linears                           becomes  rows
+    linear, linears or head                     becomes  rows
     rows, and silu_mul or gelu_mul of its parts becomes  rows with a gate
     rows, and the sum with something else       becomes  rows that add        (add_norm: with a norm after it)
 
@@ -24,7 +24,7 @@ import torch
 from llmrs.backends.torch.lowering import Call, Program
 
 GATES = ("silu_mul", "gelu_mul")
-MATRICES = ("linear", "linears")  # not the head, which is large
+MATRICES = ("linear", "linears", "head")
 Rule = Callable[..., Any]
 Merge = Callable[[Call, Call], list[Call] | None]
 
@@ -47,7 +47,8 @@ def fuse(program: Program, rules: dict[str, Rule], before: Callable[[Any], bool]
     def with_norm(made: Call, call: Call) -> list[Call] | None:
         return _with_norm(made, call) if before and call.op == "rows" and before(call.weights[0][0]) else None
 
-    calls = [_as_rows(c, rules["rows"]) if c.op in MATRICES else c for c in program.calls]
+    taken = [m for m in MATRICES if m != "head" or not before]  # for one row the head's own rule is cut for its size
+    calls = [_as_rows(c, rules["rows"]) if c.op in taken else c for c in program.calls]
     for merge in (_with_gate, with_sum, with_norm):
         calls = _merged(calls, program.results, merge)
     return Program(calls, program.count, program.results)

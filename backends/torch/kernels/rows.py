@@ -89,7 +89,7 @@ def worthwhile(rows: int, w: torch.Tensor, summed: bool) -> bool:
         return True
     if rows <= 128:  # between, the library's tiles are full and ours are not
         return rows > 104 or not (summed and w.shape[1] <= 2 * len(w))
-    if min(w.shape) <= NARROW:
+    if min(w.shape) <= NARROW and len(w) <= 2**15:
         return rows <= (MANY if summed else 256)
     return summed and 224 < rows <= 256  # of large matrices the library's large tiles fill the device
 
