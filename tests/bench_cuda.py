@@ -27,6 +27,7 @@ if find_spec("pytest") is None:  # its decorators stand in llmrs.backends.testin
 
 import bench_chain
 import bench_fp8
+import bench_products
 import bench_prompt
 import bench_rows
 import bench_tuning
@@ -293,6 +294,21 @@ def rows() -> None:
     bench_rows.linears(timed, FOUND, random_checkpoint.SHAPES[model_shape()])
 
 
+def products() -> None:
+    """Steps in which one kind of product is done by ours, and cut in several ways."""
+    config = EngineConfig(
+        sys.argv[1], device=GPU, max_num_seqs=512, max_model_len=1024, prefix_cache=False, kernels="triton",
+        kv_cache_memory=min(40 * 10**9, int(torch.cuda.mem_get_info()[0] * 0.6)),
+    )  # fmt: skip
+    with Engine(config) as own:
+        backend = own._worker.core.backend
+
+        def batch(count: int) -> Batch:
+            return bench_steps.decode_batch(backend.block_size, count, 256)
+
+        bench_products.products(timed, FOUND, backend, batch)
+
+
 def prompt() -> None:
     """What bench_prompt.py says."""
 
@@ -325,6 +341,7 @@ PARTS = {
         pdl,
         fp8,
         rows,
+        products,
         tuning,
         more_correctness,
         start,

@@ -97,8 +97,7 @@ def cuts(of: Linear, rows: int) -> Iterator[tuple[str, Cut | Tiles]]:
     if rows <= FEW and vectors(rows, of.width, gate) and (rows == 1 or of.name != "head"):
         first = cut_few(rows, of.width, 2, gate)
         yield from (("few", c) for c in (first, replace(first, each=2 * first.each), replace(first, part=512)))
-    if of.name != "head":
-        yield from (("many", t) for t in tiles(of, rows) if possible(t, of, rows))
+    yield from (("many", t) for t in tiles(of, rows) if possible(t, of, rows))
 
 
 def tiles(of: Linear, rows: int) -> Iterator[Tiles]:

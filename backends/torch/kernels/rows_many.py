@@ -63,7 +63,7 @@ def cut_many(rows: int, results: int, width: int, gate: bool, summed: bool, shar
     shapes.sort(key=lambda shape: (shape[0] == 128) == (rows % 128 == 0))  # the first of equals: what was faster
     splits = [n for n in (1, 2, 4, 6) if n == 1 or (summed and width >= n * SPAN)]
     tried = [
-        _filled(each, count, split, rows, results, gate, shared)
+        filled(each, count, split, rows, results, gate, shared)
         for (each, count), split in combined(shapes, splits)
         if each * count * (1 + gate) <= (2**15 if rows > 128 else 2**14) and each * count * split <= 2**15
     ]
@@ -71,7 +71,7 @@ def cut_many(rows: int, results: int, width: int, gate: bool, summed: bool, shar
     return min(tried, key=lambda t: on_paper(t, rows, results, width, gate))
 
 
-def _filled(each: int, count: int, split: int, rows: int, results: int, gate: bool, shared: int) -> Tiles:
+def filled(each: int, count: int, split: int, rows: int, results: int, gate: bool, shared: int) -> Tiles:
     """With as many tiles on their way as fit: wide ones, unless they would be too few. Where programs must take turns,
     two share a multiprocessor."""
     room = (shared - SPARE) // (2 * (each * (1 + gate) + count))  # columns
