@@ -37,13 +37,12 @@ HELD = 192  # bytes of w that a thread holds before x is there
 @dataclass(frozen=True)
 class Cut:
     """How the work of `few` and `some` is cut: results of a warp (few) or program (some), columns at a time, warps,
-    tiles on their way (some), and whether the next kernel may start as soon as this one has."""
+    tiles on their way (some)."""
 
     each: int
     part: int
     warps: int = 4
     stages: int = 1
-    early: bool = True
 
 
 def cut_few(rows: int, width: int, size: int, gate: bool) -> Cut:
@@ -131,7 +130,7 @@ def product(
     sizes = [rows, count, x.stride(0), w.stride(0), _or(more, y).stride(0), y.stride(0)]
     shared = {
         "K": width, "PART": cut.part, "EACH": cut.each, "GATE": GATES[gate], "BIAS": bias is not None,
-        "ADD": more is not None, "PDL": pdl, "EARLY": cut.early, "num_warps": cut.warps, "launch_pdl": pdl,
+        "ADD": more is not None, "PDL": pdl, "num_warps": cut.warps, "launch_pdl": pdl,
     }  # fmt: skip
     if in_registers:
         own = of_few(cut, rows, width, x.element_size(), gate) | {"NORM": norm is not None}

@@ -73,7 +73,7 @@ def few(
     x, w, bias, more, y, norm, M, N, x_row, w_row, more_row, y_row, eps, offset,
     K: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, AHEAD: tl.constexpr,
     EACH: tl.constexpr, WARPS: tl.constexpr, COUNT: tl.constexpr, NORM: tl.constexpr, GATE: tl.constexpr,
-    BIAS: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
+    BIAS: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     n = (tl.program_id(0) * EACH + tl.arange(0, EACH)[:, None]) * WARPS + tl.arange(0, WARPS)[None, :]
     k, there = tl.arange(0, PART)[None, None, :], (n < N)[:, :, None]
@@ -91,8 +91,7 @@ def few(
         if BIAS:
             fetch(bias + tl.minimum(n, N - 1))
         tl.extra.cuda.gdc_wait()  # nothing that another kernel makes is read before
-        if EARLY:
-            tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_launch_dependents()
     k = all_k
     rows, scales, added, a, b = (), (), (), (), ()
     for m in tl.static_range(COUNT):
@@ -118,8 +117,6 @@ def few(
             sums = sums + (a[m] + gate.to(tl.float32) * value.to(tl.float32),)
             others = others + (b[m] + up.to(tl.float32) * value.to(tl.float32) if GATE else b[m],)
         a, b = sums, others
-    if PDL and not EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
     for m in tl.static_range(COUNT):
         to, other = y + tl.minimum(m, M - 1).to(tl.int64) * y_row + n, added[m] if ADD else 0.0
         finish(tl.sum(a[m], 2), tl.sum(b[m], 2), n, bias, other, to, (n < N) & (m < M), N, GATE, BIAS, ADD)

@@ -18,7 +18,7 @@ def some(
     x, w, bias, more, y, M, N, x_row, w_row, more_row, y_row,
     K: tl.constexpr, PART: tl.constexpr, EACH: tl.constexpr, WARPS: tl.constexpr, COUNT: tl.constexpr,
     LINES: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr,
-    EARLY: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     STEP: tl.constexpr = WARPS * PART
     n, m = tl.program_id(0) * EACH + tl.arange(0, EACH), tl.arange(0, COUNT)
@@ -32,8 +32,7 @@ def some(
         if BIAS:
             fetch(bias + tl.minimum(n, N - 1))
         tl.extra.cuda.gdc_wait()  # nothing that another kernel makes is read before
-        if EARLY:
-            tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_launch_dependents()
     x_rows = x + tl.minimum(m, M - 1).to(tl.int64) * x_row
     gate_at, up_at, x_at = gate_rows[None, :, None] + k, up_rows[None, :, None] + k, x_rows[None, :, None] + k
     n, place = n[:, None], tl.minimum(m, M - 1).to(tl.int64)[None, :]
@@ -47,6 +46,4 @@ def some(
         a = tl.dot(columns(gate_at, k >= 0, begin, k, K, STEP), value, a, input_precision=PRECISION)
         if GATE:
             b = tl.dot(columns(up_at, k >= 0, begin, k, K, STEP), value, b, input_precision=PRECISION)
-    if PDL and not EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
     finish(tl.sum(a, 0), tl.sum(b, 0), n, bias, added, y + place * y_row + n, there, N, GATE, BIAS, ADD)
