@@ -12,7 +12,7 @@ from llmrs.backends.base import DTYPE_BYTES, Ran
 from llmrs.backends.flat import Flat, Placed
 from llmrs.core.ir import Graph, S, T, Type, Value, Weight
 from llmrs.fit import token_bytes
-from llmrs.speed import Device
+from llmrs.speed import Device, experts_of, met
 
 LINEAR = ("linear", "linears", "head")
 NORM = ("rms_norm", "add_norm")
@@ -79,7 +79,11 @@ def _cost(placed: Placed, each: tuple[float, float], batch: int, context: int) -
         return Cost(e.op, e.op, moved + 2 * math.prod(cache) * keys * cached, 4 * math.prod(q) * keys)
     size = sum(math.prod(w.type.sizes) for w in weights)
     label = " ".join([e.op, *("x".join(map(str, w.type.sizes)) for w in weights[:1])])
-    return Cost(e.op, label, moved + size * own, 2 * batch * size if e.op in (*LINEAR, "moe") else 0)
+    if e.op == "moe":
+        experts, chosen = experts_of(e)
+        read, through = (size - experts * (1 - part) for part in (met(chosen, batch), chosen))
+        return Cost(e.op, label, moved + read * own, 2 * batch * through)
+    return Cost(e.op, label, moved + size * own, 2 * batch * size if e.op in LINEAR else 0)
 
 
 def _bytes(t: Type, own: float, batch: int) -> float:

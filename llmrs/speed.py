@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llmrs.core.ir import Graph
+from llmrs.core.ir import Equation, Graph, Weight
 from llmrs.fit import token_bytes
 
 # Bytes of a weight. Q8_0 and Q4_K are GGUF's blocks: 34 bytes for 32, 144 for 256.
@@ -40,17 +40,21 @@ class Rated:
 
 @dataclass(frozen=True)
 class Work:
-    """What one token costs. A step reads all weights once, and each sequence's KV cache; embeddings are looked up."""
+    """What one token costs. A step reads all weights once, and each sequence's KV cache; embeddings are looked up.
 
-    weights: int  # numbers that a step reads
+    Of a mixture of experts it reads those that its tokens meet (`met`), and a token goes through `chosen` of them.
+    """
+
+    weights: int  # numbers that a step reads, all experts counted
     token: int  # bytes of KV cache of a token
     attention: int  # operations for each token and each key that it sees, all layers
     head: int = 0  # of the weights, those of logits: only the last token of a prompt goes through them
     windows: tuple[tuple[int, float], ...] = ((0, 1.0),)  # tokens that a layer sees (0: all), and the part of layers
+    experts: int = 0  # of the weights, those of all experts
+    chosen: float = 1.0  # the part of them that a token goes through
 
     @staticmethod
     def of(graph: Graph, kv_dtype: str = "bf16") -> "Work":
-        """Mixtures of experts count whole: in a batch every expert has something to do."""
         used = [(op, math.prod(w)) for op, w in _weights(graph) if op != "embed"]
         calls = [graph.functions[e.params["function"]] for e in graph.main.equations if e.op == "call"]
         attends = [e for f in calls for e in f.equations if e.op == "attend"]
@@ -58,7 +62,11 @@ class Work:
         windows = Counter(e.params.get("window", 0) for e in attends)
         parts = tuple((window, count / len(attends)) for window, count in windows.items())
         head = sum(count for op, count in used if op == "head")
-        return Work(sum(count for _, count in used), token_bytes(graph, kv_dtype), attention, head, parts)
+        mixtures = [experts_of(e) for f in calls for e in f.equations if e.op == "moe"]
+        experts = sum(count for count, _ in mixtures)
+        chosen = sum(count * part for count, part in mixtures) / experts if experts else 1.0
+        weights = sum(count for _, count in used)
+        return Work(weights, token_bytes(graph, kv_dtype), attention, head, parts, experts, chosen)
 
     def decode(self, device: Device, dtype: str, batch: int, context: int) -> float:
         """Seconds of a step for `batch` answers of `context` tokens each: the larger of reading and computing."""
@@ -66,16 +74,24 @@ class Work:
 
     def step(self, device: Device, dtype: str, answers: int, keys: float) -> float:
         """Seconds of a step of one token for each of some answers, which see `keys` tokens together."""
-        read = self.weights * WEIGHT_BYTES[dtype] + keys * self.token
-        computed = answers * 2 * self.weights + keys * self.attention
+        read = self._read(answers) * WEIGHT_BYTES[dtype] + keys * self.token
+        computed = answers * 2 * self._through() + keys * self.attention
         return max(read / device.bandwidth, computed / device.operations)
 
     def prefill(self, device: Device, dtype: str, *prompts: int) -> float:
         """Seconds for prompts of so many tokens: every token through all weights but the head's, which give one row of
         logits a prompt, and half of all pairs of tokens."""
-        through = 2 * (self.weights - self.head)
+        through = 2 * (self._through() - self.head)
         computed = sum(n * through + 2 * self.head + self.pairs(n) * self.attention for n in prompts)
-        return max(computed / device.operations, self.weights * WEIGHT_BYTES[dtype] / device.bandwidth)
+        return max(computed / device.operations, self._read(sum(prompts)) * WEIGHT_BYTES[dtype] / device.bandwidth)
+
+    def _read(self, tokens: int) -> float:
+        """Weights that a step of so many tokens reads."""
+        return self.weights - self.experts * (1 - met(self.chosen, tokens))
+
+    def _through(self) -> float:
+        """Weights that a token goes through."""
+        return self.weights - self.experts * (1 - self.chosen)
 
     def answers(self, device: Device, dtype: str, asked: Sequence[tuple[int, int]]) -> float:
         """Seconds for requests of (prompt, new) tokens that begin at once and all run together.
@@ -99,6 +115,17 @@ class Work:
         """Pairs of a prompt's tokens of which one sees the other, the mean of all layers."""
         reach = [(min(tokens, window or tokens), part) for window, part in self.windows]
         return sum(part * (near * tokens - near * near / 2) for near, part in reach)
+
+
+def experts_of(e: Equation) -> tuple[int, float]:
+    """Of a mixture: the numbers of all its experts, and the part of them that a token goes through."""
+    router, *stacks = (o.type.sizes for o in e.inputs if isinstance(o, Weight))
+    return sum(map(math.prod, stacks)), e.params["per_token"] / router[0]
+
+
+def met(chosen: float, tokens: int) -> float:
+    """The part of a mixture's experts that so many tokens go through together, if each chooses without preference."""
+    return 1 - (1 - chosen) ** tokens
 
 
 def _weights(graph: Graph) -> list[tuple[str, tuple[int, ...]]]:

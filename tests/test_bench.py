@@ -14,6 +14,7 @@ import random_checkpoint
 
 from llmrs import ConfigError, Engine, EngineConfig, bench_start
 from llmrs.backends.base import Ran
+from llmrs.backends.testing import RandomModel
 from llmrs.backends.torch.profile import outermost, ran
 from llmrs.bench_profile import Profile
 from llmrs.bench_start import failed
@@ -315,6 +316,16 @@ def test_costs_add_up_to_the_work_of_a_step():
         assert sum(c.bytes for c in matrices) > 2 * (work.weights - norms())
         assert found[-1] == Cost("sample", "sample", 4 * 151_936 * 2)
         assert by_op["embed"][0].bytes == 4 * (4 + 2 * 1024 * 2)  # ids, rows read and written
+
+
+@pytest.mark.parametrize(("batch", "part"), [(1, 1 / 3), (2, 5 / 9), (200, 1.0)])
+def test_costs_of_a_mixture_are_those_of_the_experts_that_are_met(batch: int, part: float):
+    """Six experts of 3 x 24 x 64, two of them for each token; the router of 6 x 64 is for all."""
+    found = costs(RandomModel.of("qwen3-moe", num_hidden_layers=1).graph, ("f32", "f32"), batch, 9)
+    (cost,) = (c for c in found if c.op == "moe")
+    router, experts = 6 * 64, 6 * 3 * 24 * 64
+    assert cost.operations == pytest.approx(2 * batch * (router + experts / 3))
+    assert cost.bytes == pytest.approx(4 * (2 * batch * 64 + router + experts * part))
 
 
 def norms() -> int:

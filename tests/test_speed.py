@@ -7,6 +7,7 @@ import pytest
 from measure import ROOT
 
 from llmrs import Engine, EngineConfig
+from llmrs.backends.testing import RandomModel
 from llmrs.bench import measure
 from llmrs.models.weights import parameters
 from llmrs.speed import Device, Work
@@ -31,6 +32,22 @@ def test_floors():
     slow = Device("slow", math.inf, 1e12)
     assert work.prefill(slow, "bf16", 1) == pytest.approx(2 * 596_049_920 / 1e12, rel=0.001)
     assert work.decode(fast, "q4k", 1, 0) == pytest.approx(0.256e-3 * 4.5 / 16, rel=0.01)
+
+
+def test_of_a_mixture_only_the_experts_count_that_tokens_meet():
+    """Six experts a layer, of which each token goes through two."""
+    model = RandomModel.of("qwen3-moe", num_hidden_layers=3)
+    work, slow, fast = Work.of(model.graph), Device("slow", math.inf, 1.0), Device("fast", 1.0, math.inf)
+    experts = 3 * 6 * 3 * 24 * 64  # layers, experts, matrices of 24 x 64
+    assert (work.experts, work.chosen) == (experts, pytest.approx(1 / 3))
+    rest = work.weights - experts
+    assert work.step(fast, "bf16", 1, 0) == pytest.approx(2 * (rest + experts / 3))
+    assert work.step(fast, "bf16", 2, 0) == pytest.approx(2 * (rest + experts * (1 - (2 / 3) ** 2)))
+    assert work.step(fast, "bf16", 100, 0) == pytest.approx(2 * work.weights)
+    assert work.step(slow, "bf16", 5, 0) == pytest.approx(5 * 2 * (rest + experts / 3))
+    through = rest - work.head + experts / 3
+    keys = work.pairs(7) * work.attention
+    assert work.prefill(slow, "bf16", 7) == pytest.approx(7 * 2 * through + 2 * work.head + keys)
 
 
 def test_the_tables_of_the_docs():

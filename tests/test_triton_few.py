@@ -206,7 +206,8 @@ def test_no_norm_before_a_large_matrix(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("old", [False, True])  # before Hopper: mostly the library's products
 @pytest.mark.parametrize(
-    ("name", "dtype"), [("llama", "f32"), ("qwen3", "f16"), ("qwen2", "f16"), ("gemma3", "f32"), ("qwen3-moe", "f16")]
+    ("name", "dtype"),
+    [("llama", "f32"), ("llama", "f16"), ("qwen3", "f16"), ("qwen2", "f16"), ("gemma3", "f32"), ("qwen3-moe", "f16")],
 )
 def test_the_fused_program_is_the_unfused_one(name: str, dtype: str, old: bool, monkeypatch: pytest.MonkeyPatch):
     """Up to the order of float32 sums: on steps of one row, of a few, of many, and of more than it is for."""
