@@ -55,6 +55,7 @@ class Work:
 
     @staticmethod
     def of(graph: Graph, kv_dtype: str = "bf16") -> "Work":
+        """Of a plain graph, with a KV cache of this type."""
         used = [(op, math.prod(w)) for op, w in _weights(graph) if op != "embed"]
         calls = [graph.functions[e.params["function"]] for e in graph.main.equations if e.op == "call"]
         attends = [e for f in calls for e in f.equations if e.op == "attend"]

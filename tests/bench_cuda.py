@@ -282,33 +282,31 @@ def fp8() -> None:
     bench_fp8.fp8(sys.modules[__name__])
 
 
+def wide() -> Engine:
+    """For steps of up to 512 short sequences."""
+    config = EngineConfig(
+        sys.argv[1], device=GPU, max_num_seqs=512, max_model_len=1024, prefix_cache=False, kernels="triton",
+        kv_cache_memory=min(40 * 10**9, int(torch.cuda.mem_get_info()[0] * 0.6)),
+    )  # fmt: skip
+    return Engine(config)
+
+
 def rows() -> None:
     """Steps of few sequences: matrices with what stands around them in one kernel, and apart."""
-    config = EngineConfig(
-        sys.argv[1], device=GPU, max_num_seqs=512, max_model_len=1024, kv_cache_memory=26 * 10**9,
-        prefix_cache=False, kernels="triton",
-    )  # fmt: skip
 
     def batch(backend: Any, count: int, context: int) -> Batch:
         return bench_steps.decode_batch(backend.block_size, count, context)
 
-    with Engine(config) as own:
+    with wide() as own:
         bench_rows.whole_steps(timed, FOUND, own._worker.core.backend, batch)
     bench_rows.linears(timed, FOUND, random_checkpoint.SHAPES[model_shape()])
 
 
 def products() -> None:
     """Steps in which one kind of product is done by ours, and cut in several ways."""
-    config = EngineConfig(
-        sys.argv[1], device=GPU, max_num_seqs=512, max_model_len=1024, prefix_cache=False, kernels="triton",
-        kv_cache_memory=min(40 * 10**9, int(torch.cuda.mem_get_info()[0] * 0.6)),
-    )  # fmt: skip
-    with Engine(config) as own:
+    with wide() as own:
         backend = own._worker.core.backend
-
-        def batch(count: int) -> Batch:
-            return bench_steps.decode_batch(backend.block_size, count, 256)
-
+        batch = partial(bench_steps.decode_batch, backend.block_size, context=256)
         bench_products.products(timed, FOUND, backend, batch)
 
 

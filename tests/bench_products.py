@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from llmrs.backends.torch import rules
-from llmrs.backends.torch.kernels.rows import Cut, Tiles
-from llmrs.backends.torch.kernels.rows_many import cut_many, filled
+from llmrs.backends.torch.kernels.rows import HEAD, Cut, Tiles
+from llmrs.backends.torch.kernels.rows_many import SPAN, cut_many, filled
 
 COUNTS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 384, 512)  # sequences
 TILES = [*product((64,), (32, 64, 128, 256)), *product((128,), (64, 128))]
@@ -23,9 +23,9 @@ CutOf = Callable[..., Cut | Tiles | None]
 
 
 def kind_of(w: torch.Tensor, gate: bool, summed: bool) -> str:
-    """As in a layer of Qwen3, Llama or Mistral; the head is more than 32,768 results."""
+    """As in a layer of Qwen3, Llama or Mistral."""
     if gate or not summed:
-        return "gate+up" if gate else "head" if len(w) > 2**15 else "qkv"
+        return "gate+up" if gate else "head" if len(w) > HEAD else "qkv"
     return "down" if w.shape[1] > len(w) else "o"
 
 
@@ -39,7 +39,7 @@ def only(kind: str, tiles: tuple[int, int, int] | None = None) -> CutOf:
         if tiles is None:
             return cut_many(rows, count, width, gate, summed, shared)
         cut = filled(*tiles, rows, count, gate, shared)
-        return cut if cut.stages > 1 and (cut.split == 1 or (summed and width >= 256 * cut.split)) else None
+        return cut if cut.stages > 1 and (cut.split == 1 or (summed and width >= SPAN * cut.split)) else None
 
     return cut_of
 

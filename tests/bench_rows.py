@@ -14,7 +14,7 @@ import torch
 
 from llmrs.backends.torch import rules
 from llmrs.backends.torch.kernels.launch import chaining
-from llmrs.backends.torch.kernels.rows import FEW, NORMED, Cut, Tiles, cut_few, cut_many, normed, product, vectors
+from llmrs.backends.torch.kernels.rows import NORMED, Cut, Tiles, cut_few, cut_many, normed, product, vectors
 from llmrs.backends.torch.kernels.rows_many import PROGRAMS, SPAN
 from llmrs.backends.torch.tuned import Device
 
@@ -94,7 +94,7 @@ def ours(of: Linear, w: torch.Tensor, norm: torch.Tensor, more: torch.Tensor, cu
 def cuts(of: Linear, rows: int) -> Iterator[tuple[str, Cut | Tiles]]:
     """The kernels by name, and their cuts: the default, and others near it."""
     gate = bool(of.gate)
-    if rows <= FEW and vectors(rows, of.width, gate) and (rows == 1 or of.name != "head"):
+    if vectors(rows, of.width, gate) and (rows == 1 or of.name != "head"):
         first = cut_few(rows, of.width, 2, gate)
         yield from (("few", c) for c in (first, replace(first, each=2 * first.each), replace(first, part=512)))
     yield from (("many", t) for t in tiles(of, rows) if possible(t, of, rows))

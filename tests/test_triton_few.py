@@ -204,15 +204,18 @@ def test_no_norm_before_a_large_matrix(monkeypatch: pytest.MonkeyPatch):
     assert ops("qwen3", 1) == ["rms_norm", *layer, *layer, "head"]
 
 
-@pytest.mark.parametrize("old", [False, True])  # before Hopper: mostly the library's products
+@pytest.mark.parametrize("way", ["as it is", "before Hopper", "library"])
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [("llama", "f32"), ("llama", "f16"), ("qwen3", "f16"), ("qwen2", "f16"), ("gemma3", "f32"), ("qwen3-moe", "f16")],
 )
-def test_the_fused_program_is_the_unfused_one(name: str, dtype: str, old: bool, monkeypatch: pytest.MonkeyPatch):
-    """Up to the order of float32 sums: on steps of one row, of a few, of many, and of more than it is for."""
-    if old:
+def test_the_fused_program_is_the_unfused_one(name: str, dtype: str, way: str, monkeypatch: pytest.MonkeyPatch):
+    """Up to the order of float32 sums: on steps of one row, of a few, of many, and of more than it is for. Also where
+    from two rows on all products are the library's, with a gate, a sum and a norm around them."""
+    if way == "before Hopper":
         monkeypatch.setattr(rows, "hopper", lambda device: False)
+    if way == "library":
+        monkeypatch.setattr(rows, "cut_of", lambda n, *rest: cut_of(n, *rest) if n == 1 else None)
     made, found = backend(name, dtype), []
     made.allocate(40, BLOCK, 8, 64)
     batches = [prefill_batch(prompts(*lengths)) for lengths in ((1,), (3,), (5, 1), (9, 20, 25))]

@@ -7,6 +7,7 @@ import torch
 pytest.importorskip("triton")
 from test_triton_few import DEVICE, LEFT, TYPES, check, expected, poisoned, random
 
+from llmrs.backends.torch.kernels.launch import chaining
 from llmrs.backends.torch.kernels.norm import add_norm
 from llmrs.backends.torch.kernels.rows import product
 from llmrs.backends.torch.kernels.rows_many import MANY, PROGRAMS, Tiles, cut_many
@@ -55,6 +56,22 @@ def test_as_it_is_cut(rows: int):
 def test_wide_tiles():
     for each, count, part, gate in ((128, 64, 128, ""), (64, 256, 64, "silu_mul"), (128, 128, 64, "gelu_mul")):
         check(100, 200, 384, torch.float16, gate, False, False, False, cut=Tiles(each, count, part, 1, 8, 3))
+
+
+def test_the_same_bits_each_time():
+    """Also when launches follow each other, chained where a GPU can."""
+    rng, kind = np.random.default_rng(0), torch.float16
+    w, norm, cut = random(rng, 130, 512, dtype=kind), random(rng, 130, dtype=kind), Tiles(64, 16, 64, 4)
+    xs = [random(rng, rows, 512, dtype=kind) for rows in (40, 17, 3, 40)]
+    mores = [random(rng, len(x), 130, dtype=kind) for x in xs]
+
+    def totals() -> list[torch.Tensor]:
+        return [add_norm(m, product(x, w, cut=cut), norm, eps=1e-5)[0] for x, m in zip(xs, mores, strict=True)]
+
+    first = totals()
+    with chaining(True):
+        second = totals()
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("shared", [99 * 1024, SHARED])

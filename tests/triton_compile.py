@@ -202,7 +202,7 @@ def products(dtype: torch.dtype, count: int, width: int, gate: str, norm: bool, 
             continue  # the library's
         kernel, own = kernel_of(cut, rows, width, dtype, gate)
         own |= {"PART": cut.part, "EACH": cut.each}
-        own["NORM"] = norm and w.nbytes <= rows_of.LARGE and rows <= rows_of.NORMED
+        own["NORM"] = norm and rows_of.normed(w) and rows <= rows_of.NORMED
         stages = own.pop("num_stages", 1)
         constants = {k: v for k, v in (bound | own).items() if k in kernel.arg_names}
         given = {k: v for k, v in tensors.items() if k in kernel.arg_names}

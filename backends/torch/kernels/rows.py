@@ -31,6 +31,7 @@ NORMED = 1  # rows up to which every program can norm them by itself; for two th
 GATES = {"": 0, "silu_mul": 1, "gelu_mul": 2}
 SHARED = 110 * 1024  # bytes of a program of `some`, so that two fit
 LARGE = 32 * 2**20  # bytes of w
+HEAD = 2**15  # results, more than which only a head has
 HELD = 192  # bytes of w that a thread holds before x is there
 
 
@@ -88,7 +89,7 @@ def worthwhile(rows: int, w: torch.Tensor, summed: bool) -> bool:
         return True
     if rows <= 128:  # between, the library's tiles are full and ours are not
         return rows > 104 or not (summed and w.shape[1] <= 2 * len(w))
-    if min(w.shape) <= NARROW and len(w) <= 2**15:
+    if min(w.shape) <= NARROW and len(w) <= HEAD:
         return rows <= (MANY if summed else 256)
     return summed and 224 < rows <= 256  # of large matrices the library's large tiles fill the device
 
@@ -174,5 +175,5 @@ def _check(
     require(NAME, 0 < len(x) <= most and x.dtype == w.dtype, f"{len(x)} rows of {x.dtype}, w of {w.dtype}")
     require(NAME, not gate or (gate in GATES and len(w) == 2 * count), f"gate {gate!r} of {len(w)} rows")
     for name, t, shape in (("bias", bias, w.shape[:1]), ("more", more, (len(x), count)), ("norm", norm, x.shape[1:])):
-        loadable = t is None or (t.dtype == x.dtype and t.shape == shape and t.stride(-1) == 1)
-        require(NAME, loadable, f"{name} does not fit x {tuple(x.shape)} and w {tuple(w.shape)}")
+        fits = t is None or (t.dtype == x.dtype and t.shape == shape and t.stride(-1) == 1)
+        require(NAME, fits, f"{name} does not fit x {tuple(x.shape)} and w {tuple(w.shape)}")
