@@ -18,7 +18,7 @@ def graph(
 
 def show(model: str, revision: str | None, offline: bool, fused: str | None) -> int:
     # here, since `llmrs --help` should not wait for them
-    from llmrs.core.passes import fuse
+    from llmrs.backends.fusion import fuse
     from llmrs.models.families import graph_of, read_config
     from llmrs.models.locate import locate
 
@@ -42,6 +42,6 @@ def header(architecture: str, plain: Graph) -> str:
 
 def fused_ops(backend: str) -> frozenset[str]:
     from llmrs.backends.base import choose, find
-    from llmrs.core.passes import FUSED_OPS
+    from llmrs.backends.fusion import FUSED_OPS
 
     return frozenset(FUSED_OPS) if backend == "all" else find(choose(backend)).fused_ops

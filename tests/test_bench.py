@@ -22,7 +22,7 @@ from llmrs.bench_steps import Cell, busy, decode_batch, grid, measured
 from llmrs.bench_tables import picture, profiles
 from llmrs.bench_workloads import idle, measure, over_time
 from llmrs.cli import main
-from llmrs.core.passes import FUSED_OPS, fuse
+from llmrs.backends.fusion import FUSED_OPS, fuse
 from llmrs.floors import Cost, Kernel, costs, joined, kernels, ops_of
 from llmrs.plot import Axis, Curve, svg
 from llmrs.speed import Device, Work

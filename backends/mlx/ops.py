@@ -273,7 +273,7 @@ def fast_attend(*, scale: float, window: int = 0) -> Run:
     return lambda c, q, kv: attention.attend(c, q, kv, scale, window, attention.fast_singles)
 
 
-FUSED = {f.__name__: f for f in (linears, add_norm, norm_rope_store, rope_store)}  # of llmrs.core.passes
+FUSED = {f.__name__: f for f in (linears, add_norm, norm_rope_store, rope_store)}  # of llmrs.backends.fusion
 OWN = (linears_silu_mul, linears_gelu_mul, qkv_rope_store, qkv_norm_rope_store)  # of fusing.py
 PLAIN = (embed, scale, linear, rms_norm, heads, rope, store, attend, silu_mul, gelu_mul, moe, add, last, head)
 COMMON: dict[str, Callable[..., Run]] = {f.__name__: f for f in (*PLAIN, *FUSED.values(), *OWN)}

@@ -27,7 +27,7 @@ from llmrs.core.batch import Batch
 from llmrs.core.config import EngineConfig
 from llmrs.core.errors import BackendError, MemoryLimitError
 from llmrs.core.ir import Graph
-from llmrs.core.passes import FUSED_OPS
+from llmrs.backends.fusion import FUSED_OPS
 from llmrs.quant.tensor import Tensor
 
 if TYPE_CHECKING:  # Triton is not there on every system

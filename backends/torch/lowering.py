@@ -67,7 +67,7 @@ class Program:
 def join_layers(program: Program, rules: Mapping[str, Callable[..., Any]]) -> Program:
     """With each `add` at the end of a layer and the norm at the beginning of the next one in one call.
 
-    `core/passes.py` fuses within a layer only, since a layer is written once for all.
+    `backends/fusion.py` fuses within a layer only, since a layer is written once for all.
     """
     calls: list[Call] = []
     for call in program.calls:

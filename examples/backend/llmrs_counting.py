@@ -19,7 +19,7 @@ operations: Counter[str] = Counter()  # floating-point operations by op, of all 
 
 
 def add_norm(c: Context, x: np.ndarray, y: np.ndarray, w: np.ndarray, **params: Any) -> tuple[np.ndarray, np.ndarray]:
-    """A fused op: the sum, and its norm. Its definition is in llmrs.core.passes."""
+    """A fused op: the sum, and its norm. Its definition is in llmrs.backends.fusion."""
     total = OPS["add"](c, x, y)
     return total, OPS["rms_norm"](c, total, w, **params)
 

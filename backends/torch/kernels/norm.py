@@ -1,6 +1,6 @@
 """rms_norm, and add + rms_norm, over rows.
 
-Defined by `rms_norm` and `add` in backends/reference/ops.py; `add_norm` in core/passes.py. x, y (T, D), any row
+Defined by `rms_norm` and `add` in backends/reference/ops.py; `add_norm` in backends/fusion.py. x, y (T, D), any row
 strides; w (D,). y may come as float32 (P, T, D), the sums of P ranges of the matrix product that makes it. It and the
 sum are rounded to x's type, as the equations by themselves would; the rest is float32. Bytes moved for each element: 2
 rows read and 2 written (add_norm; of P ranges 1 + 2 P in bf16), 1 and 1 (rms_norm).

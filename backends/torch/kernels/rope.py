@@ -1,6 +1,6 @@
 """Norm (where the model has one) and rotation of q and k, and k and v into the paged KV cache, in one kernel.
 
-Defined by `norm_rope_store` and `rope_store` in core/passes.py. T tokens, Hq and Hk heads of d elements:
+Defined by `norm_rope_store` and `rope_store` in backends/fusion.py. T tokens, Hq and Hk heads of d elements:
 
     q (T, Hq, d), k, v (T, Hk, d), any strides but the last   keys, values (blocks, block_size, Hk, d), the same
     in fp8, key_scales, value_scales float32 (blocks, block_size, Hk): a scale lies where its codes do, over d
