@@ -9,184 +9,50 @@
 Everything is compared with the reference backend, in float32, on small models with random weights.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
 from llmrs.backends.base import Backend, find, pick_device
-from llmrs.core.batch import Batch, Begun
-from llmrs.core.blocks import BlockPool
-from llmrs.core.config import BUILT_IN, EngineConfig, SamplingParams
-from llmrs.core.engine import EngineCore
-from llmrs.core.ir import Graph
+from llmrs.core.batch import Batch
 from llmrs.core.request import Likely, Request
-from llmrs.core.sampling import SamplingArrays, noise_keys
-from llmrs.models.config import parse
-from llmrs.models.families import family, graph_of
-from llmrs.quant.tensor import Tensor
+from llmrs.core.sampling import SamplingArrays
+from llmrs.random_model import (
+    BLOCK,
+    CONTEXT,
+    MODELS,
+    SHAPE,
+    VOCABULARY,
+    RandomModel,
+    core_on,
+    prefill_batch,
+    prompts,
+    random_sampling,
+    random_step,
+    request,
+    run,
+    sampling_batch,
+)
 
-VOCABULARY = 211  # a prime: a multiple of nothing
-BLOCK = 4
-CONTEXT = 256
-SHAPE = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": CONTEXT,
-}
-# name -> architecture, and what differs from SHAPE; windows are shorter than the prompts
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
-    "mistral": ("MistralForCausalLM", {"sliding_window": 9, "num_key_value_heads": 1, "head_dim": 8}),
-    "qwen2": ("Qwen2ForCausalLM", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
-    "qwen3": ("Qwen3ForCausalLM", {"head_dim": 32, "tie_word_embeddings": True}),
-    "qwen3-moe": (
-        "Qwen3MoeForCausalLM",
-        {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 16},
-    ),
-    "gemma3": ("Gemma3ForCausalLM", {"head_dim": 24, "sliding_window": 6, "num_hidden_layers": 7}),
-}
-
-
-@dataclass(frozen=True)
-class RandomModel:
-    """A small model with random weights, the same each time."""
-
-    graph: Graph
-    weights: Mapping[str, Tensor]
-
-    @staticmethod
-    def of(name: str, **changes: Any) -> "RandomModel":
-        """One of MODELS."""
-        architecture, fields = MODELS[name]
-        data = {**SHAPE, **fields, **changes, "architectures": [architecture]}
-        graph = graph_of(parse(Path(name), data, family(architecture).defaults))
-        rng = np.random.default_rng(0)
-        weights: dict[str, Tensor] = {}
-        for weight in graph.weights():
-            for s in weight.segments:
-                values = rng.normal(float("norm" in s.tensor), 0.25, (s.rows, *weight.columns)).astype(np.float32)
-                weights.setdefault(s.tensor, Tensor("f32", values.shape, values))
-        return RandomModel(graph, weights)
-
-    def on(self, backend: Backend) -> Backend:
-        """The backend with this model loaded."""
-        backend.load(self.graph, self.weights, lambda done: None)
-        return backend
-
-
-def core_on(backend: Backend, blocks: int = 200, block_size: int = BLOCK, **config: Any) -> EngineCore:
-    """An engine core with a pool of its own."""
-    config = {"max_num_seqs": 8, "max_num_batched_tokens": 64, **config}
-    pool = BlockPool(blocks, block_size, config.pop("prefix_cache", True))
-    length = min(CONTEXT, blocks * block_size)
-    backend.allocate(blocks, block_size, config["max_num_seqs"], length)
-    return EngineCore(backend, EngineConfig(**config), VOCABULARY, length, pool)
-
-
-def request(prompt: Sequence[int], seed: int = 0, stops: Sequence[int] = (), **params: Any) -> Request:
-    """A request; greedy unless told otherwise."""
-    return Request(prompt, SamplingParams(**{"temperature": 0.0, **params}).over(BUILT_IN), seed, stops)
-
-
-def run(core: EngineCore, requests: Sequence[Request]) -> list[list[int]]:
-    """Submits all and steps until nothing is left; the answers."""
-    for r in requests:
-        core.submit(r)
-    while not core.idle:
-        core.step()
-    assert all(r.error is None for r in requests), [r.error for r in requests]
-    return [r.output for r in requests]
-
-
-def prompts(*lengths: int) -> list[list[int]]:
-    """Random prompts, the same each time."""
-    return [np.random.default_rng(n).integers(0, VOCABULARY, n).tolist() for n in lengths]
-
-
-def prefill_batch(sequences: Sequence[Sequence[int]], block_size: int = BLOCK) -> Batch:
-    """One step that computes whole sequences from nothing, each in blocks of its own."""
-    counts = np.array([len(s) for s in sequences], np.int32)
-    width = int(-(-counts.max() // block_size))
-    starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-    return Batch(
-        tokens=np.concatenate([np.array(s, np.int32) for s in sequences]),
-        positions=np.concatenate([np.arange(n, dtype=np.int32) for n in counts]),
-        starts=starts,
-        lengths=counts,
-        blocks=np.arange(len(counts) * width, dtype=np.int32).reshape(len(counts), width),
-        slots=np.arange(len(counts), dtype=np.int32),
-        sampled=np.ones(len(counts), bool),
-        sampling=SamplingArrays.zeros(len(counts)),
-        rows=starts[1:] - 1,
-        targets=np.zeros(0, np.int32),
-    )
-
-
-def sampling_batch(sampling: SamplingArrays, begun: Sequence[Begun] = (), **more: Any) -> Batch:
-    """A step of one token a sequence, in slots 0, 1, ..., whose tokens so far are those of `begun`."""
-    count = len(sampling.key)
-    lengths = np.ones(count, np.int32)
-    for b in begun:
-        lengths[b.slot] = len(b.tokens)
-    return Batch(
-        tokens=np.zeros(count, np.int32),
-        positions=lengths - 1,
-        starts=np.arange(count + 1, dtype=np.int32),
-        lengths=lengths,
-        blocks=np.zeros((count, 1), np.int32),
-        slots=np.arange(count, dtype=np.int32),
-        sampled=np.ones(count, bool),
-        sampling=sampling,
-        rows=np.arange(count, dtype=np.int32),
-        targets=np.zeros(0, np.int32),
-        begun=begun,
-        **more,
-    )
-
-
-def random_sampling(rng: np.random.Generator, count: int) -> SamplingArrays:
-    """Every mix of parameters, neutral ones too."""
-    arrays = SamplingArrays.zeros(count)
-    values: dict[str, list[float]] = {
-        "temperature": [0.0, 0.7, 1.0, 3.0],
-        "top_k": [0, 1, 5, 10**6],
-        "top_p": [0.0, 0.3, 0.95, 1.0],
-        "min_p": [0.0, 0.02, 0.3],
-        "repetition_penalty": [1.0, 1.3, 0.7],
-        "presence_penalty": [0.0, 0.5, -1.0],
-        "frequency_penalty": [0.0, 0.25, -0.5],
-    }
-    for name, choice in values.items():
-        getattr(arrays, name)[:] = rng.choice(choice, count)
-    arrays.key[:] = noise_keys(np.zeros(count, np.uint32), np.arange(count))
-    return arrays
-
-
-def random_step(rng: np.random.Generator, count: int, vocabulary: int) -> tuple[np.ndarray, Batch, np.ndarray]:
-    """Logits float32 (S, V) with ties, a step with every kind of parameter, and a mask that leaves something over."""
-    sampling = random_sampling(rng, count)
-    begun = []
-    for slot in range(count):
-        tokens = rng.integers(0, vocabulary, rng.integers(1, 40)).astype(np.int32)
-        ids = rng.choice(vocabulary, min(3, vocabulary), replace=False).astype(np.int32)
-        bias = rng.choice([-4.0, 0.5, 8.0], len(ids)).astype(np.float32)
-        begun.append(Begun(slot, tokens, ids[:slot], bias[:slot]))
-        sampling.prompt[slot] = rng.integers(1, len(tokens) + 1)
-    banned = rng.integers(1, vocabulary + 1, (count, 2)).astype(np.int32)
-    banned[banned == vocabulary] = -1
-    flags = rng.random((count, -(-vocabulary // 32) * 32)) < 0.5
-    flags[:, 0] = True  # neither banned nor masked out
-    mask = np.packbits(flags, axis=-1, bitorder="little").view(np.uint32)
-    logits = np.round(rng.normal(size=(count, vocabulary)) * 4).astype(np.float32) / 2
-    return logits, sampling_batch(sampling, begun, banned=banned, logprobs=int(rng.integers(-1, 4))), mask
+__all__ = [
+    "BLOCK",
+    "CONTEXT",
+    "MODELS",
+    "SHAPE",
+    "VOCABULARY",
+    "BackendSuite",
+    "RandomModel",
+    "core_on",
+    "prefill_batch",
+    "prompts",
+    "random_sampling",
+    "random_step",
+    "request",
+    "run",
+    "sampling_batch",
+]
 
 
 class BackendSuite:

@@ -25,10 +25,10 @@ from llmrs.backends.mlx.backend import MlxBackend
 from llmrs.backends.mlx.kernels.launch import Kernels
 from llmrs.backends.mlx.lowering import as_array
 from llmrs.backends.mlx.sampling import adjusted
-from llmrs.backends.testing import RandomModel, core_on, request, sampling_batch
 from llmrs.core.sampling import SamplingArrays
 from llmrs.models.families import family
 from llmrs.models.weights import _translate
+from llmrs.random_model import RandomModel, core_on, request, sampling_batch
 
 TINY = {
     "vocab_size": 128,

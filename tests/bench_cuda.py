@@ -14,16 +14,8 @@ import time
 import traceback
 from collections.abc import Callable
 from functools import cache, partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock
-
-import numpy as np
-import torch
-
-if find_spec("pytest") is None:  # its decorators stand in llmrs.backends.testing, whose tests are not run here
-    sys.modules["pytest"] = MagicMock()
 
 import bench_chain
 import bench_fp8
@@ -31,11 +23,15 @@ import bench_products
 import bench_prompt
 import bench_rows
 import bench_tuning
+import numpy as np
 import random_checkpoint
+import torch
 
 from llmrs import Engine, EngineConfig, bench_start, bench_steps, bench_tables, bench_workloads
 from llmrs.backends.base import find
-from llmrs.backends.testing import (
+from llmrs.bench_profile import profile_step
+from llmrs.core.batch import Batch
+from llmrs.random_model import (
     BLOCK,
     MODELS,
     RandomModel,
@@ -45,8 +41,6 @@ from llmrs.backends.testing import (
     request,
     run,
 )
-from llmrs.bench_profile import profile_step
-from llmrs.core.batch import Batch
 from llmrs.speed import Device
 from llmrs.workloads import WORKLOADS
 from llmrs.workloads import run as run_workload

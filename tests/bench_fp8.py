@@ -9,7 +9,7 @@ from bench_rows import recorded
 
 from llmrs import bench_steps, bench_workloads
 from llmrs.backends.base import find
-from llmrs.backends.testing import BLOCK, RandomModel, prefill_batch, prompts
+from llmrs.random_model import BLOCK, RandomModel, prefill_batch, prompts
 from llmrs.workloads import WORKLOADS
 
 SHAPES = ((1, 384), (32, 512), (256, 512), (256, 1000))  # sequences, context

@@ -15,7 +15,6 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
-from llmrs.backends.testing import prefill_batch
 from llmrs.backends.torch.kernels import rope
 from llmrs.backends.torch.kernels.attention import Tiling, attention
 from llmrs.backends.torch.kernels.gather import gather
@@ -23,6 +22,7 @@ from llmrs.backends.torch.kernels.prompt import prompt_attention
 from llmrs.backends.torch.library import Flash, Parts, Sdpa, parts_of
 from llmrs.backends.torch.step import chunk_tiles
 from llmrs.core.batch import Batch
+from llmrs.random_model import prefill_batch
 
 GPU, DTYPE = "cuda:0", torch.bfloat16
 HEADS, KV_HEADS, SIZE, SCALE = 16, 8, 128, 0.09

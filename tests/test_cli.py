@@ -211,7 +211,7 @@ def test_control_characters_of_a_file_do_not_reach_the_terminal(call, folder, tm
 def start(*args, **more):
     env = {**os.environ, "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
-        [sys.executable, "-m", "llmrs.cli", *args],
+        [sys.executable, "-m", "llmrs", *args],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -125,7 +125,7 @@ def test_the_text_of_a_seed_is_always_the_same():
 @pytest.mark.parametrize(
     ("args", "stdin", "words"),
     [
-        (["-m", "llmrs.cli", "run", "examples/demo.yaml"], "", "7 + 5 = 12."),
+        (["-m", "llmrs", "run", "examples/demo.yaml"], "", "7 + 5 = 12."),
         (["examples/completion.py", "demo", "The demo model is"], "", "The demo model is|"),
         (["examples/chat.py"], "Hello!\nWhat is 7 + 5?\n", "\n"),
     ],

@@ -25,7 +25,10 @@ HEAVY = ("torch", "mlx", "triton", "transformers", "tokenizers", "safetensors", 
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 UNSAFE_NAMES = {"eval", "exec", "trust_remote_code"}
 BROAD = {"Exception", "BaseException"}
-FOR_TESTS = {"backends/testing.py"}  # compares a backend with the reference on real families
+UNBOUND = {
+    "backends/testing.py",  # compares a backend with the reference on real families
+    "llmrs/__main__.py",  # `python -m llmrs` is the command line
+}
 BROAD_ALLOWED = {"models/tokenizer.py"}  # tokenizers raises plain Exceptions
 
 
@@ -85,7 +88,7 @@ def test_imports_follow_the_arrows(folder):
         f"{relative(p)} -> {m}"
         for p in sources(folder)
         for m in imported(p)
-        if ours(m) and not allowed(folder, m) and relative(p) not in FOR_TESTS
+        if ours(m) and not allowed(folder, m) and relative(p) not in UNBOUND
     ]
     assert not wrong
 
@@ -109,9 +112,11 @@ def test_entry_points_follow_the_arrows():
     assert not wrong
 
 
-def run(code: str, tmp_path: Path) -> None:
+def run(code: str, tmp_path: Path, *args: str) -> None:
     """Runs code in a fresh interpreter, in an empty folder."""
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *args], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -131,6 +136,29 @@ def test_core_imports_with_everything_heavy_blocked(tmp_path):
     names = [m for m in MODULES if part(m) == "core"]
     assert len(names) > 1
     run(BLOCK + "".join(f"import {m}\n" for m in names), tmp_path)
+
+
+NO_PYTEST = """
+import importlib, sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("pytest", "_pytest"):
+            raise ModuleNotFoundError("no " + name, name=name)
+
+sys.meta_path.insert(0, Missing())
+for name in sys.argv[1:]:
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:  # MLX on a machine that has none, and the like
+        assert error.name in ("mlx", "triton", "transformers"), (name, error)
+"""
+
+
+def test_only_the_suite_for_backends_imports_pytest(tmp_path):
+    names = sorted(m for m in MODULES if m != "llmrs.backends.testing")
+    assert "llmrs.bench_mlx" in names
+    run(NO_PYTEST, tmp_path, *names)
 
 
 def test_import_has_no_side_effects(tmp_path):

@@ -1,0 +1,1 @@
+../../llmrs/random_model.py

@@ -1,0 +1,8 @@
+"""`python -m llmrs`, which is `llmrs`."""
+
+import sys
+
+from llmrs.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
