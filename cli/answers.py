@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmrs.cli.options import RunOptions
 from llmrs.core.config import SamplingParams
-from llmrs.core.errors import LlmrsError, RequestError
+from llmrs.core.errors import ContextLengthError, LlmrsError, RequestError
 from llmrs.models.message import Message
 from llmrs.output import GenerationOutput
 
@@ -33,6 +33,11 @@ class Answer:
             yield from self.stream or ()
         except LlmrsError as error:
             self.error = error
+
+    def drain(self) -> None:
+        """Waits for the end."""
+        for _ in self.pieces():
+            pass
 
     def cancel(self) -> None:
         if self.stream is not None:
@@ -73,11 +78,23 @@ def start(answers: Sequence[Answer], engine: "Engine", params: SamplingParams, r
         streams = engine.generate_streams(params, render(engine, run, answers[0].prompt))
         for answer, stream in zip(answers, streams, strict=True):
             answer.stream = stream
+    except ContextLengthError as error:
+        fail(answers, ContextLengthError(error.message, f"shorten the prompt{longer_context(engine)}"))
     except RequestError as error:
-        for answer in answers:
-            answer.error = error
+        fail(answers, error)
     for answer in answers:
         answer.submitted = time.monotonic()
+
+
+def fail(answers: Sequence[Answer], error: LlmrsError) -> None:
+    for answer in answers:
+        answer.error = error
+
+
+def longer_context(engine: "Engine") -> str:
+    """The end of a hint: that the context can be longer, where it can."""
+    most = min(engine.fit.longest, engine.fit.context)
+    return f", or raise max_model_len, to {most} at most" if most > engine.fit.length else ""
 
 
 def render(engine: "Engine", run: RunOptions, text: str) -> "Prompt":

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 import typer
 
 import llmrs
-from llmrs.cli import flags, later
+from llmrs.cli import flags, later, streams
 from llmrs.cli.bench import SECTIONS as BENCH
 from llmrs.cli.bench import bench
 from llmrs.cli.chat import chat
 from llmrs.cli.graph import graph
 from llmrs.cli.listing import list_models
 from llmrs.cli.run import run
-from llmrs.cli.terminal import INTERRUPTED, report, use_utf8
+from llmrs.cli.signals import INTERRUPTED, termination
+from llmrs.cli.terminal import guarded
 from llmrs.core.errors import ConfigError
 
 # typer's public names hold only a subclass of the error that its parser raises for all wrong usage
@@ -41,17 +42,23 @@ later.register(app)
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Runs a command line; the exit status. Errors are one line each on stderr, and status 2."""
-    use_utf8()
+    """Runs a command line; the exit status, as docs/config.md lists it. Errors are one line each on stderr."""
+    streams.set_up()
     given = list(sys.argv[1:] if args is None else args)  # as it is: typer would expand wildcards on Windows
+    with termination():
+        return guarded(lambda: dispatched(given or ["--help"]))
+
+
+def dispatched(args: Sequence[str]) -> int:
+    """Raises WriteError where what was printed can't be written."""
     command = typer.main.get_command(app)
     try:
-        status = command.main(given or ["--help"], prog_name="llmrs", standalone_mode=False)
+        status = command.main(args, prog_name="llmrs", standalone_mode=False)
     except UsageError as error:
-        report(explained(error))
-        return 2
-    except (typer.Abort, KeyboardInterrupt):
+        raise explained(error) from error
+    except typer.Abort:
         return INTERRUPTED
+    sys.stdout.flush()
     return status if isinstance(status, int) else 0
 
 

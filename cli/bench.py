@@ -13,8 +13,9 @@ from llmrs.cli.bench_report import Report
 from llmrs.cli.flags import Values
 from llmrs.cli.loading import load_engine
 from llmrs.cli.options import BenchOptions
-from llmrs.cli.run import check_output
+from llmrs.cli.outputs import check_outputs
 from llmrs.cli.settings import Settings, load_settings
+from llmrs.cli.streams import require_stdout
 from llmrs.core.config import EngineConfig
 from llmrs.core.errors import ConfigError
 
@@ -34,10 +35,26 @@ def bench(config: str | None, flags: Values) -> int:
     mine = BenchOptions(**{name: value for name, value in flags.items() if name in vars(BenchOptions())})
     settings = load_settings(config, {name: value for name, value in flags.items() if name not in vars(mine)})
     mine.check()
-    check_output("plot", mine.plot)
+    refuse_unused(mine, settings)
+    check_outputs({"plot": mine.plot}, settings.inputs)
+    require_stdout()
     if mine.host:
         return mlx_host(mine) if settings.engine.backend == "mlx" else host(mine)
     return model(mine, settings)
+
+
+def refuse_unused(mine: BenchOptions, settings: Settings) -> None:
+    """Raises ConfigError for a flag that changes nothing in what is measured. A file is for other commands too."""
+    if mine.host:
+        for name in sorted(settings.flags - {"backend"}):
+            raise ConfigError(f"{name} changes nothing in the host's part of a step", "leave it out, or --host")
+        if "backend" in settings.flags and settings.engine.backend not in ("auto", "mlx"):
+            hint = (
+                "leave it out: the scheduler's part is the same on all; or --backend mlx, for the part of MLX's graph"
+            )
+            raise ConfigError(f"backend: {settings.engine.backend} is not used with host", hint)
+    elif "prefix_cache" in settings.flags and settings.engine.prefix_cache:
+        raise ConfigError("prefix_cache: speed is measured without one", "leave it out")
 
 
 def model(mine: BenchOptions, settings: Settings) -> int:

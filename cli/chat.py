@@ -3,18 +3,37 @@
 import sys
 from typing import TYPE_CHECKING
 
-from llmrs.cli.answers import figure, system_message
+from llmrs.cli.answers import figure, longer_context, system_message
 from llmrs.cli.flags import Values
 from llmrs.cli.loading import load_engine
+from llmrs.cli.options import RunOptions
+from llmrs.cli.outputs import check_outputs, traced
 from llmrs.cli.settings import Settings, load_settings
-from llmrs.cli.terminal import INTERRUPTED, note, on_interrupt, report
-from llmrs.core.errors import ConfigError, EngineClosedError, LlmrsError, RequestError, did_you_mean
+from llmrs.cli.signals import INTERRUPTED, Terminated, on_interrupt
+from llmrs.cli.streams import WriteError, expect_utf16
+from llmrs.cli.terminal import WRONG, edit_lines, note, report
+from llmrs.core.errors import (
+    ConfigError,
+    ContextLengthError,
+    EngineClosedError,
+    LlmrsError,
+    RequestError,
+    did_you_mean,
+)
 from llmrs.models.message import Message
 from llmrs.output import GenerationOutput
 
 if TYPE_CHECKING:
     from llmrs.engine import Engine
 
+UNUSED = {
+    "prompts": "use `llmrs run`, or type them",
+    "output": "use `llmrs run`",
+    "json": "use `llmrs run`",
+    "n": "use `llmrs run`: a conversation goes on with one answer",
+    "logprobs": "use `llmrs run --json`",
+    "prompt_logprobs": "use `llmrs run --json`",
+}
 COMMANDS = {
     "/help": "this list",
     "/clear": "forget the conversation",
@@ -25,6 +44,8 @@ COMMANDS = {
 
 def chat(config: str | None, flags: Values) -> int:
     """Talks to a model. Type /help for what else can be typed."""
+    if flags.get("interactive") is False:
+        raise ConfigError("interactive: a chat is nothing else", "leave it out, or use `llmrs run`")
     return converse(load_settings(config, flags))
 
 
@@ -32,12 +53,24 @@ def converse(settings: Settings) -> int:
     run = settings.run
     if not run.chat:
         raise ConfigError("chat: false leaves no conversation to have", "leave it out, or use `llmrs run`")
-    unused = [name for name in ("prompts", "output", "json") if getattr(run, name)]
+    settings = settings.without(UNUSED, "a chat does not use it")
+    check_outputs({"trace": run.trace}, settings.inputs)
     with load_engine(settings) as engine:
-        engine.apply_chat_template([*system_message(run), Message("user", "Hi")])  # a bad template shows up here
-        if unused:
-            note(f"a chat does not use {', '.join(unused)}")
-        return Chat(engine, settings).loop()
+        check_messages(engine, run)
+        with traced(engine, run.trace):
+            return Chat(engine, settings).loop()
+
+
+def check_messages(engine: "Engine", run: RunOptions) -> None:
+    """Tries the template before anything is typed. Raises RequestError, and ModelError where there is none."""
+    question = Message("user", "Hi")
+    try:
+        engine.apply_chat_template([*system_message(run), question])
+    except RequestError as error:
+        if run.system is None:
+            raise
+        engine.apply_chat_template([question])
+        raise RequestError(f"system: {error.message}", "leave the system message out") from error
 
 
 class Chat:
@@ -53,26 +86,35 @@ class Chat:
     def loop(self) -> int:
         """Reads and answers until the input ends; the exit status."""
         if self.by_hand:
+            edit_lines()
             print("/help says what can be typed", file=sys.stderr)
         while (line := self.read()) is not None:
             if line.startswith("/"):
                 if line == "/exit":
                     break
                 self.obey(line)
-            elif line and self.answer(line) and not self.by_hand:
-                return INTERRUPTED  # a pipe's next line is not what Ctrl-C asks for
+            elif self.by_hand and "\x1b" in line:  # where lines can't be edited
+                report(RequestError("the line holds a key that is no character, such as an arrow", "type it again"))
+            elif line and (signalled := self.answer(line)) and not (self.by_hand and signalled == INTERRUPTED):
+                return signalled  # a pipe's next line is not what Ctrl-C asks for
         return self.status
 
     def read(self) -> str | None:
-        """The next line without white space around it; None at the end."""
+        """The next line without white space around it; None at the end. Lines that are pasted at once are one."""
         try:
             if self.by_hand and sys.stdout.isatty():
                 return input("> ").strip()
             if self.by_hand:  # stdout goes to a file, where no prompt marks belong
                 print("> ", end="", file=sys.stderr, flush=True)
+            else:
+                expect_utf16()
             line = sys.stdin.readline()
+        except Terminated:
+            raise
         except (EOFError, KeyboardInterrupt):
             line = ""
+        except OSError as error:
+            raise ConfigError(f"standard input can't be read: {error.strerror}", "give a pipe or a file") from error
         if not line and self.by_hand:
             print(file=sys.stderr)
         return line.strip() if line else None
@@ -88,24 +130,33 @@ class Chat:
         else:
             report(RequestError(f"there is no command {command}", did_you_mean(command, COMMANDS)))
 
-    def answer(self, text: str) -> bool:
-        """Streams the answer and remembers both sides; whether Ctrl-C stopped it. An error costs only this turn."""
+    def answer(self, text: str) -> int:
+        """Streams the answer and remembers both sides; the exit status of the signal that stopped it, else 0.
+
+        An error costs only this turn.
+        """
         turn = [*self.messages, Message("user", text)]
         try:
             stream = self.engine.generate_stream(self.settings.sampling, self.engine.apply_chat_template(turn))
-            with on_interrupt(stream.cancel) as interrupted:
+            with on_interrupt(stream.cancel) as stopped:
                 for piece in stream:
                     print(piece, end="", flush=True)
             print(flush=True)
-        except EngineClosedError:
+        except (EngineClosedError, WriteError):
             raise
         except LlmrsError as error:
-            report(error)
-            self.status = 2
-            return False
+            full = isinstance(error, ContextLengthError)
+            report(RequestError(error.message, self.room()) if full else error)
+            self.status = WRONG
+            return 0
         self.last = stream.output()
         self.messages = [*turn, Message("assistant", self.last.text)]
-        return interrupted.is_set()
+        return stopped.status
+
+    def room(self) -> str:
+        """What helps where the context is full."""
+        forget = "/clear forgets the conversation" if self.messages else "say it in fewer words"
+        return f"{forget}{longer_context(self.engine)}"
 
     def print_stats(self) -> None:
         if self.last is None:

@@ -24,7 +24,7 @@ def show(model: str, revision: str | None, offline: bool, fused: str | None) -> 
 
     config = read_config(locate(model, revision, offline=offline, weights=False))
     plain = graph_of(config)
-    shown = fuse(plain, fused_ops(fused)) if fused else plain
+    shown = fuse(plain, fused_ops(fused)) if fused is not None else plain
     print(f"{header(config.architecture, plain)}\n\n{shown}")
     return 0
 

@@ -32,7 +32,7 @@ class LaterOptions(Checked):
 
     def refuse(self) -> None:
         """Raises ConfigError for the first option that is set."""
-        hints = {"batch": "time real prompts: `llmrs run` ends with tokens per second"}
+        hints = {"batch": "`llmrs bench --batches 8` measures 8 answers at once"}
         for name, value in vars(self).items():
             if value is not None:
                 hint = hints.get(name, "leave it out; there is no server to set it for")
@@ -72,21 +72,20 @@ class BenchOptions(Checked):
         return self.workloads is None and self.arrivals is None and not others
 
     def check(self) -> None:
-        """Raises ConfigError for an option that would change nothing."""
-        steps = self.grid or self.profile
+        """Raises ConfigError for an option that would change nothing, with what would give it a meaning."""
+        steps, alone = self.grid or self.profile, "give no other measurement beside it"
         matters = {
-            "scale": self.workloads is not None or self.arrivals is not None,
-            "contexts": steps,
-            "batches": steps or self.table or self.host,
-            "prompt_tokens": self.table,
-            "new_tokens": self.table,
+            "scale": (self.workloads is not None or self.arrivals is not None, "add --workloads or --arrivals"),
+            "batches": (steps or self.table or self.host, "add --contexts or --profile, or leave it out"),
+            "prompt_tokens": (self.table, alone),
+            "new_tokens": (self.table, alone),
         }
-        for name in ("workloads", "arrivals", "profile", "plot", "start") if self.host else ():
+        for name in ("workloads", "arrivals", "contexts", "profile", "plot", "start") if self.host else ():
             if getattr(self, name) not in (None, False):
                 raise ConfigError(f"host: nothing else is measured with it, not {name}", "leave one of them out")
-        for name, there in matters.items():
+        for name, (there, hint) in matters.items():
             if not there and getattr(self, name) != getattr(BenchOptions, name):
-                raise ConfigError(f"{name} changes nothing in what is measured", "leave it out")
+                raise ConfigError(f"{name} changes nothing in what is measured", hint)
 
 
 # What a config file and the flags may hold, with the headings for help and docs.

@@ -1,22 +1,32 @@
 """Prompts as users give them: one text split at '|', a file, or standard input."""
 
+import io
 import json
 import os
 import sys
-from collections.abc import Iterable
 from pathlib import Path
+from typing import BinaryIO
 
+from llmrs.cli.outputs import STDIN
+from llmrs.cli.streams import BOMS_UTF16
 from llmrs.core.errors import ConfigError
 
 SUFFIXES = (".txt", ".jsonl")  # of a single word that must be a file, there or not
+LARGEST = 2**28  # bytes of a file of prompts
+ONE_A_LINE = "give a text file with one prompt a line"
 
 
-def expand(text: str, folder: Path | None = None) -> list[str]:
-    """The prompts that `text` stands for. A file is looked for here, then in `folder`. Raises ConfigError."""
+def expand(text: str, inputs: dict[str, str], folder: Path | None = None) -> list[str]:
+    """The prompts that `text` stands for. A file is looked for here, then in `folder`, and added to `inputs`.
+
+    Raises ConfigError.
+    """
     if text == "-":
-        return _lines("standard input", sys.stdin, jsonl=False)
+        inputs["the file of prompts on standard input"] = STDIN
+        return _lines("standard input", _standard_input(), jsonl=False)
     for path in (text, *([str(folder / text)] if folder else [])):
-        if os.path.isfile(path):
+        if text.strip() and os.path.exists(path):
+            inputs[f"the file of prompts {path}"] = path
             return read(Path(path))
     if text.endswith(SUFFIXES) and len(text.split()) == 1:
         raise ConfigError(f"prompts: there is no file {text!r}", "give a file with one prompt a line")
@@ -28,29 +38,72 @@ def expand(text: str, folder: Path | None = None) -> list[str]:
 
 def read(path: Path) -> list[str]:
     """One prompt a line; in a .jsonl file a JSON string, or an object with "prompt"."""
+    if path.is_dir():
+        raise ConfigError(f"prompts: {path} is a folder", f"{ONE_A_LINE}; '{path} |' is the word itself")
     try:
-        with path.open(encoding="utf-8-sig") as file:
-            return _lines(str(path), file, jsonl=path.suffix == ".jsonl")
+        with path.open("rb") as file:  # a pipe will do
+            text = decoded(str(path), bounded(str(path), file))
     except OSError as error:
         raise ConfigError(f"prompts: {path} can't be read: {error.strerror}", "is it a text file?") from error
+    return _lines(str(path), text, jsonl=path.suffix == ".jsonl")
+
+
+def _standard_input() -> str:
+    name, binary = "standard input", getattr(sys.stdin, "buffer", None)
+    try:
+        return sys.stdin.read(LARGEST) if binary is None else decoded(name, bounded(name, binary))
+    except OSError as error:
+        raise ConfigError(f"prompts: {name} can't be read: {error.strerror}", "give a file or a pipe") from error
+
+
+def bounded(name: str, file: BinaryIO) -> bytes:
+    """All that is in it. Raises ConfigError where that is too much."""
+    data = file.read(LARGEST + 1)
+    if len(data) > LARGEST:
+        raise ConfigError(f"prompts: {name} is larger than {LARGEST} bytes", "split it into several files")
+    return data
+
+
+def decoded(name: str, data: bytes) -> str:
+    """UTF-8, or UTF-16 as PowerShell writes it, without the byte-order mark. Raises ConfigError for other bytes."""
+    try:
+        text = data.decode("utf-16" if data[:2] in BOMS_UTF16 else "utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"prompts: {path} is not UTF-8 text", "give a text file with one prompt a line") from error
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"prompts: {name}, line {line}, is not UTF-8 text", ONE_A_LINE) from error
+    if "\0" in text:
+        raise ConfigError(f"prompts: {name} holds zero bytes, as no text does", ONE_A_LINE)
+    return text
 
 
-def _lines(name: str, lines: Iterable[str], *, jsonl: bool) -> list[str]:
-    full = [(n, line.strip()) for n, line in enumerate(lines, 1) if line.strip()]
+def _lines(name: str, text: str, *, jsonl: bool) -> list[str]:
+    """Every line is looked at before anything is answered. Raises ConfigError that names the first wrong one."""
+    lines = io.StringIO(text, newline=None)  # ends of lines as in a text file; U+2028 is none
+    full = [(n, stripped) for n, line in enumerate(lines, 1) if (stripped := line.strip())]
     if not full:
         raise ConfigError(f"prompts: {name} holds no prompts", "it needs one prompt a line")
-    return [_from_json(name, n, line) if jsonl else line for n, line in full]
+    if not jsonl:
+        return [line for _, line in full]
+    found = [(n, *_from_json(line)) for n, line in full]
+    wrong = [(n, problem) for n, _, problem in found if problem]
+    if wrong:
+        number, problem = wrong[0]
+        others = f" (and so on: {len(wrong)} lines are wrong)" if len(wrong) > 1 else ""
+        hint = 'each line is a JSON string, or an object such as {"prompt": "Hi"}'
+        raise ConfigError(f"prompts: {name}, line {number}: {problem}{others}", hint)
+    return [prompt for _, prompt, _ in found]
 
 
-def _from_json(name: str, number: int, line: str) -> str:
+def _from_json(line: str) -> tuple[str, str]:
+    """The prompt, or what is wrong."""
     try:
         value = json.loads(line)
-    except (ValueError, RecursionError):
-        value = None
-    value = value.get("prompt") if isinstance(value, dict) else value
+    except (ValueError, RecursionError) as error:
+        return "", f"it is not JSON: {error}"
+    if isinstance(value, dict):
+        if "prompt" not in value:
+            return "", 'the object has no "prompt"'
+        value = value["prompt"]
     if not isinstance(value, str):
-        hint = 'each line is a JSON string, or an object such as {"prompt": "Hi"}'
-        raise ConfigError(f"prompts: {name}, line {number}: no prompt", hint)
-    return value
+        return "", "the prompt is not text"
+    return value, "" if value else "the prompt is empty"

@@ -1,25 +1,16 @@
 """What goes to the terminal beside the data: errors, notes, and a line that is drawn over. All of it on stderr."""
 
-import os
 import shutil
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TextIO
 
+from llmrs.cli.signals import INTERRUPTED, Terminated
+from llmrs.cli.streams import ReaderLeft
 from llmrs.core.errors import LlmrsError
 
-INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
-
-
-def use_utf8() -> None:
-    """UTF-8 on all three streams, whatever the locale; what it can't hold is escaped, not fatal."""
-    for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace")):
-        if hasattr(stream, "reconfigure"):  # not where a test or a host program put its own object
-            stream.reconfigure(encoding="utf-8", errors=errors)
+WRONG, READER_LEFT = 2, 1  # exit statuses; docs/config.md has the table
 
 
 def one_line(text: str) -> str:
@@ -36,6 +27,15 @@ def report(error: LlmrsError, where: str = "") -> None:
 
 def note(text: str) -> None:
     print(f"note: {one_line(text)}", file=sys.stderr)
+
+
+def edit_lines() -> None:
+    """Lets `input` edit lines with the arrow keys, and take pasted lines as one."""
+    try:
+        import readline
+    except ModuleNotFoundError:  # Windows, whose console edits lines by itself
+        return
+    readline.parse_and_bind("set enable-bracketed-paste on")  # Python turns it off
 
 
 class StatusLine:
@@ -68,42 +68,12 @@ def guarded(body: Callable[[], int]) -> int:
     """Runs a command; its exit status. Anything but an LlmrsError is a bug of ours and keeps its traceback."""
     try:
         return body()
+    except ReaderLeft:
+        return READER_LEFT
     except LlmrsError as error:
         report(error)
-        return 2
+        return WRONG
+    except Terminated as signalled:
+        return signalled.status
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:  # `| head` has seen enough
-        discard_stdout()
-        return 1
-
-
-def discard_stdout() -> None:
-    """Nobody reads stdout any more: what is left in its buffer must not fail again when Python ends."""
-    devnull = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(devnull, sys.stdout.fileno())
-    os.close(devnull)
-
-
-@contextmanager
-def on_interrupt(stop: Callable[[], None]) -> Iterator[threading.Event]:
-    """The first Ctrl-C calls `stop` and sets the event; a second one raises KeyboardInterrupt as usual.
-
-    An exception in the middle of a write would lose or double a piece of the output; a call loses nothing.
-    """
-    pressed = threading.Event()
-    before = signal.getsignal(signal.SIGINT)
-
-    def handle(number: int, frame: object) -> None:
-        signal.signal(signal.SIGINT, before)
-        pressed.set()
-        stop()
-
-    possible = threading.current_thread() is threading.main_thread() and before not in (None, signal.SIG_IGN)
-    if possible:
-        signal.signal(signal.SIGINT, handle)
-    try:
-        yield pressed
-    finally:
-        if possible:
-            signal.signal(signal.SIGINT, before)

@@ -135,7 +135,7 @@ def test_prompts_from_a_pipe(monkeypatch):
         ("just text", "no mapping"),
         ("", "empty"),
         ("a: [", "not YAML"),
-        ("a: 2020-99-99", "not YAML"),
+        ("a: !!timestamp 2020-99-99", "not YAML"),
         (b"\xff\xfe\xff", "not YAML"),
         (b"a: \x00", "not YAML"),
         ("!!python/object/apply:os.system ['true']", "not YAML"),
