@@ -36,7 +36,7 @@ def bench(config: str | None, flags: Values) -> int:
     settings = load_settings(config, {name: value for name, value in flags.items() if name not in vars(mine)})
     mine.check()
     refuse_unused(mine, settings)
-    check_outputs({"plot": mine.plot}, settings.inputs)
+    check_outputs({"plot": mine.plot}, settings.inputs, settings.engine.model_path)
     require_stdout()
     if mine.host:
         return mlx_host(mine) if settings.engine.backend == "mlx" else host(mine)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from llmrs.cli.answers import figure, longer_context, system_message
 from llmrs.cli.flags import Values
 from llmrs.cli.loading import load_engine
-from llmrs.cli.options import RunOptions
+from llmrs.cli.options import SAME_FOR_ALL, RunOptions
 from llmrs.cli.outputs import check_outputs, traced
 from llmrs.cli.settings import Settings, load_settings
 from llmrs.cli.signals import INTERRUPTED, Terminated, on_interrupt
@@ -17,6 +17,7 @@ from llmrs.core.errors import (
     ContextLengthError,
     EngineClosedError,
     LlmrsError,
+    ModelError,
     RequestError,
     did_you_mean,
 )
@@ -53,8 +54,8 @@ def converse(settings: Settings) -> int:
     run = settings.run
     if not run.chat:
         raise ConfigError("chat: false leaves no conversation to have", "leave it out, or use `llmrs run`")
-    settings = settings.without(UNUSED, "a chat does not use it")
-    check_outputs({"trace": run.trace}, settings.inputs)
+    settings = settings.without(UNUSED, "a chat does not use it").without(*SAME_FOR_ALL)
+    check_outputs({"trace": run.trace}, settings.inputs, settings.engine.model_path)
     with load_engine(settings) as engine:
         check_messages(engine, run)
         with traced(engine, run.trace):
@@ -62,7 +63,9 @@ def converse(settings: Settings) -> int:
 
 
 def check_messages(engine: "Engine", run: RunOptions) -> None:
-    """Tries the template before anything is typed. Raises RequestError, and ModelError where there is none."""
+    """Tries the template before anything is typed. Raises RequestError, or ModelError where there is none."""
+    if engine.model.template is None:
+        raise ModelError("a chat needs a chat template, and the model has none", "use `llmrs run` for plain text")
     question = Message("user", "Hi")
     try:
         engine.apply_chat_template([*system_message(run), question])

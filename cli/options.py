@@ -88,6 +88,12 @@ class BenchOptions(Checked):
                 raise ConfigError(f"{name} changes nothing in what is measured", hint)
 
 
+# What requests differ in only from Python: hints by name, and the reason, for Settings.without.
+SAME_FOR_ALL = (
+    {"priority": "leave it out; from Python each request may have its own"},
+    "all requests of a command have the same",
+)
+
 # What a config file and the flags may hold, with the headings for help and docs.
 SECTIONS: dict[str, type] = {
     "Prompts and output": RunOptions,

@@ -17,12 +17,14 @@ if TYPE_CHECKING:
 
 STDIN = "-"  # among the inputs
 OWN = "give a file of its own"
+# ends of the names of files that are read from a model's folder
+OF_MODELS = ("config.json", "tokenizer.json", ".index.json", "chat_template.jinja", ".safetensors", ".gguf")
 
 
-def check_outputs(outputs: Mapping[str, str | None], inputs: Mapping[str, str]) -> None:
+def check_outputs(outputs: Mapping[str, str | None], inputs: Mapping[str, str], model: str | None = None) -> None:
     """Raises ConfigError for a path where no file can be written, and for one that is another file of the command.
 
-    outputs: option -> path. inputs: what it is, in words -> path.
+    outputs: option -> path. inputs: what it is, in words -> path. model: its folder or file, if it is one.
     """
     given = {option: path for option, path in outputs.items() if path is not None}
     for option, path in given.items():
@@ -30,6 +32,8 @@ def check_outputs(outputs: Mapping[str, str | None], inputs: Mapping[str, str]) 
         for what, other in inputs.items():
             if _same(path, other):
                 raise ConfigError(f"{option}: {path} is {what}, which would be overwritten", OWN)
+        if model is not None and _of_model(path, Path(model)):
+            raise ConfigError(f"{option}: {path} is a file of the model, which would be overwritten", OWN)
         if any(_is_descriptor(path, number) for number in (1, 2)):
             raise ConfigError(f"{option}: {path} is where standard output or standard error goes already", OWN)
     for (a, first), (b, second) in combinations(given.items(), 2):
@@ -55,6 +59,12 @@ def _same(path: str, other: str) -> bool:
         return os.path.normcase(os.path.realpath(path)) == os.path.normcase(os.path.realpath(other))
 
 
+def _of_model(path: str, model: Path) -> bool:
+    """Whether the path is one of the files of a model folder, or the file of a model."""
+    file, there = Path(path).resolve(), model.expanduser().resolve()
+    return file.is_file() and (file == there or (file.parent == there and file.name.endswith(OF_MODELS)))
+
+
 def _is_descriptor(path: str, number: int) -> bool:
     """Whether the path names the file that is open as this descriptor."""
     try:
@@ -73,7 +83,8 @@ class Records:
         try:
             self.file = open(path, "wb", buffering=0)  # noqa: SIM115  # no buffer: what is there survives whatever comes
         except (OSError, ValueError) as error:
-            raise ConfigError(f"output: {path} can't be written: {error}", "give another file") from error
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(f"output: {path} can't be written: {reason}", "give another file") from error
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Raises WriteError, which says how many records are in the file."""

@@ -9,7 +9,7 @@ from llmrs.cli.answers import Answer, figures, progress, start
 from llmrs.cli.chat import converse
 from llmrs.cli.flags import Values
 from llmrs.cli.loading import load_engine
-from llmrs.cli.options import RunOptions
+from llmrs.cli.options import SAME_FOR_ALL, RunOptions
 from llmrs.cli.outputs import Records, check_outputs, encoded, records_file, traced
 from llmrs.cli.settings import Settings, load_settings
 from llmrs.cli.signals import on_interrupt
@@ -29,12 +29,15 @@ def run(config: str | None, flags: Values) -> int:
     settings = load_settings(config, flags)
     if settings.run.interactive:
         return converse(settings)
+    settings = settings.without(*SAME_FOR_ALL)
     if not settings.run.json and settings.run.output is None:
         settings = settings.without(UNSEEN, "text holds no log probabilities")
     prompts = settings.run.prompts
     if not prompts:
         raise ConfigError("there are no prompts", 'give --prompts "Hi | Bye", or talk to the model with `llmrs chat`')
-    check_outputs({name: getattr(settings.run, name) for name in ("output", "trace")}, settings.inputs)
+    check_outputs(
+        {name: getattr(settings.run, name) for name in ("output", "trace")}, settings.inputs, settings.engine.model_path
+    )
     require_stdout(settings.run.output)
     groups = [[Answer(n, prompt) for _ in range(settings.sampling.n)] for n, prompt in enumerate(prompts, 1)]
     with load_engine(settings) as engine:

@@ -99,7 +99,7 @@ def advice(error: OSError) -> str:
         errno.ENOSPC: "the disk is full: make room, or write to another one",
         errno.EDQUOT: "the quota is used up: make room, or write to another disk",
         errno.EFBIG: "the largest size of a file is reached (`ulimit -f`): give another file",
-        errno.EBADF: "it is closed: leave it open, send it to a file, or give --output FILE",
+        errno.EBADF: "it is closed: leave it open, or send it to a file",
     }
     return hints.get(error.errno or 0, "give another file")
 

@@ -19,7 +19,7 @@ from llmrs.models.tokenizer import Tokenizer
 LARGEST = 200_000  # characters of a template; those of today's models have less than a tenth
 BASE, PER_CHARACTER = 5_000_000, 200  # what a rendering may spend: for itself, and for what it is given
 PROBE = [{"role": "user", "content": "Hi"}]
-HINT = "use the chat template that belongs to the model"
+HINT = "put a template that works into the model's folder as chat_template.jinja, or use another model"
 
 
 class ChatPrompt(str):

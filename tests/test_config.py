@@ -1,8 +1,13 @@
 """Options: one definition, from which YAML keys, flags, help and docs come; and every way to get one wrong."""
 
+import os
+import re
+import threading
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -10,6 +15,7 @@ from llmrs.cli import table
 from llmrs.cli.flags import hidden, visible
 from llmrs.cli.options import SECTIONS, RunOptions
 from llmrs.cli.settings import load_settings
+from llmrs.cli.yaml_file import read_yaml
 from llmrs.core.config import BUILT_IN, EngineConfig, SamplingParams, build, options
 from llmrs.core.errors import ConfigError
 
@@ -149,6 +155,123 @@ def test_files_that_are_wrong(tmp_path, text, words):
     (tmp_path / "binary.txt").write_bytes(b"\xff\xff")
     (tmp_path / "empty.txt").write_text("\n")
     refused(tmp_path, text, words)
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("temperature: 1e-3", "temperature", 0.001),
+        ("temperature: .5", "temperature", 0.5),
+        ("temperature: 0.2_5", "temperature", 0.25),
+        ("max_tokens: 1_000", "max_tokens", 1000),
+        ("max_tokens: 0o17", "max_tokens", 15),
+        ("max_tokens: 0x1F", "max_tokens", 31),
+        ("max_tokens: 0b11", "max_tokens", 3),
+        ("max_tokens: +3", "max_tokens", 3),
+        ("max_tokens:", "max_tokens", None),
+        ("ignore_eos: yes", "ignore_eos", True),
+        ("prefix_cache: Off", "prefix_cache", False),
+        ("i: on", "interactive", True),
+        ("stop: [yes, no, 12:30, 2020-01-01, =, 0o9, 007]", "stop", "yes no 12:30 2020-01-01 = 0o9 007".split()),
+        ("system: on", "system", "on"),
+        ("prompts: 12:30", "prompts", ["12:30"]),
+        ("system: |\n  a\tb", "system", "a\tb"),
+        ("logit_bias: {0x10: 1e0}", "logit_bias", {16: 1.0}),
+    ],
+)
+def test_words_and_numbers_mean_what_they_mean_in_yaml_1_2(tmp_path, text, name, value):
+    settings = from_yaml(tmp_path, text)
+    found = {**vars(settings.engine), **vars(settings.sampling), **vars(settings.run)}
+    assert found[name] == value
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("dtype: f32\nmax_tokens: 017", "line 2: max_tokens: '017' is not allowed"),
+        ("dtype: f32\n\nmax_tokens: 12:30", "line 3: max_tokens: '12:30' is not allowed"),
+        ("max_tokens: 1,000", "line 1: max_tokens: '1,000' is not allowed"),
+        ("max_tokens: 1e3", "line 1: max_tokens: 1000.0 is not allowed"),
+        ("ignore_eos: 'yes'", "line 1: ignore_eos: 'yes' is not allowed"),
+        ("ignore_eos: 1", "line 1: ignore_eos: 1 is not allowed"),
+        ("dtype: f32\nstop: [a, 3]", 'line 2: stop: 3 is not allowed; it must be .* put quotes around it: "3"'),
+        ("system: true", 'line 1: system: True is not allowed.*put quotes around it: "true"'),
+        ("dtype: f32\n\tmax_tokens: 3", "a tab in line 2 .*spaces"),
+        ("prompts:\n\t- a", "a tab in line 2 .*spaces"),
+        ("dtype:\tf32", "a tab in line 1 .*spaces"),
+        ("dtype: f32\nmodle: demo", "line 2: unknown option 'modle'"),
+        ("dtype: f32\n? [a]\n: 1", "line 2"),
+        ("ignore_eos: !!bool maybe", "not YAML"),
+        ("1: a\n0x1: b", "comes twice in line 2"),
+    ],
+)
+def test_what_can_mean_two_things_is_refused_with_its_line(tmp_path, text, words):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_settings(str(tmp_path / "config.yaml"), {})
+    assert re.search(words, str(caught.value))
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text("yesno :-,'\"\n\t#[]{}&*~=<|é"),
+    st.lists,
+)
+
+
+@given(VALUES)
+def test_what_pyyaml_writes_is_read_back(value):
+    with NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
+        yaml.safe_dump({"key": value}, file, allow_unicode=True)
+        file.flush()
+        assert read_yaml(Path(file.name)) == {"key": (value, 1)}
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("p.jsonl", b'"a"\n{"prompt": ""}\n', "p.jsonl, line 2: the prompt is empty"),
+        ("p.jsonl", b'"a"\n\n{"text": "b"}\n[]\n', r'p.jsonl, line 3: the object has no "prompt" \(and .* 2 lines'),
+        ("p.jsonl", b'"a"\n{"prompt": "b"\n', "p.jsonl, line 2: it is not JSON"),
+        ("p.jsonl", b'{"prompt": null}', "p.jsonl, line 1: the prompt is not text"),
+        ("p.txt", b"a\nb\xff\n", "p.txt, line 2, is not UTF-8"),
+        ("p.txt", "a\n".encode("utf-16-le"), "p.txt holds zero bytes"),
+        ("p", b"", "holds no prompts"),
+    ],
+)
+def test_a_wrong_line_of_a_file_of_prompts_is_named(tmp_path, name, data, words):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ConfigError, match=words):
+        load_settings(None, {"prompts": [str(tmp_path / name)]})
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_files_of_prompts_as_editors_write_them(tmp_path, encoding):
+    (tmp_path / "p.txt").write_bytes("é\r\n\r\n b\u2028c \rd".encode(encoding))
+    assert load_settings(None, {"prompts": [str(tmp_path / "p.txt")]}).run.prompts == ["é", "b\u2028c", "d"]
+
+
+def test_a_folder_is_no_file_of_prompts(tmp_path, monkeypatch):
+    (tmp_path / "word").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="word is a folder"):
+        load_settings(None, {"prompts": ["word"]})
+    assert load_settings(None, {"prompts": ["word |"]}).run.prompts == ["word"]
+
+
+def test_a_file_of_prompts_without_end_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr("llmrs.cli.prompts.LARGEST", 100)
+    (tmp_path / "p.txt").write_text("a\n" * 51)
+    with pytest.raises(ConfigError, match="larger than 100 bytes"):
+        load_settings(None, {"prompts": [str(tmp_path / "p.txt")]})
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no such pipes on Windows")
+def test_prompts_from_a_named_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=("a\nb\n",))
+    writer.start()
+    assert load_settings(None, {"prompts": [str(tmp_path / "pipe")]}).run.prompts == ["a", "b"]
+    writer.join()
 
 
 def test_files_that_are_not_there(tmp_path):
