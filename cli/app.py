@@ -45,8 +45,9 @@ def main(args: Sequence[str] | None = None) -> int:
     """Runs a command line; the exit status, as docs/config.md lists it. Errors are one line each on stderr."""
     streams.set_up()
     given = list(sys.argv[1:] if args is None else args)  # as it is: typer would expand wildcards on Windows
-    with termination():
-        return guarded(lambda: dispatched(given or ["--help"]))
+    with termination() as stopped:
+        status = guarded(lambda: dispatched(given or ["--help"]))
+    return stopped.status or status
 
 
 def dispatched(args: Sequence[str]) -> int:

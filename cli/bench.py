@@ -71,6 +71,8 @@ def model(mine: BenchOptions, settings: Settings) -> int:
         with load_engine(replace(settings, engine=config)) as engine:
             measure(engine, mine, report, chosen, arriving)
     report.end()
+    if mine.plot is not None:  # last, so that a disk that is full loses no figures
+        report.draw(mine.plot)
     return 0
 
 
@@ -107,8 +109,6 @@ def measure(
         report.add("arrivals", bench_workloads.over_time(engine, device, w, mine.arrivals or (), closed))
     if mine.grid:
         report.add("grid", bench_steps.grid(engine, device, batches, contexts))
-    if mine.plot is not None:
-        report.draw(mine.plot)
     if mine.profile:
         report.add("profiles", (bench_profile.profile_step(engine, device, b, c) for b, c in shapes))
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmrs.cli.options import BenchOptions
+from llmrs.cli.streams import advice
 from llmrs.cli.terminal import StatusLine
 from llmrs.core.errors import ConfigError
 
@@ -58,4 +59,4 @@ class Report:
         try:
             Path(path).write_text(picture(self.found["grid"]), "utf-8")
         except OSError as error:
-            raise ConfigError(f"plot: {path} can't be written: {error.strerror}", "give another file") from error
+            raise ConfigError(f"plot: {path} can't be written: {error.strerror}", advice(error)) from error

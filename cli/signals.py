@@ -16,10 +16,6 @@ Handler = Callable[[int, FrameType | None], None]
 class Terminated(KeyboardInterrupt):
     """SIGTERM or SIGHUP, as Ctrl-C is KeyboardInterrupt: files are closed and memory is given back on the way out."""
 
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.status = FIRST + number
-
 
 class Stop:
     """Whether a signal asked for an end, and the exit status then; 0 before."""
@@ -52,14 +48,16 @@ def _handled(numbers: list[int], handle: Handler) -> Iterator[None]:
 
 
 @contextmanager
-def termination() -> Iterator[None]:
-    """Within, the first SIGTERM or SIGHUP raises Terminated."""
+def termination() -> Iterator[Stop]:
+    """Within, the first SIGTERM or SIGHUP raises Terminated. The status is kept, as typer makes Ctrl-C of it."""
+    stopped = Stop()
 
     def handle(number: int, frame: FrameType | None) -> None:
-        raise Terminated(number)
+        stopped.status = FIRST + number
+        raise Terminated
 
     with _handled(ENDING, handle):
-        yield
+        yield stopped
 
 
 @contextmanager

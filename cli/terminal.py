@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
-from llmrs.cli.signals import INTERRUPTED, Terminated
+from llmrs.cli.signals import INTERRUPTED
 from llmrs.cli.streams import ReaderLeft
 from llmrs.core.errors import LlmrsError
 
@@ -73,7 +73,5 @@ def guarded(body: Callable[[], int]) -> int:
     except LlmrsError as error:
         report(error)
         return WRONG
-    except Terminated as signalled:
-        return signalled.status
     except KeyboardInterrupt:
         return INTERRUPTED

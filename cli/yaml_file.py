@@ -16,7 +16,7 @@ import yaml
 from llmrs.core.errors import ConfigError
 
 LARGEST = 2**22  # bytes; a config that is larger is some other file
-EXAMPLE = "see docs/config.md for an example"
+EXAMPLE = "text with any of : # @ % & * ` in it needs quotes; docs/config.md has an example"
 MAPPING = "tag:yaml.org,2002:map"
 WORDS = ("yes", "on", "no", "off")
 

@@ -11,7 +11,7 @@ import sys
 import pytest
 import texts
 
-from llmrs.cli import streams
+from llmrs.cli import main, streams
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="descriptors and signals differ on Windows")
 
@@ -206,6 +206,16 @@ def test_sigterm_ends_a_chat_that_waits_for_input(folder):
     assert process.returncode == 143
 
 
+def test_sigterm_while_a_command_line_is_read(monkeypatch):
+    def kill(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("llmrs.cli.flags.given", kill)
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["run"]) == 143
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 def test_a_second_signal_ends_at_once(tmp_path):
     code = """
 import os, signal
@@ -219,8 +229,9 @@ def twice():
         print("never")
 
 from llmrs.cli.terminal import guarded
-with termination():
-    raise SystemExit(guarded(twice))
+with termination() as stopped:
+    status = guarded(twice)
+raise SystemExit(stopped.status or status)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=60)
     assert (done.stdout, done.stderr, done.returncode) == ("stopping\n143\n", "", 143)
