@@ -191,10 +191,13 @@ class SamplingParams(Checked):
     )
     ignore_eos: bool = option(False, "go on after the end-of-sequence token")
     min_tokens: int = option(0, "no end-of-sequence, stop token or stop text before so many tokens", low=0, high=2**24)
-    stop: list[str] | None = option(None, "end the answer before any of these texts", most=16)
+    stop: list[str] | None = option(
+        None, "end the answer before any of these texts, which may hold control tokens", most=16
+    )
     stop_token_ids: list[int] | None = option(
         None, "end the answer at any of these tokens", low=0, high=2**31 - 1, most=16
     )
+    skip_special_tokens: bool = option(True, "leave control tokens, such as the end of sequence, out of the text")
     logprobs: int | None = option(
         None, "log probabilities of the answer's tokens, and of so many likelier ones; null: none", low=0, high=20
     )

@@ -243,7 +243,8 @@ class Engine:
     ) -> Stream:
         """`around` may wrap what the engine's thread calls with new tokens, to look on."""
         p = request.params
-        detokenizer = Detokenizer(self.model.tokenizer, tuple(p.stop or ()), p.min_tokens)
+        stops, skip = tuple(p.stop or ()), p.skip_special_tokens
+        detokenizer = Detokenizer(self.model.tokenizer, stops, p.min_tokens, skip_special_tokens=skip)
         sink = Sink(detokenizer, self._worker.core.cancel, notify)
         request.on_update = around(sink.update)
         self._worker.submit(request)

@@ -28,12 +28,12 @@ class Sink:
             self._hand_over(request.computed_tokens)
         for token in tokens:
             self._put(self.detokenizer.push(token))
+        if request.finish_reason is not None:
+            self._put(self.detokenizer.flush())
         if self.detokenizer.stopped is not None:
             if request.finish_reason == "length":  # on the token that completes the stop string
                 request.finish_reason = "stop"
             self.stop(request, "stop")  # unless it has ended, comes back here with no tokens
-        elif request.finish_reason is not None:
-            self._put(self.detokenizer.flush())
         if request.finish_reason is not None and not self.ended:
             self.ended = True
             self._hand_over(None)

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import reprlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -174,29 +174,21 @@ def unused(c: Conversation, count: int) -> list[str]:
     return free
 
 
-def broken(c: Conversation, added: Mapping[str, bool], mark: str) -> Conversation:
-    """The conversation with `mark` after the first character of each added token in it.
+def broken(c: Conversation, control: Collection[str], mark: str) -> Conversation:
+    """The conversation with `mark` after the first character of each of these tokens in it.
 
-    `added` says of each whether it is a control token. In the content of the assistant's turns only those are broken:
-    a template may look for others, such as the end of the model's thoughts, to leave them out. A key that is an added
-    token and a plain word stays, since templates ask for keys by name.
+    A key that is one and a plain word stays, since templates ask for keys by name.
     """
-    every, control = _breaking(added, mark), _breaking([t for t in added if added[t]], mark)
-    keys = _breaking([t for t in added if not t.isidentifier()], mark)
-
-    def message(m: dict[str, Any]) -> dict[str, Any]:
-        kept = {"content": _mapped(m["content"], control, keys)} if m["role"] == "assistant" and "content" in m else {}
-        return {**{name: _mapped(value, every, keys) for name, value in m.items()}, **kept}
-
+    texts, keys = _breaking(control, mark), _breaking([t for t in control if not t.isidentifier()], mark)
     return dataclasses.replace(
         c,
-        messages=[message(m) for m in c.messages],
-        tools=_mapped(c.tools, every, keys),
-        variables={name: _mapped(value, every, keys) for name, value in c.variables.items()},
+        messages=[{name: _mapped(value, texts, keys) for name, value in m.items()} for m in c.messages],
+        tools=_mapped(c.tools, texts, keys),
+        variables={name: _mapped(value, texts, keys) for name, value in c.variables.items()},
     )
 
 
-def _breaking(tokens: Sequence[str] | Mapping[str, bool], mark: str) -> Callable[[str], str]:
+def _breaking(tokens: Collection[str], mark: str) -> Callable[[str], str]:
     longest = sorted(tokens, key=len, reverse=True)
     pattern = re.compile("|".join(map(re.escape, longest)) or "(?!)")
     return lambda text: pattern.sub(lambda found: found[0][0] + mark + found[0][1:], text)

@@ -160,11 +160,10 @@ def encode_chat(
 ) -> ChatPrompt:
     """Renders and encodes a conversation; `options` are those of `conversation`. Raises RequestError.
 
-    Added tokens in what is given stay text: they are broken by a mark before rendering, and mended after the
-    template's own are found.
+    Control tokens in what is given stay text: they are broken by a mark before rendering, and mended after the
+    template's own are found. Other added tokens are found wherever they stand.
     """
     c = conversation(messages, **options)
     mark, tag = unused(c, 2)
-    added = {t.content: t.special for t in tokenizer.added.values() if t.content.strip()}  # white space is text
-    marked = template.rendered(broken(c, added, mark), tag, mark)
+    marked = template.rendered(broken(c, tokenizer.control_texts, mark), tag, mark)
     return ChatPrompt(marked.replace(mark, ""), tokenizer.encode_marked(marked, mark))

@@ -131,8 +131,8 @@ HOSTILE = st.lists(
 ).map("".join)
 
 
-def control_tokens(tokenizer, prompt, tokens=(*CONTROL, *OTHER, "</think>")):
-    return [i for i in prompt.token_ids if i in {tokenizer.id_of(t) for t in tokens}]
+def control_tokens(tokenizer, prompt):
+    return [i for i in prompt.token_ids if i in {tokenizer.id_of(t) for t in CONTROL}]
 
 
 def filled(text, other):
@@ -169,6 +169,36 @@ def test_control_tokens_in_what_users_write_are_text(tokenizer, name, text, othe
     prompt = encode_chat(tokenizer, template, messages, **options)
     assert control_tokens(tokenizer, prompt) == control_tokens(tokenizer, plain)
     assert prompt == template.render(messages, **options)  # what is shown is what was written
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_other_added_tokens_in_what_users_write_are_found(tokenizer, name):
+    """As by transformers, which encodes the rendered text: such as the tags of HTML in Gemma 3."""
+    template = OURS[name]
+    written = "".join([*OTHER, "</think> a", OTHER[1]])
+    messages, options = filled(written, OTHER[0])
+    if "tools" not in template.variables:
+        messages, options = [*messages[:2], *messages[4:]], {}
+    prompt = encode_chat(tokenizer, template, messages, **options)
+    assert list(prompt.token_ids) == tokenizer.encode_rendered(str(prompt))
+    assert prompt.token_ids.count(tokenizer.id_of(OTHER[0])) >= 2
+
+
+def test_other_added_tokens_beside_control_tokens_that_are_text(tokenizer):
+    content = f"{OTHER[0]}a{EOS}{OTHER[1]} b{OTHER[2]}"
+    prompt = encode_chat(tokenizer, chat_template("{{ messages[0].content }}<|end|>"), [Message("user", content)])
+    found = [i for i in prompt.token_ids if i in tokenizer.added]
+    assert found == [tokenizer.id_of(t) for t in (*OTHER[:3], "<|end|>")]
+
+
+REPLY = """{% for m in messages %}[{{ m.role }}]{% if m.role == 'user' and m.content.startswith('<tool_response>') %}
+{{- m.content.split('<tool_response>')[1] | length }}{{ m.content == '<tool_response>21' }}{% else %}
+{{- m.content }}{% endif %}{% endfor %}"""
+
+
+def test_templates_see_other_added_tokens_as_they_are(tokenizer):
+    talk = [Message("user", "<tool_response>21"), Message("user", "21<tool_response>")]
+    assert encode_chat(tokenizer, chat_template(REPLY), talk) == "[user]2True[user]21<tool_response>"
 
 
 ASCII = "{% for t in tools %}{{ t | tojson(ensure_ascii=true) }}<|end|>{{ t | tojson }}<|end|>{% endfor %}"
