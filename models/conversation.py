@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmrs.core.errors import RequestError
+from llmrs.models.marked import viewed
 from llmrs.models.message import Message
 
 DEEPEST = 64  # lists and objects within each other; schemas of tools have about ten
@@ -177,28 +178,29 @@ def unused(c: Conversation, count: int) -> list[str]:
 def broken(c: Conversation, control: Collection[str], mark: str) -> Conversation:
     """The conversation with `mark` after the first character of each of these tokens in it.
 
-    A key that is one and a plain word stays, since templates ask for keys by name.
+    A template may change what follows, and so write a token that is not there: by taking something out, or in lower
+    case. So the mark also stands where only the first two characters of a token do, if they are not both letters.
     """
-    texts, keys = _breaking(control, mark), _breaking([t for t in control if not t.isidentifier()], mark)
+    ends = {token: len(token) if token[:2].isalnum() else 2 for token in control}
+    begins = {f"{re.escape(token[0])}(?={re.escape(token[1:end])})" for token, end in ends.items()}
+    pattern = re.compile("|".join(sorted(begins)) or "(?!)", re.IGNORECASE)
+
+    def texts(text: str) -> str:
+        return viewed(pattern.sub(lambda found: found[0] + mark, text), mark)
+
     return dataclasses.replace(
         c,
-        messages=[{name: _mapped(value, texts, keys) for name, value in m.items()} for m in c.messages],
-        tools=_mapped(c.tools, texts, keys),
-        variables={name: _mapped(value, texts, keys) for name, value in c.variables.items()},
+        messages=[{name: _mapped(value, texts) for name, value in m.items()} for m in c.messages],
+        tools=_mapped(c.tools, texts),
+        variables={name: _mapped(value, texts) for name, value in c.variables.items()},
     )
 
 
-def _breaking(tokens: Collection[str], mark: str) -> Callable[[str], str]:
-    longest = sorted(tokens, key=len, reverse=True)
-    pattern = re.compile("|".join(map(re.escape, longest)) or "(?!)")
-    return lambda text: pattern.sub(lambda found: found[0][0] + mark + found[0][1:], text)
-
-
-def _mapped(value: Any, texts: Callable[[str], str], keys: Callable[[str], str]) -> Any:
+def _mapped(value: Any, texts: Callable[[str], str]) -> Any:
     if isinstance(value, str):
         return texts(value)
     if isinstance(value, list):
-        return [_mapped(v, texts, keys) for v in value]
+        return [_mapped(v, texts) for v in value]
     if isinstance(value, dict):
-        return {keys(k): _mapped(v, texts, keys) for k, v in value.items()}
+        return {texts(k): _mapped(v, texts) for k, v in value.items()}
     return value

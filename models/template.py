@@ -12,8 +12,9 @@ from llmrs.core.errors import ModelError, RequestError, did_you_mean
 from llmrs.models.config import read_json
 from llmrs.models.conversation import Conversation, broken, conversation, unused
 from llmrs.models.files import inside, read_text
+from llmrs.models.marked import MarkedSandbox
 from llmrs.models.message import Message
-from llmrs.models.sandbox import Exhausted, Refused, Sandbox
+from llmrs.models.sandbox import Exhausted, Refused
 from llmrs.models.tokenizer import Tokenizer
 
 LARGEST = 200_000  # characters of a template; those of today's models have less than a tenth
@@ -49,7 +50,7 @@ class ChatTemplate:
         self.source, self.path = source, path
         self.specials = {f"{name}_token": text for name, text in specials.items()}
         self.for_tools: ChatTemplate | None = None  # another one, for conversations with tools
-        self._sandbox, self._lock = Sandbox(), threading.Lock()
+        self._sandbox, self._lock = MarkedSandbox(), threading.Lock()
         if len(source) > LARGEST:
             raise ModelError(f"{path}: the chat template has {len(source)} characters, over {LARGEST}", HINT)
         try:
@@ -122,7 +123,7 @@ class ChatTemplate:
         given = {**self.specials, "messages": messages, **variables}
         with self._lock:
             self._sandbox.allow(BASE + PER_CHARACTER * len(repr(given)), marks)
-            return self._template.render(given)
+            return str.__str__(self._template.render(given))  # with its marks
 
 
 def _tagged(messages: Sequence[dict[str, Any]], field: str, tag: str) -> list[dict[str, Any]]:
@@ -160,8 +161,8 @@ def encode_chat(
 ) -> ChatPrompt:
     """Renders and encodes a conversation; `options` are those of `conversation`. Raises RequestError.
 
-    Control tokens in what is given stay text: they are broken by a mark before rendering, and mended after the
-    template's own are found. Other added tokens are found wherever they stand.
+    Control tokens in what is given stay text: they are broken by marks, which the template does not see, and which
+    go after the template's own are found. Other added tokens are found wherever they stand.
     """
     c = conversation(messages, **options)
     mark, tag = unused(c, 2)

@@ -95,11 +95,16 @@ class Tokenizer:
         ids: list[int] = []
         begin = at = 0  # of the text since the last control token: in the ids, and in the text
         for n, (token, span) in enumerate(zip(encoding.ids, encoding.offsets, strict=True)):
-            if token in self.control and text[slice(*span)].strip() == self.added[token].content.strip():
+            if token in self.control and self._is_written(token, text, span, mark):
                 ids += self._between(text[at : span[0]], encoding.ids[begin:n], mark, first=at == 0)
                 ids.append(token)
                 begin, at = n + 1, span[1]
         return ids + self._between(text[at:], encoding.ids[begin:], mark, first=at == 0)
+
+    def _is_written(self, token: int, text: str, span: tuple[int, int], mark: str) -> bool:
+        """Whether the text holds this control token as it is, and no mark after it if it is a single character."""
+        content = self.added[token].content.strip()
+        return text[slice(*span)].strip() == content and not (len(content) == 1 and text.startswith(mark, span[1]))
 
     def _between(self, text: str, ids: list[int], mark: str, *, first: bool) -> list[int]:
         """The ids of text between control tokens: `ids`, unless it is marked or they hold one nevertheless."""
