@@ -10,6 +10,7 @@ import tokenizers
 
 from llmrs.core.errors import ModelError, RequestError
 from llmrs.models.config import SHORT, Fields, read_json
+from llmrs.models.control import add_control
 from llmrs.models.conversation import checked
 from llmrs.models.decoder import TokenDecoder
 from llmrs.models.files import MIB, inside, read_text
@@ -28,6 +29,7 @@ class Tokenizer:
         """`settings` is what tokenizer_config.json holds. Raises ModelError."""
         inner.no_truncation()  # a file may ask for it, and a prompt would lose its end without a word
         inner.no_padding()
+        add_control(inner, settings)
         self.inner = inner
         self.added = inner.get_added_tokens_decoder()
         self.specials = {n: c for n in ("bos", "eos", "pad", "unk") if (c := _content(path, settings, f"{n}_token"))}

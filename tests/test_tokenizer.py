@@ -5,6 +5,7 @@ import json
 import pytest
 import texts
 import tokenizers
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -62,6 +63,29 @@ def test_added_tokens_that_are_no_control_tokens_are_part_of_the_answer(tmp_path
     assert t.token_bytes(think) == b"</think>"
     for encode in (t.encode, t.encode_plain, t.encode_rendered):
         assert think in encode("a</think>")
+
+
+SETTINGS = [
+    {"eos_token": "</think>"},
+    {"pad_token": {"__type": "AddedToken", "content": "</think>", "lstrip": False}},
+    {"added_tokens_decoder": {"319": {"content": "</think>", "special": True}}},
+    {"eos_token": "the"},  # a word of the vocabulary
+]
+
+
+@pytest.mark.parametrize("given_settings", SETTINGS)
+def test_tokens_that_the_settings_call_special_are_control_tokens(given_settings, tmp_path):
+    """As for transformers: they are left out of the text, parsed in prompts, and text in messages."""
+    texts.write_text_files(tmp_path, tokenizer_class="PreTrainedTokenizerFast", **{"eos_token": None, **given_settings})
+    t, theirs = Tokenizer.load(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ids = [t.id_of(word) for word in ("a", "</think>", "b", "the", "<|im_end|>")]
+    for skip in (True, False):
+        ours = b"".join(t.token_bytes(i, skip_special_tokens=skip) for i in ids).decode()
+        assert ours == theirs.decode(ids, skip_special_tokens=skip)
+    assert t.encode("a</think>the") == theirs.encode("a</think>the")
+    word = "the" if given_settings == SETTINGS[-1] else "</think>"
+    assert t.id_of(word) in t.control
+    assert t.id_of(word) not in t.encode_plain(f"a{word}b")
 
 
 def test_one_beginning_of_sequence(tmp_path):
