@@ -70,7 +70,8 @@ def _require_supported(parts: list[dict[str, Any]], path: Path) -> None:
     across = any(_is_across(part, fused="Fuse" in kinds[:n]) for n, part in enumerate(parts))
     if mixed or across or not set(kinds) <= SUPPORTED or not set(kinds) & SPELLING:
         shown = ", ".join(kinds) or "none"
-        raise ModelError(f"{path}: its decoder ({shown}) is not supported", "byte-level and SentencePiece are")
+        hint = "byte-level, SentencePiece and WordPiece are"
+        raise ModelError(f"{path}: its decoder ({shown}) is not supported", hint)
 
 
 def _is_across(part: dict[str, Any], *, fused: bool) -> bool:
