@@ -11,12 +11,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from llmrs.backends.fusion import fuse
 from llmrs.core.batch import Batch
 from llmrs.core.config import DTYPES, EngineConfig
 from llmrs.core.engine import Ticket
 from llmrs.core.errors import BackendError, ConfigError, GraphError, did_you_mean
 from llmrs.core.ir import Graph
-from llmrs.backends.fusion import fuse
 from llmrs.quant.tensor import Tensor
 
 GROUP = "llmrs.backends"  # entry points; a third party registers a backend here

@@ -169,7 +169,9 @@ class SamplingParams(Checked):
     generation_config, else from BUILT_IN.
     """
 
-    temperature: float | None = option(None, "0 is greedy; higher is more random", low=0.0, high=100.0)
+    temperature: float | None = option(
+        None, "0, or less than 1e-5, is greedy; higher is more random", low=0.0, high=100.0
+    )
     max_tokens: int | None = option(None, "most tokens of an answer (4096)", low=1, high=2**24)
     top_k: int | None = option(None, "keep the k likeliest tokens; 0 keeps all", low=0, high=2**31 - 1)
     top_p: float | None = option(None, "keep the likeliest tokens that make up this probability", low=0.0, high=1.0)

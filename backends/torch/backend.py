@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from llmrs.backends.base import Backend, best_time
+from llmrs.backends.fusion import FUSED_OPS
 from llmrs.backends.memory import free_host_memory, keep_freed_memory, trim_host_memory, use_huge_pages
 from llmrs.backends.torch.attention import context, on_device
 from llmrs.backends.torch.fp8 import CODES, Scaled, check_device
@@ -27,7 +28,6 @@ from llmrs.core.batch import Batch
 from llmrs.core.config import EngineConfig
 from llmrs.core.errors import BackendError, MemoryLimitError
 from llmrs.core.ir import Graph
-from llmrs.backends.fusion import FUSED_OPS
 from llmrs.quant.tensor import Tensor
 
 if TYPE_CHECKING:  # Triton is not there on every system
