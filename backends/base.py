@@ -128,6 +128,11 @@ class Backend(ABC):
         `mask` are the tokens that may be sampled, bits uint32 (S, ceil(V / 32)), the lowest bit of a word first.
         """
 
+    def idle(self) -> bool:
+        """Called while no request runs: may do a piece of work, of milliseconds, that makes later steps faster. True:
+        there is more of it."""
+        return False
+
     @abstractmethod
     def to_host(self, logits: Any) -> np.ndarray:
         """What `forward` gives, as float32 (R, V). For tests."""

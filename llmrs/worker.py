@@ -148,4 +148,5 @@ class Worker:
         for _ in range(self._commands.qsize()):
             self._commands.get()(self.core)
         while self.core.idle and not self._closed:
-            self._commands.get()(self.core)
+            if not (self._commands.empty() and self._backend.idle()):
+                self._commands.get()(self.core)

@@ -211,6 +211,9 @@ class MadeUp:
         self.profiling = None
         self.asynchronous = True
 
+    def idle(self):
+        return False
+
     def launch(self, batch):
         self.shapes[len(batch.tokens), int(batch.lengths[0])] += 1
         self.unread += 1
