@@ -18,7 +18,7 @@ from llmrs.models.locate import locate
 from llmrs.models.safetensors import SafetensorsSource
 from llmrs.models.template import ChatTemplate
 from llmrs.models.tokenizer import Tokenizer
-from llmrs.models.weights import Weights
+from llmrs.models.weights import Weights, with_stored_head
 
 Progress = Callable[[int, int], object]  # bytes done, bytes of all; False ends the loading
 OnFit = Callable[[Fit], object]  # False ends the loading
@@ -61,7 +61,7 @@ def read_model(config: EngineConfig, on_download: Progress = ignore_progress) ->
 
 def read_folder(folder: Path) -> Model:
     """Reads and checks the small files of a model. Raises ModelError."""
-    config = read_config(folder)
+    config = _with_stored_head(folder, read_config(folder))
     graph = graph_of(config)
     tokenizer = Tokenizer.load(folder)
     generation = read_generation(folder, config.vocabulary, tokenizer.eos_ids)
@@ -79,6 +79,16 @@ def read_folder(folder: Path) -> Model:
         SamplingParams(**generation.sampling),
         generation.eos_ids,
     )
+
+
+def _with_stored_head(folder: Path, config: ModelConfig) -> ModelConfig:
+    """See `with_stored_head`. The weights are opened only where they are to be tied."""
+    if not config.tied:
+        return config
+    source = SafetensorsSource(folder)
+    found = with_stored_head(config, family(config.architecture).names, source)
+    source.close()
+    return found
 
 
 def make_backend(config: EngineConfig) -> base.Backend:

@@ -10,8 +10,9 @@ from typing import Any
 import tokenizers
 
 from llmrs.core.errors import ModelError, RequestError
-from llmrs.models.config import SHORT, Fields, read_json
+from llmrs.models.config import read_json
 from llmrs.models.conversation import checked
+from llmrs.models.fields import SHORT, Fields
 from llmrs.models.files import MIB, inside, read_text
 
 MOST_WORDS = 2**24  # of a vocabulary; today's largest have 262,144
