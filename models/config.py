@@ -94,7 +94,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def architecture(path: Path, data: Mapping[str, Any]) -> str:
-    """The first of config.json's architectures, else that of its model_type. Raises ModelError where it names none."""
+    """The first of config.json's architectures, else that of its model_type. Raises ModelError if it has neither."""
     names = data.get("architectures") or [n for n, kind in MODEL_TYPES.items() if kind == data.get("model_type")]
     if not (isinstance(names, list) and names and isinstance(names[0], str)):
         raise ModelError(f"{path} names no architecture", 'it must have "architectures", such as ["Qwen3ForCausalLM"]')
@@ -136,7 +136,7 @@ QUANTIZED = ("quantization_config", "quantization", "compression_config")  # the
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 SPELLINGS = {"num_local_experts": "num_experts"}  # as transformers 5 writes it
 LAYER_TYPES = ("full_attention", "sliding_attention")
-# What all families' classes have by default; each family adds its own.
+# Defaults of fields that all families have; families add their own, and may override these.
 DEFAULTS: dict[str, Any] = {
     "num_key_value_heads": None,
     "head_dim": None,
@@ -146,7 +146,7 @@ DEFAULTS: dict[str, Any] = {
     "rope_theta": 10000.0,
     "tie_word_embeddings": False,
 }
-# Fields that some families have. The classes of the others don't read them: what a file says there has no effect.
+# Fields that only some families have: in the config of another family they have no effect.
 FAMILY_FIELDS = frozenset(
     "attention_bias attention_output_bias mlp_bias hidden_activation query_pre_attn_scalar rope_local_base_freq"
     " sliding_window use_sliding_window max_window_layers layer_types sliding_window_pattern"
@@ -173,7 +173,7 @@ class Fixed:
 def parse(path: Path, data: Mapping[str, Any], defaults: Mapping[str, Any]) -> ModelConfig:
     """A config.json in the spelling of transformers 4 or 5; `defaults` stand for fields that it leaves out.
 
-    A field has an effect where the family's class in transformers reads it, and null means what it means there.
+    Fields mean what they mean in transformers. Those of other families have no effect.
     Raises ModelError for fields that are missing or wrong, and for those that ask for what is not implemented.
     """
     f = Fields(path, _fields(data, {**DEFAULTS, **defaults}))
@@ -181,7 +181,10 @@ def parse(path: Path, data: Mapping[str, Any], defaults: Mapping[str, Any]) -> M
     hidden, heads, layers = f.integer("hidden_size"), f.integer("num_attention_heads"), f.integer("num_hidden_layers")
     if layers > MOST_LAYERS:
         raise f.error("num_hidden_layers", f"a whole number from 1 to {MOST_LAYERS}")
-    head_size = f.integer("head_dim", max(hidden // heads, 1) if defaults.get("head_dim") is None else None)
+    head_size = max(hidden // heads, 1)
+    if f.data["head_dim"] is not None or defaults.get("head_dim") is not None:
+        head_size = f.integer("head_dim")
+    kv_heads = heads if f.data["num_key_value_heads"] is None else f.integer("num_key_value_heads")
     attention_bias = f.boolean("attention_bias", False)
     rope, local_rope = ropes(f)
     config = ModelConfig(
@@ -190,7 +193,7 @@ def parse(path: Path, data: Mapping[str, Any], defaults: Mapping[str, Any]) -> M
         hidden=hidden,
         intermediate=f.integer("intermediate_size"),
         heads=heads,
-        kv_heads=f.integer("num_key_value_heads", heads),
+        kv_heads=kv_heads,
         head_size=head_size,
         norm_eps=f.number("rms_norm_eps"),
         rope=rope,
@@ -206,9 +209,9 @@ def parse(path: Path, data: Mapping[str, Any], defaults: Mapping[str, Any]) -> M
         attention_scale=f.number("query_pre_attn_scalar", head_size) ** -0.5,
         dtype=str(f.data.get("dtype") or f.data.get("torch_dtype") or "unknown"),
     )
-    if heads % config.kv_heads:
+    if heads % kv_heads:
         raise f.error("num_key_value_heads", f"a divisor of num_attention_heads, {heads}")
-    if config.head_size % 2 or config.head_size > LARGEST_HEAD:
+    if head_size % 2 or head_size > LARGEST_HEAD:
         raise f.error("head_dim", f"an even number up to {LARGEST_HEAD}")
     if config.experts is not None and layers * config.experts.count > MOST_MATRICES:
         raise f.error("num_experts", f"at most {MOST_MATRICES // layers} in each of {layers} layers")
@@ -261,7 +264,7 @@ def ropes(f: Fields) -> tuple[Rope, Rope]:
     _only_keys(f, "rope_parameters", parameters, set(LAYER_TYPES))
     everywhere, local = (Fields(f.path, parameters).mapping(kind) for kind in LAYER_TYPES)
     for given in (everywhere := {**everywhere, **scaling}), local:
-        Fields(f.path, given).must_be("truncate", True)  # transformers looks for it elsewhere, and does not find it
+        Fields(f.path, given).must_be("truncate", True)  # transformers ignores it here
     return _rope(f, everywhere, "rope_theta"), _rope(f, local, "rope_local_base_freq")
 
 
@@ -287,7 +290,7 @@ def extended(rope: Rope) -> int:
 def _rope(f: Fields, given: Mapping[str, Any], theta: str, original: Any = None) -> Rope:
     """`given` may hold the base; else the field `theta` does, where older files have it.
 
-    `original` is the context before scaling where the config has it outside of `given`, which then counts.
+    `original`, from the config's top level, overrides the context before scaling that `given` has.
     """
     inner = Fields(f.path, given)
     inner.must_be("partial_rotary_factor", 1, 1.0)
@@ -296,7 +299,7 @@ def _rope(f: Fields, given: Mapping[str, Any], theta: str, original: Any = None)
         raise Fields(f.path, {"rope_type": kind}).error("rope_type", "the name of a way to scale")
     if kind in SCALING_KEYS:
         _only_keys(f, f"the rope parameters of type {kind}", given, ROPE_KEYS | SCALING_KEYS[kind])
-    base = inner.number("rope_theta", f.number(theta))
+    base = f.number(theta) if given.get("rope_theta") is None else inner.number("rope_theta")
     if base <= 1:
         raise f.error(theta, "a number above 1")
     scaling = {name: value for name, value in given.items() if name not in ("type", "rope_theta")}

@@ -25,21 +25,19 @@ class Fields:
         )
 
     def integer(self, name: str, default: int | None = None, low: int = 1) -> int:
-        value = self.data.get(name)
-        value = default if value is None else value
+        """`default` stands for a field that is absent. As in `number` and `boolean`, null is refused."""
+        value = self.data.get(name, default)
         if type(value) is not int or not low <= value < LARGE:
             raise self.error(name, f"a whole number from {low}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
-        value = self.data.get(name)
-        value = default if value is None else value
+        value = self.data.get(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < LARGE:  # NaN fails
             raise self.error(name, "a positive number")
         return float(value)
 
     def boolean(self, name: str, default: bool | None = None) -> bool:
-        """`default` where the field is not there; null is refused."""
         value = self.data.get(name, default)
         if type(value) is not bool:
             raise self.error(name, "true or false")

@@ -53,9 +53,9 @@ class Weights(Mapping[str, Tensor]):
 
 
 def with_stored_head(config: ModelConfig, names: Mapping[str, str], source: WeightSource) -> ModelConfig:
-    """The config; not tied, with a warning, where the checkpoint holds a head that differs from the embeddings.
+    """The config, without tying if the checkpoint holds a head that differs from the embeddings, as in transformers 5.
 
-    So does transformers 5. Raises ModelError for types that weights can't have.
+    Warns then. Raises ModelError for types that weights can't have.
     """
     stored = _stored(source, {names["head"], names["embed"]}) if config.tied else {}
     if len(stored) < 2 or _equal(*(source.tensor(name) for name in stored.values())):
@@ -63,14 +63,14 @@ def with_stored_head(config: ModelConfig, names: Mapping[str, str], source: Weig
     head, embed = stored[names["head"]], stored[names["embed"]]
     warnings.warn(
         f"config.json ties the head to the embeddings, and the checkpoint's {head} differs from {embed}: it is used; "
-        "tie_word_embeddings: false in config.json says so",
+        "set tie_word_embeddings to false in config.json to silence this",
         stacklevel=2,
     )
     return dataclasses.replace(config, tied=False)
 
 
 def _stored(source: WeightSource, expected: Iterable[str]) -> dict[str, str]:
-    """Expected name -> its name in the checkpoint, of those there. Raises ModelError where one is there twice."""
+    """Expected name -> name in the checkpoint, with or without PREFIX. Raises ModelError if a tensor is there twice."""
     there, found = set(source.names()), dict[str, str]()
     for name in expected:
         both = [n for n in (name, name.removeprefix(PREFIX), PREFIX + name) if n in there]

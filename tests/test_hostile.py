@@ -1,5 +1,6 @@
 """Model folders that are broken or hostile: a usable, bounded result, or one ModelError with a hint."""
 
+import hashlib
 import json
 import os
 import stat
@@ -320,6 +321,20 @@ def test_no_link_out_of_the_folder_is_followed(name, model, tmp_path):
     (tmp_path / "secret").write_text("{}")
     path.symlink_to(tmp_path / "secret")
     refused(model, name, "leads out of the folder")
+
+
+@links
+@pytest.mark.parametrize("hashed", [False, True])
+def test_a_model_whose_files_lie_on_another_disk(hashed, model, tmp_path):
+    """Linked under their own names, or as blobs, which are named by hashes."""
+    before, disk = read_folder(model).config, tmp_path / "disk"
+    disk.mkdir()
+    for path in list(model.iterdir()):
+        moved = disk / (hashlib.sha256(path.read_bytes()).hexdigest() if hashed else path.name)
+        path.rename(moved)
+        path.symlink_to(moved)
+    read_all(model)
+    assert read_folder(model).config == before
 
 
 @links

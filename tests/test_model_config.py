@@ -118,6 +118,8 @@ def test_fields_that_change_the_result_and_are_not_implemented(field, tmp_path):
         ({"hidden_act": None}, "hidden_act"),
         ({"attention_bias": None}, "attention_bias"),
         ({"head_dim": None}, "head_dim"),
+        ({**MOE, "num_experts": None}, "num_experts"),
+        ({"max_window_layers": None, "use_sliding_window": True}, "max_window_layers"),
         ({"text_config": {"hidden_size": 64}}, "text_config"),
         ({"use_sliding_window": True, "sliding_window": 0}, "sliding_window"),
     ],
