@@ -94,8 +94,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def architecture(path: Path, data: Mapping[str, Any]) -> str:
-    """The first of config.json's architectures, else that of its model_type. Raises ModelError if it has neither."""
-    names = data.get("architectures") or [n for n, kind in MODEL_TYPES.items() if kind == data.get("model_type")]
+    """The first of config.json's architectures. Raises ModelError where it names none."""
+    names = data.get("architectures")
     if not (isinstance(names, list) and names and isinstance(names[0], str)):
         raise ModelError(f"{path} names no architecture", 'it must have "architectures", such as ["Qwen3ForCausalLM"]')
     return names[0]
@@ -112,6 +112,7 @@ MODEL_TYPES = {
 # Fields that change the result where they have another value than these, which are all that is implemented.
 ONLY: dict[str, tuple[Any, ...]] = {
     "text_config": (),  # the model is a part of another
+    "transformers_weights": (),  # names the file to read
     "per_layer_config": (),
     "partial_rotary_factor": (1, 1.0),
     "attn_logit_softcapping": (),
@@ -319,9 +320,12 @@ def windows(f: Fields, layers: int) -> list[int]:
     if types is None:
         first = f.integer("max_window_layers", 0, low=0)  # the layers before see all
         return [0 if i < first else window for i in range(layers)]
-    if not isinstance(types, list) or len(types) != layers or any(t not in LAYER_TYPES for t in types):
+    valid = isinstance(types, list) and all(t in LAYER_TYPES for t in types)
+    if valid and not window and "sliding_attention" not in types:
+        return [0] * layers
+    if not valid or len(types) != layers:
         raise f.error("layer_types", f"a list of {layers}, each " + " or ".join(LAYER_TYPES))
-    if not window and "sliding_attention" in types:
+    if not window:
         raise f.error("sliding_window", "a whole number from 1, and in use, for layers of type sliding_attention")
     return [window if t == "sliding_attention" else 0 for t in types]
 
