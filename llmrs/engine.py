@@ -75,7 +75,7 @@ class Engine:
 
     def apply_chat_template(
         self,
-        messages: Sequence[Message],
+        messages: Sequence[Message | Mapping[str, Any]],
         log: bool = False,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
@@ -88,7 +88,7 @@ class Engine:
         `tools` are descriptions of functions as OpenAI's API has them. `continue_final_message` leaves the last
         message open, for the answer to go on with: its content, or the field that is named. `variables` are others
         that the template knows, such as enable_thinking. Control tokens in anything that is given are plain text.
-        Raises RequestError, and ModelError where the model has no template.
+        Raises RequestError, and ModelError where the model has no template, or one that can't work.
         """
         options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
         template = require_template(self.model)

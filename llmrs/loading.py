@@ -40,7 +40,7 @@ class Model:
     config: ModelConfig
     graph: Graph
     tokenizer: Tokenizer
-    template: ChatTemplate | None
+    template: ChatTemplate | ModelError | None  # the error where it can't work: it stops conversations only
     sampling: SamplingParams  # what its author recommends
     eos_ids: tuple[int, ...]
 
@@ -148,4 +148,7 @@ def _load_weights(backend: base.Backend, model: Model, progress: Progress) -> No
 def require_template(model: Model) -> ChatTemplate:
     if model.template is None:
         raise ModelError(f"{model.folder} has no chat template", "complete plain text instead (chat: false)")
+    if isinstance(model.template, ModelError):
+        hint = f"{model.template.hint}, or complete plain text (chat: false)"
+        raise ModelError(model.template.message, hint) from model.template
     return model.template

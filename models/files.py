@@ -30,8 +30,10 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def _blobs(root: Path) -> list[Path]:
-    """Where the Hugging Face cache keeps the files of a snapshot, which may be links to another disk themselves."""
-    return [root.parents[1] / "blobs", root.parents[2] / "blobs"] if root.parent.name == "snapshots" else []
+    """Where the Hugging Face cache keeps the files of a snapshot or of a folder in it. They may be links to another
+    disk themselves."""
+    snapshot = next((p for p in (root, root.parent) if p.parent.name == "snapshots"), None)
+    return [snapshot.parents[1] / "blobs", snapshot.parents[2] / "blobs"] if snapshot else []
 
 
 def _plain(name: str) -> bool:

@@ -293,10 +293,6 @@ SPOILED = {
         lambda m: texts.change(m / "tokenizer_config.json", eos_token="<nope>"),
         "<nope>",
     ),
-    "broken template": (
-        lambda m: texts.change(m / "tokenizer_config.json", chat_template="{% if %}"),
-        "chat template",
-    ),
 }
 
 
@@ -318,6 +314,17 @@ def test_a_tokenizer_without_the_eos_id(checkpoints, tmp_path):
 
     with pytest.raises(ModelError, match="319"):
         Engine(EngineConfig(str(broken(checkpoints, tmp_path, spoil))))
+
+
+@pytest.mark.parametrize("source", ["{% if %}", "{{ 1 / 0 }}", "{{ messages[0].content.nothing() }}", 3, "x" * 300_000])
+def test_a_model_with_a_broken_template_completes_plain_text(source, checkpoints, tmp_path):
+    model = broken(checkpoints, tmp_path, lambda m: texts.change(m / "tokenizer_config.json", chat_template=source))
+    with Engine(EngineConfig(str(model), dtype="f32")) as engine:
+        assert engine.generate_sync(GREEDY, ["Hello"])[0].decoded_length == 12
+        for _ in range(2):
+            with pytest.raises(ModelError, match=r"tokenizer_config.json: (the chat template|chat_template)") as caught:
+                engine.apply_chat_template([Message("user", "Hi")])
+            assert "chat: false" in caught.value.hint
 
 
 def test_a_model_without_a_template_completes_plain_text(checkpoints, tmp_path):
