@@ -51,7 +51,8 @@ BARRED = ("translate", "expandtabs", "format_map", "striptags")
 RENDERING = ("tojson", "string", "join", "format")  # these write out whole collections
 PRODUCTS = ("replace", "join", "rfind", "rindex", "rpartition", "rsplit")  # their work grows like a product
 JINJA = (jinja2.Environment, nodes.EvalContext, Context)  # what some filters want first, before the value
-VIEWS: tuple[type, ...] = (type({}.keys()), type({}.values()), type({}.items()))
+LISTS: Any = (list, tuple, type({}.keys()), type({}.values()), type({}.items()))
+SIZED: Any = (*LISTS, str, bytes, dict, range)
 ESCAPE = re.compile(r"\\(?:u[0-9a-f]{4}|.)")  # in JSON
 WIDE = re.compile(r"\d{3}|[*{(]")  # a width or precision of three digits, or one that is given as a value
 PERCENT = re.compile(r"%(?:\([^()]*\))?([^a-zA-Z%]*)[a-zA-Z%]?")  # flags, width and precision of a conversion
@@ -235,7 +236,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             total += _size(v)
             if isinstance(v, dict):
                 left += [*v.keys(), *v.values()]
-            elif isinstance(v, (list, tuple, *VIEWS)):
+            elif isinstance(v, LISTS):
                 left += v
             elif isinstance(v, Namespace):  # opaque, and nobody writes one out
                 total += self.budget + 1
@@ -274,7 +275,7 @@ def _size(value: Any) -> int:
     """Characters of a text, digits of a number (about), items of a collection; 1 for the rest."""
     if isinstance(value, int):
         return 1 + value.bit_length() // 3
-    return len(value) if isinstance(value, (str, bytes, list, tuple, dict, range, *VIEWS)) else 1
+    return len(value) if isinstance(value, SIZED) else 1
 
 
 def _hook(method: str, arguments: list[nodes.Expr]) -> nodes.Call:

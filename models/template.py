@@ -18,6 +18,7 @@ from llmrs.models.tokenizer import Tokenizer
 
 BASE, PER_CHARACTER = 5_000_000, 200  # what a rendering may spend: for itself, and for what it is given
 PROBE = [{"role": "user", "content": "Hi"}]
+TOOL = {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}
 HINT = "use the chat template that belongs to the model"
 NONE, PARTS = "None", "'type': 'text'"  # in a prompt: what a template wrote as Python does
 
@@ -55,11 +56,11 @@ UNKNOWN = {f"{name}_token": UnknownToken(name=f"{name}_token") for name in NAMES
 class ChatTemplate:
     """A compiled template."""
 
-    def __init__(self, source: str, specials: Mapping[str, str | None], path: Path) -> None:
+    def __init__(self, source: str, specials: Mapping[str, str | None], path: Path, **probe: Any) -> None:
         """`specials` are the texts of bos, eos and the like, by name; None where the model has none. One that is
         not there is unknown: the template fails where it writes it. Raises ModelError for a template that can't work.
 
-        It is tried once, so that a template that fails or never ends is found now.
+        It is tried once, with the variables `probe`, so that a template that fails or never ends is found now.
         """
         self.source, self.path = source, path
         known = {f"{name}_token": text for name, text in specials.items()}
@@ -73,7 +74,7 @@ class ChatTemplate:
             self._sandbox.allow(BASE)
             self.variables = meta.find_undeclared_variables(self._sandbox.parse(source)) - UNKNOWN.keys()
             self._template = self._sandbox.compiled(source)
-            self._render(PROBE, {})
+            self._render(PROBE, probe)
         except Refused:
             pass  # it wants something else than one question, which is its right
         except (jinja2.TemplateError, *FAILURES) as error:
@@ -86,18 +87,20 @@ class ChatTemplate:
         A template that can't work is returned as its error: it stops conversations, and nothing else. Raises
         ModelError for a file that can't be read.
         """
-        made = {name: cls._made(source, specials, path) for name, (source, path) in sources(folder).items()}
-        template = made.get(DEFAULT)
-        if isinstance(template, ChatTemplate):
-            template.for_tools = made.get(TOOL_USE)
+        found = sources(folder)
+        template = cls._made(*found[DEFAULT], specials) if DEFAULT in found else None
+        if isinstance(template, ChatTemplate) and TOOL_USE in found:
+            template.for_tools = cls._made(*found[TOOL_USE], specials, tools=[TOOL])
         return template
 
     @classmethod
-    def _made(cls, source: Any, specials: Mapping[str, str | None], path: Path) -> "ChatTemplate | ModelError":
+    def _made(
+        cls, source: Any, path: Path, specials: Mapping[str, str | None], **probe: Any
+    ) -> "ChatTemplate | ModelError":
         if not isinstance(source, str):
             return ModelError(f"{path}: chat_template is not text", HINT)
         try:
-            return cls(source, specials, path)
+            return cls(source, specials, path, **probe)
         except ModelError as error:
             return error
 

@@ -286,8 +286,10 @@ def model(checkpoints, tmp_path):
     return texts.write_model(checkpoints.folder("chat"), tmp_path / "model")
 
 
-READ = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
-READ += ["special_tokens_map.json"]
+READ = [
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("chat_template.jinja", "additional_chat_templates/tool_use.jinja"),
+]
 WEIGHTS = ["model.safetensors", "model.safetensors.index.json"]
 
 
@@ -310,6 +312,7 @@ def replaced(folder, name):
     """The path of a file that is away; an index only counts where the single file is away too."""
     if name.endswith("index.json"):
         (folder / "model.safetensors").unlink()
+    (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).unlink(missing_ok=True)
     return folder / name
 

@@ -256,6 +256,13 @@ def test_a_broken_template_for_tools_stops_tools_only(tmp_path):
         template.render(TALK, tools=TOOLS)
 
 
+def test_a_template_for_tools_is_tried_with_one(tmp_path):
+    texts.write_text_files(tmp_path, chat_template="D")
+    write_templates(tmp_path, tool_use="{{ tools[0].function.name.strip() }}{{ tools[0].function.parameters.type }}")
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    assert ChatTemplate.load(tmp_path, {}).render(TALK, tools=tools) == "fobject"
+
+
 def test_an_additional_template_that_leads_out_of_the_folder(tmp_path):
     texts.write_text_files(tmp_path, chat_template="D")
     (tmp_path / "model").mkdir()
