@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from llmrs.core.errors import ModelError, RequestError
-from llmrs.models.config import Fields, read_json
+from llmrs.models.config import read_json
 from llmrs.models.conversation import checked
+from llmrs.models.fields import Fields
 from llmrs.models.files import inside
 
 NAMES = ("bos", "eos", "unk", "pad", "sep", "cls", "mask")

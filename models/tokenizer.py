@@ -11,7 +11,7 @@ import tokenizers
 
 from llmrs.core.errors import ModelError, RequestError
 from llmrs.models.conversation import checked
-from llmrs.models.fields import SHORT, Fields
+from llmrs.models.fields import SHORT
 from llmrs.models.files import MIB, inside, read_text
 from llmrs.models.specials import read_settings, special_tokens
 
