@@ -264,9 +264,11 @@ def test_a_template_for_tools_is_tried_with_one(tmp_path):
 
 
 def test_an_additional_template_that_leads_out_of_the_folder(tmp_path):
-    texts.write_text_files(tmp_path, chat_template="D")
-    (tmp_path / "model").mkdir()
-    write_templates(tmp_path, tool_use="T")
-    (tmp_path / "model" / "additional_chat_templates").symlink_to(tmp_path / "additional_chat_templates")
+    folder, secret = tmp_path / "model", tmp_path / "secret.txt"
+    folder.mkdir()
+    secret.write_text("T")
+    texts.write_text_files(folder, chat_template="D")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").symlink_to(secret)
     with pytest.raises(ModelError, match="leads out of the folder"):
-        ChatTemplate.load(tmp_path / "model", {})
+        ChatTemplate.load(folder, {})
