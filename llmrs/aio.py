@@ -30,9 +30,16 @@ class Bell:
     """Wakes tasks of the running event loop; `ring` may be called from any thread, also when the loop is closed."""
 
     def __init__(self, on_closed: Callable[[], None]) -> None:
-        """`on_closed` is called by `ring` when the loop is closed, which leaves no task that could read."""
-        self.loop, self.event, self._on_closed = asyncio.get_running_loop(), asyncio.Event(), on_closed
-        self.thread = get_ident()
+        """`on_closed` is called by `ring` when the loop is closed, which leaves no task that could read.
+
+        Raises RequestError where no loop runs.
+        """
+        try:
+            self.loop = asyncio.get_running_loop()
+        except RuntimeError as error:
+            hint = "call it in a coroutine, or use generate_stream"
+            raise RequestError("stream_async needs a running event loop", hint) from error
+        self.event, self._on_closed, self.thread = asyncio.Event(), on_closed, get_ident()
 
     def ring(self) -> None:
         try:

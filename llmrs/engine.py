@@ -59,9 +59,9 @@ class Engine:
         self.config = config if dtype is None else replace(config, dtype=dtype)
         self.model = read_model(self.config, on_download)
         self._worker = Worker(self.config, self.model, progress, on_fit)
+        self._finalizer = weakref.finalize(self, self._worker.close)  # also at exit
         self.fit = self._worker.fit  # how model and KV cache fit into memory
         self._inputs = InputProcessor(self.model, self.fit.length, defaults or SamplingParams())
-        self._finalizer = weakref.finalize(self, self._worker.close)  # also at exit
 
     @classmethod
     async def load_async(
@@ -112,15 +112,15 @@ class Engine:
     def generate_stream(
         self, params: SamplingParams, prompt: Prompt, *, progress: PromptProgress | None = None
     ) -> Stream:
-        """Starts one request; the text comes as it is generated. Raises RequestError.
+        """Starts one request; the text comes as it is generated. Raises RequestError, EngineClosedError.
 
-        `progress` is called while the stream is read, with the prompt's tokens that are computed and with all;
-        where it returns False the request is cancelled.
+        `progress` is called while the stream is read, with the prompt's tokens that are computed and with all. The
+        request is cancelled where it returns False, and where it raises an exception, which comes out of the stream.
         """
         return self._start(self._inputs.request(params, prompt), progress=progress)
 
     def generate_streams(self, params: SamplingParams, prompt: Prompt) -> list[Stream]:
-        """Starts `params.n` answers to one prompt, which is computed once."""
+        """Starts `params.n` answers to one prompt, which is computed once. Raises as `generate_stream`."""
         streams = [self._stream(request) for request in self._inputs.requests(params, prompt)]
         self._submit(streams)
         return streams
@@ -139,7 +139,7 @@ class Engine:
             return [stream.result() for stream in streams]
 
     def stream_async(self, params: SamplingParams, prompt: Prompt) -> AsyncStream:
-        """`generate_stream` for `async for`, within a running event loop."""
+        """`generate_stream` for `async for`, within a running event loop, which alone may read it."""
         stream = self._stream_async(self._inputs.request(params, prompt))
         self._submit([stream.stream])
         return stream
@@ -147,7 +147,7 @@ class Engine:
     async def generate_async(
         self, params: SamplingParams | Sequence[SamplingParams], prompts: Iterable[Prompt]
     ) -> list[GenerationOutput]:
-        """`generate_sync`, awaited; the requests are cancelled where the task is."""
+        """`generate_sync`, awaited; all requests are cancelled if one fails or the task is cancelled."""
         streams = [self._stream_async(request) for request in self._inputs.batch(params, prompts)]
         with cancelling(streams):
             self._submit([stream.stream for stream in streams])

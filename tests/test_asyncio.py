@@ -148,11 +148,11 @@ def test_a_stream_whose_loop_is_closed_is_cancelled(engine):
 def test_a_stream_read_in_another_loop_says_so(engine, complete):
     async def start():
         stream = engine.stream_async(GREEDY if complete else LONG, "Hello")
-        while complete and not stream.stream.finished:
-            await asyncio.sleep(0)
+        await engine.generate_async(GREEDY, ["Hello"])  # later, and so it ends later
         return stream
 
     stream = run(start())
+    assert stream.stream.finished or not complete
     for read in (stream.result, stream.__anext__):
         with pytest.raises(RequestError, match="another event loop"):
             run(read())
@@ -166,6 +166,12 @@ def test_a_stream_read_in_the_loop_of_another_thread_says_so(engine):
         return await stream.result()
 
     assert run(main()).finish_reason == "length"
+
+
+def test_an_async_stream_needs_a_loop(engine):
+    with pytest.raises(RequestError, match="running event loop"):
+        engine.stream_async(GREEDY, "Hello")
+    nothing_runs(engine, cancelled=0)
 
 
 def test_every_task_that_reads_a_stream_gets_the_end(engine):
@@ -248,7 +254,7 @@ def test_leaving_an_engine_leaves_the_loop_free(config, busy):
             if busy:
                 waiting = [loop.run_in_executor(None, blocked.wait, GUARD) for _ in range(64)]
             loop.call_later(0.01, gate.open)
-        threads = len(engine_threads())
+        threads = len(engine_threads()) if gate.opened.is_set() else None
         blocked.set()
         if busy:
             await asyncio.gather(*waiting)

@@ -36,10 +36,9 @@ async def start():
 
 backend, others = sys.argv[1], sys.argv[2:]
 parent = Engine(EngineConfig("demo", backend=backend, device="cpu"), "f32")
-expected = parent.generate_sync(params, ["Hello"])[0].token_ids
 finished, stream, waited = (parent.generate_stream(p, "Hello") for p in (params, endless, endless))
-while not finished.finished:
-    pass
+expected = parent.generate_sync(params, ["Hello"])[0].token_ids
+assert finished.finished  # it began before, with as many tokens
 loop = asyncio.new_event_loop()
 astream = loop.run_until_complete(start())
 reader = threading.Thread(target=lambda: list(waited), daemon=True)  # holds a lock of the stream while it waits
