@@ -5,7 +5,7 @@ from typing import Any
 
 import tokenizers
 
-NAMES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+from llmrs.models.specials import NAMES
 
 
 def add_control(inner: tokenizers.Tokenizer, settings: dict[str, Any]) -> None:

@@ -9,12 +9,13 @@ from typing import Any
 import tokenizers
 
 from llmrs.core.errors import ModelError, RequestError
-from llmrs.models.config import SHORT, Fields, read_json
 from llmrs.models.control import add_control
 from llmrs.models.conversation import checked
 from llmrs.models.decoder import TokenDecoder
+from llmrs.models.fields import SHORT
 from llmrs.models.files import MIB, inside, read_text
 from llmrs.models.plain import BOUNDARY, HIDDEN, plain
+from llmrs.models.specials import read_settings, special_tokens
 
 MOST_WORDS = 2**24  # of a vocabulary; today's largest have 262,144
 LIMIT = 256 * MIB  # a vocabulary of 256,000 words takes about 35
@@ -32,7 +33,7 @@ class Tokenizer:
         add_control(inner, settings)
         self.inner = inner
         self.added = inner.get_added_tokens_decoder()
-        self.specials = {n: c for n in ("bos", "eos", "pad", "unk") if (c := _content(path, settings, f"{n}_token"))}
+        self.specials = special_tokens(settings, path, inner.token_to_id)
         eos = self.specials.get("eos")
         eos_id = self.id_of(eos) if eos is not None else None
         if eos is not None and eos_id is None:
@@ -50,9 +51,9 @@ class Tokenizer:
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":
         """From tokenizer.json, and tokenizer_config.json where there is one. Raises ModelError."""
-        path, settings = inside(folder, "tokenizer.json"), inside(folder, "tokenizer_config.json")
+        path = inside(folder, "tokenizer.json")
         text = read_text(path, LIMIT)
-        return cls(_parse(text, path), read_json(settings) if settings.exists() else {}, path)
+        return cls(_parse(text, path), read_settings(folder), path)
 
     @property
     def vocab_size(self) -> int:
@@ -71,7 +72,7 @@ class Tokenizer:
         Raises RequestError for text that is not Unicode (a lone surrogate).
         """
         ids = self.inner.encode(checked(text), add_special_tokens=True).ids
-        doubled = len(ids) > 1 and ids[0] == ids[1] == self.inner.token_to_id(self.specials.get("bos", ""))
+        doubled = len(ids) > 1 and ids[0] == ids[1] == self.inner.token_to_id(self.specials.get("bos") or "")
         return ids[1:] if doubled else ids
 
     def encode_rendered(self, text: str) -> list[int]:
@@ -173,15 +174,3 @@ def _check_ids(text: str, path: Path) -> None:
             raise ModelError(
                 f"{path}: the id of {word[:50]!r} is {SHORT.repr(number)}; ids are 0 to {MOST_WORDS - 1}", HINT
             )
-
-
-def _content(path: Path, settings: dict[str, Any], name: str) -> str | None:
-    """A special token's text, which files write as text or as an object."""
-    value = settings.get(name)
-    value = value.get("content") if isinstance(value, dict) else value
-    if value is not None and not isinstance(value, str):
-        raise Fields(path, settings).error(name, "text, or an object with the text as its content")
-    try:
-        return value and checked(value)
-    except RequestError as error:
-        raise ModelError(f"{path}: {name}: {error.message}", HINT) from error

@@ -49,6 +49,19 @@ def test_what_is_given_is_rebuilt_as_plain_json():
     assert c.messages == [{"role": "user", "content": "x"}]
 
 
+def test_what_is_none_is_left_out_but_for_the_content():
+    given = {"role": "assistant", "content": None, "tool_calls": None, "name": None, "refusal": None}
+    assert conversation([given]).messages == [{"role": "assistant", "content": None}]
+    assert conversation([Message("assistant")]).messages == [{"role": "assistant", "content": None}]
+    assert conversation([{"role": "assistant"}]).messages == [{"role": "assistant"}]
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
+def test_every_name_of_thoughts(name):
+    (message,) = conversation([{"role": "assistant", "content": "x", name: "hm"}]).messages
+    assert message["reasoning_content"] == message["thinking"] == "hm"
+
+
 def deep(levels):
     value = "x"
     for _ in range(levels):
@@ -104,7 +117,14 @@ def test_what_is_not_json_is_refused(value, words):
     [
         ([3], {}, "message 0 is a int"),
         ([Message("user", 3)], {}, "content is 3"),
-        ([Message("user", ["x"])], {}, "content is ['x']"),
+        ([Message("user", ["x"])], {}, "content holds 'x', which is no part"),
+        ([Message("user", {"type": "text", "text": "x"})], {}, "content is {'text': 'x'"),
+        ([Message("user", [{"text": "x"}])], {}, "no part"),
+        ([Message("user", [{"type": "text", "text": 3}])], {}, "text 3"),
+        ([Message("user", [{"type": "image_url", "image_url": {"url": "x"}}])], {}, "a part of type 'image_url'"),
+        ([ASK, Message("assistant", [])], {"continue_final_message": True}, "no last message"),
+        ([ASK, Message("assistant", reasoning_content=[])], {}, "message 1: reasoning_content is []"),
+        ([{"role": "user", "reasoning": 3}], {}, "message 0: reasoning is 3"),
         ([Message(None, "x")], {}, "message 0 has no role"),
         ([{"content": "x"}], {}, "no role"),
         ([ASK, Message("tool", "x", name=1)], {}, "message 1: name is 1"),
