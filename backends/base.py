@@ -11,12 +11,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from llmrs.backends.fusion import fuse
 from llmrs.core.batch import Batch
 from llmrs.core.config import DTYPES, EngineConfig
 from llmrs.core.engine import Ticket
 from llmrs.core.errors import BackendError, ConfigError, GraphError, did_you_mean
 from llmrs.core.ir import Graph
-from llmrs.backends.fusion import fuse
 from llmrs.quant.tensor import Tensor
 
 GROUP = "llmrs.backends"  # entry points; a third party registers a backend here
@@ -127,6 +127,11 @@ class Backend(ABC):
 
         `mask` are the tokens that may be sampled, bits uint32 (S, ceil(V / 32)), the lowest bit of a word first.
         """
+
+    def idle(self) -> bool:
+        """Called while no request runs: may do a piece of work, of milliseconds, that makes later steps faster. True:
+        there is more of it."""
+        return False
 
     @abstractmethod
     def to_host(self, logits: Any) -> np.ndarray:

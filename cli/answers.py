@@ -12,7 +12,8 @@ from llmrs.models.message import Message
 from llmrs.output import GenerationOutput
 
 if TYPE_CHECKING:
-    from llmrs.engine import Engine, Prompt
+    from llmrs.engine import Engine
+    from llmrs.inputs import Prompt
     from llmrs.stream import Stream
 
 NOTHING = GenerationOutput(-1, "", [], "cancelled", 0, 0, 0, 0.0, 0.0, 0.0)  # of a request that never started

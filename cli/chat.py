@@ -153,13 +153,23 @@ class Chat:
             self.status = WRONG
             return 0
         self.last = stream.output()
-        self.messages = [*turn, Message("assistant", self.last.text)]
+        self.messages = [*turn, Message("assistant", self.said(self.last))]
         return stopped.status
 
     def room(self) -> str:
         """What helps where the context is full."""
         forget = "/clear forgets the conversation" if self.messages else "say it in fewer words"
         return f"{forget}{longer_context(self.engine)}"
+
+    def said(self, output: GenerationOutput) -> str:
+        """The answer as the conversation goes on with it: without control tokens, which the template writes."""
+        from llmrs.models.detokenize import Detokenizer  # not for --help, which it would slow down
+
+        p = self.settings.sampling
+        if p.skip_special_tokens:
+            return output.text
+        detokenizer = Detokenizer(self.engine.model.tokenizer, tuple(p.stop or ()), p.min_tokens)
+        return "".join([*map(detokenizer.push, output.token_ids), detokenizer.flush()])
 
     def print_stats(self) -> None:
         if self.last is None:

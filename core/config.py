@@ -6,22 +6,30 @@ An option is a dataclass field made by `option(...)`; `options(cls)` lists them 
 
 import dataclasses
 import math
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+import numpy as np
+
 from llmrs.core.errors import ConfigError, did_you_mean
 
 DTYPES = ("bf16", "f16", "f32")
+CASTS: tuple[tuple[Callable[[Any], Any], Any], ...] = (
+    *((bool, np.bool_), (int, int | np.integer), (float, float | np.floating)),
+    (str.__str__, str),  # str() of a text enum may be its name
+)
 
 
 @dataclass(frozen=True)
 class Option:
     """One option. `kind` is its Python type: bool, int, float, str, a list of `element`, or a dict from token ids to
-    `element`. `optional` allows None; `most` is how many entries a list or dict may have.
+    `element`. `optional` allows None; `most` is how many entries a list or dict may have. A list may be given as a
+    tuple, set, range, NumPy array or one `element`; NumPy scalars stand for Python's own values.
     """
 
     name: str
@@ -37,12 +45,10 @@ class Option:
     most: int
 
     def check(self, value: Any) -> Any:
-        """The value as `kind`. Raises ConfigError that names the value and what is allowed."""
+        """The value as `kind`; lists and dicts are copied. Raises ConfigError with the value and what is allowed."""
         if value is None and self.optional:
             return None
-        if self.kind is dict and type(value) is dict:
-            value = {k: self._number(v) for k, v in value.items()}
-        value = self._number(value)
+        value = self._cast(value)
         elements: list[Any] = [*value.values()] if type(value) is dict else value if type(value) is list else [value]
         keys = value if type(value) is dict else ()
         if type(value) is not self.kind or any(type(k) is not int or not 0 <= k < 2**31 for k in keys):
@@ -57,8 +63,19 @@ class Option:
             raise self.error(value, did_you_mean(str(value), self.choices))
         return value
 
+    def _cast(self, value: Any) -> Any:
+        """NumPy values as Python's own, one value as a list of it where a list is wanted, whole numbers as floats."""
+        value = value.tolist() if isinstance(value, np.ndarray) else value
+        if self.kind is list:
+            many = isinstance(value, list | tuple | range | set | frozenset)
+            return [self._number(v) for v in (value if many else (value,))]
+        if self.kind is dict and isinstance(value, Mapping):
+            return {plain(k): self._number(v) for k, v in value.items()}
+        return self._number(value)
+
     def _number(self, value: Any) -> Any:
         """A whole number where a float is wanted, as a float."""
+        value = plain(value)
         if self.element is float and type(value) is int:
             return float(value) if abs(value) < 2**1000 else math.inf
         return value
@@ -72,11 +89,19 @@ class Option:
         if self.choices:
             return "one of " + ", ".join(self.choices)
         words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-        shapes: dict[type, str] = {list: "a list, none empty, each ", dict: "a table from token ids to "}
-        text = shapes.get(self.kind, "") + words[self.element]
+        text = ("a table from token ids to " if self.kind is dict else "") + words[self.element]
         if self.high < math.inf:
-            return f"{text} from {self.low} to {self.high}"
-        return f"{text} of at least {self.low}" if self.low > -math.inf else text
+            text += f" from {self.low} to {self.high}"
+        elif self.low > -math.inf:
+            text += f" of at least {self.low}"
+        return f"{text}, or a list of such, none empty" if self.kind is list else text
+
+
+def plain(value: Any) -> Any:
+    """NumPy scalars, and subclasses of Python's numbers and text (enums, ...), as bool, int, float or str."""
+    if type(value) in (bool, int, float, str):
+        return value
+    return next((cast(value) for cast, kinds in CASTS if isinstance(value, kinds)), value)
 
 
 def option(
@@ -160,6 +185,11 @@ class EngineConfig(Checked):
     memory_fraction: float = option(0.9, "part of the free memory that may be used", low=0.01, high=1.0)
     prefix_cache: bool = option(True, "reuse the KV of equal beginnings of prompts")
 
+    def __post_init__(self) -> None:
+        if isinstance(self.model_path, os.PathLike):
+            object.__setattr__(self, "model_path", os.fspath(self.model_path))
+        super().__post_init__()
+
 
 @dataclass(frozen=True)
 class SamplingParams(Checked):
@@ -169,7 +199,9 @@ class SamplingParams(Checked):
     generation_config, else from BUILT_IN.
     """
 
-    temperature: float | None = option(None, "0 is greedy; higher is more random", low=0.0, high=100.0)
+    temperature: float | None = option(
+        None, "0, or less than 1e-5, is greedy; higher is more random", low=0.0, high=100.0
+    )
     max_tokens: int | None = option(None, "most tokens of an answer (4096)", low=1, high=2**24)
     top_k: int | None = option(None, "keep the k likeliest tokens; 0 keeps all", low=0, high=2**31 - 1)
     top_p: float | None = option(None, "keep the likeliest tokens that make up this probability", low=0.0, high=1.0)
@@ -191,10 +223,13 @@ class SamplingParams(Checked):
     )
     ignore_eos: bool = option(False, "go on after the end-of-sequence token")
     min_tokens: int = option(0, "no end-of-sequence, stop token or stop text before so many tokens", low=0, high=2**24)
-    stop: list[str] | None = option(None, "end the answer before any of these texts", most=16)
+    stop: list[str] | None = option(
+        None, "end the answer before any of these texts, which may hold control tokens", most=16
+    )
     stop_token_ids: list[int] | None = option(
         None, "end the answer at any of these tokens", low=0, high=2**31 - 1, most=16
     )
+    skip_special_tokens: bool = option(True, "leave control tokens, such as the end of sequence, out of the text")
     logprobs: int | None = option(
         None, "log probabilities of the answer's tokens, and of so many likelier ones; null: none", low=0, high=20
     )

@@ -14,10 +14,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from llmrs.core.batch import MAX_STOPS, Batch
+from llmrs.core.batch import Batch
 from llmrs.core.blocks import BlockPool
 from llmrs.core.config import EngineConfig
-from llmrs.core.errors import BackendError, ConfigError, ContextLengthError, LlmrsError, RequestError
+from llmrs.core.errors import BackendError, ConfigError, LlmrsError
 from llmrs.core.request import Request
 from llmrs.core.sampling import Logprobs
 from llmrs.core.scheduler import Scheduler, Step
@@ -69,30 +69,10 @@ class EngineCore:
         return not (self.in_flight or self.scheduler.running or self.scheduler.waiting)
 
     def submit(self, request: Request) -> None:
-        """Queues a request. Raises RequestError when it can never be served as asked."""
-        self.check(request)
-        assert request.params.max_tokens is not None, "params are complete when they come here"
+        """Queues a request. The caller has checked it: params are complete, ids known, the prompt fits."""
+        assert request.params.max_tokens is not None
         request.limit = min(len(request.prompt) + request.params.max_tokens, self.max_model_len)
         self.scheduler.submit(request)
-
-    def check(self, request: Request) -> None:
-        """Raises RequestError for an empty or too long prompt, unknown token ids, too many stops."""
-        p, length = request.params, len(request.prompt)
-        ids = (*request.prompt, *request.stops, *(p.logit_bias or ()), *(p.allowed_token_ids or ()))
-        if not length:
-            raise RequestError("the prompt is empty", "give at least one token")
-        fine = {*map(type, ids)} == {int} and min(ids) >= 0 and max(ids) < self.vocabulary  # at once: prompts are long
-        for bad in () if fine else (t for t in ids if type(t) is not int or not 0 <= t < self.vocabulary):
-            raise RequestError(f"token id {bad!r} is not in the vocabulary", f"ids are 0 to {self.vocabulary - 1}")
-        if length >= self.max_model_len:
-            raise ContextLengthError(
-                f"the prompt has {length} tokens, and max_model_len {self.max_model_len} leaves no room for an answer",
-                "shorten the prompt or raise max_model_len",
-            )
-        if len(request.stops) > MAX_STOPS:
-            raise RequestError(f"{len(request.stops)} stop tokens, at most {MAX_STOPS} are allowed", "give fewer")
-        if p.min_tokens and p.allowed_token_ids and set(p.allowed_token_ids) <= set(request.stops):
-            raise RequestError("allowed_token_ids holds only stop tokens, and min_tokens bans them", "allow others too")
 
     def cancel(self, request: Request, reason: str = "cancelled") -> None:
         """Ends a request at once; its blocks are free for the next step. Does nothing when it has ended."""

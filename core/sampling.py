@@ -6,6 +6,13 @@
 The noise depends on (seed, position, token id) and on nothing else, so neither the rest of the batch nor chunking
 nor preemption changes what a seed draws. Temperature 0 is argmax without noise; of equal logits the lowest id wins.
 Log probabilities are those of the model: of the logits before any of this.
+
+    seed_key = mix(mix(low + SEED) ^ high)              once a request, on the host
+    noise_key = mix(seed_key ^ mix(position + POSITION)) ^ TOKEN    once a token, on the host
+    h = mix(mix(token) ^ noise_key)                     once a logit, on the device
+
+Without the constants the stages are the same function of seed, position and token, and cancel: h was 0, the largest
+noise, wherever token id = seed_key ^ position, so such a seed drew ids that count up with the position.
 """
 
 from dataclasses import dataclass, fields
@@ -14,12 +21,15 @@ import numpy as np
 
 from llmrs.core.config import SamplingParams
 
+GREEDY_BELOW = 1e-5  # of a temperature: float32 logits divided by less may overflow
+SEED, POSITION, TOKEN = np.array([0x9E3779B9, 0xB5297A4D, 0x68E31DA5], np.uint32)  # odd, without a pattern
+
 
 @dataclass
 class SamplingArrays:
     """The sampling parameters of S sequences, (S,) each."""
 
-    temperature: np.ndarray  # float32, 0: greedy
+    temperature: np.ndarray  # float32, 0: greedy, else at least GREEDY_BELOW
     top_k: np.ndarray  # int32, 0: all
     top_p: np.ndarray  # float32, 1: all
     min_p: np.ndarray  # float32, 0: all
@@ -40,6 +50,8 @@ class SamplingArrays:
     def write(self, row: int, params: SamplingParams, prompt: int, seed: int) -> None:
         for f in fields(self)[:7]:
             getattr(self, f.name)[row] = getattr(params, f.name)
+        if self.temperature[row] < GREEDY_BELOW:
+            self.temperature[row] = 0
         self.prompt[row], self.key[row] = prompt, seed_key(seed)
 
     def take(self, rows: np.ndarray) -> "SamplingArrays":
@@ -75,12 +87,12 @@ def mix(x: np.ndarray) -> np.ndarray:
 def seed_key(seed: int) -> np.uint32:
     """A seed of 64 bits in 32."""
     low, high = np.array([[seed & 0xFFFFFFFF], [seed >> 32]], np.uint32)
-    return mix(mix(low) ^ high)[0]
+    return mix(mix(low + SEED) ^ high)[0]
 
 
 def noise_keys(keys: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """uint32 (S,) from the seeds' keys uint32 (S,) and the positions (S,) of the tokens to be drawn."""
-    return mix(keys ^ positions.astype(np.uint32))
+    return mix(keys ^ mix(positions.astype(np.uint32) + POSITION)) ^ TOKEN
 
 
 def gumbel(keys: np.ndarray, tokens: np.ndarray) -> np.ndarray:

@@ -48,7 +48,7 @@ def _decode(engine: Engine, batch: int, prompt: int, new: int) -> float:
     params = SamplingParams(temperature=0.6, top_k=0, top_p=1.0, min_p=0.0, max_tokens=new, ignore_eos=True)
     streams = [engine.generate_stream(params, p) for p in _prompts(engine, batch, prompt, batch)]
     for stream in streams:
-        while not stream.token_count:
+        while not stream.token_count and not stream.finished:  # an error ends it too, and `result` raises it
             time.sleep(0.0002)
     begin, there = time.perf_counter(), sum(s.token_count for s in streams)
     for stream in streams:

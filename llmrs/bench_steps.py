@@ -122,6 +122,12 @@ def measured(
     return seconds, max(1 - busy(ran) / (seconds * steps), 0.0)  # the profiler slows the host, but not the kernels
 
 
+def settle(backend: Backend) -> None:
+    """Has the backend do what it would do while no request runs."""
+    while backend.idle():
+        pass
+
+
 def timed(backend: Backend, batch: Batch, clock: Callable[[], float]) -> tuple[float, int]:
     """Seconds of a step in the fastest round, and the steps of a round."""
 
@@ -130,7 +136,8 @@ def timed(backend: Backend, batch: Batch, clock: Callable[[], float]) -> tuple[f
         run_steps(backend, batch, steps)
         return clock() - begin
 
-    lasts(FEWEST)  # compiles, records, fills caches
+    lasts(FEWEST)  # compiles, fills caches
+    settle(backend)
     steps = min(max(round(ENOUGH * FEWEST / max(lasts(FEWEST), 1e-9)), FEWEST), MOST)
     return min(lasts(steps) for _ in range(ROUNDS)) / steps, steps
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from llmrs.backends.base import Profiler
-from llmrs.bench_steps import busy
+from llmrs.bench_steps import busy, settle
 from llmrs.core.errors import ConfigError
 from llmrs.engine import Engine
 from llmrs.speed import Device, Rated, Work
@@ -45,6 +45,7 @@ def measure(engine: Engine, device: Device, workloads: Sequence[Workload]) -> It
     for w in workloads:
         asked = w.requests_of(engine.model.config.vocabulary)
         run(engine, asked)
+        engine._worker.ask(settle)
         outcome = run(engine, asked)
         yield summary(engine, device, w, asked, outcome, idle(engine, asked, outcome.seconds))
 
@@ -117,6 +118,7 @@ def over_time(
         rate = share * closed.requests / closed.seconds
         due = arrivals(len(asked), rate)
         run(engine, asked, due)
+        engine._worker.ask(settle)
         outcome = run(engine, asked, due)
         yield Measured(
             f"{w.name} at {share:g}", len(asked), outcome.tokens, outcome.seconds, max(closed.floor, due[-1]),

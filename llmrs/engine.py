@@ -1,27 +1,25 @@
 """The engine as Python programs use it: text or token ids in, text out, from any thread."""
 
-import secrets
 import sys
 import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
-
-import numpy as np
 
 from llmrs import aio
 from llmrs.aio import AsyncStream, Bell
-from llmrs.core.config import BUILT_IN, EngineConfig, SamplingParams
-from llmrs.core.errors import ConfigError, LlmrsError, RequestError
+from llmrs.core.config import EngineConfig, SamplingParams
+from llmrs.core.errors import ConfigError
 from llmrs.core.request import Request
-from llmrs.core.sampling import mix, seed_key
+from llmrs.inputs import InputProcessor, Prompt
 from llmrs.loading import OnFit, Progress, ignore_fit, ignore_progress, read_model, require_template
 from llmrs.models.detokenize import Detokenizer
 from llmrs.models.message import Message
 from llmrs.models.template import ChatPrompt, encode_chat
 from llmrs.output import GenerationOutput
 from llmrs.speed import Device
-from llmrs.stream import PromptProgress, Sink, Stream
+from llmrs.stream import PromptProgress, Sink, Stream, cancelling
 from llmrs.trace import Trace
 from llmrs.worker import Worker
 
@@ -30,11 +28,13 @@ COUNTS = (
     *(f"finished_{reason}" for reason in ("stop", "length", "cancelled", "error")),
 )
 OnUpdate = Callable[[Request, list[int]], None]
-Prompt = str | Sequence[int]  # a ChatPrompt is a str that carries its token ids
 
 
 class Engine:
-    """A loaded model. Use it as a context manager or call `close()`: it owns a thread and the device's memory."""
+    """A loaded model. Use it as a context manager or call `close()`: it owns a thread and the device's memory.
+
+    An engine that is dropped closes itself, when its streams are read to their end or dropped too.
+    """
 
     def __init__(
         self,
@@ -53,13 +53,15 @@ class Engine:
         loading. `dtype` ("bf16", "f16", "f32") replaces the config's. `defaults` stand between a request's own
         sampling values and those that the model's author recommends. Raises ConfigError, ModelError, BackendError.
         """
-        config = config or EngineConfig()
+        config = EngineConfig() if config is None else config
+        if not isinstance(config, EngineConfig):
+            raise ConfigError(f"config can't be a {type(config).__name__}", "give an EngineConfig")
         self.config = config if dtype is None else replace(config, dtype=dtype)
         self.model = read_model(self.config, on_download)
-        self._defaults = (defaults or SamplingParams(), self.model.sampling, BUILT_IN)
         self._worker = Worker(self.config, self.model, progress, on_fit)
-        self.fit = self._worker.fit  # how model and KV cache fit into memory
         self._finalizer = weakref.finalize(self, self._worker.close)  # also at exit
+        self.fit = self._worker.fit  # how model and KV cache fit into memory
+        self._inputs = InputProcessor(self.model, self.fit.length, defaults or SamplingParams())
 
     @classmethod
     async def load_async(
@@ -69,13 +71,23 @@ class Engine:
         *,
         defaults: SamplingParams | None = None,
         progress: Progress = ignore_progress,
+        on_download: Progress = ignore_progress,
+        on_fit: OnFit = ignore_fit,
     ) -> "Engine":
-        """The constructor, awaited, with `progress` in the event loop's thread. A cancelled task loads no more."""
-        return await aio.load(lambda p: cls(config, dtype, defaults=defaults, progress=p), progress)
+        """The constructor, awaited, with the callbacks in the event loop's thread.
+
+        The loading does not wait for them, and ends at the next report after one has raised something or returned
+        False. It ends there too when the task is cancelled.
+        """
+
+        def make(progress: Progress, on_download: Progress, on_fit: OnFit) -> "Engine":
+            return cls(config, dtype, defaults=defaults, progress=progress, on_download=on_download, on_fit=on_fit)
+
+        return await aio.load(make, progress, on_download, on_fit)
 
     def apply_chat_template(
         self,
-        messages: Sequence[Message],
+        messages: Sequence[Message | Mapping[str, Any]],
         log: bool = False,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
@@ -88,7 +100,7 @@ class Engine:
         `tools` are descriptions of functions as OpenAI's API has them. `continue_final_message` leaves the last
         message open, for the answer to go on with: its content, or the field that is named. `variables` are others
         that the template knows, such as enable_thinking. Control tokens in anything that is given are plain text.
-        Raises RequestError, and ModelError where the model has no template.
+        Raises RequestError, and ModelError where the model has no template, or one that can't work.
         """
         options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
         template = require_template(self.model)
@@ -100,39 +112,46 @@ class Engine:
     def generate_stream(
         self, params: SamplingParams, prompt: Prompt, *, progress: PromptProgress | None = None
     ) -> Stream:
-        """Starts one request; the text comes as it is generated. Raises RequestError.
+        """Starts one request; the text comes as it is generated. Raises RequestError, EngineClosedError.
 
-        `progress` is called while the stream is read, with the prompt's tokens that are computed and with all;
-        where it returns False the request is cancelled.
+        `progress` is called while the stream is read, with the prompt's tokens that are computed and with all. The
+        request is cancelled where it returns False, and where it raises an exception, which comes out of the stream.
         """
-        (request,) = self._requests(params, prompt, most=1)
-        return self._start(request, progress=progress)
+        return self._start(self._inputs.request(params, prompt), progress=progress)
 
     def generate_streams(self, params: SamplingParams, prompt: Prompt) -> list[Stream]:
-        """Starts `params.n` answers to one prompt, which is computed once."""
-        return [self._start(request) for request in self._requests(params, prompt)]
+        """Starts `params.n` answers to one prompt, which is computed once. Raises as `generate_stream`."""
+        streams = [self._stream(request) for request in self._inputs.requests(params, prompt)]
+        self._submit(streams)
+        return streams
 
     def generate_sync(
-        self, params: SamplingParams | Sequence[SamplingParams], prompts: Sequence[Prompt]
+        self, params: SamplingParams | Sequence[SamplingParams], prompts: Iterable[Prompt]
     ) -> list[GenerationOutput]:
         """Answers to all prompts, in their order, `n` in a row for each; one SamplingParams serves all or each its own.
 
-        Every request is checked before the first one starts: a RequestError names the one that is wrong.
+        Every request is checked before the first one starts: a RequestError names the one that is wrong. All are
+        cancelled if one fails or this is interrupted.
         """
-        streams = [self._start(request) for request in self._all_checked(params, prompts)]
-        return [stream.result() for stream in streams]  # what is left of them is cancelled if this is interrupted
+        streams = [self._stream(request) for request in self._inputs.batch(params, prompts)]
+        with cancelling(streams):
+            self._submit(streams)
+            return [stream.result() for stream in streams]
 
     def stream_async(self, params: SamplingParams, prompt: Prompt) -> AsyncStream:
-        """`generate_stream` for `async for`, within a running event loop."""
-        (request,) = self._requests(params, prompt, most=1)
-        return self._start_async(request)
+        """`generate_stream` for `async for`, within a running event loop, which alone may read it."""
+        stream = self._stream_async(self._inputs.request(params, prompt))
+        self._submit([stream.stream])
+        return stream
 
     async def generate_async(
-        self, params: SamplingParams | Sequence[SamplingParams], prompts: Sequence[Prompt]
+        self, params: SamplingParams | Sequence[SamplingParams], prompts: Iterable[Prompt]
     ) -> list[GenerationOutput]:
-        """`generate_sync`, awaited; the requests are cancelled where the task is."""
-        streams = [self._start_async(request) for request in self._all_checked(params, prompts)]
-        return [await stream.result() for stream in streams]
+        """`generate_sync`, awaited; all requests are cancelled if one fails or the task is cancelled."""
+        streams = [self._stream_async(request) for request in self._inputs.batch(params, prompts)]
+        with cancelling(streams):
+            self._submit([stream.stream for stream in streams])
+            return [await stream.result() for stream in streams]
 
     def stats(self) -> dict[str, int]:
         """Counts since the start, and what is there now.
@@ -163,7 +182,19 @@ class Engine:
 
     def close(self) -> None:
         """Ends what still runs with EngineClosedError, and gives thread and memory back. May be called again."""
-        self._finalizer()
+        self._worker.close()
+        self._finalizer.detach()
+
+    async def aclose(self) -> None:
+        """`close`, awaited: the event loop goes on while the step under way ends."""
+        self.stop()
+        if not self._worker.foreign:
+            await aio.ended(self._worker.ended)
+        self.close()
+
+    def stop(self) -> None:
+        """Begins to `close`, and returns at once."""
+        self._worker.stop()
 
     def __enter__(self) -> "Engine":
         return self
@@ -178,92 +209,43 @@ class Engine:
         return self
 
     async def __aexit__(self, *exception: object) -> None:
-        self.close()
-
-    def _all_checked(
-        self, params: SamplingParams | Sequence[SamplingParams], prompts: Sequence[Prompt]
-    ) -> list[Request]:
-        """The requests for all prompts, none of them started."""
-        if isinstance(prompts, str):
-            raise RequestError("prompts is one text", "give a list of prompts")
-        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-        if len(each) != len(prompts):
-            raise RequestError(f"{len(each)} params for {len(prompts)} prompts", "give one, or one for each prompt")
-        pairs = enumerate(zip(each, prompts, strict=True))
-        return [request for n, (p, prompt) in pairs for request in self._checked(n, p, prompt)]
-
-    def _checked(self, number: int, params: SamplingParams, prompt: Prompt) -> list[Request]:
-        try:
-            requests = self._requests(params, prompt)
-            self._worker.core.check(requests[0])
-        except LlmrsError as error:
-            raise type(error)(f"prompt {number}: {error.message}", error.hint) from error
-        return requests
-
-    def _requests(self, params: SamplingParams, prompt: Prompt, most: int = 16) -> list[Request]:
-        """One request for each of the n answers; all but the first wait until the prompt is computed."""
-        if params.n > most:
-            raise RequestError(f"n is {params.n}, and a stream is one answer", "use generate_streams or generate_sync")
-        p, tokens = params.over(*self._defaults), self._tokens(prompt)
-        eos = () if p.ignore_eos else self.model.eos_ids
-        stops = tuple(dict.fromkeys((*eos, *(p.stop_token_ids or ()))))
-        seed = secrets.randbits(64) if p.seed is None else p.seed
-        requests: list[Request] = []
-        for n in range(p.n):
-            parent = requests[0] if n else None
-            requests.append(Request(tokens, p, child_seed(seed, n), stops, parent=parent, index=n))
-        if p.allowed_token_ids is not None:
-            self._allow_only(p.allowed_token_ids, requests)
-        return requests
-
-    def _allow_only(self, ids: Collection[int], requests: Collection[Request]) -> None:
-        if not ids:
-            raise RequestError("allowed_token_ids is empty", "give the tokens that may come, or leave it out")
-        bits = token_bits([i for i in ids if i < self.model.config.vocabulary], self.model.config.vocabulary)
-        for request in requests:  # ids beyond the vocabulary are refused with the other ids of the request
-            request.mask = lambda output: bits
-
-    def _tokens(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, ChatPrompt):
-            return list(prompt.token_ids)
-        if isinstance(prompt, str):
-            return self.model.tokenizer.encode(prompt)
-        if isinstance(prompt, list | tuple | np.ndarray):
-            if set(map(type, prompt)) <= {int}:  # the usual case, four times as fast as to look at each by itself
-                return list(prompt)
-            return [int(t) if isinstance(t, np.integer) else t for t in prompt]
-        raise RequestError(f"a prompt can't be a {type(prompt).__name__}", "give text or a list of token ids")
+        await self.aclose()
 
     def _start(
+        self,
+        request: Request,
+        progress: PromptProgress | None = None,
+        around: Callable[[OnUpdate], OnUpdate] = lambda update: update,
+    ) -> Stream:
+        stream = self._stream(request, progress=progress, around=around)
+        self._submit([stream])
+        return stream
+
+    def _submit(self, streams: Sequence[Stream]) -> None:
+        """Starts all of them, or none where that fails or is interrupted."""
+        with cancelling(streams) as unless_all:
+            for stream in streams:
+                self._worker.submit(stream.request)
+            unless_all.pop_all()
+
+    def _stream(
         self,
         request: Request,
         notify: Callable[[], None] = lambda: None,
         progress: PromptProgress | None = None,
         around: Callable[[OnUpdate], OnUpdate] = lambda update: update,
     ) -> Stream:
-        """`around` may wrap what the engine's thread calls with new tokens, to look on."""
+        """The answer to a request, before it is submitted.
+
+        `around` may wrap what the engine's thread calls with new tokens, to look on.
+        """
         p = request.params
-        detokenizer = Detokenizer(self.model.tokenizer, tuple(p.stop or ()), p.min_tokens)
+        stops, skip = tuple(p.stop or ()), p.skip_special_tokens
+        detokenizer = Detokenizer(self.model.tokenizer, stops, p.min_tokens, skip_special_tokens=skip)
         sink = Sink(detokenizer, self._worker.core.cancel, notify)
         request.on_update = around(sink.update)
-        self._worker.submit(request)
-        return Stream(request, sink, self._worker.cancel, progress)
+        return Stream(request, sink, self._worker.cancel, progress, engine=self)
 
-    def _start_async(self, request: Request) -> AsyncStream:
-        bell = Bell()
-        return AsyncStream(self._start(request, bell.ring), bell)
-
-
-def child_seed(seed: int, index: int) -> int:
-    """The seed of answer `index` to one prompt; answer 0 has the request's own."""
-    if not index:
-        return seed
-    low = mix(np.array([index], np.uint32) ^ seed_key(seed))
-    return int(low[0]) | int(mix(low ^ seed_key(~seed & 2**64 - 1))[0]) << 32
-
-
-def token_bits(ids: Collection[int], vocabulary: int) -> np.ndarray:
-    """Bits uint32 (ceil(V / 32),) that are set for these token ids, the lowest bit of a word first."""
-    flags = np.zeros(-(-vocabulary // 32) * 32, np.uint8)
-    flags[list(ids)] = 1
-    return np.packbits(flags, bitorder="little").view(np.uint32)
+    def _stream_async(self, request: Request) -> AsyncStream:
+        bell = Bell(partial(self._worker.cancel, request))
+        return AsyncStream(self._stream(request, bell.ring), bell)

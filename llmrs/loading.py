@@ -18,7 +18,7 @@ from llmrs.models.locate import locate
 from llmrs.models.safetensors import SafetensorsSource
 from llmrs.models.template import ChatTemplate
 from llmrs.models.tokenizer import Tokenizer
-from llmrs.models.weights import Weights
+from llmrs.models.weights import Weights, with_stored_head
 
 Progress = Callable[[int, int], object]  # bytes done, bytes of all; False ends the loading
 OnFit = Callable[[Fit], object]  # False ends the loading
@@ -40,7 +40,7 @@ class Model:
     config: ModelConfig
     graph: Graph
     tokenizer: Tokenizer
-    template: ChatTemplate | None
+    template: ChatTemplate | ModelError | None  # the error where it can't work: it stops conversations only
     sampling: SamplingParams  # what its author recommends
     eos_ids: tuple[int, ...]
 
@@ -61,7 +61,7 @@ def read_model(config: EngineConfig, on_download: Progress = ignore_progress) ->
 
 def read_folder(folder: Path) -> Model:
     """Reads and checks the small files of a model. Raises ModelError."""
-    config = read_config(folder)
+    config = _with_stored_head(folder, read_config(folder))
     graph = graph_of(config)
     tokenizer = Tokenizer.load(folder)
     generation = read_generation(folder, config.vocabulary, tokenizer.eos_ids)
@@ -79,6 +79,16 @@ def read_folder(folder: Path) -> Model:
         SamplingParams(**generation.sampling),
         generation.eos_ids,
     )
+
+
+def _with_stored_head(folder: Path, config: ModelConfig) -> ModelConfig:
+    """See `with_stored_head`. The weights are opened only where they are to be tied."""
+    if not config.tied:
+        return config
+    source = SafetensorsSource(folder)
+    found = with_stored_head(config, family(config.architecture).names, source)
+    source.close()
+    return found
 
 
 def make_backend(config: EngineConfig) -> base.Backend:
@@ -138,4 +148,7 @@ def _load_weights(backend: base.Backend, model: Model, progress: Progress) -> No
 def require_template(model: Model) -> ChatTemplate:
     if model.template is None:
         raise ModelError(f"{model.folder} has no chat template", "complete plain text instead (chat: false)")
+    if isinstance(model.template, ModelError):
+        hint = f"{model.template.hint}, or complete plain text (chat: false)"
+        raise ModelError(model.template.message, hint) from model.template
     return model.template

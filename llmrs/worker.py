@@ -5,6 +5,7 @@ import queue
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from contextlib import closing
 from functools import partial
 from typing import TypeVar, cast
@@ -30,8 +31,11 @@ class Worker:
         self.core: EngineCore
         self.fit: Fit
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
-        self._closing = threading.Lock()
-        self._closed = False
+        self.ended: Future[None] = Future()  # done when the backend's memory is given back
+        self.ended.set_running_or_notify_cancel()  # who waits for it can't cancel it
+        # No lock guards these: a signal handler may close the engine while its thread submits a request. Commands that
+        # come after `_stopped` are refused, those before it are run; see `_give` and `_end`.
+        self._closed = self._stopped = False
         self._loaded = False
         self._loading: queue.SimpleQueue[Event | None] = queue.SimpleQueue()  # None: the end
         self._unwanted = False  # nobody waits for the model any more
@@ -42,7 +46,10 @@ class Worker:
         self._wait_for_model({"progress": progress, "fit": on_fit})
         if self._failure is not None:
             self._thread.join()
-            raise self._failure
+            try:
+                raise self._failure
+            finally:
+                self._failure = None  # whose traceback holds this worker
 
     def _wait_for_model(self, callbacks: Mapping[str, Callable[..., object]]) -> None:
         """Calls the caller's callbacks in the caller's thread; what they raise, or Ctrl-C, ends the loading too."""
@@ -63,23 +70,34 @@ class Worker:
         self._loading.put((name, values))
 
     def submit(self, request: Request) -> None:
-        """Raises RequestError when the request can't be served, EngineClosedError when nobody is there to do it."""
-        self.core.check(request)
+        """Takes a request that is checked. Raises EngineClosedError where the engine is closed or another process's."""
         self._give(lambda core: core.submit(request))
 
     def cancel(self, request: Request) -> None:
-        if request.finish_reason is None and not self._closed and os.getpid() == self._process:
-            self._commands.put(lambda core: core.cancel(request))
+        """Ends a request, unless it has ended or was never submitted."""
+
+        def cancel(core: EngineCore) -> None:
+            if request.limit:  # set when it is submitted
+                core.cancel(request)
+
+        if request.finish_reason is None and not self._closed and not self.foreign:
+            self._commands.put(cancel)
+
+    @property
+    def foreign(self) -> bool:
+        """Whether this is a fork of the engine's process, which alone has the thread and the memory."""
+        return os.getpid() != self._process
+
+    def stop(self) -> None:
+        """Has the thread end every request with EngineClosedError, and then itself. Does not wait."""
+        if not self._stopped and not self.foreign:
+            self._closed = True
+            self._commands.put(lambda core: core.close(EngineClosedError("the engine was closed")))
 
     def close(self) -> None:
-        """Ends every request with EngineClosedError, and returns when the backend's memory is given back."""
-        if os.getpid() != self._process:
-            return  # a fork: thread and memory are the parent's
-        with self._closing:
-            if not self._closed:
-                self._closed = True
-                self._commands.put(lambda core: core.close(EngineClosedError("the engine was closed")))
-        if threading.current_thread() is not self._thread:
+        """`stop`, and returns when the backend's memory is given back."""
+        self.stop()
+        if threading.current_thread() is not self._thread and not self.foreign:
             self._thread.join()
 
     def ask(self, question: Callable[[Backend], Answer]) -> Answer:
@@ -89,7 +107,8 @@ class Worker:
         def answer(core: EngineCore) -> None:
             found: tuple[Answer | None, LlmrsError | None] = None, EngineClosedError("the engine stopped")
             try:
-                found = question(self._backend), None
+                if not self._stopped:
+                    found = question(self._backend), None
             except LlmrsError as error:
                 found = None, error
             except (RuntimeError, MemoryError, ArithmeticError) as error:
@@ -104,12 +123,15 @@ class Worker:
         return cast(Answer, result)
 
     def _give(self, command: Command) -> None:
-        if os.getpid() != self._process:
-            raise EngineClosedError("the engine belongs to another process", "make one after the fork")
-        with self._closing:
-            if self._closed:
-                raise EngineClosedError("the engine is closed", "make a new one")
+        if self.foreign:
+            hint = "make an engine in each process, and start processes with multiprocessing's 'spawn'"
+            raise EngineClosedError("the engine belongs to another process", hint)
+        if not self._closed:
             self._commands.put(command)
+            if not self._stopped:  # else the thread may have ended without running it
+                return
+        why = f"the engine stopped: {self._failure!r}" if self._failure else "the engine is closed"
+        raise EngineClosedError(why, "make a new one")
 
     def _run(self, config: EngineConfig, model: Model) -> None:
         try:
@@ -123,7 +145,11 @@ class Worker:
         except LlmrsError as error:
             self._failure = error
         finally:
-            self._end(sys.exception())
+            try:
+                self._end(sys.exception())
+            finally:  # whatever ended the thread, nothing may be left waiting for it
+                self._loading.put(None)
+                self.ended.set_result(None)
 
     def _serve(self) -> None:
         while not (self._closed and self._commands.empty()):
@@ -131,14 +157,14 @@ class Worker:
             self.core.step()
 
     def _end(self, bug: BaseException | None) -> None:
-        """Whatever ended the thread, nobody may be left waiting for it."""
-        with self._closing:
-            self._closed = True
+        """Ends every request, those whose submission still waits in the queue too."""
         self._failure = self._failure or bug
+        self._closed = self._stopped = True
         if self._loaded:
-            self._take_commands()
-            self.core.close(EngineClosedError(f"the engine stopped: {bug!r}" if bug else "the engine was closed"))
-        self._loading.put(None)
+            try:
+                self._take_commands()
+            finally:
+                self.core.close(EngineClosedError(f"the engine stopped: {bug!r}" if bug else "the engine was closed"))
 
     def _take_commands(self) -> None:
         """Runs what has been asked for by now; waits for something when there is nothing else to do.
@@ -148,4 +174,5 @@ class Worker:
         for _ in range(self._commands.qsize()):
             self._commands.get()(self.core)
         while self.core.idle and not self._closed:
-            self._commands.get()(self.core)
+            if not (self._commands.empty() and self._backend.idle()):
+                self._commands.get()(self.core)

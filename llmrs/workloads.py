@@ -143,7 +143,7 @@ def run(engine: Engine, asked: Sequence[Asked], due: Sequence[float] | None = No
         if due is not None:
             time.sleep(max(begin + due[n] - time.monotonic(), 0))
         answers.append(Answered(time.monotonic()))
-        (request,) = engine._requests(one.params, one.prompt, most=1)
+        request = engine._inputs.request(one.params, one.prompt)
         streams.append(engine._start(request, around=partial(_noting, answers[-1].times)))
     for stream in streams:
         stream.result()

@@ -3,17 +3,19 @@
 import dataclasses
 import re
 import reprlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from llmrs.core.errors import RequestError
+from llmrs.models.marked import viewed
 from llmrs.models.message import Message
 
 DEEPEST = 64  # lists and objects within each other; schemas of tools have about ten
 LARGEST, ITEM = 16_000_000, 16  # characters of a conversation, and how many each of its values counts for
 WIDEST = 1024  # bits of a number
-TEXTS = ("role", "content", "tool_call_id", "name", "reasoning_content")
+REASONING = ("reasoning_content", "thinking", "reasoning")  # names of the assistant's thoughts
+TEXTS = ("role", "tool_call_id", "name", *REASONING)
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,25 @@ class Conversation:
     def texts(self) -> Iterator[str]:
         """Every text in it, keys included."""
         return _texts([self.messages, self.tools, self.variables])
+
+    def parts(self) -> list[str]:
+        """The texts of contents that are lists of parts."""
+        lists = [m["content"] for m in self.messages if isinstance(m.get("content"), list)]
+        return [part["text"] for content in lists for part in content]
+
+    def called(self) -> list[str]:
+        """The names of the functions that messages without a content call."""
+        calls = [m.get("tool_calls") for m in self.messages if "content" in m and m["content"] is None]
+        functions = [c.get("function") for some in calls if isinstance(some, list) for c in some if isinstance(c, dict)]
+        return [f["name"] for f in functions if isinstance(f, dict) and isinstance(f.get("name"), str)]
+
+    def all_text(self) -> bool:
+        """Whether every content is a text, or was not given."""
+        return all(isinstance(m.get("content", ""), str) for m in self.messages)
+
+    def as_text(self) -> "Conversation":
+        """With every content as one text: parts are joined, and None is left out."""
+        return dataclasses.replace(self, messages=[_with_text(m) for m in self.messages])
 
 
 def conversation(
@@ -52,7 +73,7 @@ def conversation(
         raise RequestError("continue_final_message and add_generation_prompt exclude each other", "give one of them")
     continued = "content" if continue_final_message is True else continue_final_message or None
     return Conversation(
-        [_with_thinking(t) for t in turns],
+        [_with_reasoning(t) for t in turns],
         functions,
         given,
         not continued if add_generation_prompt is None else bool(add_generation_prompt),
@@ -61,7 +82,9 @@ def conversation(
 
 
 def turn(message: Message | Mapping[str, Any], number: int) -> dict[str, Any]:
-    """A message's fields by name, without those that are not given. Raises RequestError."""
+    """A message's fields by name. Those that are None are left out, as transformers does, except for the content:
+    templates ask whether it is None. Raises RequestError.
+    """
     if isinstance(message, Message):
         fields = {f.name: getattr(message, f.name) for f in dataclasses.fields(message)}
     elif isinstance(message, Mapping):
@@ -73,7 +96,33 @@ def turn(message: Message | Mapping[str, Any], number: int) -> dict[str, Any]:
             raise RequestError(f"message {number}: {name} is {reprlib.repr(fields[name])}", f"{name} must be text")
     if fields.get("role") is None:
         raise RequestError(f"message {number} has no role", "roles are system, user, assistant and tool")
-    return {name: value for name, value in fields.items() if value is not None}
+    _check_content(fields.get("content"), number)
+    return {name: value for name, value in fields.items() if value is not None or name == "content"}
+
+
+def _check_content(content: Any, number: int) -> None:
+    """Raises RequestError for what is neither text nor a list of text parts."""
+    if isinstance(content, str | None):
+        return
+    hint = 'content must be text, or a list of parts such as {"type": "text", "text": "Hi"}'
+    if not isinstance(content, list | tuple):
+        raise RequestError(f"message {number}: content is {reprlib.repr(content)}", hint)
+    for part in content:
+        if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
+            raise RequestError(f"message {number}: content holds {reprlib.repr(part)}, which is no part", hint)
+        if part["type"] != "text":
+            raise RequestError(f"message {number}: content holds a part of type {part['type'][:50]!r}", hint)
+        if not isinstance(part.get("text"), str):
+            raise RequestError(
+                f"message {number}: content holds a part with text {reprlib.repr(part.get('text'))}", hint
+            )
+
+
+def _with_text(message: dict[str, Any]) -> dict[str, Any]:
+    content = message.get("content")
+    if isinstance(content, list):
+        return {**message, "content": "".join(part["text"] for part in content)}
+    return message if content is not None else {k: v for k, v in message.items() if k != "content"}
 
 
 def _function(tool: Any, number: int) -> Mapping[str, Any]:
@@ -85,17 +134,18 @@ def _function(tool: Any, number: int) -> Mapping[str, Any]:
     return tool
 
 
-def _with_thinking(message: dict[str, Any]) -> dict[str, Any]:
-    """Some templates know the reasoning by another name, and transformers gives them both."""
-    if "reasoning_content" not in message:
+def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    """Some templates know the reasoning as `thinking`, and some clients write `reasoning`: as transformers has it."""
+    reasoning = next((message[name] for name in REASONING if name in message), None)
+    if reasoning is None:
         return message
-    return {"thinking": message["reasoning_content"], **message}
+    return {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
 def _checked_continued(turns: Sequence[Mapping[str, Any]], field: str) -> str:
     if field not in ("content", "reasoning_content"):
         raise RequestError(f"continue_final_message is {field!r}", "it may be true, content or reasoning_content")
-    if not turns or field not in turns[-1]:
+    if not turns or turns[-1].get(field) in (None, []):
         raise RequestError(f"there is no last message whose {field} could be continued", "add the beginning of one")
     return field
 
@@ -174,39 +224,32 @@ def unused(c: Conversation, count: int) -> list[str]:
     return free
 
 
-def broken(c: Conversation, added: Mapping[str, bool], mark: str) -> Conversation:
-    """The conversation with `mark` after the first character of each added token in it.
+def broken(c: Conversation, control: Collection[str], mark: str) -> Conversation:
+    """The conversation with `mark` after the first character of each of these tokens in it.
 
-    `added` says of each whether it is a control token. In the content of the assistant's turns only those are broken:
-    a template may look for others, such as the end of the model's thoughts, to leave them out. A key that is an added
-    token and a plain word stays, since templates ask for keys by name.
+    A template may change what follows, and so write a token that is not there: by taking something out, or in lower
+    case. So the mark also stands where only the first two characters of a token do, if they are not both letters.
     """
-    every, control = _breaking(added, mark), _breaking([t for t in added if added[t]], mark)
-    keys = _breaking([t for t in added if not t.isidentifier()], mark)
+    ends = {token: len(token) if token[:2].isalnum() else 2 for token in control}
+    begins = {f"{re.escape(token[0])}(?={re.escape(token[1:end])})" for token, end in ends.items()}
+    pattern = re.compile("|".join(sorted(begins)) or "(?!)", re.IGNORECASE)
 
-    def message(m: dict[str, Any]) -> dict[str, Any]:
-        kept = {"content": _mapped(m["content"], control, keys)} if m["role"] == "assistant" and "content" in m else {}
-        return {**{name: _mapped(value, every, keys) for name, value in m.items()}, **kept}
+    def texts(text: str) -> str:
+        return viewed(pattern.sub(lambda found: found[0] + mark, text), mark)
 
     return dataclasses.replace(
         c,
-        messages=[message(m) for m in c.messages],
-        tools=_mapped(c.tools, every, keys),
-        variables={name: _mapped(value, every, keys) for name, value in c.variables.items()},
+        messages=[{name: _mapped(value, texts) for name, value in m.items()} for m in c.messages],
+        tools=_mapped(c.tools, texts),
+        variables={name: _mapped(value, texts) for name, value in c.variables.items()},
     )
 
 
-def _breaking(tokens: Sequence[str] | Mapping[str, bool], mark: str) -> Callable[[str], str]:
-    longest = sorted(tokens, key=len, reverse=True)
-    pattern = re.compile("|".join(map(re.escape, longest)) or "(?!)")
-    return lambda text: pattern.sub(lambda found: found[0][0] + mark + found[0][1:], text)
-
-
-def _mapped(value: Any, texts: Callable[[str], str], keys: Callable[[str], str]) -> Any:
+def _mapped(value: Any, texts: Callable[[str], str]) -> Any:
     if isinstance(value, str):
         return texts(value)
     if isinstance(value, list):
-        return [_mapped(v, texts, keys) for v in value]
+        return [_mapped(v, texts) for v in value]
     if isinstance(value, dict):
-        return {keys(k): _mapped(v, texts, keys) for k, v in value.items()}
+        return {texts(k): _mapped(v, texts) for k, v in value.items()}
     return value

@@ -11,7 +11,8 @@ from typing import Any
 from llmrs.core.errors import ModelError
 from llmrs.core.ir import Graph, check
 from llmrs.models import gemma3, llama, qwen3
-from llmrs.models.config import SHORT, ModelConfig, architecture, parse, read_json
+from llmrs.models.config import MODEL_TYPES, Fixed, ModelConfig, architecture, parse, read_json
+from llmrs.models.fields import SHORT
 from llmrs.models.layers import HF_NAMES
 
 
@@ -24,37 +25,55 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)  # of config fields, as transformers' classes have them
 
 
-# Qwen2 and 3 carry the fields of a window also where they don't use it.
+# What the classes of transformers 5 have for fields that a config.json leaves out, where it is not config.DEFAULTS.
+LLAMA = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+}
+MISTRAL = {
+    **LLAMA,
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "sliding_window": 4096,
+    "layer_types": None,
+}
 QWEN = {
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 22016,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
     "use_sliding_window": False,
     "sliding_window": 4096,
-    "max_position_embeddings": 32768,
-    "num_key_value_heads": 32,
 }
+QWEN_WINDOWS = {"max_window_layers": 28, "layer_types": None}
+QWEN_MOE = {
+    **QWEN,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 4,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": False,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": None,
+}
+BIAS = {"attention_bias": False}
+QKV_BIAS = {"attention_bias": Fixed(True), "attention_output_bias": Fixed(False)}
 FAMILIES = {
-    "LlamaForCausalLM": Family(llama.graph, HF_NAMES),
-    "MistralForCausalLM": Family(
-        llama.graph,
-        HF_NAMES,
-        {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072},
-    ),
-    "Qwen2ForCausalLM": Family(
-        llama.graph,
-        HF_NAMES,
-        {**QWEN, "max_window_layers": 28, "attention_bias": True, "attention_output_bias": False},
-    ),
-    "Qwen3ForCausalLM": Family(qwen3.graph, HF_NAMES, {**QWEN, "max_window_layers": 28, "head_dim": 128}),
-    "Qwen3MoeForCausalLM": Family(
-        qwen3.graph,
-        HF_NAMES,
-        {
-            **QWEN,
-            "num_key_value_heads": 4,
-            "num_experts": 128,
-            "num_experts_per_tok": 8,
-            "moe_intermediate_size": 768,
-        },
-    ),
+    "LlamaForCausalLM": Family(llama.graph, HF_NAMES, {**LLAMA, **BIAS, "mlp_bias": False}),
+    "MistralForCausalLM": Family(llama.graph, HF_NAMES, MISTRAL),
+    "Qwen2ForCausalLM": Family(llama.graph, HF_NAMES, {**QWEN, **QWEN_WINDOWS, **QKV_BIAS}),
+    "Qwen3ForCausalLM": Family(qwen3.graph, HF_NAMES, {**QWEN, **QWEN_WINDOWS, **BIAS, "head_dim": 128}),
+    "Qwen3MoeForCausalLM": Family(qwen3.graph, HF_NAMES, {**QWEN_MOE, **BIAS}),
     "Gemma3ForCausalLM": Family(gemma3.graph, gemma3.HF_NAMES, gemma3.DEFAULTS),
 }
 
@@ -70,7 +89,14 @@ def read_config(folder: Path) -> ModelConfig:
     """A folder's config.json. Raises ModelError that names the field, or the architecture."""
     path = folder / "config.json"
     data = read_json(path)
-    return parse(path, data, family(architecture(path, data)).defaults)
+    name = architecture(path, data)
+    defaults, kind = family(name).defaults, data.get("model_type")
+    if kind not in (None, MODEL_TYPES[name]):
+        raise ModelError(
+            f"{path}: model_type is {SHORT.repr(kind)}, and architectures names {name}",
+            f"the model_type of {name} is {MODEL_TYPES[name]}; others may compute something else",
+        )
+    return parse(path, data, defaults)
 
 
 def graph_of(config: ModelConfig) -> Graph:

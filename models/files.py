@@ -1,5 +1,6 @@
 """The files of a model folder, none of which is trusted: their names, their kinds, their sizes."""
 
+import re
 import stat
 from pathlib import Path
 
@@ -7,25 +8,43 @@ from llmrs.core.errors import ModelError
 
 MIB = 2**20
 JSON_LIMIT = 32 * MIB  # the largest index of today's models has 15
+HASH = re.compile(r"\b[0-9a-f]{40}([0-9a-f]{24})?\b")
 COMPLETE = "is the file complete?"
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The path of a file of the folder. Raises ModelError for a name or link that leads out of it.
+    """The path of a file of the folder. Raises ModelError for a name that leads out of it, or such a link.
 
-    Links from a snapshot of the Hugging Face cache to the blobs beside it, or to those that all repositories share,
-    are how that cache is made.
+    Files may lie elsewhere, as on another disk, behind a link to a file of the same name, or to a blob: so is the
+    Hugging Face cache made. Any other link out of the folder is refused, as a folder from an archive or from git may
+    hold one to a file of the user's that is no part of a model.
     """
     try:
         root, path = folder.resolve(), (folder / name).resolve()
+        roots = [root, *(b.resolve() for b in _blobs(root))]
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name that no file can have
         raise ModelError(f"{folder}: {name[:100]!r} can't be the name of a file: {error}", COMPLETE) from error
-    roots = [root]
-    if root.parent.name == "snapshots":
-        roots += [root.parents[1] / "blobs", root.parents[2] / "blobs"]
-    if not any(path.is_relative_to(r) for r in roots):
+    if not any(path.is_relative_to(r) for r in roots) and not (_plain(name) and _same_file(path, name)):
         raise ModelError(f"{folder}: {name[:100]!r} leads out of the folder", "copy the file into the folder")
     return folder / name
+
+
+def _blobs(root: Path) -> list[Path]:
+    """Where the Hugging Face cache keeps the files of a snapshot or of a folder in it. They may be links to another
+    disk themselves."""
+    snapshot = next((p for p in (root, root.parent) if p.parent.name == "snapshots"), None)
+    return [snapshot.parents[1] / "blobs", snapshot.parents[2] / "blobs"] if snapshot else []
+
+
+def _plain(name: str) -> bool:
+    """Whether a name itself stays in the folder, wherever links lead."""
+    path = Path(name)
+    return not path.is_absolute() and not path.drive and ".." not in path.parts
+
+
+def _same_file(path: Path, name: str) -> bool:
+    """Whether a link leads to a file of its own name, or to a blob, which is named by its hash."""
+    return path.name == Path(name).name or "blobs" in path.parts or HASH.search(path.name) is not None
 
 
 def regular(path: Path) -> int:

@@ -16,6 +16,13 @@ HF_NAMES = {
     "layers.{i}.mlp_out_norm": "model.layers.{i}.post_feedforward_layernorm.weight",
 }
 DEFAULTS = {
+    "vocab_size": 262208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "attention_bias": False,
+    "layer_types": None,
     "hidden_activation": "gelu_pytorch_tanh",
     "head_dim": 256,
     "query_pre_attn_scalar": 256,

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from llmrs.core.errors import ModelError
-from llmrs.models.config import SHORT, Fields, read_json
+from llmrs.models.config import read_json
+from llmrs.models.fields import SHORT, Fields
+from llmrs.models.files import COMPLETE
 
 BOUNDS = {
     "temperature": (0.0, 100.0),
@@ -25,31 +27,48 @@ class Generation:
 
 
 def read_generation(folder: Path, vocabulary: int, tokenizer_eos: tuple[int, ...]) -> Generation:
-    """From generation_config.json, else config.json, and the tokenizer; raises ModelError where none names an end."""
+    """From generation_config.json, else config.json, and the tokenizer.
+
+    Raises ModelError for values that are not allowed, and where none of them names an end.
+    """
     path = folder / "generation_config.json"
     data = read_json(path) if path.exists() else {}
     main, fallback = folder / "config.json", read_json(folder / "config.json")
-    eos = _ids(path, data.get("eos_token_id"), vocabulary)
-    eos = eos or _ids(main, fallback.get("eos_token_id"), vocabulary)
-    ids = tuple(dict.fromkeys((*eos, *tokenizer_eos)))
+    eos = _ids(path, data) or _ids(main, fallback)
+    found = dict.fromkeys((*eos, *tokenizer_eos))
+    ids = tuple(i for i in found if 0 <= i < vocabulary)  # others are never generated
+    if found and not ids:
+        where = path if path.exists() and data.get("eos_token_id") is not None else main
+        raise ModelError(
+            f"{where}: eos_token_id is {SHORT.repr(next(iter(found)))}; ids are 0 to {vocabulary - 1}", COMPLETE
+        )
     if not ids:
         raise ModelError(f"{folder} names no end-of-sequence token", "set eos_token_id in generation_config.json")
     sampling = {n: _value(path, data, n) for n in BOUNDS if data.get(n) is not None}
-    return Generation({**sampling, "temperature": 0.0} if data.get("do_sample") is False else sampling, ids)
+    greedy = data.get("do_sample") is not None and not Fields(path, data).boolean("do_sample")
+    return Generation({**sampling, "temperature": 0.0} if greedy else sampling, ids)
 
 
-def _ids(path: Path, value: Any, vocabulary: int) -> tuple[int, ...]:
+def _ids(path: Path, data: dict[str, Any]) -> tuple[int, ...]:
+    """The ids that a file gives, in the vocabulary or not."""
+    value = data.get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    for i in ids:
-        if type(i) is not int or not 0 <= i < vocabulary:
-            raise ModelError(
-                f"{path}: eos_token_id is {SHORT.repr(i)}; ids are 0 to {vocabulary - 1}", "is the file complete?"
-            )
-    return tuple(ids)
+    if not all(map(_whole, ids)):
+        raise Fields(path, data).error("eos_token_id", "a token id, or a list of them")
+    return tuple(map(int, ids))
 
 
 def _value(path: Path, data: dict[str, Any], name: str) -> int | float:
     value, (low, high) = data[name], BOUNDS[name]
-    if type(value) not in (int, float) or not low <= value <= high:
-        raise Fields(path, data).error(name, f"a number from {low} to {high}")
+    if name == "top_k" and value == -1:  # all tokens, as 0
+        return 0
+    number = type(value) in (int, float) and low <= value <= high
+    if not number or (type(low) is int and not _whole(value)):
+        kind = "a whole number" if type(low) is int else "a number"
+        raise Fields(path, data).error(name, f"{kind} from {low} to {high}")
     return type(low)(value)
+
+
+def _whole(value: Any) -> bool:
+    """Whether it is a whole number, which some files write as 2.0."""
+    return type(value) is int or (type(value) is float and value.is_integer())

@@ -15,9 +15,11 @@ from llmrs.models.download import AGAIN, TIMEOUT, RemoteFile, bytes_missing, fet
 from llmrs.models.families import read_config
 from llmrs.models.hub_errors import ROOM, explained
 from llmrs.models.safetensors import INDEX, SINGLE, read_index
+from llmrs.models.template_files import FILES
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
-SMALL = ("generation_config.json", TOKENIZER, "tokenizer_config.json", "chat_template.jinja")
+TEMPLATES = [file for files in FILES.values() for file in files]
+SMALL = ("generation_config.json", TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", *TEMPLATES)
 MOST_SHARDS = 2000
 LARGEST = 2**45  # bytes of a file
 PART = r"(?!.*(--|\.\.))[A-Za-z0-9_]([\w.-]*[A-Za-z0-9_])?"

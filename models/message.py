@@ -9,12 +9,13 @@ from typing import Any
 class Message:
     """One turn of a conversation; `role` is what the chat template knows: system, user, assistant, tool.
 
-    What is None is not there for the template. `tool_calls` are objects as OpenAI's API has them: `type`, `id` and
-    `function` with `name` and `arguments`, which most templates want as an object.
+    `content` is text, a list of text parts as OpenAI's API has them (`{"type": "text", "text": "Hi"}`), or None, which
+    the template sees. Other fields that are None are not there for it. `tool_calls` are objects as OpenAI's API has
+    them: `type`, `id` and `function` with `name` and `arguments`, which most templates want as an object.
     """
 
     role: str
-    content: str | None = None
+    content: str | Sequence[Mapping[str, Any]] | None = None
     _: KW_ONLY
     tool_calls: Sequence[Mapping[str, Any]] | None = None  # of the assistant
     tool_call_id: str | None = None  # of a tool's answer: the call's

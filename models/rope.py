@@ -6,9 +6,9 @@ from typing import Any
 
 from llmrs.core.errors import ModelError
 from llmrs.core.ir import Frequencies
-from llmrs.models.config import LARGE, SHORT, ModelConfig, Rope
+from llmrs.models.config import ORIGINAL, ModelConfig, Rope
+from llmrs.models.fields import LARGE, SHORT
 
-ORIGINAL = "original_max_position_embeddings"  # what the model was trained for before it was extended
 HINT = "is config.json complete?"
 
 
@@ -27,8 +27,9 @@ def _frequencies(rope: Rope, c: ModelConfig) -> Frequencies:
     values = [rope.theta ** (-2 * i / c.head_size) for i in range(c.head_size // 2)]
     scaling = rope.scaling
     kind, label = scaling["rope_type"], f"theta {rope.theta:g}"
+    if kind == "dynamic":  # changes frequencies only beyond the context that the model was trained for: the limit here
+        _number(scaling, "factor")
     if kind in ("default", "dynamic"):
-        # dynamic: frequencies change only beyond the context that the model was trained for, which is the limit here
         return Frequencies(label, tuple(values))
     if kind == "linear":
         factor = _number(scaling, "factor")
@@ -74,16 +75,23 @@ def _yarn(label: str, values: list[float], scaling: Mapping[str, Any], theta: fl
 
 
 def _yarn_scale(scaling: Mapping[str, Any], factor: float) -> float:
-    """What cos and sin are multiplied by, which sharpens attention over longer contexts."""
+    """What cos and sin are multiplied by, which sharpens attention over longer contexts.
+
+    `attention_factor` is this number. `attn_factor`, which vLLM reads and transformers does not, multiplies the number
+    that follows from `factor`.
+    """
+    more = _number(scaling, "attn_factor", 1.0)
     if scaling.get("attention_factor") is not None:
+        if more != 1:
+            raise ModelError("rope scaling has both attn_factor and attention_factor", "keep attention_factor")
         return _number(scaling, "attention_factor")
 
     def magnitude(times: float) -> float:
         return 0.1 * times * math.log(factor) + 1 if factor > 1 else 1.0
 
     if scaling.get("mscale") and scaling.get("mscale_all_dim"):
-        return magnitude(_number(scaling, "mscale")) / magnitude(_number(scaling, "mscale_all_dim"))
-    return magnitude(1.0)
+        return more * magnitude(_number(scaling, "mscale")) / magnitude(_number(scaling, "mscale_all_dim"))
+    return more * magnitude(1.0)
 
 
 def _number(scaling: Mapping[str, Any], name: str, default: float | None = None) -> float:

@@ -22,6 +22,7 @@ from llmrs.quant.tensor import FORMATS, Tensor
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 NAMES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}  # the format's name -> ours
+F64 = "F64"  # read as f32
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 CUT_OFF = "is the file complete? download it again"
 
@@ -56,24 +57,28 @@ class SafetensorsSource:
         return self.entries[name].shape
 
     def tensor(self, name: str) -> Tensor:
-        """A view of the file. Raises ModelError for a type that weights can't have."""
+        """A view of the file, or of float64 a copy in float32. Raises ModelError for a type that weights can't have."""
         e = self.entries[name]
+        if e.dtype == F64:
+            return _rounded(self._view(e, np.dtype(np.float64)))
         if e.dtype not in NAMES:
             raise ModelError(
                 f"{e.file.path.name}: {name} has the type {e.dtype}, which is not supported",
-                f"use a checkpoint in one of {', '.join(NAMES)}",
+                f"use a checkpoint in one of {', '.join((*NAMES, F64))}",
             )
-        dtype = FORMATS[NAMES[e.dtype]]
-        count = int(np.prod(e.shape, dtype=np.int64))
-        if not count:
-            return Tensor(NAMES[e.dtype], e.shape, np.zeros(e.shape, dtype))
-        data = np.frombuffer(e.file.data, dtype, count, e.file.start + e.begin)
-        return Tensor(NAMES[e.dtype], e.shape, data.reshape(e.shape))
+        return Tensor(NAMES[e.dtype], e.shape, self._view(e, FORMATS[NAMES[e.dtype]]))
 
     def close(self) -> None:
         """Forgets the files; views that are still in use keep them open."""
         self.entries.clear()
         self.files.clear()
+
+    def _view(self, e: Entry, dtype: np.dtype[Any]) -> np.ndarray:
+        """An entry's numbers, in its shape."""
+        count = int(np.prod(e.shape, dtype=np.int64))
+        if not count:
+            return np.zeros(e.shape, dtype)
+        return np.frombuffer(e.file.data, dtype, count, e.file.start + e.begin).reshape(e.shape)
 
     def _add(self, path: Path, wanted: Iterable[str] | None = None) -> None:
         file = File(path)
@@ -85,6 +90,12 @@ class SafetensorsSource:
         for name in wanted or ():
             if name not in self.entries:
                 raise ModelError(f"{path.name} lacks {name}, which the index says it holds", CUT_OFF)
+
+
+def _rounded(data: np.ndarray) -> Tensor:
+    """float64 as float32; what is too large becomes infinite, as in torch."""
+    with np.errstate(over="ignore"):
+        return Tensor("f32", data.shape, data.astype(np.float32))
 
 
 def read_index(folder: Path) -> dict[str, list[str]]:

@@ -7,8 +7,9 @@ that spends too much, or takes too long, is ended. So no single operation is lar
 
 import json
 import re
+import string
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from functools import wraps
 from typing import Any
@@ -17,28 +18,44 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 STEP = 50  # cost of a loop's turn or a call, in characters of text made
-WIDEST = 10_000  # no number that a template gives to a filter or method needs to be larger
+WIDEST, MARGIN = 10_000, 100  # characters or items; of an indentation, and of separators in JSON
 BITS = 100_000  # of a whole number
-MARGIN = 100  # widest indentation, and separators in JSON
-RANGE = 100_000  # as long as Jinja's own limit for range()
 SECONDS = 10.0  # of one rendering; a real one takes milliseconds
 FILTERS = (
-    "abs", "attr", "batch", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float",
-    "groupby", "indent", "int", "items", "join", "last", "length", "list", "lower", "map", "max", "min", "reject",
-    "rejectattr", "replace", "reverse", "round", "safe", "select", "selectattr", "slice", "sort", "string", "sum",
-    "title", "trim", "unique", "upper", "wordcount",
+    "abs", "attr", "batch", "capitalize", "center", "count", "d", "default", "dictsort", "e", "escape", "first",
+    "float", "format", "groupby", "indent", "int", "items", "join", "last", "length", "list", "lower", "map", "max",
+    "min", "reject", "rejectattr", "replace", "reverse", "round", "safe", "select", "selectattr", "slice", "sort",
+    "string", "sum", "title", "trim", "unique", "upper", "wordcount",
 )  # fmt: skip
 
-
-BARRED = ("translate", "expandtabs", "format_map")  # of text; what they make can be larger than any bound on it
-RENDERING = ("_tojson", "do_string", "do_join", "join")  # these write out whole collections
+# Filters and methods with a number that sets the size of the result: its keyword, and how large it may be. It is
+# also their second argument, after the value. Numbers that are given to others are data.
+SIZES = {
+    "batch": ("linecount", WIDEST),
+    "center": ("width", WIDEST),
+    "indent": ("width", MARGIN),
+    "ljust": ("width", WIDEST),
+    "rjust": ("width", WIDEST),
+    "round": ("precision", WIDEST),  # digits of a power of ten
+    "slice": ("slices", WIDEST),
+    "to_bytes": ("length", WIDEST),
+    "zfill": ("width", WIDEST),
+}
+# Methods of text whose result or work can be larger than any bound on it
+BARRED = ("translate", "expandtabs", "format_map", "striptags")
+RENDERING = ("tojson", "string", "join", "format")  # these write out whole collections
+PRODUCTS = ("replace", "join", "rfind", "rindex", "rpartition", "rsplit")  # their work grows like a product
+JINJA = (jinja2.Environment, nodes.EvalContext, Context)  # what some filters want first, before the value
+LISTS: Any = (list, tuple, type({}.keys()), type({}.values()), type({}.items()))
+SIZED: Any = (*LISTS, str, bytes, dict, range)
 ESCAPE = re.compile(r"\\(?:u[0-9a-f]{4}|.)")  # in JSON
-WIDE_PERCENT = re.compile(r"%[^a-zA-Z%]*(\*|\d{3})")
-WIDE_FIELD = re.compile(r"\{[^{}]*(\d{3}|\{)")
+WIDE = re.compile(r"\d{3}|[*{(]")  # a width or precision of three digits, or one that is given as a value
+PERCENT = re.compile(r"%(?:\([^()]*\))?([^a-zA-Z%]*)[a-zA-Z%]?")  # flags, width and precision of a conversion
 
 
 class Refused(jinja2.TemplateError):
@@ -55,15 +72,15 @@ class Sandbox(ImmutableSandboxedEnvironment):
     Not for several threads at once: `allow` says what the rendering that follows may spend.
     """
 
-    intercepted_binops = frozenset(["+", "*", "**", "%"])
+    intercepted_binops = frozenset(["+", "-", "*", "**", "/", "//", "%"])
 
     def __init__(self) -> None:
         extensions = ["jinja2.ext.loopcontrols", Generation]
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions, finalize=self._measured)
         self.marks = ""
         self.allow(0)
-        self.filters = {name: self._charged(self.filters[name]) for name in FILTERS}
-        self.filters["tojson"] = self._charged(self._tojson)
+        filters = {**{name: self.filters[name] for name in FILTERS}, "tojson": self._tojson, "format": self._format}
+        self.filters = {name: self._charged(name, function) for name, function in filters.items()}
         known = {name: self.globals[name] for name in ("range", "dict", "namespace", "cycler", "joiner")}
         self.globals = {**known, "raise_exception": refuse, "strftime_now": strftime_now}
 
@@ -102,27 +119,33 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """Every call in a template. The names leave all others to the template's keyword arguments."""
         if __obj in (__self.spend, __self.concatenate, __self.made):
             return __obj(*args)
-        owner = getattr(__obj, "__self__", None)
-        if isinstance(owner, str) and getattr(__obj, "__name__", "") in BARRED:
-            raise Exhausted(f"it calls {__obj.__name__}, which no template needs")
-        largest = RANGE if __obj is __self.globals["range"] else WIDEST
-        __self._prepare(getattr(__obj, "__name__", ""), (owner, *args, *kwargs.values()), largest)
+        owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
+        if isinstance(owner, str | bytes) and name in BARRED:
+            raise Exhausted(f"it calls {name}, which no template needs")
+        args = __self._listed(name, args)
+        __self._prepare(name, (owner, *args), kwargs)
         result = super().call(__context, __obj, *args, **kwargs)
         return result if isinstance(result, Namespace) else __self._measured(result)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         """`"{:5}".format(x)`, whose fields may have a width."""
-        if isinstance(text := getattr(value, "__self__", None), str) and WIDE_FIELD.search(text):
-            raise Exhausted("it formats to a width that is too large")
         if (wrapped := super().wrap_str_format(value)) is None:
             return None
-        assert text is not None
+        text: str = value.__self__
 
         def formatted(*args: Any, **kwargs: Any) -> str:
+            specs = [spec for _, _, spec, _ in string.Formatter().parse(text) if spec]
+            _require_narrow(specs)
             self.spend(text.count("{") * self._weight([args, kwargs]))
             return wrapped(*args, **kwargs)
 
         return formatted
+
+    def _format(self, value: Any, *args: Any, **kwargs: Any) -> Any:
+        """`"%s" | format(x)`, which is `"%s" % x`."""
+        text, values = value if isinstance(value, str) else str(value), kwargs or args
+        self.spend(self._cost("%", text, values))
+        return text % values
 
     def _tojson(
         self,
@@ -135,59 +158,75 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """JSON that is not escaped for HTML, as transformers has it."""
         if self._weight([indent, separators]) > MARGIN or (isinstance(indent, int) and indent > MARGIN):
             raise Exhausted("it writes JSON too widely")
-        text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+        encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+        text = encoder.encode(value) if indent is None else "".join(map(self._measured, encoder.iterencode(value)))
         escaped = {f"\\u{ord(mark):04x}": mark for mark in self.marks} if ensure_ascii else {}
         return ESCAPE.sub(lambda found: escaped.get(found[0], found[0]), text) if escaped else text
 
-    def _charged(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _charged(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)  # Jinja's mark that it wants the context or environment first comes along
         def charged(*args: Any, **kwargs: Any) -> Any:
-            self._prepare(function.__name__, (*args, *kwargs.values()), WIDEST)
+            args = self._listed(name, args)
+            self._prepare(name, args[isinstance(args[0], JINJA) :], kwargs)
             return self._measured(function(*args, **kwargs))
 
         return charged
 
-    def _prepare(self, name: str, values: tuple[Any, ...], largest: int) -> None:
-        """Pays for what is about to happen: joins and replacements grow like products."""
+    def _listed(self, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """With what is yet to be generated as lists, where its size matters."""
+        if name not in RENDERING:
+            return args
+        return tuple(self._measured(list(a)) if isinstance(a, Iterator | range) else a for a in args)
+
+    def _prepare(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Pays for what is about to happen to the first argument."""
+        values = [*args, *kwargs.values()]
         sizes = [self._weight(v) if name in RENDERING else _size(v) for v in values]
         self.spend(STEP + sum(sizes))
-        if any(isinstance(v, int) and abs(v) > largest for v in values):
-            raise Exhausted(f"it gives {name} a number over {largest}")
-        self.spend(self._product(name.removeprefix("do_"), values, sizes))
-
-    def _product(self, name: str, values: tuple[Any, ...], sizes: list[int]) -> int:
-        """What is made by what grows like a product."""
-        if name in ("replace", "join"):
+        if name in PRODUCTS and len(sizes) > 1:
             longest = sorted(sizes)[-2:]
-            return longest[0] * longest[-1] if len(longest) > 1 else 0
-        wide = [v for v in values[1:] if (isinstance(v, int) and v > MARGIN) or _size(v) > MARGIN]
-        if name == "indent" and wide:
-            raise Exhausted("it indents too widely")
-        if name == "sum" and any(isinstance(v, list | tuple) for v in values[2:]):
+            self.spend(longest[0] * longest[1])
+        if name == "sum" and any(isinstance(v, list | tuple) for v in values[1:]):
             raise Exhausted("it adds up lists")
-        return 0
+        if name in SIZES:
+            keyword, largest = SIZES[name]
+            size = kwargs.get(keyword, args[1] if len(args) > 1 else 0)
+            self._require_small(name, size if isinstance(size, int) else _size(size), largest, args[0])
+
+    def _require_small(self, name: str, size: int, largest: int, value: Any) -> None:
+        """Raises Exhausted for a size that is too large, and pays for an indentation, which comes with every line."""
+        if abs(size) > largest:
+            raise Exhausted(f"it gives {name} a size over {largest}")
+        if name == "indent" and isinstance(value, str):
+            self.spend(len(value.splitlines()) * abs(size))
 
     def _measured(self, value: Any) -> Any:
+        if isinstance(value, int) and value.bit_length() > BITS:
+            raise Exhausted("it makes a number that is too large")
         self.spend(self._weight(value))
         return value
 
     def _cost(self, operator: str, left: Any, right: Any) -> int:
         """What an operation makes, before it is made."""
-        numbers = isinstance(left, int) and isinstance(right, int)
-        if numbers and operator in ("*", "**"):
-            bits = left.bit_length() * abs(right) if operator == "**" else left.bit_length() + right.bit_length()
-            if bits > BITS:
-                raise Exhausted("it makes a number that is too large")
+        if isinstance(left, int) and isinstance(right, int):
+            return self._cost_of_numbers(operator, left, right)
         if operator == "**":
             return STEP
-        if operator == "*" and not numbers:
+        if operator == "*":
             value, count = (right, left) if isinstance(left, int) else (left, right)
             return self._weight(value) * max(count, 0) if isinstance(count, int) else 1
-        if operator == "%" and isinstance(left, str) and WIDE_PERCENT.search(left):
-            raise Exhausted("it formats to a width that is too large")
-        if operator == "%" and isinstance(left, str):
-            return self._weight(left) + (1 + left.count("%(")) * self._weight(right)
+        if operator == "%" and isinstance(left, str | bytes):
+            text = left if isinstance(left, str) else left.decode("latin-1")
+            _require_narrow(PERCENT.findall(text))
+            return len(text) + (1 + text.count("%(")) * self._weight(right)
         return self._weight(left) + self._weight(right)
+
+    def _cost_of_numbers(self, operator: str, left: int, right: int) -> int:
+        bits = left.bit_length() + right.bit_length()
+        bits = left.bit_length() * abs(right) if operator == "**" else bits
+        if bits > 2 * BITS or (bits > BITS and operator in ("*", "**")):
+            raise Exhausted("it makes a number that is too large")
+        return STEP + bits // 3
 
     def _weight(self, value: Any) -> int:
         """Characters that it would take to write the value, about; not counted further than the budget goes."""
@@ -197,7 +236,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             total += _size(v)
             if isinstance(v, dict):
                 left += [*v.keys(), *v.values()]
-            elif isinstance(v, list | tuple):
+            elif isinstance(v, LISTS):
                 left += v
             elif isinstance(v, Namespace):  # opaque, and nobody writes one out
                 total += self.budget + 1
@@ -216,8 +255,9 @@ class Generation(Extension):
 
 def strftime_now(format: str) -> str:
     """The local time."""
-    if len(format) > 200 or re.search(r"\d{3}", format):
+    if len(format) > 200:
         raise Exhausted("it asks for a date that is too wide")
+    _require_narrow(PERCENT.findall(format))
     return datetime.now().strftime(format)
 
 
@@ -225,11 +265,17 @@ def refuse(message: str) -> None:
     raise Refused(str(message))
 
 
+def _require_narrow(specs: Sequence[str]) -> None:
+    """Raises Exhausted for a width or precision in a format that is too large, or may be."""
+    if any(map(WIDE.search, specs)):
+        raise Exhausted("it formats to a width that is too large")
+
+
 def _size(value: Any) -> int:
     """Characters of a text, digits of a number (about), items of a collection; 1 for the rest."""
     if isinstance(value, int):
         return 1 + value.bit_length() // 3
-    return len(value) if isinstance(value, str | bytes | list | tuple | dict) else 1
+    return len(value) if isinstance(value, SIZED) else 1
 
 
 def _hook(method: str, arguments: list[nodes.Expr]) -> nodes.Call:

@@ -9,17 +9,19 @@ import jinja2
 from jinja2 import meta
 
 from llmrs.core.errors import ModelError, RequestError, did_you_mean
-from llmrs.models.config import read_json
-from llmrs.models.conversation import Conversation, broken, conversation, unused
-from llmrs.models.files import inside, read_text
+from llmrs.models.conversation import REASONING, Conversation, broken, conversation, unused
+from llmrs.models.marked import MarkedSandbox
 from llmrs.models.message import Message
-from llmrs.models.sandbox import Exhausted, Refused, Sandbox
+from llmrs.models.sandbox import Exhausted, Refused
+from llmrs.models.specials import NAMES
+from llmrs.models.template_files import DEFAULT, LARGEST, TOOL_USE, sources
 from llmrs.models.tokenizer import Tokenizer
 
-LARGEST = 200_000  # characters of a template; those of today's models have less than a tenth
 BASE, PER_CHARACTER = 5_000_000, 200  # what a rendering may spend: for itself, and for what it is given
 PROBE = [{"role": "user", "content": "Hi"}]
+TOOL = {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}
 HINT = "put a template that works into the model's folder as chat_template.jinja, or use another model"
+NONE, PARTS = "None", "'type': 'text'"  # in a prompt: what a template wrote as Python does
 
 
 class ChatPrompt(str):
@@ -38,54 +40,70 @@ class ChatPrompt(str):
         return type(self), (str(self), self.token_ids)
 
 
+class UnknownToken(jinja2.Undefined):
+    """A special token that no file gives. A template may ask whether it is defined, but not write it."""
+
+    __slots__ = ()
+    __str__ = jinja2.Undefined._fail_with_undefined_error
+
+    @property
+    def _undefined_message(self) -> str:
+        return f"it writes {self._undefined_name}, which tokenizer_config.json does not give"
+
+
+UNKNOWN = {f"{name}_token": UnknownToken(name=f"{name}_token") for name in NAMES}
+
+
 class ChatTemplate:
     """A compiled template."""
 
-    def __init__(self, source: str, specials: Mapping[str, str], path: Path) -> None:
-        """`specials` are the texts of bos, eos and the like, by name. Raises ModelError for a template that can't work.
+    def __init__(self, source: str, specials: Mapping[str, str | None], path: Path, **probe: Any) -> None:
+        """`specials` are the texts of bos, eos and the like, by name; None where the model has none. One that is
+        not there is unknown: the template fails where it writes it. Raises ModelError for a template that can't work.
 
-        It is tried once, so that a template that fails or never ends is found now.
+        It is tried once, with the variables `probe`, so that a template that fails or never ends is found now.
         """
         self.source, self.path = source, path
-        self.specials = {f"{name}_token": text for name, text in specials.items()}
-        self.for_tools: ChatTemplate | None = None  # another one, for conversations with tools
-        self._sandbox, self._lock = Sandbox(), threading.Lock()
+        known = {f"{name}_token": text for name, text in specials.items()}
+        self.specials = {name: text for name, text in {**UNKNOWN, **known}.items() if text is not None}
+        self.for_tools: ChatTemplate | ModelError | None = None  # another one, for conversations with tools
+        self._sandbox, self._lock = MarkedSandbox(), threading.Lock()
         if len(source) > LARGEST:
             raise ModelError(f"{path}: the chat template has {len(source)} characters, over {LARGEST}", HINT)
         try:
             source.encode()  # no lone surrogate
             self._sandbox.allow(BASE)
-            self.variables = meta.find_undeclared_variables(self._sandbox.parse(source)) - self.specials.keys()
+            self.variables = meta.find_undeclared_variables(self._sandbox.parse(source)) - UNKNOWN.keys()
             self._template = self._sandbox.compiled(source)
-            self._render(PROBE, {})
+            self._render(PROBE, probe)
         except Refused:
             pass  # it wants something else than one question, which is its right
         except (jinja2.TemplateError, *FAILURES) as error:
             raise ModelError(f"{path}: the chat template fails: {_reason(error)}", HINT) from error
 
     @classmethod
-    def load(cls, folder: Path, specials: Mapping[str, str]) -> "ChatTemplate | None":
-        """From chat_template.jinja, else tokenizer_config.json; None where there is none. Raises ModelError."""
-        path, settings = inside(folder, "chat_template.jinja"), inside(folder, "tokenizer_config.json")
-        if path.exists():
-            return cls(read_text(path, 4 * LARGEST), specials, path)
-        source = read_json(settings).get("chat_template") if settings.exists() else None
-        named = source if isinstance(source, list) else [{"name": "default", "template": source}]
-        sources: dict[str, Any] = {str(t.get("name")): t.get("template") for t in named if isinstance(t, dict)}
-        return cls._of(sources, specials, settings)
+    def load(cls, folder: Path, specials: Mapping[str, str | None]) -> "ChatTemplate | ModelError | None":
+        """From chat_template.jinja and additional_chat_templates, else tokenizer_config.json; None where there is none.
+
+        A template that can't work is returned as its error: it stops conversations, and nothing else. Raises
+        ModelError for a file that can't be read.
+        """
+        found = sources(folder)
+        template = cls._made(*found[DEFAULT], specials) if DEFAULT in found else None
+        if isinstance(template, ChatTemplate) and TOOL_USE in found:
+            template.for_tools = cls._made(*found[TOOL_USE], specials, tools=[TOOL])
+        return template
 
     @classmethod
-    def _of(cls, sources: Mapping[str, Any], specials: Mapping[str, str], path: Path) -> "ChatTemplate | None":
-        """From several by name: "default", and "tool_use" for conversations with tools."""
-        made = []
-        for source in map(sources.get, ("default", "tool_use")):
-            if source is not None and not isinstance(source, str):
-                raise ModelError(f"{path}: chat_template is not text", HINT)
-            made.append(None if source is None else cls(source, specials, path))
-        template, for_tools = made[0], made[1]
-        if template is not None:
-            template.for_tools = for_tools
-        return template
+    def _made(
+        cls, source: Any, path: Path, specials: Mapping[str, str | None], **probe: Any
+    ) -> "ChatTemplate | ModelError":
+        if not isinstance(source, str):
+            return ModelError(f"{path}: chat_template is not text", HINT)
+        try:
+            return cls(source, specials, path, **probe)
+        except ModelError as error:
+            return error
 
     def render(self, messages: Sequence[Message | Mapping[str, Any]], **options: Any) -> str:
         """The conversation as text. `options` are those of `conversation`. Raises RequestError."""
@@ -95,11 +113,37 @@ class ChatTemplate:
     def rendered(self, c: Conversation, tag: str, marks: str = "") -> str:
         """The conversation as text. `tag` is a character that it doesn't hold; JSON leaves the marks as they are.
 
-        Raises RequestError for what the template refuses or fails on, and for what it would ignore.
+        Raises RequestError for what the template refuses or fails on, and for what it would ignore; ModelError where
+        the one for tools can't work.
         """
         if c.tools and self.for_tools is not None:
+            if isinstance(self.for_tools, ModelError):
+                raise ModelError(self.for_tools.message, self.for_tools.hint) from self.for_tools
             return self.for_tools.rendered(c, tag, marks)
         self._require_known(c)
+        return self._one(c, tag, marks) if c.all_text() else self._with_contents(c, tag, marks)
+
+    def _with_contents(self, c: Conversation, tag: str, marks: str) -> str:
+        """Contents that are None or lists of parts are handed through. Many templates know text only: they fail on
+        others, leave them out, or write them as Python does. For those None is left out, and parts are joined.
+        """
+        try:
+            given = self._one(c, tag, marks)
+        except RequestError:
+            text = self._one(c.as_text(), tag, marks)
+            if all(name in text for name in c.called()):  # else it takes a call without a text for an empty answer
+                return text
+            raise
+        try:
+            text = self._one(c.as_text(), tag, marks)
+        except RequestError:
+            return given
+        written = any(given.count(python) > text.count(python) for python in (NONE, PARTS))
+        lost = any(given.count(part) < text.count(part) for part in map(str.strip, c.parts()))
+        return text if written or lost else given
+
+    def _one(self, c: Conversation, tag: str, marks: str) -> str:
+        """One rendering."""
         messages = _tagged(c.messages, c.continued, tag) if c.continued else c.messages
         variables = {"add_generation_prompt": c.add_generation_prompt, "tools": c.tools, "documents": None}
         try:
@@ -108,7 +152,7 @@ class ChatTemplate:
             raise RequestError(f"the chat template refuses the messages: {error.message}", "see its rules") from error
         except (jinja2.TemplateError, *FAILURES) as error:
             raise RequestError(f"the chat template fails on the messages: {_reason(error)}", HINT) from error
-        return _cut(text, c.messages[-1][c.continued], tag) if c.continued else text
+        return _cut(text, _last_text(c.messages[-1][c.continued]), tag) if c.continued else text
 
     def _require_known(self, c: Conversation) -> None:
         """Raises RequestError for variables that the template never reads."""
@@ -122,13 +166,21 @@ class ChatTemplate:
         given = {**self.specials, "messages": messages, **variables}
         with self._lock:
             self._sandbox.allow(BASE + PER_CHARACTER * len(repr(given)), marks)
-            return self._template.render(given)
+            return str.__str__(self._template.render(given))  # with its marks
 
 
 def _tagged(messages: Sequence[dict[str, Any]], field: str, tag: str) -> list[dict[str, Any]]:
     """The messages, with the last one's field ending in a tag and a space, which shows whether spaces are trimmed."""
-    fields = ("reasoning_content", "thinking") if field == "reasoning_content" else (field,)
-    return [*messages[:-1], {**messages[-1], **{f: messages[-1][f] + tag + " " for f in fields}}]
+    last, added = messages[-1], tag + " "
+    if isinstance(last[field], list):
+        *parts, part = last[field]
+        return [*messages[:-1], {**last, field: [*parts, {**part, "text": part["text"] + added}]}]
+    fields = [f for f in REASONING if last.get(f) == last[field]] if field in REASONING else [field]
+    return [*messages[:-1], {**last, **{f: last[f] + added for f in fields}}]
+
+
+def _last_text(content: Any) -> str:
+    return content[-1]["text"] if isinstance(content, list) else content
 
 
 def _cut(text: str, continued: str, tag: str) -> str:
@@ -160,11 +212,10 @@ def encode_chat(
 ) -> ChatPrompt:
     """Renders and encodes a conversation; `options` are those of `conversation`. Raises RequestError.
 
-    Added tokens in what is given stay text: they are broken by a mark before rendering, and mended after the
-    template's own are found.
+    Control tokens in what is given stay text: they are broken by marks, which the template does not see, and which
+    go after the template's own are found. Other added tokens are found wherever they stand.
     """
     c = conversation(messages, **options)
     mark, tag = unused(c, 2)
-    added = {t.content: t.special for t in tokenizer.added.values() if t.content.strip()}  # white space is text
-    marked = template.rendered(broken(c, added, mark), tag, mark)
+    marked = template.rendered(broken(c, tokenizer.control_texts, mark), tag, mark)
     return ChatPrompt(marked.replace(mark, ""), tokenizer.encode_marked(marked, mark))

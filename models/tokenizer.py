@@ -1,8 +1,7 @@
 """Text to token ids and back, through the `tokenizers` library."""
 
 import json
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,29 +9,18 @@ from typing import Any
 import tokenizers
 
 from llmrs.core.errors import ModelError, RequestError
-from llmrs.models.config import SHORT, Fields, read_json
+from llmrs.models.control import add_control
 from llmrs.models.conversation import checked
+from llmrs.models.decoder import TokenDecoder
+from llmrs.models.fields import SHORT
 from llmrs.models.files import MIB, inside, read_text
+from llmrs.models.plain import BOUNDARY, HIDDEN, plain
+from llmrs.models.specials import read_settings, special_tokens
 
 MOST_WORDS = 2**24  # of a vocabulary; today's largest have 262,144
 LIMIT = 256 * MIB  # a vocabulary of 256,000 words takes about 35
 HINT = "is the file complete? It is what `tokenizers` writes"
 SPACE = "▁"  # SentencePiece's mark for a space
-BOUNDARY = "\ufdd0"  # a noncharacter: Unicode keeps it for the inside of programs
-BYTE = re.compile(r"<0x([0-9A-F]{2})>")
-
-
-def _byte_letters() -> dict[str, int]:
-    """The letters that stand for bytes in byte-level vocabularies: printable ones for themselves, others from 256 on.
-
-    Source: GPT-2's vocabulary.
-    """
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
-
-
-LETTERS = _byte_letters()
 
 
 class Tokenizer:
@@ -42,23 +30,30 @@ class Tokenizer:
         """`settings` is what tokenizer_config.json holds. Raises ModelError."""
         inner.no_truncation()  # a file may ask for it, and a prompt would lose its end without a word
         inner.no_padding()
+        add_control(inner, settings)
         self.inner = inner
         self.added = inner.get_added_tokens_decoder()
-        self.specials = {n: c for n in ("bos", "eos", "pad", "unk") if (c := _content(path, settings, f"{n}_token"))}
+        self.specials = special_tokens(settings, path, inner.token_to_id)
         eos = self.specials.get("eos")
         eos_id = self.id_of(eos) if eos is not None else None
         if eos is not None and eos_id is None:
             raise ModelError(f"{path}: the end-of-sequence token {eos!r} is not in the vocabulary", HINT)
         self.eos_ids = () if eos_id is None else (eos_id,)
-        self._byte_level = _is_byte_level(inner, path)
-        self._bytes: dict[int, bytes] = {}
+        self._decoder = TokenDecoder(inner, path)
+        self.errors = self._decoder.errors  # how bytes are decoded that are not UTF-8
+        special = [t.content for t in self.added.values() if t.special]
+        skipped = frozenset(i for content in special if (i := self.id_of(content)) is not None)
+        self.control_texts = frozenset(c for c in special if c.strip(f"{SPACE} \n\t"))  # white space is text
+        self.control = frozenset(i for content in self.control_texts if (i := self.id_of(content)) is not None)
+        self._written = _Pieces(self._piece)
+        self._spoken = _Pieces(lambda token: "" if token in skipped else self._written[token])
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":
         """From tokenizer.json, and tokenizer_config.json where there is one. Raises ModelError."""
-        path, settings = inside(folder, "tokenizer.json"), inside(folder, "tokenizer_config.json")
+        path = inside(folder, "tokenizer.json")
         text = read_text(path, LIMIT)
-        return cls(_parse(text, path), read_json(settings) if settings.exists() else {}, path)
+        return cls(_parse(text, path), read_settings(folder), path)
 
     @property
     def vocab_size(self) -> int:
@@ -77,7 +72,7 @@ class Tokenizer:
         Raises RequestError for text that is not Unicode (a lone surrogate).
         """
         ids = self.inner.encode(checked(text), add_special_tokens=True).ids
-        doubled = len(ids) > 1 and ids[0] == ids[1] == self.inner.token_to_id(self.specials.get("bos", ""))
+        doubled = len(ids) > 1 and ids[0] == ids[1] == self.inner.token_to_id(self.specials.get("bos") or "")
         return ids[1:] if doubled else ids
 
     def encode_rendered(self, text: str) -> list[int]:
@@ -85,11 +80,12 @@ class Tokenizer:
         return self.inner.encode(checked(text), add_special_tokens=False).ids
 
     def encode_plain(self, text: str, *, first: bool = True) -> list[int]:
-        """Ids of text in which nothing is a control token. If it is not `first`, an added token stands before it,
-        and SentencePiece puts no space there. Raises RequestError for U+FDD0, which marks that place.
+        """Ids of text in which nothing is a control token; other added tokens are parsed. If it is not `first`, an
+        added token stands before it, and SentencePiece puts no space there. Raises RequestError for U+FDD0, which
+        marks that place, and for U+FDD1.
         """
-        if BOUNDARY in text:
-            raise RequestError("the text holds U+FDD0, which is no character", "leave it out")
+        if BOUNDARY in text or HIDDEN in text:
+            raise RequestError("the text holds U+FDD0 or U+FDD1, which are no characters", "leave them out")
         if first:
             return self._plain.encode(checked(text), add_special_tokens=False).ids
         return self._plain.encode(BOUNDARY + checked(text), add_special_tokens=False).ids[1:]
@@ -100,44 +96,56 @@ class Tokenizer:
         """
         encoding = self.inner.encode(checked(text), add_special_tokens=False)
         ids: list[int] = []
-        begin = at = 0  # of the text since the last added token: in the ids, and in the text
+        begin = at = 0  # of the text since the last control token: in the ids, and in the text
         for n, (token, span) in enumerate(zip(encoding.ids, encoding.offsets, strict=True)):
-            if token in self.added and text[slice(*span)].strip() == self.added[token].content.strip():
+            if token in self.control and self._is_written(token, text, span, mark):
                 ids += self._between(text[at : span[0]], encoding.ids[begin:n], mark, first=at == 0)
                 ids.append(token)
                 begin, at = n + 1, span[1]
         return ids + self._between(text[at:], encoding.ids[begin:], mark, first=at == 0)
 
+    def _is_written(self, token: int, text: str, span: tuple[int, int], mark: str) -> bool:
+        """Whether the text holds this control token as it is, and no mark after it if it is a single character."""
+        content = self.added[token].content.strip()
+        return text[slice(*span)].strip() == content and not (len(content) == 1 and text.startswith(mark, span[1]))
+
     def _between(self, text: str, ids: list[int], mark: str, *, first: bool) -> list[int]:
-        """The ids of text between added tokens, which are `ids` unless it is marked or they hold one nevertheless."""
-        if mark not in text and not any(i in self.added and self.added[i].content.strip() for i in ids):
+        """The ids of text between control tokens: `ids`, unless it is marked or they hold one nevertheless."""
+        if mark not in text and self.control.isdisjoint(ids):
             return ids
         return self.encode_plain(text.replace(mark, ""), first=first) if text else []
 
-    def token_bytes(self, token: int) -> bytes:
-        """What a token adds to the text; nothing for control tokens and for ids that are none."""
-        if token not in self._bytes:
-            self._bytes[token] = self._token_bytes(token)
-        return self._bytes[token]
+    def token_bytes(self, token: int, *, skip_special_tokens: bool = True) -> bytes:
+        """What a token adds to the text; nothing for ids that are none, and for control tokens if they are skipped."""
+        piece = self.pieces(skip_special_tokens)[token]
+        return piece.encode() if isinstance(piece, str) else piece
 
-    def _token_bytes(self, token: int) -> bytes:
-        if token in self.added:
-            return b"" if self.added[token].special else self.added[token].content.encode()
-        word = self.inner.id_to_token(token) or ""
-        if self._byte_level:
-            whole = all(c in LETTERS for c in word)
-            return bytes(LETTERS[c] for c in word) if whole else word.encode()
-        byte = BYTE.fullmatch(word)
-        return bytes([int(byte[1], 16)]) if byte else word.replace(SPACE, " ").encode()
+    def pieces(self, skip_special_tokens: bool = True) -> Mapping[int, str | bytes]:
+        """What each token adds to the text: bytes where they are not whole characters. Made as they are asked for."""
+        return self._spoken if skip_special_tokens else self._written
+
+    def _piece(self, token: int) -> str | bytes:
+        word = self.inner.id_to_token(token)
+        data = b"" if word is None else self._decoder(word)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return data
 
     @cached_property
     def _plain(self) -> tokenizers.Tokenizer:
-        """The same without added tokens. Runs of white space stay: they are text, which some models add this way."""
-        data = json.loads(self.inner.to_str())
-        data["added_tokens"] = [t for t in data["added_tokens"] if not t["content"].strip(f"{SPACE} \n\t")]
-        plain = tokenizers.Tokenizer.from_str(json.dumps(data))
-        plain.add_special_tokens([BOUNDARY])
-        return plain
+        return plain(self.inner, self.control_texts)
+
+
+class _Pieces(dict[int, str | bytes]):
+    """Made once for each token that comes."""
+
+    def __init__(self, make: Callable[[int], str | bytes]) -> None:
+        self._make = make
+
+    def __missing__(self, token: int) -> str | bytes:
+        piece = self[token] = self._make(token)
+        return piece
 
 
 def _parse(text: str, path: Path) -> tokenizers.Tokenizer:
@@ -166,34 +174,3 @@ def _check_ids(text: str, path: Path) -> None:
             raise ModelError(
                 f"{path}: the id of {word[:50]!r} is {SHORT.repr(number)}; ids are 0 to {MOST_WORDS - 1}", HINT
             )
-
-
-def _content(path: Path, settings: dict[str, Any], name: str) -> str | None:
-    """A special token's text, which files write as text or as an object."""
-    value = settings.get(name)
-    value = value.get("content") if isinstance(value, dict) else value
-    if value is not None and not isinstance(value, str):
-        raise Fields(path, settings).error(name, "text, or an object with the text as its content")
-    try:
-        return value and checked(value)
-    except RequestError as error:
-        raise ModelError(f"{path}: {name}: {error.message}", HINT) from error
-
-
-def _is_byte_level(inner: tokenizers.Tokenizer, path: Path) -> bool:
-    """Whether words are spelled in LETTERS, or as SentencePiece does. Raises ModelError for other ways."""
-    kinds = set(_types(json.loads(inner.decoder.__getstate__()) if inner.decoder else {}))
-    if "ByteLevel" in kinds:
-        return True
-    if kinds & {"ByteFallback", "Metaspace"}:
-        return False
-    shown = ", ".join(sorted(kinds)) or "none"
-    raise ModelError(f"{path}: its decoder ({shown}) is not supported", "byte-level and SentencePiece are")
-
-
-def _types(decoder: dict[str, Any]) -> Iterator[str]:
-    """The decoder's type, and those of its parts."""
-    if "type" in decoder:
-        yield decoder["type"]
-    for part in decoder.get("decoders", ()):
-        yield from _types(part)

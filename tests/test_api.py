@@ -21,7 +21,7 @@ from llmrs import (
     SamplingParams,
     TokenLogprob,
 )
-from llmrs.engine import child_seed
+from llmrs.inputs import child_seed
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
 LONG = SamplingParams(temperature=0.0, max_tokens=400, ignore_eos=True)

@@ -14,6 +14,7 @@ import random_checkpoint
 
 from llmrs import ConfigError, Engine, EngineConfig, bench_start
 from llmrs.backends.base import Ran
+from llmrs.backends.fusion import FUSED_OPS, fuse
 from llmrs.backends.testing import RandomModel
 from llmrs.backends.torch.profile import outermost, ran
 from llmrs.bench_profile import Profile
@@ -22,7 +23,6 @@ from llmrs.bench_steps import Cell, busy, decode_batch, grid, measured
 from llmrs.bench_tables import picture, profiles
 from llmrs.bench_workloads import idle, measure, over_time
 from llmrs.cli import main
-from llmrs.backends.fusion import FUSED_OPS, fuse
 from llmrs.floors import Cost, Kernel, costs, joined, kernels, ops_of
 from llmrs.plot import Axis, Curve, svg
 from llmrs.speed import Device, Work
@@ -210,6 +210,9 @@ class MadeUp:
         self.deepest = 0
         self.profiling = None
         self.asynchronous = True
+
+    def idle(self):
+        return False
 
     def launch(self, batch):
         self.shapes[len(batch.tokens), int(batch.lengths[0])] += 1

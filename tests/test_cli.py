@@ -124,6 +124,18 @@ def test_a_conversation(call, folder, monkeypatch):
     assert call("run", "--i", "--w", folder, *QUICK)[0] == 0
 
 
+def test_control_tokens_that_are_shown_are_not_said_again(call, folder, monkeypatch):
+    import io
+
+    lengths = []
+    for shown in ("--skip-special-tokens", "--no-skip-special-tokens"):
+        monkeypatch.setattr("sys.stdin", io.StringIO("Hello\nHello\n/stats\n"))
+        _, out, err = call("chat", "--w", folder, *QUICK, "--allowed-token-ids", "1", shown)
+        assert ("<|im_start|>" in out) == (shown == "--no-skip-special-tokens")
+        lengths.append(next(line.split()[2] for line in err.splitlines() if "Prompt tokens" in line))
+    assert lengths[0] == lengths[1]
+
+
 def test_a_graph_on_one_screen(call, folder):
     status, out, err = call("graph", folder)
     assert (status, err) == (0, "")

@@ -3,9 +3,11 @@
 import os
 import re
 import threading
+from enum import Enum, IntEnum
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given
@@ -125,7 +127,7 @@ def test_prompts_from_a_pipe(monkeypatch):
         ("dtype: fp8", "bf16, f16, f32"),
         ("max_num_seqs: 0", "from 1"),
         ("max_model_len: 1", "from 2"),
-        ("stop: text", "a list"),
+        ("stop: {a: 1}", "a list"),
         ("stop: ['']", "none empty"),
         ("stop_token_ids: [a]", "'a'"),
         ("model: [a]", "text"),
@@ -289,7 +291,80 @@ def test_any_value_is_taken_as_it_is_or_refused_by_name(cls, value):
         except ConfigError as error:
             assert o.name in error.message  # noqa: PT017
         else:
-            assert getattr(made, o.name) == value
+            listed = o.kind is list and not isinstance(value, list)
+            assert getattr(made, o.name) == ([value] if listed else value)
+
+
+@pytest.mark.parametrize(
+    ("cls", "name", "given", "expected"),
+    [
+        (EngineConfig, "model_path", Path("models") / "mine", str(Path("models") / "mine")),
+        (EngineConfig, "max_num_seqs", np.int16(3), 3),
+        (EngineConfig, "memory_limit", np.uint64(2**40), 2**40),
+        (EngineConfig, "memory_fraction", np.float32(0.5), 0.5),
+        (EngineConfig, "memory_fraction", np.int8(1), 1.0),
+        (EngineConfig, "offline", np.True_, True),
+        (EngineConfig, "prefix_cache", np.bool_(0), False),
+        (EngineConfig, "dtype", np.str_("f32"), "f32"),
+        (EngineConfig, "dtype", Enum("Dtypes", {"F16": "f16"}, type=str).F16, "f16"),
+        (SamplingParams, "temperature", np.float64(0.5), 0.5),
+        (SamplingParams, "temperature", np.longdouble(0.5), 0.5),
+        (SamplingParams, "temperature", np.array(0.5), 0.5),
+        (SamplingParams, "seed", np.uint64(2**64 - 1), 2**64 - 1),
+        (SamplingParams, "priority", IntEnum("Priority", {"LOW": 5}).LOW, 5),
+        (SamplingParams, "stop", "x", ["x"]),
+        (SamplingParams, "stop", ("x", np.str_("y")), ["x", "y"]),
+        (SamplingParams, "stop", [], []),
+        (SamplingParams, "stop_token_ids", 5, [5]),
+        (SamplingParams, "stop_token_ids", np.uint8(5), [5]),
+        (SamplingParams, "stop_token_ids", {5}, [5]),
+        (SamplingParams, "allowed_token_ids", np.array([5, 6], np.uint16), [5, 6]),
+        (SamplingParams, "allowed_token_ids", range(5, 7), [5, 6]),
+        (SamplingParams, "logit_bias", {np.int64(3): np.float16(1.5), 4: 1}, {3: 1.5, 4: 1.0}),
+    ],
+)
+def test_values_of_other_types_that_mean_the_same(cls, name, given, expected):
+    (made,) = build({name: given}, cls)
+    value = getattr(made, name)
+    assert value == expected
+    assert repr(value) == repr(expected)  # Python's own types, all through
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("max_tokens", np.True_),
+        ("max_tokens", np.float64(1)),
+        ("max_tokens", np.array([1])),
+        ("max_tokens", np.int64(0)),
+        ("ignore_eos", np.int64(1)),
+        ("temperature", np.float32("nan")),
+        ("temperature", np.complex64(1)),
+        ("temperature", np.datetime64("2020-01-01")),
+        ("stop", Path("x")),
+        ("stop", b"x"),
+        ("stop", {"x": 1}),
+        ("stop", [["x"]]),
+        ("stop", np.array([b"x"])),
+        ("stop_token_ids", np.zeros((2, 2), int)),
+        ("stop_token_ids", np.array([True])),
+        ("logit_bias", {np.True_: 1.0}),
+        ("logit_bias", {3: "1"}),
+        ("logit_bias", [(3, 1.0)]),
+    ],
+)
+def test_values_of_other_types_that_mean_nothing(name, given):
+    with pytest.raises(ConfigError, match=name):
+        SamplingParams(**{name: given})
+
+
+def test_lists_are_copied():
+    """They are checked once: what the caller does with its own list later must not come past that."""
+    stops, bias = [1], {1: 1.0}
+    params = SamplingParams(stop_token_ids=stops, logit_bias=bias)
+    stops.append(-1)
+    bias[-1] = 1e9
+    assert (params.stop_token_ids, params.logit_bias) == ([1], {1: 1.0})
 
 
 def test_sampling_values_come_from_the_first_that_has_one():

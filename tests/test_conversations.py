@@ -49,6 +49,19 @@ def test_what_is_given_is_rebuilt_as_plain_json():
     assert c.messages == [{"role": "user", "content": "x"}]
 
 
+def test_what_is_none_is_left_out_but_for_the_content():
+    given = {"role": "assistant", "content": None, "tool_calls": None, "name": None, "refusal": None}
+    assert conversation([given]).messages == [{"role": "assistant", "content": None}]
+    assert conversation([Message("assistant")]).messages == [{"role": "assistant", "content": None}]
+    assert conversation([{"role": "assistant"}]).messages == [{"role": "assistant"}]
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
+def test_every_name_of_thoughts(name):
+    (message,) = conversation([{"role": "assistant", "content": "x", name: "hm"}]).messages
+    assert message["reasoning_content"] == message["thinking"] == "hm"
+
+
 def deep(levels):
     value = "x"
     for _ in range(levels):
@@ -104,7 +117,14 @@ def test_what_is_not_json_is_refused(value, words):
     [
         ([3], {}, "message 0 is a int"),
         ([Message("user", 3)], {}, "content is 3"),
-        ([Message("user", ["x"])], {}, "content is ['x']"),
+        ([Message("user", ["x"])], {}, "content holds 'x', which is no part"),
+        ([Message("user", {"type": "text", "text": "x"})], {}, "content is {'text': 'x'"),
+        ([Message("user", [{"text": "x"}])], {}, "no part"),
+        ([Message("user", [{"type": "text", "text": 3}])], {}, "text 3"),
+        ([Message("user", [{"type": "image_url", "image_url": {"url": "x"}}])], {}, "a part of type 'image_url'"),
+        ([ASK, Message("assistant", [])], {"continue_final_message": True}, "no last message"),
+        ([ASK, Message("assistant", reasoning_content=[])], {}, "message 1: reasoning_content is []"),
+        ([{"role": "user", "reasoning": 3}], {}, "message 0: reasoning is 3"),
         ([Message(None, "x")], {}, "message 0 has no role"),
         ([{"content": "x"}], {}, "no role"),
         ([ASK, Message("tool", "x", name=1)], {}, "message 1: name is 1"),
@@ -131,8 +151,8 @@ HOSTILE = st.lists(
 ).map("".join)
 
 
-def control_tokens(tokenizer, prompt, tokens=(*CONTROL, *OTHER, "</think>")):
-    return [i for i in prompt.token_ids if i in {tokenizer.id_of(t) for t in tokens}]
+def control_tokens(tokenizer, prompt):
+    return [i for i in prompt.token_ids if i in {tokenizer.id_of(t) for t in CONTROL}]
 
 
 def filled(text, other):
@@ -169,6 +189,36 @@ def test_control_tokens_in_what_users_write_are_text(tokenizer, name, text, othe
     prompt = encode_chat(tokenizer, template, messages, **options)
     assert control_tokens(tokenizer, prompt) == control_tokens(tokenizer, plain)
     assert prompt == template.render(messages, **options)  # what is shown is what was written
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_other_added_tokens_in_what_users_write_are_found(tokenizer, name):
+    """As by transformers, which encodes the rendered text: such as the tags of HTML in Gemma 3."""
+    template = OURS[name]
+    written = "".join([*OTHER, "</think> a", OTHER[1]])
+    messages, options = filled(written, OTHER[0])
+    if "tools" not in template.variables:
+        messages, options = [*messages[:2], *messages[4:]], {}
+    prompt = encode_chat(tokenizer, template, messages, **options)
+    assert list(prompt.token_ids) == tokenizer.encode_rendered(str(prompt))
+    assert prompt.token_ids.count(tokenizer.id_of(OTHER[0])) >= 2
+
+
+def test_other_added_tokens_beside_control_tokens_that_are_text(tokenizer):
+    content = f"{OTHER[0]}a{EOS}{OTHER[1]} b{OTHER[2]}"
+    prompt = encode_chat(tokenizer, chat_template("{{ messages[0].content }}<|end|>"), [Message("user", content)])
+    found = [i for i in prompt.token_ids if i in tokenizer.added]
+    assert found == [tokenizer.id_of(t) for t in (*OTHER[:3], "<|end|>")]
+
+
+REPLY = """{% for m in messages %}[{{ m.role }}]{% if m.role == 'user' and m.content.startswith('<tool_response>') %}
+{{- m.content.split('<tool_response>')[1] | length }}{{ m.content == '<tool_response>21' }}{% else %}
+{{- m.content }}{% endif %}{% endfor %}"""
+
+
+def test_templates_see_other_added_tokens_as_they_are(tokenizer):
+    talk = [Message("user", "<tool_response>21"), Message("user", "21<tool_response>")]
+    assert encode_chat(tokenizer, chat_template(REPLY), talk) == "[user]2True[user]21<tool_response>"
 
 
 ASCII = "{% for t in tools %}{{ t | tojson(ensure_ascii=true) }}<|end|>{{ t | tojson }}<|end|>{% endfor %}"

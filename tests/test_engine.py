@@ -1,9 +1,13 @@
 """The engine as Python programs use it: text in, text out, threads, streams, and the end of it all."""
 
+import array
+import asyncio
 import gc
 import pickle
 import queue
 import threading
+from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,6 +30,7 @@ from llmrs import (
     RequestError,
     SamplingParams,
 )
+from llmrs.inputs import InputProcessor
 from llmrs.worker import Worker
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
@@ -241,6 +246,83 @@ def test_one_wrong_request_is_named_and_none_is_started(quick):
 
 
 @pytest.mark.parametrize(
+    ("prompt", "params", "kind", "words"),
+    [
+        ([], {}, RequestError, "empty"),
+        ([1, 10**6], {}, RequestError, "1000000 is not in the vocabulary"),
+        ([-1], {}, RequestError, "-1"),
+        ([True], {}, RequestError, "True"),
+        ([1.0], {}, RequestError, r"1\.0"),
+        ([None], {}, RequestError, "None"),
+        ([[1]], {}, RequestError, r"\[1\]"),
+        (b"text", {}, RequestError, "bytes"),
+        (None, {}, RequestError, "NoneType"),
+        (np.zeros((1, 2), int), {}, RequestError, "not in the vocabulary|ndarray"),
+        (np.array(3), {}, RequestError, "ndarray"),
+        (np.array([], int), {}, RequestError, "empty"),
+        (np.array([1.0]), {}, RequestError, r"1\.0"),
+        (np.array([True]), {}, RequestError, "True"),
+        ([1] * 256, {}, ContextLengthError, "256 tokens"),
+        ([1], {"stop_token_ids": list(range(3, 19)), "max_tokens": 1}, None, ""),
+        ([1], {"stop_token_ids": [10**6]}, RequestError, "1000000"),
+        ([1], {"logit_bias": {10**6: 1.0}}, RequestError, "1000000"),
+        ([1], {"allowed_token_ids": [10**6]}, RequestError, "1000000"),
+        ([1], {"allowed_token_ids": []}, RequestError, "allowed_token_ids is empty"),
+        ([1], {"allowed_token_ids": [2], "min_tokens": 2}, RequestError, "min_tokens"),
+    ],
+)
+def test_every_way_of_asking_checks_the_request_and_starts_nothing(quick, prompt, params, kind, words):
+    params = SamplingParams(**params)
+
+    async def generate_async():
+        await quick.generate_async(params, ["Hello", prompt])
+
+    async def stream_async():
+        await quick.stream_async(params, prompt).result()
+
+    ways = (
+        lambda: quick.generate_stream(params, prompt).result(),
+        lambda: [s.result() for s in quick.generate_streams(params, prompt)],
+        lambda: quick.generate_sync(params, ["Hello", prompt]),
+        lambda: asyncio.run(generate_async()),
+        lambda: asyncio.run(stream_async()),
+    )
+    for way in ways:
+        with pytest.raises(kind, match=words) if kind else nullcontext():
+            way()
+    assert quick.stats()["steps"] == 0 or not kind
+
+
+@pytest.mark.parametrize("dtype", ["u1", "i1", "u2", "i2", "u4", ">i4", "u8", "i8"])
+def test_prompts_as_arrays_of_every_kind_of_integer(quick, dtype):
+    expected = quick.generate_sync(GREEDY, [[5, 6, 7]])[0].token_ids
+    prompts = np.array([[5, 6, 7], [5, 6, 7]], dtype)
+    every = [*prompts, prompts[0][::1], range(5, 8), array.array("i", [5, 6, 7]), list(prompts[0])]
+    assert [o.token_ids for o in quick.generate_sync(GREEDY, every)] == [expected] * 6
+    assert [o.token_ids for o in quick.generate_sync(GREEDY, prompts)] == [expected] * 2
+    assert [o.token_ids for o in quick.generate_sync(GREEDY, iter(prompts))] == [expected] * 2
+
+
+def test_a_request_is_checked_once(quick, monkeypatch):
+    checked, check = [], InputProcessor._check_ids
+    monkeypatch.setattr(InputProcessor, "_check_ids", lambda self, ids: (checked.append(ids), check(self, ids)))
+    quick.generate_sync(GREEDY, PROMPTS)
+    assert len(checked) == len(PROMPTS)
+    quick.generate_streams(replace(GREEDY, n=4), "Hello")
+    assert len(checked) == len(PROMPTS) + 1  # the answers have one prompt
+
+
+def test_params_and_config_of_another_type(quick, folder):
+    for params in ({"max_tokens": 3}, None, [None]):
+        with pytest.raises(RequestError):
+            quick.generate_sync(params, ["Hello"])
+    with pytest.raises(ConfigError, match="str"):
+        Engine(str(folder))
+    with Engine(EngineConfig(folder)) as engine:  # a Path
+        assert engine.config.model_path == str(folder)
+
+
+@pytest.mark.parametrize(
     ("config", "words"),
     [
         ({"max_model_len": 513}, "context of 512"),
@@ -293,10 +375,6 @@ SPOILED = {
         lambda m: texts.change(m / "tokenizer_config.json", eos_token="<nope>"),
         "<nope>",
     ),
-    "broken template": (
-        lambda m: texts.change(m / "tokenizer_config.json", chat_template="{% if %}"),
-        "chat template",
-    ),
 }
 
 
@@ -318,6 +396,17 @@ def test_a_tokenizer_without_the_eos_id(checkpoints, tmp_path):
 
     with pytest.raises(ModelError, match="319"):
         Engine(EngineConfig(str(broken(checkpoints, tmp_path, spoil))))
+
+
+@pytest.mark.parametrize("source", ["{% if %}", "{{ 1 / 0 }}", "{{ messages[0].content.nothing() }}", 3, "x" * 300_000])
+def test_a_model_with_a_broken_template_completes_plain_text(source, checkpoints, tmp_path):
+    model = broken(checkpoints, tmp_path, lambda m: texts.change(m / "tokenizer_config.json", chat_template=source))
+    with Engine(EngineConfig(str(model), dtype="f32")) as engine:
+        assert engine.generate_sync(GREEDY, ["Hello"])[0].decoded_length == 12
+        for _ in range(2):
+            with pytest.raises(ModelError, match=r"tokenizer_config.json: (the chat template|chat_template)") as caught:
+                engine.apply_chat_template([Message("user", "Hi")])
+            assert "chat: false" in caught.value.hint
 
 
 def test_a_model_without_a_template_completes_plain_text(checkpoints, tmp_path):

@@ -10,13 +10,26 @@ import torch
 import llmrs.backends.torch
 from llmrs.backends.base import find
 from llmrs.backends.testing import BLOCK, RandomModel, core_on, prefill_batch, prompts, request, run, sampling_batch
+from llmrs.backends.torch.lowering import Program
 from llmrs.core.config import EngineConfig
 from llmrs.core.errors import BackendError, ConfigError
 from llmrs.core.sampling import SamplingArrays
 
 pytest.importorskip("triton")
-from llmrs.backends.torch.graphs import DECODE, MIXED, ROWS, Recorder, bucket
+from llmrs.backends.torch.graphs import (
+    DECODE,
+    MIXED,
+    ROWS,
+    Recorded,
+    Recorder,
+    Recording,
+    bucket,
+    covering_shapes,
+    decode_shapes,
+    kernel_shapes,
+)  # fmt: skip
 from llmrs.backends.torch.reserve import LIBRARIES
+from llmrs.backends.torch.runner import CAPTURE_SHARE, COMMON
 from llmrs.backends.torch.step import LESS, MOST, SHORT, Shape, StepInputs, programs, shape_of, split_of, splits
 
 DEVICE = "cuda:0" if torch.cuda.is_available() else "cpu"
@@ -86,24 +99,134 @@ def test_what_is_sent():
         assert f["tables"][:6] == [0, 1, 2, 3, 4, 5]
 
 
-def test_a_shape_is_recorded_once_and_run_again(monkeypatch):
-    recorded = []
+@pytest.fixture
+def captured(monkeypatch):
+    """What was captured so far."""
+    found = []
     record = Recorder.record
-    monkeypatch.setattr(Recorder, "record", lambda self, run: (recorded.append(run), record(self, run))[1])
+    monkeypatch.setattr(Recorder, "record", lambda self, run: (found.append(run), record(self, run))[1])
+    return found
+
+
+def ask():
+    return [request(p, max_tokens=n, temperature=t) for p, n, t in zip(prompts(3, 5), (5, 3), (0.0, 0.9), strict=True)]
+
+
+@pytest.fixture(scope="module")
+def answers():
+    """Of the requests of `ask`, without graphs."""
+    return run(core_on(backend(graphs=False)), ask())
+
+
+def test_a_shape_is_captured_when_it_comes_again(captured, answers):
+    """Three shapes: two prompts, two tokens, and one, which the graph of two can run; each has two graphs."""
     ours = backend()
+    ours.kernels.clock = lambda: 0.0
     core = core_on(ours, prefix_cache=False)  # which would make a prompt a single token
+    counts = []
+    for _ in range(3):
+        assert run(core, ask()) == answers
+        counts.append(len(captured))
+    assert counts == [2, 6, 6]  # two tokens; then the prompts, and one token, which has come COMMON times
 
-    def ask():
-        return [
-            request(p, max_tokens=n, temperature=t) for p, n, t in zip(prompts(3, 5), (5, 3), (0.0, 0.9), strict=True)
-        ]
 
-    first = run(core, ask())
-    count = len(recorded)
-    assert count == 6  # two prompts, two tokens, and one: forward and sample of each
-    assert run(core, ask()) == first
-    assert len(recorded) == count
-    assert run(core_on(backend(graphs=False)), ask()) == first
+def test_captures_of_shapes_that_a_graph_holds_take_a_share_of_the_time(captured):
+    ours = backend()
+    core_on(ours)
+    k, now = ours.kernels, iter(range(1000))
+    small, large = Shape(1, 1, 1, 0, 1), Shape(8, 8, 8, 0, 1)
+    k.clock = lambda: next(now)  # whatever is done takes a second
+    k._capture(k._static(large))
+    assert [k._ready(small).inputs.shape for _ in range(COMMON)] == [large] * (COMMON - 1) + [small]
+    assert k.next_capture == COMMON + 1 / CAPTURE_SHARE
+    other = Shape(2, 2, 2, 0, 1)
+    assert {k._ready(other).inputs.shape for _ in range(2 * COMMON)} == {large}  # it must wait
+    k.next_capture = 0
+    assert k._ready(other).inputs.shape == other
+
+
+def test_a_step_runs_in_the_graph_of_a_larger_shape_until_its_own_is_captured(captured, answers):
+    ours = backend()
+    core = core_on(ours, prefix_cache=False)
+    ours.kernels.next_capture = float("inf")
+    for shape in covering_shapes(4, 64, ours.kernels.tile, ours.kernels.programs):
+        ours.kernels._capture(ours.kernels._static(shape))
+    ours.kernels._capture(ours.kernels._static(Shape(128, 16, 16, 18, 1)))
+    count = len(captured)
+    ready, found = ours.kernels._ready, []
+    ours.kernels._ready = lambda shape: (found.append((shape, ready(shape))), found[-1][1])[1]
+    assert run(core, ask()) == answers
+    assert all(graph.forward and graph.inputs.shape != shape for shape, graph in found[:2])
+    assert len(captured) == count
+
+
+def test_idle_time_captures_what_came(captured, answers):
+    ours = backend()
+    core = core_on(ours, prefix_cache=False)
+    ours.kernels.next_capture = float("inf")
+    assert run(core, ask()) == answers
+    assert not captured
+    before = [kv.keys[:-1].clone() for kv in ours.kv], ours.slots.last_token.clone()
+    assert [ours.idle() for _ in range(4)] == [True, True, False, False]
+    assert len(captured) == 6
+    assert all(map(torch.equal, before[0], [kv.keys[:-1] for kv in ours.kv]))  # a capture changes nothing
+    assert torch.equal(before[1], ours.slots.last_token)
+    assert run(core, ask()) == answers
+    assert len(captured) == 6
+
+
+def test_a_backend_without_graphs_has_nothing_to_do_in_idle_time():
+    ours = backend(graphs=False)
+    run(core_on(ours), ask()[:1])
+    assert not ours.idle()
+
+
+def test_shapes_that_are_run_and_captured_at_load():
+    """Every kernel: the numbers of splits and rows, and the sizes, that steps may have. Graphs: one for every step."""
+    shapes = kernel_shapes(256, 8192, 64, 62.7)
+    assert {s.split for s in shapes if s.plain} == {1 << n for n in range(MOST.bit_length())}
+    assert {s.sequences for s in shapes if s.plain} == {n for n in DECODE if n <= 256}
+    mixed = [s for s in shapes if not s.plain]
+    assert {s.sequences for s in mixed} == {n for n in ROWS if n <= 256}
+    assert {s.singles > 0 for s in mixed} == {True, False}
+    assert any(s.long for s in mixed)
+    assert max(s.tokens for s in kernel_shapes(4, 300, 64, 62.7)) <= 300
+    assert decode_shapes(9, 62.7)[-1] == Shape(1, 1, 1, 0, MOST)  # the smallest is captured first
+    rng = np.random.default_rng(0)
+    cover = [Recorded(StepInputs(s, 0, torch.device("cpu")), forward=Recording(int, torch.zeros(0)))
+             for s in covering_shapes(200, 8192, 64, 62.7)]  # fmt: skip
+    assert len(cover) < 12
+    for _ in range(200):
+        counts = rng.choice([1, 1, 1, 2, 7, 64, 65, 200], rng.integers(1, 40))
+        shape = bucket(shape_of(prefill_batch([[0] * n for n in counts]), 64, 8), 64, 8)
+        assert any(c.holds(shape) for c in cover) or shape.tokens > 2048
+        assert any(c.holds(Shape(n := rng.integers(1, 201), n, n, 0)) for c in cover)
+
+
+def test_calls_that_are_alike_are_made_once():
+    """Of a model's layers, to load their kernels."""
+    made = find("torch")(DEVICE, "f32", "f32")
+    made.use_kernels("triton")
+    ours = RandomModel.of("qwen3", num_hidden_layers=3).on(made)
+    ours.allocate(4, BLOCK, 2, 16)
+    calls = []
+
+    def counted(rule, op):
+        return lambda *inputs, **params: (calls.append(op), rule(*inputs, **params))[1]
+
+    for name in ("program", "few", "one"):
+        program = getattr(ours.kernels, name)
+        rules = {c.rule: counted(c.rule, c.op) for c in program.calls}
+        alike = [dataclasses.replace(c, rule=rules[c.rule]) for c in program.calls]
+        setattr(ours.kernels, name, Program(alike, program.count, program.results))
+    inputs = StepInputs(Shape(4, 4, 4, 0), 4, ours.at)
+    inputs.rest(0)
+    logits = ours.kernels._run(inputs, once=True)
+    once = len(calls)
+    calls.clear()
+    assert ours.kernels._run(inputs).shape == logits.shape
+    assert once < len(calls) / 2
+    assert len(set(calls)) <= once
 
 
 def test_padding_writes_to_no_block_of_anybody():

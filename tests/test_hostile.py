@@ -1,5 +1,6 @@
 """Model folders that are broken or hostile: a usable, bounded result, or one ModelError with a hint."""
 
+import hashlib
 import json
 import os
 import stat
@@ -14,7 +15,7 @@ from test_model_config import QWEN3
 
 from llmrs.core.errors import LlmrsError, ModelError
 from llmrs.loading import read_folder
-from llmrs.models.config import LARGEST_HEAD, MOST_MATRICES
+from llmrs.models.config import LARGEST_HEAD, MOST_MATRICES, SCALING_KEYS
 from llmrs.models.families import FAMILIES, graph_of, read_config
 from llmrs.models.files import JSON_LIMIT
 from llmrs.models.generation import read_generation
@@ -61,11 +62,14 @@ ROPE = {
     "mscale": 1.0,
     "mscale_all_dim": 1.0,
     "attention_factor": 1.0,
+    "attn_factor": 1.0,
+    "finetuned": True,
     "truncate": False,
     "partial_rotary_factor": 1.0,
     "full_attention": {"rope_type": "default"},
     "sliding_attention": {"rope_type": "default"},
 }
+MOE = {"architectures": ["Qwen3MoeForCausalLM"]}
 FULL = {
     **QWEN3,
     "rms_norm_eps": 1e-6,
@@ -96,8 +100,12 @@ CHANGES = st.lists(
     st.tuples(st.sampled_from([*FULL, "hidden_act", "hidden_activation", "rope_parameters", "dtype"]), VALUES),
     max_size=3,
 )
-ROPES = st.dictionaries(st.sampled_from([*ROPE]), VALUES, max_size=2).map(lambda d: {**ROPE, **d}) | st.dictionaries(
-    st.sampled_from([*ROPE]), VALUES, max_size=5
+# all keys that a way to scale may have, or any
+WHOLE = st.sampled_from([*SCALING_KEYS]).map(
+    lambda kind: {"rope_type": kind} | {k: ROPE[k] for k in SCALING_KEYS[kind]}
+)
+ROPES = st.builds(lambda a, b: {**a, **b}, WHOLE, st.dictionaries(st.sampled_from([*ROPE]), VALUES, max_size=2)) | (
+    st.dictionaries(st.sampled_from([*ROPE]), VALUES, max_size=5)
 )
 quick = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -160,14 +168,14 @@ def test_every_field_of_a_config_with_every_value(architecture, tmp_path):
         {"head_dim": 2**30},
         {"hidden_size": 2**30, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": None},
         {"num_hidden_layers": 2**30},
-        {"num_experts": 2**30},
-        {"num_hidden_layers": 1000, "num_experts": 4096, "layer_types": None},
+        {**MOE, "num_experts": 2**30},
+        {**MOE, "num_hidden_layers": 1000, "num_experts": 4096},
         {"rope_scaling": {"rope_type": "linear", "factor": 10**400}},
         {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_slow": 1e-320}},
         {"rope_scaling": {"rope_type": ["linear"], "factor": 2}},
         {"rope_scaling": {"rope_type": 0, "factor": 2}},
         {"rope_scaling": {"rope_type": NESTED}},
-        {"mlp_only_layers": 0},
+        {**MOE, "mlp_only_layers": 0},
     ],
 )
 def test_what_no_config_may_ask_for(change, tmp_path):
@@ -178,7 +186,7 @@ def test_what_no_config_may_ask_for(change, tmp_path):
 def test_the_largest_graph_that_is_allowed_is_small(tmp_path):
     layers = 512
     experts = MOST_MATRICES // layers
-    more = {"num_hidden_layers": layers, "num_experts": experts, "layer_types": None, "vocab_size": 2**31 - 1}
+    more = {**MOE, "num_hidden_layers": layers, "num_experts": experts, "vocab_size": 2**31 - 1}
     put(tmp_path, "config.json", {**FULL, **more})
     assert parameters(graph_of(read_config(tmp_path))) > 2**31
 
@@ -204,7 +212,7 @@ TEMPLATES = VALUES | st.lists(
 @quick
 @given(
     data=st.dictionaries(
-        st.sampled_from(["bos_token", "eos_token", "pad_token", "unk_token"]),
+        st.sampled_from(["bos_token", "eos_token", "pad_token", "unk_token", "mask_token", "tokenizer_class"]),
         VALUES | st.fixed_dictionaries({"content": VALUES}) | st.just("<|im_end|>"),
     ),
     source=TEMPLATES,
@@ -213,7 +221,7 @@ def test_any_tokenizer_config(data, source, tmp_path):
     texts.write_text_files(tmp_path) if not (tmp_path / "tokenizer.json").exists() else None
     put(tmp_path, "tokenizer_config.json", {**data, "chat_template": source})
     usable_or_refused(lambda: Tokenizer.load(tmp_path).encode("Hi"))
-    usable_or_refused(lambda: ChatTemplate.load(tmp_path, {}))
+    assert isinstance(ChatTemplate.load(tmp_path, {}), ChatTemplate | ModelError | None)
 
 
 MAKERS = {"byte-level": texts.byte_level, "sentencepiece": texts.sentencepiece}
@@ -278,7 +286,10 @@ def model(checkpoints, tmp_path):
     return texts.write_model(checkpoints.folder("chat"), tmp_path / "model")
 
 
-READ = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+READ = [
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("chat_template.jinja", "additional_chat_templates/tool_use.jinja"),
+]
 WEIGHTS = ["model.safetensors", "model.safetensors.index.json"]
 
 
@@ -301,6 +312,7 @@ def replaced(folder, name):
     """The path of a file that is away; an index only counts where the single file is away too."""
     if name.endswith("index.json"):
         (folder / "model.safetensors").unlink()
+    (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).unlink(missing_ok=True)
     return folder / name
 
@@ -313,6 +325,20 @@ def test_no_link_out_of_the_folder_is_followed(name, model, tmp_path):
     (tmp_path / "secret").write_text("{}")
     path.symlink_to(tmp_path / "secret")
     refused(model, name, "leads out of the folder")
+
+
+@links
+@pytest.mark.parametrize("hashed", [False, True])
+def test_a_model_whose_files_lie_on_another_disk(hashed, model, tmp_path):
+    """Linked under their own names, or as blobs, which are named by hashes."""
+    before, disk = read_folder(model).config, tmp_path / "disk"
+    disk.mkdir()
+    for path in list(model.iterdir()):
+        moved = disk / (hashlib.sha256(path.read_bytes()).hexdigest() if hashed else path.name)
+        path.rename(moved)
+        path.symlink_to(moved)
+    read_all(model)
+    assert read_folder(model).config == before
 
 
 @links

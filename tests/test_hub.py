@@ -81,6 +81,22 @@ def test_an_id_is_downloaded_and_answers_as_its_folder_does(hub, folder):
     assert all((kept / n).read_bytes() == repository.files[n] for n in NEEDED)
 
 
+def test_templates_are_downloaded_and_read(hub, folder):
+    """Those that are used, in the folder that transformers gives them; links in it lead to the blobs."""
+    files = {
+        "chat_template.jinja": b"D",
+        "additional_chat_templates/tool_use.jinja": b"T{{ tools | length }}{{ bos_token }}",
+        "special_tokens_map.json": b'{"bos_token": "<|im_start|>"}',
+    }
+    repository = hub.add(NAME, folder)
+    repository.files |= {**files, "additional_chat_templates/rag.jinja": b"R"}
+    for offline in (False, True):
+        with Engine(EngineConfig(NAME, dtype="f32", offline=offline)) as engine:
+            assert engine.apply_chat_template([Message("user", "Hi")]) == "D"
+            assert engine.apply_chat_template([Message("user", "Hi")], tools=[{}]) == "T1<|im_start|>"
+    assert Counter(hub.names()) == Counter({*NEEDED, *files})
+
+
 def test_the_librarys_own_functions_find_what_was_downloaded(hub, folder):
     from huggingface_hub import scan_cache_dir, try_to_load_from_cache
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import tiny
 
+from llmrs.backends.fusion import FUSED_OPS, expand, fuse
 from llmrs.core.errors import GraphError
 from llmrs.core.ir import Graph, S, T, Type, Weight, check
-from llmrs.backends.fusion import FUSED_OPS, expand, fuse
 from llmrs.models.builder import Builder
 from llmrs.models.families import graph_of, read_config
 from llmrs.models.layers import matrix, vector

@@ -7,8 +7,9 @@ import tiny
 import transformers
 
 from llmrs.core.errors import ModelError
-from llmrs.models.config import ONLY
+from llmrs.models.config import ONLY, SCALING_KEYS
 from llmrs.models.families import FAMILIES, graph_of, read_config
+from llmrs.models.rope import frequencies
 
 CLASSES = {
     **{f"{n}ForCausalLM": f"{n}Config" for n in ("Llama", "Mistral", "Qwen2", "Qwen3", "Qwen3Moe")},
@@ -24,6 +25,7 @@ QWEN3 = {
     "num_key_value_heads": 2,
     "head_dim": 16,
 }
+MOE = {"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 4, "num_experts_per_tok": 2}
 
 
 def parsed(folder, data):
@@ -68,14 +70,11 @@ def test_both_spellings_mean_the_same(name, tmp_path, checkpoints):
 
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_what_a_file_leaves_out_is_what_transformers_takes_it_for(architecture, tmp_path):
-    """Field by field: parsed without it, a default config means the same, or is refused."""
+    """Field by field: parsed without it, a default config means the same."""
     theirs = getattr(transformers, CLASSES[architecture])(num_hidden_layers=8)
     full = {**theirs.to_dict(), "architectures": [architecture]}
     whole = parsed(tmp_path, full)
-    needed = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
-    for field in needed:
-        refused(tmp_path, {k: v for k, v in full.items() if k != field}, field)
-    optional = full.keys() - needed - {"architectures", "dtype"}
+    optional = full.keys() - {"architectures", "dtype", "num_hidden_layers"}
     differ = [f for f in optional if parsed(tmp_path, {k: v for k, v in full.items() if k != f}) != whole]
     assert not differ
 
@@ -97,6 +96,8 @@ def test_fields_that_change_the_result_and_are_not_implemented(field, tmp_path):
         ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
         ({"quantization": {"group_size": 64, "bits": 4, "mode": "affine"}}, "affine"),
         ({"hidden_act": "relu"}, "'relu'"),
+        ({"rope_scaling": {"rope_type": "dynamic"}}, "factor"),
+        ({"rope_scaling": {"rope_type": "mrope", "factor": 2.0}}, "mrope"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
         ({"rope_scaling": {"type": "linear"}}, "factor"),
         ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor"),
@@ -110,13 +111,45 @@ def test_fields_that_change_the_result_and_are_not_implemented(field, tmp_path):
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
         ({"head_dim": 15}, "head_dim"),
         ({"num_hidden_layers": 10**6}, "num_hidden_layers"),
-        ({"num_experts": 10**6, "num_experts_per_tok": 2, "moe_intermediate_size": 8}, "num_experts"),
-        ({"num_experts": 4, "num_experts_per_tok": 5, "moe_intermediate_size": 8}, "num_experts"),
-        ({"mlp_only_layers": 3, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}, "mlp_only"),
+        ({**MOE, "num_experts": 10**6, "num_experts_per_tok": 2, "moe_intermediate_size": 8}, "num_experts"),
+        ({**MOE, "num_experts": 4, "num_experts_per_tok": 5, "moe_intermediate_size": 8}, "num_experts"),
+        ({**MOE, "mlp_only_layers": 3}, "mlp_only"),
+        ({**MOE, "hidden_act": "gelu_pytorch_tanh"}, "'gelu_pytorch_tanh'"),
+        ({"hidden_act": None}, "hidden_act"),
+        ({"attention_bias": None}, "attention_bias"),
+        ({"head_dim": None}, "head_dim"),
+        ({**MOE, "num_experts": None}, "num_experts"),
+        ({"max_window_layers": None, "use_sliding_window": True}, "max_window_layers"),
+        ({"text_config": {"hidden_size": 64}}, "text_config"),
+        ({"use_sliding_window": True, "sliding_window": 0}, "sliding_window"),
     ],
 )
 def test_what_is_refused(change, words, tmp_path):
     refused(tmp_path, {**QWEN3, **change}, words)
+
+
+@pytest.mark.parametrize("kind", SCALING_KEYS)
+def test_rope_keys_that_are_not_known(kind, tmp_path):
+    """Each way to scale has keys of its own; others, also those of another way, are refused by name."""
+    every = {"nonsense", "short_factor", "mrope_section"}.union(*SCALING_KEYS.values())
+    for key in every - SCALING_KEYS[kind]:
+        refused(tmp_path, {**QWEN3, "rope_scaling": {"rope_type": kind, key: 3}}, key, kind)
+        parsed(tmp_path, {**QWEN3, "rope_scaling": {"rope_type": kind, key: None}})
+
+
+def test_attn_factor_multiplies_the_scale_of_yarn(tmp_path):
+    """As vLLM reads it; DeepSeek-R1-0528-Qwen3-8B has one that makes the scale 1."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+
+    def scale(**more):
+        c = parsed(tmp_path, {**QWEN3, "rope_scaling": {**yarn, **more}})
+        return frequencies(c.rope, c).scale
+
+    assert scale(attn_factor=0.8782488562869419) == pytest.approx(1.0)
+    assert scale(attn_factor=0.5, mscale=2.0, mscale_all_dim=1.0) == 0.5 * scale(mscale=2.0, mscale_all_dim=1.0)
+    assert scale(attn_factor=1.0, attention_factor=0.7) == 0.7
+    refused(tmp_path, {**QWEN3, "rope_scaling": {**yarn, "attn_factor": 0.5, "attention_factor": 2.0}}, "attn_factor")
+    refused(tmp_path, {**QWEN3, "rope_scaling": {**yarn, "attn_factor": "1"}}, "attn_factor")
 
 
 def test_windows_of_every_family(tmp_path):
@@ -127,7 +160,9 @@ def test_windows_of_every_family(tmp_path):
     assert windows(use_sliding_window=True, max_window_layers=1) == [0, 8, 8, 8]
     assert windows(architectures=["MistralForCausalLM"]) == [8, 8, 8, 8]
     assert windows(architectures=["MistralForCausalLM"], sliding_window=None) == [0, 0, 0, 0]
-    gemma = {"architectures": ["Gemma3ForCausalLM"], "hidden_act": "gelu_pytorch_tanh"}
+    assert windows(architectures=["LlamaForCausalLM"], use_sliding_window=True) == [0, 0, 0, 0]
+    assert windows(**MOE, use_sliding_window=True, max_window_layers=1) == [8, 8, 8, 8]
+    gemma = {"architectures": ["Gemma3ForCausalLM"]}
     assert windows(**gemma, sliding_window_pattern=2) == [8, 0, 8, 0]
     types = ["full_attention", "sliding_attention"] * 2
     assert windows(**gemma, layer_types=types) == [0, 8, 0, 8]

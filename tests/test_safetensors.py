@@ -124,6 +124,16 @@ def test_types_that_weights_cannot_have(tmp_path):
     refused(tmp_path, "ids", "I64")
 
 
+def test_float64_is_rounded_to_float32(tmp_path):
+    values = torch.tensor([[1 / 3, 1e-300], [1e300, -2.5]], dtype=torch.float64)
+    write(tmp_path, {"x": values, "nothing": torch.zeros(0, 2, dtype=torch.float64)})
+    source = SafetensorsSource(tmp_path)
+    read = source.tensor("x")
+    assert (read.format, read.nbytes) == ("f32", 16)
+    np.testing.assert_array_equal(read.float32(), values.float().numpy())
+    assert source.tensor("nothing").shape == (0, 2)
+
+
 def test_what_else_can_be_wrong_with_shards(tmp_path):
     sharded(tmp_path, {"a": "one.safetensors"})
     refused(tmp_path, "there is no file", "one.safetensors")
@@ -163,6 +173,49 @@ def test_the_links_of_a_hugging_face_cache(tmp_path):
     write(blobs, name="ab12")
     (snapshot / "model.safetensors").symlink_to("../../blobs/ab12")
     assert set(SafetensorsSource(snapshot).names()) == set(TENSORS)
+
+
+@links
+@pytest.mark.parametrize("name", ["model.safetensors", "blobs/ab12", "sha256-" + "0a" * 32, "0a" * 20])
+def test_links_to_another_disk(tmp_path, name):
+    """To a file of the same name, or to what a store of blobs names by its hash."""
+    inner, disk = tmp_path / "model", tmp_path / "disk"
+    inner.mkdir()
+    (disk / name).parent.mkdir(parents=True)
+    write(disk, name=name)
+    (inner / "model.safetensors").symlink_to(disk / name)
+    assert set(SafetensorsSource(inner).names()) == set(TENSORS)
+    (inner / "model.safetensors").rename(inner / "one.safetensors")
+    sharded(inner, dict.fromkeys(TENSORS, "one.safetensors"))
+    if name == "model.safetensors":
+        refused(inner, "leads out of the folder")
+    else:
+        assert set(SafetensorsSource(inner).names()) == set(TENSORS)
+
+
+@links
+def test_blobs_of_a_hugging_face_cache_on_another_disk(tmp_path):
+    disk, repository = tmp_path / "disk", tmp_path / "models--a--b"
+    snapshot = repository / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    disk.mkdir()
+    write(disk, name="ab12")
+    (repository / "blobs").symlink_to(disk)
+    (snapshot / "model.safetensors").symlink_to("../../blobs/ab12")
+    assert set(SafetensorsSource(snapshot).names()) == set(TENSORS)
+
+
+@links
+def test_an_index_leads_nowhere_else_whatever_is_there(tmp_path):
+    """Names with .. or of other folders are refused, also where they are names of blobs or of links."""
+    inner, blobs = tmp_path / "model", tmp_path / "blobs"
+    inner.mkdir()
+    blobs.mkdir()
+    write(blobs, {"a": TENSORS["a"]}, "0a.safetensors")
+    (inner / "link").symlink_to(blobs)
+    for name in ("../blobs/0a.safetensors", str(blobs / "0a.safetensors"), "link/../blobs/0a.safetensors"):
+        sharded(inner, {"a": name})
+        refused(inner, "leads out of the folder")
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])

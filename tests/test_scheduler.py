@@ -10,7 +10,7 @@ from fake import FakeBackend, next_token
 from llmrs.core.blocks import BlockPool
 from llmrs.core.config import BUILT_IN, EngineConfig, SamplingParams
 from llmrs.core.engine import EngineCore
-from llmrs.core.errors import BackendError, ConfigError, ContextLengthError, RequestError
+from llmrs.core.errors import BackendError, ConfigError
 from llmrs.core.request import PRIORITY_SECONDS, Request
 
 VOCABULARY = 50
@@ -151,28 +151,6 @@ def test_a_failing_step_ends_its_requests_with_the_cause_and_the_engine_goes_on(
     assert "caught fire" in str(requests[0].error)
     assert core.scheduler.pool.free == 40
     assert requests[2].output == expected([2], 10)
-
-
-@pytest.mark.parametrize(
-    ("prompt", "stops", "kind", "words"),
-    [
-        ([], (), RequestError, "empty"),
-        ([1, VOCABULARY], (), RequestError, "50 is not in the vocabulary"),
-        ([-1], (), RequestError, "-1"),
-        ([True], (), RequestError, "True"),
-        ([1] * 64, (), ContextLengthError, "64 tokens"),
-        ([1], range(33), RequestError, "33 stop tokens"),
-        ([1], (99,), RequestError, "99"),
-    ],
-)
-def test_bad_requests_are_refused_alone(prompt, stops, kind, words):
-    core = make_core()
-    good = make_request([1, 2])
-    core.submit(good)
-    with pytest.raises(kind, match=words):
-        core.submit(make_request(prompt, stops=stops))
-    run(core, [])
-    assert good.output == expected([1, 2], 10)
 
 
 def test_a_budget_below_the_number_of_sequences_is_refused():

@@ -1,15 +1,15 @@
 """Text to ids and back, against `tokenizers`, for byte-level and SentencePiece-style vocabularies."""
 
 import json
-from itertools import pairwise
 
 import pytest
 import texts
-from hypothesis import given, settings
+import tokenizers
+import transformers
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrs.core.errors import ModelError, RequestError
-from llmrs.models.detokenize import Detokenizer
 from llmrs.models.template import ChatTemplate, encode_chat
 from llmrs.models.tokenizer import Tokenizer
 
@@ -31,29 +31,18 @@ def byte_fallback(tmp_path_factory):
     return Tokenizer.load(folder)
 
 
-def text_of(tokenizer, ids, stops=()):
-    d = Detokenizer(tokenizer, tuple(stops))
-    return "".join([*map(d.push, ids), d.flush()])
-
-
-def test_the_boundary_of_plain_text_is_refused(tokenizer):
+@pytest.mark.parametrize("character", ["\ufdd0", "\ufdd1"])
+def test_what_marks_places_in_plain_text_is_refused(tokenizer, character):
     for first in (True, False):
         with pytest.raises(RequestError, match="FDD0"):
-            tokenizer.encode_plain("a\ufdd0b", first=first)
+            tokenizer.encode_plain(f"a{character}b", first=first)
 
 
-@given(text=st.text(st.characters(exclude_characters="\ufdd0", codec="utf-8"), max_size=40))
+@given(text=st.text(st.characters(exclude_characters="\ufdd0\ufdd1", codec="utf-8"), max_size=40))
 def test_bytes_of_tokens_are_the_text(tokenizer, text):
     ids = tokenizer.encode_plain(text)
     joined = b"".join(map(tokenizer.token_bytes, ids)).decode()
     assert joined == text or joined == " " + text  # SentencePiece begins each text with a space
-
-
-@given(text=st.text(max_size=40))
-def test_text_equals_that_of_tokenizers(tokenizer, text):
-    ids = tokenizer.encode_rendered(text)
-    ours, theirs = text_of(tokenizer, ids), tokenizer.inner.decode(ids)
-    assert ours in (theirs, " " + theirs)  # SentencePiece begins each text with a space, which `decode` strips
 
 
 def test_control_tokens_are_parsed_in_prompts_and_text_elsewhere(tokenizer):
@@ -72,8 +61,31 @@ def test_added_tokens_that_are_no_control_tokens_are_part_of_the_answer(tmp_path
     t = Tokenizer.load(tmp_path)
     think = t.id_of("</think>")
     assert t.token_bytes(think) == b"</think>"
-    assert think in t.encode("</think>")
-    assert think not in t.encode_plain("</think>")
+    for encode in (t.encode, t.encode_plain, t.encode_rendered):
+        assert think in encode("a</think>")
+
+
+SETTINGS = [
+    {"eos_token": "</think>"},
+    {"pad_token": {"__type": "AddedToken", "content": "</think>", "lstrip": False}},
+    {"added_tokens_decoder": {"319": {"content": "</think>", "special": True}}},
+    {"eos_token": "the"},  # a word of the vocabulary
+]
+
+
+@pytest.mark.parametrize("given_settings", SETTINGS)
+def test_tokens_that_the_settings_call_special_are_control_tokens(given_settings, tmp_path):
+    """As for transformers: they are left out of the text, parsed in prompts, and text in messages."""
+    texts.write_text_files(tmp_path, tokenizer_class="PreTrainedTokenizerFast", **{"eos_token": None, **given_settings})
+    t, theirs = Tokenizer.load(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ids = [t.id_of(word) for word in ("a", "</think>", "b", "the", "<|im_end|>")]
+    for skip in (True, False):
+        ours = b"".join(t.token_bytes(i, skip_special_tokens=skip) for i in ids).decode()
+        assert ours == theirs.decode(ids, skip_special_tokens=skip)
+    assert t.encode("a</think>the") == theirs.encode("a</think>the")
+    word = "the" if given_settings == SETTINGS[-1] else "</think>"
+    assert t.id_of(word) in t.control
+    assert t.id_of(word) not in t.encode_plain(f"a{word}b")
 
 
 def test_one_beginning_of_sequence(tmp_path):
@@ -88,10 +100,7 @@ def test_one_beginning_of_sequence(tmp_path):
 
 def test_unknown_characters_are_bytes(byte_fallback):
     t = byte_fallback
-    ids = t.encode_plain("a😀")
-    assert ids[-4:] == [t.id_of(f"<0x{byte:02X}>") for byte in "😀".encode()]
-    d = Detokenizer(t)
-    assert [d.push(i) for i in ids[-4:]] == ["", "", "", "😀"]
+    assert t.encode_plain("a😀")[-4:] == [t.id_of(f"<0x{byte:02X}>") for byte in "😀".encode()]
 
 
 BEGINNINGS = {
@@ -165,82 +174,62 @@ def test_an_end_of_sequence_that_is_not_in_the_vocabulary(tmp_path):
         Tokenizer.load(tmp_path)
 
 
-def test_a_decoder_that_is_not_supported(tmp_path):
+FUSE = {"type": "Fuse"}
+UNSUPPORTED = {
+    "CTC": {"type": "CTC", "pad_token": "<pad>", "word_delimiter_token": "|", "cleanup": True},
+    "Fuse": FUSE,
+    "ByteFallback, Fuse, Replace": {
+        "type": "Sequence",
+        "decoders": [{"type": "ByteFallback"}, FUSE, {"type": "Replace", "pattern": {"String": "ab"}, "content": ""}],
+    },
+    "Strip, ByteFallback": {
+        "type": "Sequence",
+        "decoders": [{"type": "Strip", "content": " ", "start": 0, "stop": 1}, {"type": "ByteFallback"}],
+    },
+    "none": None,
+}
+
+
+@pytest.mark.parametrize("shown", UNSUPPORTED)
+def test_a_decoder_that_is_not_supported(tmp_path, shown):
     data = json.loads(texts.byte_level().to_str())
-    data["decoder"] = {"type": "WordPiece", "prefix": "##", "cleanup": True}
+    data["decoder"] = UNSUPPORTED[shown]
     (tmp_path / "tokenizer.json").write_text(json.dumps(data))
-    with pytest.raises(ModelError, match="WordPiece"):
+    with pytest.raises(ModelError, match=f"decoder .{shown}. is not supported"):
         Tokenizer.load(tmp_path)
 
 
-# streaming
+def unigram():
+    """In Unigram a whole control token is likelier than its characters."""
+    words = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *((c, -3.0) for c in "▁</>sabc")]
+    return tokenizers.Tokenizer(tokenizers.models.Unigram(words, 0))
 
 
-def whole(data: bytes, stops):
-    """What an answer of these bytes must be: cut at the stop string that is complete first."""
-    text = data.decode("utf-8", "replace")
-    ends = [(i + len(s), i) for s in stops for i in range(len(text)) if text.startswith(s, i)]
-    return text[: min(ends)[1]] if ends else text
+def bpe():
+    words = {w: n for n, w in enumerate(["<unk>", "<s>", "</s>", *"▁</>sabc", "</", "s>"])}
+    merges = [("<", "/"), ("s", ">"), ("<", "s>"), ("</", "s>")]
+    return tokenizers.Tokenizer(tokenizers.models.BPE(words, merges, unk_token="<unk>"))
 
 
-class Bytes:
-    """A tokenizer whose tokens are given."""
-
-    def __init__(self, pieces):
-        self.pieces = pieces
-
-    def token_bytes(self, token):
-        return self.pieces[token]
+def words():
+    t = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({w: n for n, w in enumerate(["<unk>", "<s>", "</s>", "a", "b"])}, "<unk>")
+    )
+    t.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return t
 
 
-WORDS = st.sampled_from(["a", "b", "ab", "aab", "é", "日", "😀", "\n"])
-STOPS = st.lists(st.text("ab\n日", min_size=1, max_size=4), max_size=3)
-
-
-@settings(max_examples=400)
-@given(words=st.lists(WORDS, max_size=15), junk=st.binary(max_size=3), cuts=st.data(), stops=STOPS)
-def test_every_way_of_splitting_gives_the_same_text(words, junk, cuts, stops):
-    data = "".join(words).encode() + junk + b"end"
-    places = sorted(cuts.draw(st.sets(st.integers(0, len(data)))) | {0, len(data)})
-    pieces = [data[a:b] for a, b in pairwise(places)]
-    d = Detokenizer(Bytes(pieces), tuple(stops))
-    shown = [d.push(i) for i in range(len(pieces))]
-    expected = whole(data, stops)
-    assert "".join([*shown, d.flush()]) == expected
-    assert (d.stopped is None) == (expected == data.decode("utf-8", "replace"))
-    for n in range(len(shown)):  # nothing that was shown is ever taken back
-        assert expected.startswith("".join(shown[:n]))
-
-
-@settings(max_examples=300)
-@given(ids=st.lists(st.integers(0, 340), max_size=30), stops=STOPS)
-def test_any_ids_give_the_text_of_their_bytes(tokenizer, ids, stops):
-    """Whatever a model says, also bytes that are no UTF-8, control tokens, and ids that stand for nothing."""
-    data = b"".join(map(tokenizer.token_bytes, ids))
-    assert text_of(tokenizer, ids, stops) == whole(data, stops)
-    if not stops:
-        assert text_of(tokenizer, ids) == data.decode("utf-8", "replace")
-
-
-@settings(max_examples=200)
-@given(text=st.text(max_size=8), junk=st.binary(max_size=6), stops=STOPS)
-def test_bytes_one_by_one(byte_fallback, text, junk, stops):
-    """SentencePiece's bytes: each is a token of its own."""
-    data = text.encode() + junk
-    ids = [byte_fallback.id_of(f"<0x{byte:02X}>") for byte in data]
-    assert text_of(byte_fallback, ids, stops) == whole(data, stops)
-
-
-def test_only_what_could_begin_a_stop_string_is_held_back():
-    d = Detokenizer(Bytes([b"Hello S", b"TO", b"R", b"STOP", b"more"]), ("STOP",))
-    assert [d.push(i) for i in range(5)] == ["Hello ", "", "STOR", "", ""]
-    assert d.stopped == "STOP"
-    assert d.flush() == ""
-
-
-def test_half_a_character_waits_for_the_rest():
-    euro = "€".encode()
-    d = Detokenizer(Bytes([euro[:1], euro[1:2], euro[2:], euro[:2]]))
-    assert [d.push(i) for i in range(3)] == ["", "", "€"]
-    assert d.push(3) == ""
-    assert d.flush() == "�"
+@pytest.mark.parametrize("make", [unigram, bpe, words])
+def test_no_model_makes_control_tokens_of_plain_text(make, tmp_path):
+    inner = make()
+    inner.decoder = tokenizers.decoders.Metaspace()
+    inner.add_special_tokens(["<s>", "</s>"])
+    inner.add_tokens([tokenizers.AddedToken("<b>", special=False, normalized=False)])
+    texts.write_text_files(tmp_path, inner, eos_token="</s>")
+    t = Tokenizer.load(tmp_path)
+    assert t.encode("a </s> <b>").count(t.id_of("</s>")) == 1
+    plain = t.encode_plain("a <s> </s> <b>")
+    assert t.control.isdisjoint(plain)
+    assert plain[-1] == t.id_of("<b>")
+    assert max(plain) < t.vocab_size
+    assert t.encode_plain("a b") == t.encode_rendered("a b")

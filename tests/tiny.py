@@ -32,6 +32,10 @@ LLAMA3_ROPE = {
 }
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
+GEMMA_ROPE = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+}
 MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 16}
 
 # name -> transformers' classes and what differs from SHAPE; windows are shorter than the tests' prompts
@@ -53,7 +57,9 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-moe": ("Qwen3Moe", {**MOE, "norm_topk_prob": True}),
     "qwen3-moe-mixed": ("Qwen3Moe", {**MOE, "decoder_sparse_step": 2, "tie_word_embeddings": True}),
     "qwen3-moe-dense-first": ("Qwen3Moe", {**MOE, "mlp_only_layers": [0], "num_experts_per_tok": 5}),
+    "qwen3-moe-window": ("Qwen3Moe", {**MOE, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
     "gemma3": ("Gemma3Text", {"head_dim": 24, "query_pre_attn_scalar": 20, "sliding_window": 6, "layer_types": None}),
+    "gemma3-linear": ("Gemma3Text", {"sliding_window": 6, "num_hidden_layers": 7, "rope_parameters": GEMMA_ROPE}),
     "gemma3-untied": ("Gemma3Text", {"tie_word_embeddings": False, "sliding_window": 6, "num_hidden_layers": 7}),
 }
 MODELS = {"Gemma3Text": "Gemma3"}  # whose model's class has another name than its config's

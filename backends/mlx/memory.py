@@ -2,11 +2,14 @@
 
 Streams are never destroyed, and each holds a thread (CPU) or a command queue (Metal), so they are used again.
 
+MLX does not survive a fork: its streams' threads are the parent's alone, and waiting for one there never ends.
+
 MLX has one memory limit for all engines of a process and for what the program itself does with MLX. So it is the sum of
 the engines' budgets and of what the program held before them; as soon as one engine has no budget, all that the GPU can
 hold. It is soft: near it MLX frees what it keeps and waits for running work, rather than fail.
 """
 
+import os
 import threading
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,6 +17,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from llmrs.backends.memory import free_host_memory
+from llmrs.core.errors import BackendError
 
 MOST_CACHED = 1 << 30  # bytes of freed buffers that MLX may keep for the next step
 
@@ -22,6 +26,7 @@ _idle: dict[str, list[mx.Stream]] = {"cpu": [], "gpu": []}
 _loans: list["Loan"] = []
 _before: dict[str, int] = {}  # the limits that the program had set
 _held = 0  # bytes that it held before the first engine
+_process: int | None = None  # the first in which there was a loan
 
 
 @dataclass(eq=False)
@@ -34,8 +39,17 @@ class Loan:
 
 
 def borrow(device: str) -> Loan:
-    """A loan on "cpu" or "gpu". While there is one, MLX's limits are the engines'."""
-    global _held
+    """A loan on "cpu" or "gpu". While there is one, MLX's limits are the engines'.
+
+    Raises BackendError in a fork of a process that had one.
+    """
+    global _held, _process
+    _process = _process or os.getpid()
+    if _process != os.getpid():  # the lock may be held for ever there
+        raise BackendError(
+            "MLX has run in the parent of this process, and does not survive a fork",
+            "start processes with multiprocessing's 'spawn' or 'forkserver', or use backend: torch",
+        )
     with _lock:
         if not _loans:
             _held = mx.get_active_memory()
@@ -53,7 +67,9 @@ def bound(loan: Loan, budget: int | None) -> None:
 
 
 def give_back(loan: Loan) -> None:
-    """Ends a loan; the last one restores the limits."""
+    """Ends a loan; the last one restores the limits. In a fork it does nothing: the loan is the parent's."""
+    if _process != os.getpid():
+        return
     with _lock:
         _loans.remove(loan)
         _idle[loan.device].append(loan.stream)

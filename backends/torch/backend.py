@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from llmrs.backends.base import Backend, best_time
+from llmrs.backends.fusion import FUSED_OPS
 from llmrs.backends.memory import free_host_memory, keep_freed_memory, trim_host_memory, use_huge_pages
 from llmrs.backends.torch.attention import context, on_device
 from llmrs.backends.torch.fp8 import CODES, Scaled, check_device
@@ -27,7 +28,6 @@ from llmrs.core.batch import Batch
 from llmrs.core.config import EngineConfig
 from llmrs.core.errors import BackendError, MemoryLimitError
 from llmrs.core.ir import Graph
-from llmrs.backends.fusion import FUSED_OPS
 from llmrs.quant.tensor import Tensor
 
 if TYPE_CHECKING:  # Triton is not there on every system
@@ -61,7 +61,7 @@ class TorchBackend(Backend):
         self.slots = SlotState(0, 0, self.at)
         self.kernels: KernelRunner | None = None
         self.outbox: Outbox | None = None
-        self.room = 0  # bytes that a step's results may take
+        self.room, self.largest_step = 0, 0  # bytes of a step's results, and tokens
 
     def configure(self, config: EngineConfig) -> None:
         self.use_kernels(config.kernels, graphs=config.cuda_graphs, attention=config.attention, tune=config.tune)
@@ -127,7 +127,7 @@ class TorchBackend(Backend):
     def reserve(self, graph: Graph, sequences: int, tokens: int) -> int:
         if self.at.type != "cuda":
             return 0
-        self.room = step_memory(graph, tokens, self.type.itemsize)
+        self.room, self.largest_step = step_memory(graph, tokens, self.type.itemsize), tokens
         return runner_memory(graph, sequences, self.room, self.type.itemsize)
 
     # Loading: every equation becomes a call with its weights bound.
@@ -151,7 +151,8 @@ class TorchBackend(Backend):
             raise MemoryLimitError(f"no memory for {blocks} KV blocks: {error}", "lower max_model_len") from error
         self.slots = SlotState(slots, max_tokens, self.at)
         if self.kernels:
-            self.kernels.begin(self.graph, self.program, self.kv, self.slots, self.type, self.room)
+            sizes = {"room": self.room, "step_tokens": self.largest_step}
+            self.kernels.begin(self.graph, self.program, self.kv, self.slots, self.type, **sizes)
             self.outbox = Outbox(self.at, slots, self.max_in_flight + 1) if self.kernels.aside else None
 
     def _pool(self, blocks: int, block_size: int, heads: int, size: int) -> KV:
@@ -193,6 +194,9 @@ class TorchBackend(Backend):
             return send(tokens, None)
         came = torch.cat([tokens.long(), on_device(batch.targets.astype(np.int64), self.at)])
         return send(tokens, logprobs(logits.float(), came, batch.logprobs))
+
+    def idle(self) -> bool:
+        return self.kernels is not None and self.kernels.idle()
 
     def to_host(self, logits: torch.Tensor) -> np.ndarray:
         return logits.float().cpu().numpy()

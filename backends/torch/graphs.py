@@ -1,8 +1,8 @@
-"""Steps that are recorded once and run again: which shapes there are, and CUDA graphs of them.
+"""Steps that are captured as CUDA graphs and replayed: which shapes there are, and the graphs.
 
-A step of single tokens runs in the next larger of DECODE, a mixed one in the next larger of MIXED tokens and ROWS
-sequences; a larger one is launched call by call, which takes the host as long as the device takes for 8,192 tokens of a
-small model. Each graph is recorded when a step first needs it.
+A decode step runs in the next larger of DECODE, a mixed one in the next larger of MIXED tokens and ROWS sequences; a
+larger one is launched call by call, which takes the host as long as the device takes for 8,192 tokens of a small model.
+When a shape is captured is the runner's decision.
 """
 
 from collections.abc import Callable
@@ -11,13 +11,16 @@ from functools import partial
 
 import torch
 
-from llmrs.backends.torch.step import Shape, StepInputs, splits
+from llmrs.backends.torch.step import LESS, MOST, Shape, StepInputs, splits
 
 Run = Callable[[], torch.Tensor]
 
 DECODE = (1, 2, 4, *range(8, 257, 8), *range(288, 513, 32))
 MIXED = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 5120, 6144, 7168, 8192)
 ROWS = (4, 16, 64, 128, 256, 512)
+COVER_DECODE, COVER_MIXED = (1, 4, 16, 64, 128, 256, 512), (128, 256, 512, 1024, 2048)  # captured at load
+KERNEL_TOKENS = (64, 128, 256, 384, 512, 768, 1024)  # mixed steps with other kernels, or launched in another way
+KERNEL_ROWS = (256, 1024)  # tokens of mixed steps that are tried with every number of sequences
 COPIES = 3  # of a step's array on the host: two steps may be under way while the third is written
 
 
@@ -30,8 +33,7 @@ def bucket(exact: Shape, tile: int, programs: float) -> Shape | None:
     tokens, rows = _next(MIXED, exact.tokens), _next(ROWS, exact.sequences)
     if not tokens or not rows:
         return None
-    singles = rows if exact.singles else 0
-    return Shape(tokens, rows, singles, tokens // tile + rows, splits(singles, programs))  # last tiles are not full
+    return _mixed(tokens, rows, rows if exact.singles else 0, tile, programs)
 
 
 def decode_bucket(tokens: int) -> int | None:
@@ -43,13 +45,60 @@ def _next(sizes: tuple[int, ...], n: int) -> int | None:
     return next((size for size in sizes if size >= n), None)
 
 
+def decode_shapes(sequences: int, programs: float) -> list[Shape]:
+    """Those of decode steps of up to so many sequences of equal context, long or short; the largest come first."""
+    largest = decode_bucket(sequences) or DECODE[-1]
+    even = [(n, splits(n, programs)) for n in reversed(DECODE) if n <= largest]
+    return [Shape(n, n, n, 0, split) for n, most in even for split in sorted({most, min(most, LESS)})]
+
+
+def covering_shapes(sequences: int, tokens: int, tile: int, programs: float) -> list[Shape]:
+    """Few shapes, into one of which nearly every step of up to so many sequences and tokens fits; the largest first."""
+    decode = [n for n in COVER_DECODE if n <= sequences]
+    decode += [decode_bucket(sequences) or DECODE[-1]]
+    rows = _next(ROWS, sequences) or ROWS[-1]
+    mixed = [_mixed(t, min(t, rows), min(t, rows), tile, programs) for t in COVER_MIXED if t <= tokens]
+    return [*reversed(mixed), *(Shape(n, n, n, 0, splits(n, programs)) for n in sorted({*decode}, reverse=True))]
+
+
+def kernel_shapes(sequences: int, tokens: int, tile: int, programs: float) -> list[Shape]:
+    """Shapes whose steps run every kernel, in every variant, that steps of up to so many sequences and tokens do."""
+    decode = [Shape(1, 1, 1, 0, 1 << n) for n in range(MOST.bit_length())] + decode_shapes(sequences, programs)
+    rows = [n for n in ROWS if n <= (_next(ROWS, sequences) or ROWS[-1])]
+    sizes = [(t, n) for t in KERNEL_TOKENS for n in (rows if t in KERNEL_ROWS else rows[:1]) if n <= t <= tokens]
+    long = [(t, rows[0]) for t in MIXED if t <= tokens][-1:]
+    return [*decode, *(_mixed(t, n, singles, tile, programs) for t, n in (*sizes, *long) for singles in (0, n))]
+
+
+def _mixed(tokens: int, rows: int, singles: int, tile: int, programs: float) -> Shape:
+    return Shape(tokens, rows, singles, tokens // tile + rows, splits(singles, programs))  # last tiles are not full
+
+
+class Recording:
+    """A function whose launches were recorded: a call runs them again. `result` is the tensor that it gives."""
+
+    def __init__(self, again: Callable[[], object], result: torch.Tensor) -> None:
+        self.again, self.result = again, result
+
+    def __call__(self) -> torch.Tensor:
+        self.again()
+        return self.result
+
+
 @dataclass
 class Recorded:
     """One shape: its arrays, its forward part, and its sampling part without and with top-k, top-p, min-p."""
 
     inputs: StepInputs
-    forward: Run | None = None
-    sample: dict[bool, Run] = field(default_factory=dict)
+    came: int = 0  # steps of this shape before it was captured
+    forward: Recording | None = None
+    sample: dict[bool, Recording] = field(default_factory=dict)
+
+    def holds(self, shape: Shape) -> bool:
+        """Whether its graph can run a step of another shape."""
+        s = self.inputs.shape
+        room = s.tokens >= shape.tokens and s.sequences >= shape.sequences and s.singles >= shape.singles
+        return self.forward is not None and room and s.chunks >= shape.chunks and s.plain == shape.plain
 
 
 class Recorder:
@@ -61,30 +110,27 @@ class Recorder:
 
     def __init__(self, device: torch.device, room: int = 1) -> None:
         """`room`: bytes that the pool begins with, so that a large function that comes late finds them in one piece."""
-        self.device = device
+        self.device, self.used = device, False
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.pool = torch.cuda.graph_pool_handle() if self.stream else None
         # a pool ends with its last graph, and can't begin again: this one stays as long as the recorder
         empty = partial(torch.zeros, max(room, 1), dtype=torch.uint8, device=device)
         self.first = self._captured(empty) if self.stream else None
 
-    def record(self, run: Run) -> Run:
-        """A function that runs `run` again, and gives the tensor that it gave. `run` must bear to be run twice."""
+    def record(self, run: Run) -> Recording:
+        """`run` must bear to be run twice, and its kernels must be loaded unless this is the recorder's first."""
         if self.stream is None:
             place = run()
-            return lambda: place.copy_(run())
+            return Recording(lambda: place.copy_(run()), place)
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
-            run()  # compiles kernels, and lets libraries take their workspaces
+        if not self.used:
+            with torch.cuda.stream(self.stream):
+                run()  # libraries take their workspaces on this stream
+            self.used = True
         graph, result = self._captured(run)
         current.wait_stream(self.stream)
-
-        def replay() -> torch.Tensor:
-            graph.replay()
-            return result
-
-        return replay
+        return Recording(graph.replay, result)
 
     def _captured(self, run: Run) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
         """A graph, and the place of its result, whose memory goes back to the pool."""

@@ -1,8 +1,8 @@
 """Turns a graph's equations into a list of calls with their weights bound, layer by layer."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, is_dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -53,6 +53,28 @@ class Program:
                 values[n] = None
         return [values[n] for n in self.results]
 
+    def run_once(self, context: Any, inputs: Sequence[Any]) -> list[Any]:
+        """As `run`, but of calls that differ in their values alone only the first is made: layers are alike. For what
+        a call does beside its result: kernels are compiled and loaded, libraries choose theirs.
+        """
+        values: list[Any] = [None] * self.count
+        values[: len(inputs)] = inputs
+        made: dict[Hashable, Any] = {}
+        for call, kind in zip(self.calls, self.kinds, strict=True):
+            given = [values[n] for n in call.inputs]
+            key = kind, tuple(getattr(x, "shape", None) for x in given)
+            if key not in made:
+                result = call.rule(context, *given, *call.weights, **call.params)
+                made[key] = [result] if len(call.outs) == 1 else result
+            for n, one in zip(call.outs, made[key], strict=True):
+                values[n] = one
+        return [values[n] for n in self.results]
+
+    @cached_property
+    def kinds(self) -> list[Hashable]:
+        """For each call what it does, but for values: rule, parameters, shapes of weights."""
+        return [(call.rule, _kind(call.weights), _kind(call.params)) for call in self.calls]
+
     @cached_property
     def dead(self) -> list[list[int]]:
         """For each call, the values that it is the last to read, or that nobody reads."""
@@ -62,6 +84,18 @@ class Program:
             if n not in self.results:
                 found[at].append(n)
         return found
+
+
+def _kind(x: Any) -> Hashable:
+    """What a kernel may depend on: shapes, strides and types of tensors, all else by its value."""
+    match x:
+        case torch.Tensor():
+            return x.shape, x.stride(), x.dtype
+        case dict():
+            return tuple((name, _kind(value)) for name, value in x.items())
+        case list() | tuple():
+            return tuple(map(_kind, x))
+    return (type(x), _kind(vars(x))) if is_dataclass(x) else x
 
 
 def join_layers(program: Program, rules: Mapping[str, Callable[..., Any]]) -> Program:

@@ -3,13 +3,25 @@
 Nothing here waits for the device. The tokens of a step that the host does not know yet are looked up there, by slot.
 """
 
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
 
 from llmrs.backends.torch.fusing import fuse
-from llmrs.backends.torch.graphs import COPIES, DECODE, Recorded, Recorder, bucket, decode_bucket
+from llmrs.backends.torch.graphs import (
+    COPIES,
+    DECODE,
+    Recorded,
+    Recorder,
+    Recording,
+    bucket,
+    covering_shapes,
+    decode_bucket,
+    decode_shapes,
+    kernel_shapes,
+)
 from llmrs.backends.torch.kernels.bounds import draw
 from llmrs.backends.torch.kernels.edges import find_edges
 from llmrs.backends.torch.kernels.launch import chaining, hopper, interpreted
@@ -32,6 +44,8 @@ BLOCK_SIZE = 64  # tokens of a KV block: a tile of keys lies in one
 CHAINED = 512  # tokens of a step up to which kernels are chained; of more, their gaps do not matter
 SMALL = 1024  # tokens of a step that is recorded though its prompts are for a library, and so go without it
 UNRECORDED = {"moe"}  # ops whose rules ask the device what to do
+COMMON = 4  # steps of a shape before it is captured though a larger one holds it
+CAPTURE_SHARE = 0.02  # of the time, at most, goes to such captures while requests run
 
 
 class KernelRunner:
@@ -60,6 +74,7 @@ class KernelRunner:
         self.library: Library | None = LIBRARIES[attention]() if attention in LIBRARIES else None
         self.cuts = Cuts(Device.of(device))
         self.tunes = self.cuts.device.unknown if tune is None else tune
+        self.clock: Callable[[], float] = time.monotonic
         self.end()
 
     def end(self) -> None:
@@ -69,14 +84,24 @@ class KernelRunner:
         self.slots = SlotState(0, 0, self.device)
         self.tokens = torch.empty(0, dtype=torch.int32, device=self.device)  # of the last step, where they go aside
         self.recorded: dict[Shape, Recorded] = {}
+        self.uncaptured: list[Shape] = []  # to be captured when no request runs, the last first
+        self.next_capture = 0.0  # not before this time while requests run
         self.step: tuple[Batch, StepInputs, Recorded | None] | None = None
         self.recorders: tuple[Recorder, Recorder] | None = None  # of forward parts, and of sampling ones
 
     def begin(
-        self, graph: Graph, program: Program, kv: Sequence[KV], slots: SlotState, dtype: torch.dtype, room: int = 0
+        self,
+        graph: Graph,
+        program: Program,
+        kv: Sequence[KV],
+        slots: SlotState,
+        dtype: torch.dtype,
+        *,
+        room: int = 0,
+        step_tokens: int = 0,
     ) -> None:
-        """`kv` have a block more than anybody is given: what is padded goes there. `room`: bytes that the results of
-        the largest step may take."""
+        """`kv` have a block more than anybody is given: what is padded goes there. The largest step has `step_tokens`
+        tokens, and its results may take `room` bytes."""
         self.end()
         self.program, self.kv, self.slots = program, list(kv), slots
         if self.fused:
@@ -98,6 +123,8 @@ class KernelRunner:
         self.tile = min(self.cuts.of(k)[0] for k in keys if k.kernel == "prompt")
         if self.wanted and not UNRECORDED & {c.op for c in program.calls}:
             self.recorders = Recorder(self.device, room), Recorder(self.device)
+        if self.device.type == "cuda":  # the interpreter compiles nothing, and takes minutes
+            self._load(step_tokens)
 
     def check(self, graph: Graph, dtype: torch.dtype) -> None:
         """Raises BackendError for a model that the chosen attention can't do."""
@@ -113,7 +140,8 @@ class KernelRunner:
         self.step = batch, inputs, found
         if found is None:
             return self._run(inputs, parts_of(batch, self.block_size, self.device) if self.library else None)
-        return self._forward(found)[: len(batch.rows)]
+        logits = found.forward() if found.forward else self._run(inputs)
+        return logits[: len(batch.rows)]
 
     def sample(self, logits: torch.Tensor, batch: Batch, mask: np.ndarray | None) -> torch.Tensor:
         """Token ids int32 (S,), kept as the slots' last tokens too."""
@@ -121,8 +149,8 @@ class KernelRunner:
         inputs, found = self._inputs_of(batch)
         plain = adjusted(logits[:count], batch, self.slots, mask)
         as_it_was = plain.data_ptr() == logits.data_ptr()
-        if found and as_it_was:
-            tokens = self._sample(found, logits, filtered)[:count]
+        if found and found.forward and as_it_was:
+            tokens = self._sampled(found, filtered)()[:count]
         else:
             tokens = self._draw(plain, inputs, filtered)
         if not as_it_was and batch.sampling.looks_back().any():  # whoever does was adjusted
@@ -131,12 +159,34 @@ class KernelRunner:
 
     @torch.inference_mode()
     def warm(self, sizes: Iterable[int]) -> None:
-        """Records the graphs of steps of so many single tokens, the largest first: the rest fit into its memory."""
+        """Captures decode steps of so many sequences, the largest first: the rest fit into its memory."""
         for n in sorted({n for n in map(decode_bucket, sizes) if n}, reverse=True):
-            found = self._static(Shape(n, n, n, 0, splits(n, self.programs)))
-            found.inputs.rest(self.spare * self.block_size)
-            logits = self._forward(found)
-            self._sample(found, logits, False)
+            self._capture(self._static(Shape(n, n, n, 0, splits(n, self.programs))))
+
+    @torch.inference_mode()
+    def idle(self) -> bool:
+        """While no request runs: captures a shape that came, or is likely to come. True: there are more."""
+        while self.uncaptured:
+            found = self._static(self.uncaptured.pop())
+            if found.forward is None:
+                self._capture(found)
+                break
+        return bool(self.uncaptured)
+
+    @torch.inference_mode()
+    def _load(self, step_tokens: int) -> None:
+        """Loads the kernels of all steps of up to so many tokens, and captures a few that nearly every step fits into:
+        no request waits for either."""
+        sizes = len(self.slots.last_token), step_tokens, self.tile, self.programs
+        for shape in kernel_shapes(*sizes):
+            inputs = StepInputs(shape, shape.sequences, self.device)
+            inputs.rest(self.spare * self.block_size)
+            logits = self._run(inputs, once=True)
+            for filtered in (False, True) if shape.plain else ():
+                self._draw(logits, inputs, filtered)
+        for shape in covering_shapes(*sizes) if self.recorders else ():
+            self._capture(self._static(shape))
+        self.uncaptured = decode_shapes(sizes[0], self.programs) if self.recorders else []
 
     def _recorded(self, batch: Batch, exact: Shape) -> Recorded | None:
         """The shape that can run a step and be run again; None: there is none."""
@@ -145,13 +195,49 @@ class KernelRunner:
         if self.library and len(batch.tokens) > SMALL:
             return None
         shape = bucket(exact, self.tile, self.programs)
-        return self._static(shape) if shape else None
+        return self._ready(shape) if shape else None
+
+    def _ready(self, shape: Shape) -> Recorded:
+        """What runs a step of this shape now: its own graph, else that of a larger shape, else none.
+
+        All requests wait for a capture. It takes as long as a step without a graph, so a shape that no graph holds is
+        captured when it comes again; the others take turns, in a small share of the time.
+        """
+        own = self._static(shape)
+        if own.forward:
+            return own
+        own.came += 1
+        self.uncaptured += [shape] if own.came == 1 else []
+        larger = [r for r in self.recorded.values() if r.holds(shape)]
+        begin = self.clock()
+        if own.came >= COMMON and begin >= self.next_capture if larger else own.came > 1:
+            self._capture(own)
+            end = self.clock()
+            self.next_capture = end + (end - begin) / CAPTURE_SHARE
+            return own
+        return min(larger, key=lambda r: (r.inputs.shape.tokens, r.inputs.shape.sequences), default=own)
 
     def _static(self, shape: Shape) -> Recorded:
         if shape not in self.recorded:
             tables = shape.sequences * -(-self.longest // self.block_size)
             self.recorded[shape] = Recorded(StepInputs(shape, tables, self.device, COPIES))
         return self.recorded[shape]
+
+    def _capture(self, found: Recorded) -> None:
+        """Both parts, of a step of no sequence: on a CPU it is run."""
+        assert self.recorders is not None
+        found.inputs.rest(self.spare * self.block_size)
+        found.forward = self.recorders[0].record(lambda: self._run(found.inputs))
+        self._sampled(found, False)
+
+    def _sampled(self, found: Recorded, filtered: bool) -> Recording:
+        """The sampling part, from the logits of the forward part."""
+        if filtered not in found.sample:
+            assert self.recorders is not None
+            assert found.forward is not None, "the sampling part is captured after the forward part"
+            logits = found.forward.result
+            found.sample[filtered] = self.recorders[1].record(lambda: self._draw(logits, found.inputs, filtered))
+        return found.sample[filtered]
 
     def _inputs_of(self, batch: Batch) -> tuple[StepInputs, Recorded | None]:
         """What `forward` sent; a step that is only sampled, as in tests, is sent now."""
@@ -161,26 +247,15 @@ class KernelRunner:
         inputs.fill_sampling(batch)
         return inputs, None
 
-    def _forward(self, found: Recorded) -> torch.Tensor:
-        if found.forward is None:
-            assert self.recorders is not None
-            found.forward = self.recorders[0].record(lambda: self._run(found.inputs))
-        return found.forward()
-
-    def _sample(self, found: Recorded, logits: torch.Tensor, filtered: bool) -> torch.Tensor:
-        """`logits` are those of the recorded forward part, of which the first rows are the step's."""
-        if filtered not in found.sample:
-            assert self.recorders is not None
-            whole = logits.as_strided((found.inputs.shape.sequences, logits.shape[1]), logits.stride())
-            found.sample[filtered] = self.recorders[1].record(lambda: self._draw(whole, found.inputs, filtered))
-        return found.sample[filtered]()
-
-    def _run(self, inputs: StepInputs, parts: Parts | None = None) -> torch.Tensor:
+    def _run(self, inputs: StepInputs, parts: Parts | None = None, *, once: bool = False) -> torch.Tensor:
+        """Logits. `once`: no kernel is launched again for another layer, so that the values mean nothing."""
         f, last = inputs.fields, self.slots.last_token
         library = (self.library, parts) if self.library and parts else None
         context = KernelContext(inputs.shape, f, last, self.turns, self.tile, self.cuts, library, self.copies)
         with chaining(self.chain and inputs.shape.tokens <= CHAINED):
-            logits: torch.Tensor = self._program(inputs.shape).run(context, [f.tokens, f.positions, *self.kv])[0]
+            program = self._program(inputs.shape)
+            run = program.run_once if once else program.run
+            logits: torch.Tensor = run(context, [f.tokens, f.positions, *self.kv])[0]
         return logits
 
     def _program(self, shape: Shape) -> Program:

@@ -69,9 +69,10 @@ class Controller:
         prompt = self._engine.apply_chat_template([*messages, asked])
         self._stream = stream = self._engine.stream_async(self.sampling, prompt)
         try:
-            async for text in stream:
-                show(text)
-            output = await stream.result()
+            async with stream:  # ends the answer too if `show` raises something
+                async for text in stream:
+                    show(text)
+                output = await stream.result()
         finally:
             self._stream = None
         messages += [asked, Message("assistant", output.text)]

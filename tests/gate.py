@@ -1,0 +1,69 @@
+"""Holds an engine between two steps, so that a test decides what happens meanwhile."""
+
+import threading
+
+from llmrs import LlmrsError, SamplingParams
+
+GUARD = 120  # seconds after which a test that hangs fails
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
+LONG = SamplingParams(temperature=0.0, max_tokens=400, ignore_eos=True)
+
+
+class Gate:
+    """Every step of the engine waits until `open()`; `reached` is set as soon as one does.
+
+    `at_step` is called in the engine's thread with the number of each step before it waits.
+    """
+
+    def __init__(self, engine, at_step=lambda number: None):
+        self.reached, self.opened, self.steps, self.at_step = threading.Event(), threading.Event(), 0, at_step
+        self.backend = engine._worker.core.backend
+        self.launch, self.backend.launch = self.backend.launch, self._launch
+
+    def _launch(self, batch):
+        self.steps += 1
+        self.at_step(self.steps)
+        self.reached.set()
+        assert self.opened.wait(GUARD)
+        return self.launch(batch)
+
+    def open(self):
+        self.opened.set()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.open()
+
+
+def settled(engine):
+    """The statistics when all that was asked of the engine until now is done."""
+    engine._worker.ask(lambda backend: None)
+    return engine.stats()
+
+
+def engine_threads():
+    return [t for t in threading.enumerate() if t.name == "llmrs"]
+
+
+def read_in_threads(count, read):
+    """What `read()` gives or raises in each of so many threads at once."""
+    found = []
+
+    def run():
+        try:
+            found.append(read())
+        except LlmrsError as error:
+            found.append(error)
+
+    threads = [threading.Thread(target=run, daemon=True) for _ in range(count)]
+    for t in threads:
+        t.start()
+    return threads, found
+
+
+def join(threads):
+    for t in threads:
+        t.join(GUARD)
+    assert not any(t.is_alive() for t in threads), "a thread still waits"
