@@ -72,6 +72,8 @@ class Backend(ABC):
         for name in ("kernels", "attention"):
             if getattr(config, name) != "auto":
                 raise ConfigError(f"{name}: backend {self.name} has no choice of {name}", "leave it at auto")
+        if config.threads is not None:
+            raise ConfigError(f"threads: backend {self.name} has no choice of threads", "leave it out")
         if config.tune:
             raise ConfigError(f"tune: backend {self.name} has nothing to tune", "leave it out")
 

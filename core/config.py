@@ -150,6 +150,9 @@ class EngineConfig(Checked):
     offline: bool = option(False, "of Hugging Face ids use only what is in the cache, as HF_HUB_OFFLINE=1 does")
     backend: str = option("auto", "auto, mlx, torch, reference, or one that a package registers")
     device: str = option("auto", "auto, cpu, cuda:0, gpu", ("d", "device_ids"))
+    threads: int | None = option(
+        None, "CPU threads of a step; null: one for each core that the process may use", low=1, high=1024
+    )
     kernels: str = option(
         "auto",
         "our own on a GPU, Triton's or Metal's; plain: none; triton: on any device",

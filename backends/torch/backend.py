@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from llmrs.backends.base import Backend, best_time
+from llmrs.backends.cores import usable_cores
 from llmrs.backends.fusion import FUSED_OPS
 from llmrs.backends.memory import free_host_memory, keep_freed_memory, trim_host_memory, use_huge_pages
 from llmrs.backends.torch.attention import context, on_device
@@ -26,7 +27,7 @@ from llmrs.backends.torch.sampling import SlotState, logprobs, sample
 from llmrs.backends.torch.tickets import Outbox, Sent, TorchTicket
 from llmrs.core.batch import Batch
 from llmrs.core.config import EngineConfig
-from llmrs.core.errors import BackendError, MemoryLimitError
+from llmrs.core.errors import BackendError, ConfigError, MemoryLimitError
 from llmrs.core.ir import Graph
 from llmrs.quant.tensor import Tensor
 
@@ -64,9 +65,23 @@ class TorchBackend(Backend):
         self.room, self.largest_step = 0, 0  # bytes of a step's results, and tokens
 
     def configure(self, config: EngineConfig) -> None:
+        self.use_threads(config.threads)
         self.use_kernels(config.kernels, graphs=config.cuda_graphs, attention=config.attention, tune=config.tune)
         if config.tune and self.kernels is None:
             raise BackendError(f"tune: no Triton kernels run on {self.device}", "leave it out")
+
+    def use_threads(self, count: int | None) -> None:
+        """CPU threads of steps; None: as torch has it (OMP_NUM_THREADS), within the usable cores.
+
+        Torch keeps the number for the process. Raises ConfigError where steps run on a GPU.
+        """
+        if self.at.type != "cpu":
+            if count is not None:
+                raise ConfigError(f"threads: steps run on {self.device}", "leave it out, or choose device: cpu")
+            return
+        count = count or min(torch.get_num_threads(), usable_cores())
+        if count != torch.get_num_threads():
+            torch.set_num_threads(count)
 
     def use_kernels(
         self, wanted: str, *, graphs: bool = True, attention: str = "auto", tune: bool | None = False
