@@ -19,7 +19,7 @@ demo: $(VENV)/run.stamp ## answer the bundled example with the bundled model
 	$(BIN)/llmrs run examples/demo.yaml
 
 test: lint ## everything that a change must pass
-	$(PYTEST) -n $(JOBS) -m "not slow"
+	$(PYTEST) -n $(JOBS) --dist worksteal -m "not slow"
 
 check: lint ## the quick part of `make test`: style, types, layout
 	$(PYTEST) tests/test_layout.py
