@@ -134,19 +134,14 @@ def engine(kv: str = "bf16") -> Engine:
         ENGINE.append(loaded(kv_cache_memory=memory, kv_cache_dtype=kv))
         print(f"loaded in {time.perf_counter() - begin:.1f} s")
         begin = time.perf_counter()
-        backend().kernels.warm(range(1, 257))
-        torch.cuda.synchronize()
-        print(f"recorded {len(backend().kernels.recorded)} graphs in {time.perf_counter() - begin:.1f} s", flush=True)
+        on_its_thread(ENGINE[0], bench_steps.settle)
+        print(f"captured the graphs of decode steps in {time.perf_counter() - begin:.1f} s", flush=True)
     return ENGINE[0]
 
 
-def backend() -> Any:
-    return ENGINE[0]._worker.core.backend
-
-
-def decode_batch(count: int, context: int) -> Batch:
-    """A step of one token for each of `count` sequences of `context` tokens."""
-    return bench_steps.decode_batch(backend().block_size, count, context)
+def on_its_thread(of: Engine, run: Callable[[Any], Any]) -> Any:
+    """What `run` gives for the engine's backend, which captures graphs on the engine's thread while no request runs."""
+    return of._worker.ask(run)
 
 
 @cache
@@ -164,14 +159,18 @@ def tell(kind: str, records: list[Any]) -> None:
 def steps() -> None:
     """Decode steps as the engine runs them, and device time of their two parts beside the host's time to launch one."""
     tell("grid", [cell for n, context in SHAPES for cell in bench_steps.grid(engine(), device(), [n], [context])])
+    on_its_thread(engine(), parts_of_steps)
+
+
+def parts_of_steps(backend: Any) -> None:
     for count, context in SHAPES:
-        batch = decode_batch(count, context)
-        forward = timed(lambda b=batch: backend().forward(b))
-        logits = backend().forward(batch)
-        sample = timed(lambda b=batch, x=logits: backend().sample(x, b))
+        batch = bench_steps.decode_batch(backend.block_size, count, context)
+        forward = timed(lambda b=batch: backend.forward(b))
+        logits = backend.forward(batch)
+        sample = timed(lambda b=batch, x=logits: backend.sample(x, b))
         begin = time.perf_counter()
         for _ in range(20):
-            ticket = backend().launch(batch)
+            ticket = backend.launch(batch)
         host = (time.perf_counter() - begin) / 20
         ticket.tokens()
         FOUND[f"step {count}x{context}"] = [forward, sample, host]
@@ -267,8 +266,11 @@ def sampling() -> None:
 
 def pdl() -> None:
     """Decode steps with chained kernels and without."""
-    engine()
-    bench_chain.pdl(backend(), decode_batch, timed, FOUND)
+
+    def run(backend: Any) -> None:
+        bench_chain.pdl(backend, partial(bench_steps.decode_batch, backend.block_size), timed, FOUND)
+
+    on_its_thread(engine(), run)
 
 
 def fp8() -> None:
@@ -292,16 +294,19 @@ def rows() -> None:
         return bench_steps.decode_batch(backend.block_size, count, context)
 
     with wide() as own:
-        bench_rows.whole_steps(timed, FOUND, own._worker.core.backend, batch)
+        on_its_thread(own, lambda backend: bench_rows.whole_steps(timed, FOUND, backend, batch))
     bench_rows.linears(timed, FOUND, random_checkpoint.SHAPES[model_shape()])
 
 
 def products() -> None:
     """Steps in which one kind of product is done by ours, and cut in several ways."""
-    with wide() as own:
-        backend = own._worker.core.backend
+
+    def run(backend: Any) -> None:
         batch = partial(bench_steps.decode_batch, backend.block_size, context=256)
         bench_products.products(timed, FOUND, backend, batch)
+
+    with wide() as own:
+        on_its_thread(own, run)
 
 
 def prompt() -> None:
@@ -317,8 +322,7 @@ def prompt() -> None:
 
 def tuning() -> None:
     """The search for cuts that an unknown GPU gets at load."""
-    engine()
-    bench_tuning.tuning(backend(), FOUND)
+    on_its_thread(engine(), lambda backend: bench_tuning.tuning(backend, FOUND))
 
 
 PARTS = {

@@ -11,6 +11,7 @@ from itertools import product
 from typing import Any
 
 import torch
+from bench_rows import restart
 
 from llmrs.backends.torch import rules
 from llmrs.backends.torch.kernels.rows import HEAD, Cut, Tiles
@@ -75,7 +76,7 @@ def seconds(timed: Timed, backend: Any, cut_of: CutOf, steps: list[tuple[int, An
     """Of the forward part of each step, recorded anew; NaN where it fails."""
     times = []
     with chosen(cut_of):
-        backend.kernels.begin(backend.graph, backend.program, backend.kv, backend.slots, backend.type)
+        restart(backend)
         for _, step in steps:
             try:
                 times.append(timed(lambda s=step: backend.forward(s)))

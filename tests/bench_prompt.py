@@ -216,7 +216,7 @@ def prefill(
                 results[str(options)] = rates
                 print(f"prefill {options}: {max(rates):.0f} tokens/s of {[round(r) for r in rates]}", flush=True)
                 if options.get("attention") is None and "block_size" not in options:
-                    step(timed, engine._worker.core.backend)
+                    engine._worker.ask(partial(step, timed))
         except Exception:  # noqa: BLE001
             traceback.print_exc()
     return results

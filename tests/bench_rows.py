@@ -184,6 +184,13 @@ def attempt(
         return None
 
 
+def restart(backend: Any) -> None:
+    """Takes in what was set; each shape gets a graph of its own when it comes again."""
+    kernels = backend.kernels
+    kernels.begin(backend.graph, backend.program, backend.kv, backend.slots, backend.type)
+    kernels.recorded, kernels.uncaptured = {}, []
+
+
 def whole_steps(
     timed: Timed, found: dict[str, Any], backend: Any, batch: Callable[[Any, int, int], Any], context: int = 384
 ) -> None:
@@ -191,7 +198,7 @@ def whole_steps(
     kernels = backend.kernels
     for name, fused, chained in (("library", False, False), ("fused", True, False), ("fused, chained", True, True)):
         kernels.chain, kernels.fused = chained, fused
-        kernels.begin(backend.graph, backend.program, backend.kv, backend.slots, backend.type)
+        restart(backend)
         for count in COUNTS:
             step = batch(backend, count, context)
             seconds = timed(lambda s=step: backend.forward(s))

@@ -3,6 +3,7 @@
 Nothing here waits for the device. The tokens of a step that the host does not know yet are looked up there, by slot.
 """
 
+import gc
 import time
 from collections.abc import Callable, Iterable, Sequence
 
@@ -187,6 +188,7 @@ class KernelRunner:
         for shape in covering_shapes(*sizes) if self.recorders else ():
             self._capture(self._static(shape))
         self.uncaptured = decode_shapes(sizes[0], self.programs) if self.recorders else []
+        gc.collect()  # now: a full collection stops everything for 0.1 s, and the next is due when much more is there
 
     def _recorded(self, batch: Batch, exact: Shape) -> Recorded | None:
         """The shape that can run a step and be run again; None: there is none."""
