@@ -1,5 +1,6 @@
 """Shared fixtures. Tests are imported by path (importlib mode), so helper modules beside them are put on sys.path."""
 
+import datetime
 import os
 import shutil
 import sys
@@ -71,3 +72,42 @@ def copied(tmp_path):
     from llmrs.models import demo
 
     return shutil.copytree(demo.FILES, tmp_path / "copied")
+
+
+@pytest.fixture(scope="session")
+def folder(checkpoints, tmp_path_factory):
+    """A whole model, small and random, that chats. No test changes it."""
+    import texts
+
+    return texts.write_model(checkpoints.folder("chat"), tmp_path_factory.mktemp("whole") / "model")
+
+
+@pytest.fixture
+def call(capsys, tmp_path, monkeypatch):
+    """Runs a command line in an empty folder; exit status, stdout, stderr."""
+    from llmrs.cli import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args):
+        status = main([str(a) for a in args])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def frozen_time(monkeypatch):
+    """The same time for our templates and transformers'."""
+    from transformers.utils import chat_template_utils
+
+    from llmrs.models import sandbox
+
+    class Then(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2026, 3, 7, 9, 5, tzinfo=tz)
+
+    monkeypatch.setattr(sandbox, "datetime", Then)
+    monkeypatch.setattr(chat_template_utils, "datetime", Then)

@@ -7,7 +7,6 @@ import threading
 
 import numpy as np
 import pytest
-import texts
 
 from llmrs import (
     BackendError,
@@ -25,11 +24,6 @@ from llmrs.inputs import child_seed
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
 LONG = SamplingParams(temperature=0.0, max_tokens=400, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def folder(checkpoints, tmp_path_factory):
-    return texts.write_model(checkpoints.folder("chat"), tmp_path_factory.mktemp("whole") / "model")
 
 
 @pytest.fixture

@@ -6,16 +6,10 @@ import pickle
 import threading
 
 import pytest
-import texts
 from gate import GREEDY, GUARD, LONG, Gate, engine_threads, settled
 
 from llmrs import Engine, EngineClosedError, EngineConfig, LoadCancelledError, MemoryLimitError, RequestError
 from llmrs.loading import read_model
-
-
-@pytest.fixture(scope="module")
-def folder(checkpoints, tmp_path_factory):
-    return texts.write_model(checkpoints.folder("chat"), tmp_path_factory.mktemp("whole") / "model")
 
 
 @pytest.fixture

@@ -15,24 +15,6 @@ from llmrs.cli import main
 QUICK = ["--dtype", "f32", "--max-tokens", "6", "--temperature", "0"]
 
 
-@pytest.fixture(scope="module")
-def folder(checkpoints, tmp_path_factory):
-    return str(texts.write_model(checkpoints.folder("chat"), tmp_path_factory.mktemp("whole") / "model"))
-
-
-@pytest.fixture
-def call(capsys, tmp_path, monkeypatch):
-    """Runs a command line in an empty folder; exit status, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*args):
-        status = main([str(a) for a in args])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
-
-
 def test_one_prompt_streams_to_stdout_and_figures_go_to_stderr(call, folder):
     status, out, err = call("run", "--model", folder, "--prompts", "Hello", *QUICK)
     assert status == 0
@@ -62,7 +44,7 @@ def test_json_and_output_hold_the_same_records(call, folder, tmp_path):
 
 def test_a_config_file_and_flags_over_it(call, folder, tmp_path):
     (tmp_path / "c.yaml").write_text(
-        f"model: {json.dumps(folder)}\nprompts: [Hello]\nmax_tokens: 3\ndtype: f32\nseed: 1\n"
+        f"model: {json.dumps(str(folder))}\nprompts: [Hello]\nmax_tokens: 3\ndtype: f32\nseed: 1\n"
     )
     assert json.loads(call("run", "c.yaml", "--json")[1])["decoded_length"] == 3
     assert json.loads(call("run", "c.yaml", "--json", "--max_tokens", "5")[1])["decoded_length"] == 5

@@ -37,11 +37,6 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
 PROMPTS = ["Hello", "What is 7 + 5?", "the there", "a b c"]
 
 
-@pytest.fixture(scope="module")
-def folder(checkpoints, tmp_path_factory):
-    return texts.write_model(checkpoints.folder("chat"), tmp_path_factory.mktemp("whole") / "model")
-
-
 @pytest.fixture(scope="module", params=BACKENDS)
 def engine(request, folder):
     backend, _, device = request.param.partition(":")

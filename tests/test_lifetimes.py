@@ -10,15 +10,9 @@ import threading
 import weakref
 
 import pytest
-import texts
 from gate import GREEDY, GUARD, LONG, Gate, engine_threads, join, read_in_threads, settled
 
 from llmrs import BackendError, Engine, EngineClosedError, EngineConfig, RequestError, SamplingParams
-
-
-@pytest.fixture(scope="module")
-def folder(checkpoints, tmp_path_factory):
-    return texts.write_model(checkpoints.folder("chat"), tmp_path_factory.mktemp("whole") / "model")
 
 
 @pytest.fixture

@@ -18,11 +18,6 @@ from llmrs.models import demo
 COMMIT = "a" * 40
 
 
-@pytest.fixture(scope="module")
-def folder(checkpoints, tmp_path_factory):
-    return texts.write_model(checkpoints.folder("chat"), tmp_path_factory.mktemp("whole") / "model")
-
-
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))

@@ -9,27 +9,7 @@ import sys
 import pytest
 import texts
 
-from llmrs.cli import main
-
 QUICK = ["--dtype", "f32", "--max-tokens", "6", "--temperature", "0"]
-
-
-@pytest.fixture(scope="module")
-def folder(checkpoints, tmp_path_factory):
-    return str(texts.write_model(checkpoints.folder("chat"), tmp_path_factory.mktemp("whole") / "model"))
-
-
-@pytest.fixture
-def call(capsys, tmp_path, monkeypatch):
-    """Runs a command line in an empty folder; exit status, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*args):
-        status = main([str(a) for a in args])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
 
 
 @pytest.mark.parametrize(

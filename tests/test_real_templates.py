@@ -1,6 +1,5 @@
 """Chat templates of public models render every conversation as transformers does, or are refused where it fails."""
 
-import datetime
 from pathlib import Path
 
 import jinja2
@@ -8,8 +7,9 @@ import pytest
 from transformers.utils import chat_template_utils
 
 from llmrs.core.errors import RequestError
-from llmrs.models import sandbox
 from llmrs.models.template import ChatTemplate
+
+pytestmark = pytest.mark.usefixtures("frozen_time")
 
 FOLDER = Path(__file__).parents[2] / "shared" / "data" / "templates"
 PATHS = {p.stem: p for p in sorted(FOLDER.glob("*.jinja"))}
@@ -121,19 +121,6 @@ e2e_upstage_SOLAR-10.7B-Instruct-v1.0 e2e_whisper minja_qwen3coder npm_llama3_1 
 trl_deepseekv3 trl_gemma trl_glm4moe trl_gptoss trl_lfm2 trl_llama3 trl_llama3_1 trl_llama3_2 trl_nemotron_3_nano
 trl_nemotron_3_super trl_nemotron_3_ultra trl_phi3 trl_phi3_5 trl_qwen2_5 trl_qwen3 trl_qwen3_instruct_2507
 """.split()
-
-
-@pytest.fixture(autouse=True)
-def frozen(monkeypatch):
-    """It is the same time for both."""
-
-    class Then(datetime.datetime):
-        @classmethod
-        def now(cls, tz=None):
-            return cls(2026, 3, 7, 9, 5, tzinfo=tz)
-
-    monkeypatch.setattr(sandbox, "datetime", Then)
-    monkeypatch.setattr(chat_template_utils, "datetime", Then)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import subprocess
 import sys
 
 import pytest
-import texts
 
 from llmrs.cli import main, streams
 
@@ -18,11 +17,6 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="descriptors and
 LLMRS = [sys.executable, "-m", "llmrs"]
 TEN = ["--backend", "reference", "--dtype", "f32", "--max-tokens", "10", "--ignore-eos"]
 FULL = pytest.param("/dev/full", marks=pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full"))
-
-
-@pytest.fixture(scope="module")
-def folder(checkpoints, tmp_path_factory):
-    return str(texts.write_model(checkpoints.folder("chat"), tmp_path_factory.mktemp("whole") / "model"))
 
 
 @pytest.fixture

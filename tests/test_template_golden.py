@@ -1,7 +1,5 @@
 """Conversations with tools, thoughts and open ends give the text and the token ids that transformers gives."""
 
-import datetime
-
 import jinja2
 import pytest
 import texts
@@ -9,9 +7,10 @@ import transformers
 from talks import ASK, BOS, CLOCK, CONVERSATIONS, EOS, OURS, SOURCES, VARIABLES, vocabulary
 
 from llmrs.core.errors import RequestError
-from llmrs.models import sandbox
 from llmrs.models.template import ChatTemplate, encode_chat
 from llmrs.models.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.usefixtures("frozen_time")
 
 
 @pytest.fixture(scope="module")
@@ -29,19 +28,6 @@ def theirs():
         )
         for name, source in SOURCES.items()
     }
-
-
-@pytest.fixture(autouse=True)
-def frozen(monkeypatch):
-    """It is the same time for both."""
-
-    class Then(datetime.datetime):
-        @classmethod
-        def now(cls, tz=None):
-            return cls(2026, 3, 7, 9, 5, tzinfo=tz)
-
-    monkeypatch.setattr(sandbox, "datetime", Then)
-    monkeypatch.setattr(transformers.utils.chat_template_utils, "datetime", Then)
 
 
 def as_dict(message):
