@@ -4,5 +4,9 @@ from setuptools import find_packages, setup
 
 FOLDERS = ("core", "backends", "models", "quant", "cli")
 
-packages = ["llmrs", *(f"llmrs.{p}" for p in find_packages(".", include=[g for f in FOLDERS for g in (f, f"{f}.*")]))]
+packages = [
+    "llmrs",
+    "llmrs.bench",
+    *(f"llmrs.{p}" for p in find_packages(".", include=[g for f in FOLDERS for g in (f, f"{f}.*")])),
+]
 setup(packages=packages, package_dir={"llmrs": "llmrs", **{f"llmrs.{f}": f for f in FOLDERS}})

@@ -20,9 +20,9 @@ from llmrs.core.config import EngineConfig
 from llmrs.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from llmrs.bench_start import Start
+    from llmrs.bench.startup import Start
+    from llmrs.bench.workloads import Workload
     from llmrs.engine import Engine
-    from llmrs.workloads import Workload
 
 SECTIONS: dict[str, type] = {"What is measured": BenchOptions, "Model and memory": EngineConfig}
 BATCHES = (1, 8, 32)
@@ -59,7 +59,7 @@ def refuse_unused(mine: BenchOptions, settings: Settings) -> None:
 
 def model(mine: BenchOptions, settings: Settings) -> int:
     """Everything that needs the model, in one engine; and the start of processes, beside none."""
-    from llmrs.workloads import named  # here and below, since `llmrs --help` should not wait for it
+    from llmrs.bench.workloads import named  # here and below, since `llmrs --help` should not wait for it
 
     chosen = named(mine.workloads, mine.scale) if mine.workloads is not None else []
     arriving = named("mixed", mine.scale) if mine.arrivals else []
@@ -78,12 +78,12 @@ def model(mine: BenchOptions, settings: Settings) -> int:
 
 def started(config: EngineConfig) -> "Start":
     """Times `llmrs run` with a file of this config."""
-    from llmrs import bench_start
+    from llmrs.bench import startup
 
     with TemporaryDirectory() as folder:
         file = Path(folder) / "config.yaml"
         file.write_text(json.dumps(vars(config)), "utf-8")  # JSON is YAML
-        return bench_start.measure(config, [sys.executable, "-m", "llmrs.cli", "run", str(file)])
+        return startup.measure(config, [sys.executable, "-m", "llmrs.cli", "run", str(file)])
 
 
 def measure(
@@ -93,24 +93,25 @@ def measure(
     chosen: "Sequence[Workload]",
     arriving: "Sequence[Workload]",
 ) -> None:
-    from llmrs import bench, bench_profile, bench_steps, bench_workloads
+    from llmrs.bench import decode, profile, serving, sweep
+    from llmrs.bench.roofline import Device
 
     batches, contexts = mine.batches or BATCHES, mine.contexts or CONTEXTS
     shapes = [(b, c) for c in contexts for b in batches]
     if mine.profile:
-        bench_profile.check(engine, shapes)
-    device = report.with_ceilings(engine.ceilings())
+        profile.check(engine, shapes)
+    device = report.with_ceilings(Device.of(engine))
     if mine.table:
-        report.add("results", bench.measure(engine, device, batches, mine.prompt_tokens, mine.new_tokens, PROMPT))
+        report.add("results", decode.measure(engine, device, batches, mine.prompt_tokens, mine.new_tokens, PROMPT))
     if chosen:
-        report.add("workloads", bench_workloads.measure(engine, device, chosen))
+        report.add("workloads", serving.measure(engine, device, chosen))
     for w in arriving:
         closed = next((m for m in report.found.get("workloads", ()) if m.name == w.name), None)
-        report.add("arrivals", bench_workloads.over_time(engine, device, w, mine.arrivals or (), closed))
+        report.add("arrivals", serving.over_time(engine, device, w, mine.arrivals or (), closed))
     if mine.grid:
-        report.add("grid", bench_steps.grid(engine, device, batches, contexts))
+        report.add("grid", sweep.grid(engine, device, batches, contexts))
     if mine.profile:
-        report.add("profiles", (bench_profile.profile_step(engine, device, b, c) for b, c in shapes))
+        report.add("profiles", (profile.profile_step(engine, device, b, c) for b, c in shapes))
 
 
 def with_room(config: EngineConfig, mine: BenchOptions, workloads: "Sequence[Workload]") -> EngineConfig:

@@ -13,7 +13,7 @@ RUNNING = (1, 8, 32, 128, 256)  # requests at once
 
 
 def host(options: BenchOptions) -> int:
-    from llmrs.bench_host import host_step
+    from llmrs.bench.host import host_step
     from llmrs.models import demo
     from llmrs.models.tokenizer import Tokenizer
 
@@ -35,10 +35,10 @@ def host(options: BenchOptions) -> int:
 def mlx_host(options: BenchOptions) -> int:
     """The time to build MLX's graph of a decode step, against mlx-lm's where that is installed."""
     find("mlx")  # raises BackendError where MLX is missing or too old
-    from llmrs import bench_mlx
+    from llmrs.bench import mlx_lm
 
-    results: dict[int, Any] = {n: bench_mlx.host(n, "f32", "auto", 15) for n in options.batches or (1, 32)}
-    counts = bench_mlx.per_layer()
+    results: dict[int, Any] = {n: mlx_lm.host(n, "f32", "auto", 15) for n in options.batches or (1, 32)}
+    counts = mlx_lm.per_layer()
     if options.json:
         print(json.dumps({"graph_seconds_per_step": results, "per_layer": counts}))
         return 0

@@ -11,7 +11,7 @@ from llmrs.cli.terminal import StatusLine
 from llmrs.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from llmrs.speed import Device
+    from llmrs.bench.roofline import Device
 
 FULL = 1.0  # scale of a workload as it is defined
 
@@ -34,7 +34,7 @@ class Report:
 
     def add(self, heading: str, records: Iterable[Any]) -> None:
         """Takes what is measured meanwhile."""
-        from llmrs.bench_tables import TABLES
+        from llmrs.bench.report import TABLES
 
         line = StatusLine()
         line.show(lambda: f"measuring {heading}")
@@ -43,7 +43,7 @@ class Report:
         self._print(*TABLES[heading](self.found[heading]))
 
     def end(self) -> None:
-        from llmrs.bench_tables import record
+        from llmrs.bench.report import record
 
         if self.options.json:
             print(json.dumps({**self.head, **{name: [*map(record, found)] for name, found in self.found.items()}}))
@@ -54,7 +54,7 @@ class Report:
 
     def draw(self, path: str) -> None:
         """Writes the picture of the grid. Raises ConfigError where there is nothing to draw, or no place for a file."""
-        from llmrs.bench_tables import picture
+        from llmrs.bench.report import picture
 
         try:
             Path(path).write_text(picture(self.found["grid"]), "utf-8")

@@ -18,7 +18,6 @@ from llmrs.models.detokenize import Detokenizer
 from llmrs.models.message import Message
 from llmrs.models.template import ChatPrompt, encode_chat
 from llmrs.output import GenerationOutput
-from llmrs.speed import Device
 from llmrs.stream import PromptProgress, Sink, Stream, cancelling
 from llmrs.trace import Trace
 from llmrs.worker import Worker
@@ -168,11 +167,6 @@ class Engine:
             "kv_blocks": pool.count,
             "kv_blocks_used": pool.count - pool.free,
         }
-
-    def ceilings(self) -> Device:
-        """What the device can do, measured now: what a speed should be compared with."""
-        name = f"{self.config.backend} {self.config.device}"
-        return Device(name, *self._worker.ask(lambda backend: backend.ceilings()))
 
     def start_trace(self) -> Trace:
         """Records from now on what each step spends its time on."""

@@ -27,9 +27,13 @@ import numpy as np
 import random_checkpoint
 import torch
 
-from llmrs import Engine, EngineConfig, bench_start, bench_steps, bench_tables, bench_workloads
+from llmrs import Engine, EngineConfig
 from llmrs.backends.base import find
-from llmrs.bench_profile import profile_step
+from llmrs.bench import report, serving, startup, sweep
+from llmrs.bench.profile import profile_step
+from llmrs.bench.roofline import Device
+from llmrs.bench.workloads import WORKLOADS
+from llmrs.bench.workloads import run as run_workload
 from llmrs.core.batch import Batch
 from llmrs.random_model import (
     BLOCK,
@@ -41,9 +45,6 @@ from llmrs.random_model import (
     request,
     run,
 )
-from llmrs.speed import Device
-from llmrs.workloads import WORKLOADS
-from llmrs.workloads import run as run_workload
 
 FOUND: dict[str, Any] = {}
 GPU = "cuda:0"
@@ -134,7 +135,7 @@ def engine(kv: str = "bf16") -> Engine:
         ENGINE.append(loaded(kv_cache_memory=memory, kv_cache_dtype=kv))
         print(f"loaded in {time.perf_counter() - begin:.1f} s")
         begin = time.perf_counter()
-        on_its_thread(ENGINE[0], bench_steps.settle)
+        on_its_thread(ENGINE[0], sweep.settle)
         print(f"captured the graphs of decode steps in {time.perf_counter() - begin:.1f} s", flush=True)
     return ENGINE[0]
 
@@ -147,24 +148,24 @@ def on_its_thread(of: Engine, run: Callable[[Any], Any]) -> Any:
 @cache
 def device() -> Device:
     """The ceilings as the engine measures them."""
-    return engine().ceilings()
+    return Device.of(engine())
 
 
 def tell(kind: str, records: list[Any]) -> None:
     """Prints what `llmrs bench` would, and keeps it for the JSON."""
-    print("\n".join(bench_tables.TABLES[kind](records)), flush=True)
-    FOUND.setdefault(kind, []).extend(map(bench_tables.record, records))
+    print("\n".join(report.TABLES[kind](records)), flush=True)
+    FOUND.setdefault(kind, []).extend(map(report.record, records))
 
 
 def steps() -> None:
     """Decode steps as the engine runs them, and device time of their two parts beside the host's time to launch one."""
-    tell("grid", [cell for n, context in SHAPES for cell in bench_steps.grid(engine(), device(), [n], [context])])
+    tell("grid", [cell for n, context in SHAPES for cell in sweep.grid(engine(), device(), [n], [context])])
     on_its_thread(engine(), parts_of_steps)
 
 
 def parts_of_steps(backend: Any) -> None:
     for count, context in SHAPES:
-        batch = bench_steps.decode_batch(backend.block_size, count, context)
+        batch = sweep.decode_batch(backend.block_size, count, context)
         forward = timed(lambda b=batch: backend.forward(b))
         logits = backend.forward(batch)
         sample = timed(lambda b=batch, x=logits: backend.sample(x, b))
@@ -181,11 +182,11 @@ def parts_of_steps(backend: Any) -> None:
 
 
 def workloads() -> None:
-    tell("workloads", list(bench_workloads.measure(engine(), device(), [*WORKLOADS.values()])))
+    tell("workloads", list(serving.measure(engine(), device(), [*WORKLOADS.values()])))
 
 
 def arrivals() -> None:
-    tell("arrivals", list(bench_workloads.over_time(engine(), device(), WORKLOADS["mixed"], (0.5, 0.8))))
+    tell("arrivals", list(serving.over_time(engine(), device(), WORKLOADS["mixed"], (0.5, 0.8))))
 
 
 def grid() -> None:
@@ -195,15 +196,15 @@ def grid() -> None:
         ENGINE.pop().close()
     config = EngineConfig(sys.argv[1], device=GPU, max_num_seqs=512, max_model_len=16384, prefix_cache=False)
     with Engine(config) as large:
-        cells = list(bench_steps.grid(large, device(), (1, 4, 16, 64, 256, 512), (128, 1024, 4096, 16384)))
+        cells = list(sweep.grid(large, device(), (1, 4, 16, 64, 256, 512), (128, 1024, 4096, 16384)))
     tell("grid", cells)
-    Path(os.environ.get("OUT", "."), f"grid-{Path(sys.argv[1]).name}.svg").write_text(bench_tables.picture(cells))
+    Path(os.environ.get("OUT", "."), f"grid-{Path(sys.argv[1]).name}.svg").write_text(report.picture(cells))
 
 
 def start() -> None:
     """Fresh processes, up to the first token, from Python; `llmrs bench --start` times `llmrs run` too."""
     config = EngineConfig(sys.argv[1], device=GPU)
-    found = [bench_start.stages(config) for _ in range(4)][1:]
+    found = [startup.stages(config) for _ in range(4)][1:]
     FOUND["start"] = found
     for parts in found:
         print("imports {:.2f} s, loading {:.2f} s, first token {:.2f} s".format(*parts), flush=True)
@@ -268,7 +269,7 @@ def pdl() -> None:
     """Decode steps with chained kernels and without."""
 
     def run(backend: Any) -> None:
-        bench_chain.pdl(backend, partial(bench_steps.decode_batch, backend.block_size), timed, FOUND)
+        bench_chain.pdl(backend, partial(sweep.decode_batch, backend.block_size), timed, FOUND)
 
     on_its_thread(engine(), run)
 
@@ -291,7 +292,7 @@ def rows() -> None:
     """Steps of few sequences: matrices with what stands around them in one kernel, and apart."""
 
     def batch(backend: Any, count: int, context: int) -> Batch:
-        return bench_steps.decode_batch(backend.block_size, count, context)
+        return sweep.decode_batch(backend.block_size, count, context)
 
     with wide() as own:
         on_its_thread(own, lambda backend: bench_rows.whole_steps(timed, FOUND, backend, batch))
@@ -302,7 +303,7 @@ def products() -> None:
     """Steps in which one kind of product is done by ours, and cut in several ways."""
 
     def run(backend: Any) -> None:
-        batch = partial(bench_steps.decode_batch, backend.block_size, context=256)
+        batch = partial(sweep.decode_batch, backend.block_size, context=256)
         bench_products.products(timed, FOUND, backend, batch)
 
     with wide() as own:

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from bench_rows import recorded
 
-from llmrs import bench_steps, bench_workloads
 from llmrs.backends.base import find
+from llmrs.bench import serving, sweep
+from llmrs.bench.workloads import WORKLOADS
 from llmrs.random_model import BLOCK, RandomModel, prefill_batch, prompts
-from llmrs.workloads import WORKLOADS
 
 SHAPES = ((1, 384), (32, 512), (256, 512), (256, 1000))  # sequences, context
 
@@ -23,8 +23,8 @@ def fp8(bench: Any) -> None:
     for kv in ("bf16", "fp8"):
         engine = bench.engine(kv)
         print(f"KV cache in {kv}: {engine.fit.token:,} bytes a token")
-        bench.tell("grid", [cell for n, context in SHAPES for cell in bench_steps.grid(engine, device, [n], [context])])
-        bench.tell("workloads", list(bench_workloads.measure(engine, device, [WORKLOADS["seed"]])))
+        bench.tell("grid", [cell for n, context in SHAPES for cell in sweep.grid(engine, device, [n], [context])])
+        bench.tell("workloads", list(serving.measure(engine, device, [WORKLOADS["seed"]])))
 
 
 def correctness(bench: Any, names: tuple[str, ...] = ("qwen3", "llama")) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import random_checkpoint
 
 from llmrs import Engine, EngineConfig
-from llmrs.workloads import WORKLOADS, arrivals, percentiles, run
+from llmrs.bench.workloads import WORKLOADS, arrivals, percentiles, run
 
 SHARES = (0.5, 0.8)
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from random_checkpoint import QWEN3
 
+from llmrs.bench.roofline import Device, Work
 from llmrs.core.ir import Graph
 from llmrs.models.config import parse
 from llmrs.models.families import family, graph_of
-from llmrs.speed import Device, Work
 
 # Memory bandwidth as Apple publishes it; GPU arithmetic in half precision as commonly cited, on the largest GPU.
 DEVICES = [

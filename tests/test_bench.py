@@ -12,21 +12,22 @@ import paper
 import pytest
 import random_checkpoint
 
-from llmrs import ConfigError, Engine, EngineConfig, bench_start
+from llmrs import ConfigError, Engine, EngineConfig
 from llmrs.backends.base import Ran
 from llmrs.backends.fusion import FUSED_OPS, fuse
 from llmrs.backends.testing import RandomModel
 from llmrs.backends.torch.profile import outermost, ran
-from llmrs.bench_profile import Profile
-from llmrs.bench_start import failed
-from llmrs.bench_steps import Cell, busy, decode_batch, grid, measured
-from llmrs.bench_tables import picture, profiles
-from llmrs.bench_workloads import idle, measure, over_time
+from llmrs.bench import startup
+from llmrs.bench.op_costs import Cost, Kernel, costs, joined, kernels, ops_of
+from llmrs.bench.plot import Axis, Curve, svg
+from llmrs.bench.profile import Profile
+from llmrs.bench.report import picture, profiles
+from llmrs.bench.roofline import Device, Work
+from llmrs.bench.serving import idle, measure, over_time
+from llmrs.bench.startup import failed
+from llmrs.bench.sweep import Cell, busy, decode_batch, grid, measured
+from llmrs.bench.workloads import WORKLOADS, Answered, Asked, Outcome, Workload, arrivals, named, percentiles, run
 from llmrs.cli import main
-from llmrs.floors import Cost, Kernel, costs, joined, kernels, ops_of
-from llmrs.plot import Axis, Curve, svg
-from llmrs.speed import Device, Work
-from llmrs.workloads import WORKLOADS, Answered, Asked, Outcome, Workload, arrivals, named, percentiles, run
 
 DEVICE = Device("made up", 1e9, 1e12)
 H200 = Device("H200", 4.66e12, 803e12)
@@ -180,7 +181,7 @@ class Busy:
 
 def test_the_idle_share_of_a_workload(engine, monkeypatch):
     profiler, core = Busy(), engine._worker.core
-    monkeypatch.setattr("llmrs.bench_workloads.PIECE", 3)
+    monkeypatch.setattr("llmrs.bench.serving.PIECE", 3)
     monkeypatch.setattr(core.backend, "profiler", lambda: profiler)
     before = core.span
     assert idle(engine, [Asked([5, 6, 7], 7)], 1.0) == pytest.approx(0.7)  # 7 steps: pieces of 2, 3 and 2
@@ -508,7 +509,7 @@ def test_what_is_wrong_is_said(call, args, words):
 
 
 def test_the_start_of_processes(monkeypatch, call):
-    monkeypatch.setattr("llmrs.bench_start.measure", partial(bench_start.measure, rounds=1))
+    monkeypatch.setattr("llmrs.bench.startup.measure", partial(startup.measure, rounds=1))
     (found,) = json.loads(call("--start", "--json", "--backend", "reference", "--max-model-len", "64")[1])["start"]
     assert min(found["first_token"], found["imported"], found["loaded"], found["answered"]) > 0
     assert "it was this" in failed(2, b"noise\nerror: it was this\nhint: no\n").message

@@ -93,6 +93,11 @@ def test_imports_follow_the_arrows(folder):
     assert not wrong
 
 
+def test_the_engine_does_not_import_its_benchmark():
+    own = [p for p in sources("llmrs") if p.parent.name == "llmrs"]
+    assert not [f"{relative(p)} -> {m}" for p in own for m in imported(p) if m.startswith("llmrs.bench")]
+
+
 def test_core_imports_only_the_standard_library_and_numpy():
     known = sys.stdlib_module_names | {"numpy", "llmrs"}
     assert not [f"{relative(p)} -> {m}" for p in sources("core") for m in imported(p) if m.split(".")[0] not in known]
@@ -157,7 +162,7 @@ for name in sys.argv[1:]:
 
 def test_only_the_suite_for_backends_imports_pytest(tmp_path):
     names = sorted(m for m in MODULES if m != "llmrs.backends.testing")
-    assert "llmrs.bench_mlx" in names
+    assert "llmrs.bench.mlx_lm" in names
     run(NO_PYTEST, tmp_path, *names)
 
 

@@ -257,7 +257,7 @@ def fresh(monkeypatch):
     """Importing the backend anew, with the stand-in for mlx.core that is given."""
 
     def use(core):
-        for name in [n for n in sys.modules if n.startswith("llmrs.backends.mlx") or n == "llmrs.bench_mlx"]:
+        for name in [n for n in sys.modules if n.startswith("llmrs.backends.mlx") or n == "llmrs.bench.mlx_lm"]:
             monkeypatch.delitem(sys.modules, name)
         package = ModuleType("mlx")
         package.core = core
@@ -419,9 +419,9 @@ def test_a_kv_cache_of_another_type():
 
 
 def test_what_a_layer_is_made_of_on_metal():
-    from llmrs import bench_mlx
+    from llmrs.bench import mlx_lm
 
-    found = bench_mlx.per_layer()
+    found = mlx_lm.per_layer()
     assert found["Metal kernels"] == 5  # norm + rope, attention, gated, add + norm twice
     assert found["other primitives of MLX"] >= 6  # four matrix products and two scatters at least
 

@@ -8,9 +8,9 @@ from measure import ROOT
 
 from llmrs import Engine, EngineConfig
 from llmrs.backends.testing import RandomModel
-from llmrs.bench import measure
+from llmrs.bench.decode import measure
+from llmrs.bench.roofline import Device, Work
 from llmrs.models.weights import parameters
-from llmrs.speed import Device, Work
 
 
 def test_the_work_of_qwen3():
@@ -58,7 +58,7 @@ def test_the_tables_of_the_docs():
 def test_measuring_the_demo_model():
     config = EngineConfig("demo", device="cpu", prefix_cache=False, max_num_seqs=2, max_model_len=256)
     with Engine(config) as engine:
-        ceilings = engine.ceilings()
+        ceilings = Device.of(engine)
         found = list(measure(engine, ceilings, (1, 2), 16, 8))
     assert ceilings.bandwidth > 1e8
     assert ceilings.operations > 1e8

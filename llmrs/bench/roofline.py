@@ -4,9 +4,13 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from llmrs.core.ir import Equation, Graph, Weight
 from llmrs.fit import token_bytes
+
+if TYPE_CHECKING:
+    from llmrs.engine import Engine
 
 # Bytes of a weight. Q8_0 and Q4_K are GGUF's blocks: 34 bytes for 32, 144 for 256.
 WEIGHT_BYTES = {"f32": 4.0, "bf16": 2.0, "f16": 2.0, "q8_0": 34 / 32, "q4k": 144 / 256}
@@ -19,6 +23,12 @@ class Device:
     name: str
     bandwidth: float
     operations: float
+
+    @staticmethod
+    def of(engine: "Engine") -> "Device":
+        """What an engine's device can do, measured now. Raises BackendError."""
+        config = engine.config
+        return Device(f"{config.backend} {config.device}", *engine._worker.ask(lambda backend: backend.ceilings()))
 
 
 class Rated:

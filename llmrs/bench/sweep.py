@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmrs.backends.base import Backend, Profiler, Ran
+from llmrs.bench.roofline import Device, Work
 from llmrs.core.batch import Batch
 from llmrs.core.engine import Ticket
 from llmrs.core.errors import BackendError
 from llmrs.core.sampling import SamplingArrays
 from llmrs.engine import Engine
-from llmrs.speed import Device, Work
 
 ROUNDS, ENOUGH, FEWEST, MOST = 3, 0.3, 3, 50  # rounds of steps, the seconds of one, and how many steps it has
 

@@ -5,11 +5,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from llmrs.backends.base import Profiler
-from llmrs.bench_steps import busy, settle
+from llmrs.bench.roofline import Device, Rated, Work
+from llmrs.bench.sweep import busy, settle
+from llmrs.bench.workloads import Asked, Outcome, Workload, arrivals, run
 from llmrs.core.errors import ConfigError
 from llmrs.engine import Engine
-from llmrs.speed import Device, Rated, Work
-from llmrs.workloads import Asked, Outcome, Workload, arrivals, run
 
 PIECE = 100  # steps
 Latencies = dict[str, dict[str, float]]

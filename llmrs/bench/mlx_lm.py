@@ -1,4 +1,4 @@
-"""The MLX backend against mlx-lm, in turns in one process: python -m llmrs.bench_mlx host | decode
+"""The MLX backend against mlx-lm, in turns in one process: python -m llmrs.bench.mlx_lm host | decode
 
 host:   CPU time to build the graph of a decode step, on a model so small that arithmetic vanishes
 decode: tokens per second from the first answer's token to the last, on a small model of Qwen3's shape

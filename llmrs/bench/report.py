@@ -4,14 +4,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from llmrs.bench.plot import Curve, svg
 from llmrs.core.errors import ConfigError
-from llmrs.plot import Curve, svg
 
 if TYPE_CHECKING:
-    from llmrs.bench_profile import Profile
-    from llmrs.bench_start import Start
-    from llmrs.bench_steps import Cell
-    from llmrs.bench_workloads import Measured
+    from llmrs.bench.profile import Profile
+    from llmrs.bench.serving import Measured
+    from llmrs.bench.startup import Start
+    from llmrs.bench.sweep import Cell
 
 LEAST = 0.005  # part of a step from which a kernel has a line of its own
 NOT_MEASURED = "idle: not measured on this backend and device"

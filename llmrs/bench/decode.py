@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llmrs.bench.roofline import Device, Rated, Work
 from llmrs.core.config import SamplingParams
 from llmrs.engine import Engine
-from llmrs.speed import Device, Rated, Work
 
 
 @dataclass(frozen=True)

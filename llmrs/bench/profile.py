@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llmrs.backends.base import Backend, Ran
-from llmrs.bench_steps import busy, decode_batch, profiled, run_steps, timed, too_large
+from llmrs.bench.op_costs import Kernel, costs, kernels
+from llmrs.bench.roofline import Device, Work
+from llmrs.bench.sweep import busy, decode_batch, profiled, run_steps, timed, too_large
 from llmrs.core.errors import BackendError, ConfigError
 from llmrs.engine import Engine
-from llmrs.floors import Kernel, costs, kernels
-from llmrs.speed import Device, Work
 
 STEPS = 5  # under the profiler
 

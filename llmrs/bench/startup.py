@@ -1,6 +1,6 @@
 """From the start of a process to the first token: what `llmrs run` takes, and which part of it is what.
 
-As a program (`python -m llmrs.bench_start CONFIG SINCE`) it is the process that is timed for the parts: the config as
+As a program (`python -m llmrs.bench.startup CONFIG SINCE`) it is the process that is timed for the parts: the config as
 JSON, and the time.time() at which it was started. It prints the seconds since then after each part.
 """
 
@@ -54,7 +54,7 @@ def until_output(command: Sequence[str]) -> float:
 
 def stages(config: EngineConfig) -> tuple[float, float, float]:
     """Seconds of importing, of loading, and of the first token, in a process of their own."""
-    command = [sys.executable, "-m", "llmrs.bench_start", json.dumps(vars(config)), repr(time.time())]
+    command = [sys.executable, "-m", "llmrs.bench.startup", json.dumps(vars(config)), repr(time.time())]
     done = subprocess.run(command, capture_output=True)
     if done.returncode:
         raise failed(done.returncode, done.stderr)

@@ -1,1 +1,0 @@
-../../llmrs/bench_workloads.py

@@ -1,1 +1,0 @@
-../../llmrs/floors.py

@@ -1,1 +1,0 @@
-../../llmrs/plot.py
