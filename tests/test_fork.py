@@ -14,6 +14,7 @@ FORK = """
 import asyncio, json, os, sys, threading, warnings
 warnings.simplefilter("ignore", DeprecationWarning)  # of forks with threads
 from llmrs import Engine, EngineConfig, LlmrsError, SamplingParams
+from llmrs.bench.roofline import Device
 
 params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
 endless = SamplingParams(temperature=0.0, max_tokens=4000, ignore_eos=True)
@@ -48,7 +49,7 @@ ours, theirs = os.pipe()
 if (child := os.fork()) == 0:
     uses = {
         "generate": lambda: parent.generate_sync(params, ["x"]),
-        "ceilings": parent.ceilings,
+        "ask": lambda: Device.of(parent),
         "next": lambda: next(stream), "list": lambda: list(stream), "result": stream.result,
         "finished": lambda: list(finished), "waited": lambda: list(waited),
         "async": lambda: loop.run_until_complete(read()),
@@ -78,7 +79,7 @@ def fork(*arguments):
 
 
 def check_whose_they_are(found):
-    for name in ("generate", "ceilings", "next", "list", "result", "finished", "waited", "async"):
+    for name in ("generate", "ask", "next", "list", "result", "finished", "waited", "async"):
         kind, message, hint = found[name]
         assert kind == "EngineClosedError"
         assert "another process" in message
