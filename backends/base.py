@@ -72,10 +72,14 @@ class Backend(ABC):
         for name in ("kernels", "attention"):
             if getattr(config, name) != "auto":
                 raise ConfigError(f"{name}: backend {self.name} has no choice of {name}", "leave it at auto")
-        if config.threads is not None:
-            raise ConfigError(f"threads: backend {self.name} has no choice of threads", "leave it out")
+        self.refuse_threads(config)
         if config.tune:
             raise ConfigError(f"tune: backend {self.name} has nothing to tune", "leave it out")
+
+    def refuse_threads(self, config: EngineConfig) -> None:
+        """For backends that do not set the number of CPU threads. Raises ConfigError where one is asked for."""
+        if config.threads is not None:
+            raise ConfigError(f"threads: backend {self.name} has no choice of threads", "leave it out")
 
     def reserve(self, graph: Graph, sequences: int, tokens: int) -> int:
         """Bytes that it needs beside weights and KV cache for steps of at most so many sequences and tokens."""
@@ -131,8 +135,8 @@ class Backend(ABC):
         """
 
     def idle(self) -> bool:
-        """Called while no request runs: may do a piece of work, of milliseconds, that makes later steps faster. True:
-        there is more of it."""
+        """Called while no request runs: may do some milliseconds of work that make later steps faster. True: there is
+        more of it."""
         return False
 
     @abstractmethod

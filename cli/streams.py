@@ -1,7 +1,7 @@
 """The three standard streams, for every command: UTF-8, there even where they were closed, and one rule for failures.
 
 What can't be written to stderr is dropped, since diagnostics decide nothing. What can't be written to stdout raises
-WriteError, whoever writes it: lost results end a command with an error.
+WriteError in every command: lost results end it with an error.
 """
 
 import codecs

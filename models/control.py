@@ -5,7 +5,7 @@ from typing import Any
 
 import tokenizers
 
-from llmrs.models.specials import NAMES
+from llmrs.models.specials import NAMES, text_of
 
 
 def add_control(inner: tokenizers.Tokenizer, settings: dict[str, Any]) -> None:
@@ -24,10 +24,10 @@ def add_control(inner: tokenizers.Tokenizer, settings: dict[str, Any]) -> None:
 
 
 def _special(settings: dict[str, Any]) -> Iterator[str]:
-    """The texts of special tokens, which files write as text or as an object."""
+    """The texts of special tokens that are valid Unicode."""
     every = settings.get("added_tokens_decoder")
     listed = [t for t in every.values() if isinstance(t, dict) and t.get("special")] if isinstance(every, dict) else []
     for token in (*(settings.get(f"{name}_token") for name in NAMES), *listed):
-        content = token.get("content") if isinstance(token, dict) else token
+        content = text_of(token)
         if isinstance(content, str) and content == content.encode(errors="ignore").decode():  # no lone surrogate
             yield content

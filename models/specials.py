@@ -58,10 +58,13 @@ def special_tokens(settings: dict[str, Any], path: Path, id_of: Callable[[str], 
     return {**{name: text for name, text in known.items() if text is None or id_of(text) is not None}, **given}
 
 
-def _content(path: Path, settings: dict[str, Any], name: str) -> str | None:
+def text_of(token: Any) -> Any:
     """A special token's text, which files write as text or as an object."""
-    value = settings[name]
-    value = value.get("content") if isinstance(value, dict) else value
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _content(path: Path, settings: dict[str, Any], name: str) -> str | None:
+    value = text_of(settings[name])
     if value is not None and not isinstance(value, str):
         raise Fields(path, settings).error(name, "text, or an object with the text as its content")
     try:

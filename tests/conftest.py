@@ -83,6 +83,22 @@ def folder(checkpoints, tmp_path_factory):
 
 
 @pytest.fixture
+def config(folder):
+    """Of an engine on that model, with small blocks and steps."""
+    from llmrs import EngineConfig
+
+    return EngineConfig(folder, dtype="f32", device="cpu", block_size=4, max_num_batched_tokens=32)
+
+
+@pytest.fixture
+def engine(config):
+    from llmrs import Engine
+
+    with Engine(config) as engine:
+        yield engine
+
+
+@pytest.fixture
 def call(capsys, tmp_path, monkeypatch):
     """Runs a command line in an empty folder; exit status, stdout, stderr."""
     from llmrs.cli import main

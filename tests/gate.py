@@ -9,6 +9,10 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
 LONG = SamplingParams(temperature=0.0, max_tokens=400, ignore_eos=True)
 
 
+class Stop(Exception):
+    """Raised by a test's callback."""
+
+
 class Gate:
     """Every step of the engine waits until `open()`; `reached` is set as soon as one does.
 

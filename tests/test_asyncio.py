@@ -6,25 +6,10 @@ import pickle
 import threading
 
 import pytest
-from gate import GREEDY, GUARD, LONG, Gate, engine_threads, settled
+from gate import GREEDY, GUARD, LONG, Gate, Stop, engine_threads, settled
 
 from llmrs import Engine, EngineClosedError, EngineConfig, LoadCancelledError, MemoryLimitError, RequestError
 from llmrs.loading import read_model
-
-
-@pytest.fixture
-def config(folder):
-    return EngineConfig(folder, dtype="f32", device="cpu", block_size=4, max_num_batched_tokens=32)
-
-
-@pytest.fixture
-def engine(config):
-    with Engine(config) as engine:
-        yield engine
-
-
-class Stop(Exception):
-    pass
 
 
 def run(main):

@@ -255,7 +255,7 @@ def test_slots_beyond_the_step_keep_their_tokens():
     ours = backend()
     ours.allocate(40, BLOCK, 8, 64)
     ours.slots.last_token.fill_(123)
-    ours.kernels.warm([3])
+    ours.kernels._capture(ours.kernels._static(Shape(4, 4, 4, 0)))
     assert ours.slots.last_token.tolist() == [123] * 8
     step = sampling_batch(SamplingArrays.zeros(3))
     step = dataclasses.replace(step, slots=np.array([6, 1, 3], np.int32), sampled=np.array([True, False, True]))

@@ -10,24 +10,9 @@ import threading
 import weakref
 
 import pytest
-from gate import GREEDY, GUARD, LONG, Gate, engine_threads, join, read_in_threads, settled
+from gate import GREEDY, GUARD, LONG, Gate, Stop, engine_threads, join, read_in_threads, settled
 
-from llmrs import BackendError, Engine, EngineClosedError, EngineConfig, RequestError, SamplingParams
-
-
-@pytest.fixture
-def config(folder):
-    return EngineConfig(folder, dtype="f32", device="cpu", block_size=4, max_num_batched_tokens=32)
-
-
-@pytest.fixture
-def engine(config):
-    with Engine(config) as engine:
-        yield engine
-
-
-class Stop(Exception):
-    pass
+from llmrs import BackendError, Engine, EngineClosedError, RequestError, SamplingParams
 
 
 def interrupt_main(step):

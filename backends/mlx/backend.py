@@ -21,7 +21,7 @@ from llmrs.backends.mlx.sampling import SlotState, adjusted, draw, logprobs
 from llmrs.core.batch import Batch
 from llmrs.core.config import DTYPES as FLOATS
 from llmrs.core.config import EngineConfig
-from llmrs.core.errors import BackendError, ConfigError, MemoryLimitError
+from llmrs.core.errors import BackendError, MemoryLimitError
 from llmrs.core.sampling import Logprobs
 from llmrs.quant.tensor import Tensor
 
@@ -87,8 +87,7 @@ class MlxBackend(Backend):
         memory.bound(self.loan, config.memory_limit)
         if config.attention != "auto":
             raise BackendError(f"attention: {config.attention} is not for the mlx backend", "auto")
-        if config.threads is not None:
-            raise ConfigError("threads: backend mlx has no choice of threads", "leave it out")
+        self.refuse_threads(config)
         if config.tune:
             raise BackendError("tune: only Triton kernels are tuned", "leave it out")
         if config.kernels == "triton":

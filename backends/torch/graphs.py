@@ -28,7 +28,7 @@ def bucket(exact: Shape, tile: int, programs: float) -> Shape | None:
     """The shape in which a step runs; None: none is large enough. `tile` is the tokens of a prompt's tile,
     `programs` those of attention that fill the device, for each KV head."""
     if exact.plain:
-        n = decode_bucket(exact.tokens)
+        n = _next(DECODE, exact.tokens)
         return Shape(n, n, n, 0, exact.split) if n else None
     tokens, rows = _next(MIXED, exact.tokens), _next(ROWS, exact.sequences)
     if not tokens or not rows:
@@ -36,35 +36,35 @@ def bucket(exact: Shape, tile: int, programs: float) -> Shape | None:
     return _mixed(tokens, rows, rows if exact.singles else 0, tile, programs)
 
 
-def decode_bucket(tokens: int) -> int | None:
-    """Tokens of the graph that runs a step of so many single ones."""
-    return _next(DECODE, tokens)
-
-
 def _next(sizes: tuple[int, ...], n: int) -> int | None:
     return next((size for size in sizes if size >= n), None)
 
 
+def _up_to(sizes: tuple[int, ...], n: int) -> int:
+    """The size that holds n, else the largest."""
+    return _next(sizes, n) or sizes[-1]
+
+
 def decode_shapes(sequences: int, programs: float) -> list[Shape]:
-    """Those of decode steps of up to so many sequences of equal context, long or short; the largest come first."""
-    largest = decode_bucket(sequences) or DECODE[-1]
+    """Of decode steps, up to this number of sequences of equal context, long or short; the largest come first."""
+    largest = _up_to(DECODE, sequences)
     even = [(n, splits(n, programs)) for n in reversed(DECODE) if n <= largest]
     return [Shape(n, n, n, 0, split) for n, most in even for split in sorted({most, min(most, LESS)})]
 
 
 def covering_shapes(sequences: int, tokens: int, tile: int, programs: float) -> list[Shape]:
-    """Few shapes, into one of which nearly every step of up to so many sequences and tokens fits; the largest first."""
+    """A few shapes that hold nearly every step up to these sizes; the largest come first."""
     decode = [n for n in COVER_DECODE if n <= sequences]
-    decode += [decode_bucket(sequences) or DECODE[-1]]
-    rows = _next(ROWS, sequences) or ROWS[-1]
+    decode += [_up_to(DECODE, sequences)]
+    rows = _up_to(ROWS, sequences)
     mixed = [_mixed(t, min(t, rows), min(t, rows), tile, programs) for t in COVER_MIXED if t <= tokens]
     return [*reversed(mixed), *(Shape(n, n, n, 0, splits(n, programs)) for n in sorted({*decode}, reverse=True))]
 
 
 def kernel_shapes(sequences: int, tokens: int, tile: int, programs: float) -> list[Shape]:
-    """Shapes whose steps run every kernel, in every variant, that steps of up to so many sequences and tokens do."""
+    """Shapes whose steps run every variant of every kernel that steps up to these sizes run."""
     decode = [Shape(1, 1, 1, 0, 1 << n) for n in range(MOST.bit_length())] + decode_shapes(sequences, programs)
-    rows = [n for n in ROWS if n <= (_next(ROWS, sequences) or ROWS[-1])]
+    rows = [n for n in ROWS if n <= _up_to(ROWS, sequences)]
     sizes = [(t, n) for t in KERNEL_TOKENS for n in (rows if t in KERNEL_ROWS else rows[:1]) if n <= t <= tokens]
     long = [(t, rows[0]) for t in MIXED if t <= tokens][-1:]
     return [*decode, *(_mixed(t, n, singles, tile, programs) for t, n in (*sizes, *long) for singles in (0, n))]

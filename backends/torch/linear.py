@@ -43,7 +43,7 @@ def prepare(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
 
 
 def unpacked(weight: torch.Tensor, bias: torch.Tensor | None, plain_rows: int) -> Linear:
-    """Plain for up to so many rows, upcast for more."""
+    """Plain up to `plain_rows` rows, upcast above."""
 
     def run(x: torch.Tensor) -> torch.Tensor:
         if len(x) <= plain_rows:
@@ -84,7 +84,7 @@ def packed(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
 
 @cache
 def measured(dtype: torch.dtype, threads: int) -> Forms:
-    """The fastest forms on this machine, for so many threads. Takes about a tenth of a second."""
+    """The fastest forms on this machine, with this number of threads. Takes about a tenth of a second."""
     weight = torch.ones(SHAPE, dtype=dtype)
     candidates: dict[str, Linear] = {
         "plain": lambda x: torch.nn.functional.linear(x, weight),
@@ -102,7 +102,7 @@ def measured(dtype: torch.dtype, threads: int) -> Forms:
 
 
 def fastest(seconds: Callable[[str, int], float | None]) -> Forms:
-    """By the time of a form for so many rows; None: it is not there. One row is always plain or packed: to upcast
+    """By `seconds(form, rows)`; None: the form is not there. One row is always plain or packed: to upcast
     reads as much, and writes beside it."""
 
     def time_of(form: str, rows: int) -> float:

@@ -5,7 +5,7 @@ Nothing here waits for the device. The tokens of a step that the host does not k
 
 import gc
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ from llmrs.backends.torch.graphs import (
     Recording,
     bucket,
     covering_shapes,
-    decode_bucket,
     decode_shapes,
     kernel_shapes,
 )
@@ -32,7 +31,7 @@ from llmrs.backends.torch.lowering import Program
 from llmrs.backends.torch.ops import KV
 from llmrs.backends.torch.rules import TRITON, KernelContext, Turns, rows
 from llmrs.backends.torch.sampling import SlotState, adjusted
-from llmrs.backends.torch.step import Shape, StepInputs, programs, shape_of, splits
+from llmrs.backends.torch.step import Shape, StepInputs, programs, shape_of
 from llmrs.backends.torch.trials import Trials
 from llmrs.backends.torch.tuned import Cuts, Device, pool_type
 from llmrs.backends.torch.tuning import cache_file, keys_of, tune
@@ -159,12 +158,6 @@ class KernelRunner:
         return tokens
 
     @torch.inference_mode()
-    def warm(self, sizes: Iterable[int]) -> None:
-        """Captures decode steps of so many sequences, the largest first: the rest fit into its memory."""
-        for n in sorted({n for n in map(decode_bucket, sizes) if n}, reverse=True):
-            self._capture(self._static(Shape(n, n, n, 0, splits(n, self.programs))))
-
-    @torch.inference_mode()
     def idle(self) -> bool:
         """While no request runs: captures a shape that came, or is likely to come. True: there are more."""
         while self.uncaptured:
@@ -176,8 +169,8 @@ class KernelRunner:
 
     @torch.inference_mode()
     def _load(self, step_tokens: int) -> None:
-        """Loads the kernels of all steps of up to so many tokens, and captures a few that nearly every step fits into:
-        no request waits for either."""
+        """Loads the kernels of steps up to this number of tokens, and captures the few shapes that hold nearly every
+        step: no request waits for either."""
         sizes = len(self.slots.last_token), step_tokens, self.tile, self.programs
         for shape in kernel_shapes(*sizes):
             inputs = StepInputs(shape, shape.sequences, self.device)
@@ -209,10 +202,12 @@ class KernelRunner:
         if own.forward:
             return own
         own.came += 1
-        self.uncaptured += [shape] if own.came == 1 else []
+        if own.came == 1:
+            self.uncaptured.append(shape)
         larger = [r for r in self.recorded.values() if r.holds(shape)]
         begin = self.clock()
-        if own.came >= COMMON and begin >= self.next_capture if larger else own.came > 1:
+        due = (own.came >= COMMON and begin >= self.next_capture) if larger else own.came > 1
+        if due:
             self._capture(own)
             end = self.clock()
             self.next_capture = end + (end - begin) / CAPTURE_SHARE
