@@ -33,14 +33,14 @@ test-slow: $(VENV)/dev.stamp ## the longer tests
 	$(PYTEST) -n $(JOBS) -m slow
 
 stress: $(VENV)/dev.stamp ## two million steps of the core under random load
-	LLMRS_STRESS=100 $(PYTEST) tests/test_stress.py
+	LLMRS_STRESS=100 $(PYTEST) tests/core/test_stress.py
 
 compile: $(VENV)/dev.stamp ## compile every Triton kernel for four kinds of GPU, without one
-	$(BIN)/python tests/triton_compile.py all sm_80 sm_89 sm_90 sm_100
+	$(BIN)/python tests/tools/triton_compile.py all sm_80 sm_89 sm_90 sm_100
 
 sanitize: $(VENV)/dev.stamp ## on an NVIDIA GPU: the kernel tests under compute-sanitizer
 	for tool in memcheck racecheck initcheck; do \
-	  compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python tests/sanitize.py || exit 1; done
+	  compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python tests/tools/sanitize.py || exit 1; done
 
 format: $(VENV)/dev.stamp ## put the code in order
 	$(BIN)/ruff check --fix

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from llmrs.cli.options import RunOptions
 from llmrs.core.config import SamplingParams
 from llmrs.core.errors import ContextLengthError, LlmrsError, RequestError
-from llmrs.models.message import Message
+from llmrs.models.text.message import Message
 from llmrs.output import GenerationOutput
 
 if TYPE_CHECKING:

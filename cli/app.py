@@ -12,7 +12,7 @@ from llmrs.cli.bench import SECTIONS as BENCH
 from llmrs.cli.bench import bench
 from llmrs.cli.chat import chat
 from llmrs.cli.graph import graph
-from llmrs.cli.listing import list_models
+from llmrs.cli.list import list_models
 from llmrs.cli.run import run
 from llmrs.cli.signals import INTERRUPTED, termination
 from llmrs.cli.terminal import guarded

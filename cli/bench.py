@@ -135,7 +135,7 @@ def with_room(config: EngineConfig, mine: BenchOptions, workloads: "Sequence[Wor
 
 def model_context(config: EngineConfig) -> int:
     """Tokens of a context of the model."""
-    from llmrs.models.families import read_config
-    from llmrs.models.locate import locate
+    from llmrs.models.arch.families import read_config
+    from llmrs.models.hub.locate import locate
 
     return read_config(locate(config.model_path, config.revision, offline=config.offline)).context

@@ -15,7 +15,7 @@ RUNNING = (1, 8, 32, 128, 256)  # requests at once
 def host(options: BenchOptions) -> int:
     from llmrs.bench.host import host_step
     from llmrs.models import demo
-    from llmrs.models.tokenizer import Tokenizer
+    from llmrs.models.text.tokenizer import Tokenizer
 
     line, tokenizer, found = StatusLine(), Tokenizer.load(demo.FILES), {}
     for running in options.batches or RUNNING:

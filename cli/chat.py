@@ -21,7 +21,7 @@ from llmrs.core.errors import (
     RequestError,
     did_you_mean,
 )
-from llmrs.models.message import Message
+from llmrs.models.text.message import Message
 from llmrs.output import GenerationOutput
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ class Chat:
 
     def said(self, output: GenerationOutput) -> str:
         """The answer as the conversation goes on with it: without control tokens, which the template writes."""
-        from llmrs.models.detokenize import Detokenizer  # not for --help, which it would slow down
+        from llmrs.models.text.detokenize import Detokenizer  # not for --help, which it would slow down
 
         p = self.settings.sampling
         if p.skip_special_tokens:

@@ -19,8 +19,8 @@ def graph(
 def show(model: str, revision: str | None, offline: bool, fused: str | None) -> int:
     # here, since `llmrs --help` should not wait for them
     from llmrs.backends.fusion import fuse
-    from llmrs.models.families import graph_of, read_config
-    from llmrs.models.locate import locate
+    from llmrs.models.arch.families import graph_of, read_config
+    from llmrs.models.hub.locate import locate
 
     config = read_config(locate(model, revision, offline=offline, weights=False))
     plain = graph_of(config)
@@ -31,8 +31,8 @@ def show(model: str, revision: str | None, offline: bool, fused: str | None) -> 
 
 def header(architecture: str, plain: Graph) -> str:
     """One line: what is in the graph, in numbers."""
-    from llmrs.fit import token_bytes
-    from llmrs.models.weights import parameters
+    from llmrs.memory import token_bytes
+    from llmrs.models.files.weights import parameters
 
     layers, kv_bytes = len(plain.kv_types()), token_bytes(plain, "bf16")
     return (

@@ -9,7 +9,7 @@ from llmrs.cli.terminal import StatusLine
 
 if TYPE_CHECKING:
     from llmrs.engine import Engine
-    from llmrs.fit import Fit
+    from llmrs.memory import Fit
 
 
 def load_engine(settings: Settings) -> "Engine":

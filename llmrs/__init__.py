@@ -22,13 +22,13 @@ from llmrs.core.errors import (
     ModelError,
     RequestError,
 )
-from llmrs.models.message import Message
+from llmrs.models.text.message import Message
 from llmrs.output import GenerationOutput, TokenLogprob
 
 if TYPE_CHECKING:
     from llmrs.aio import AsyncStream
     from llmrs.engine import Engine
-    from llmrs.models.template import ChatPrompt
+    from llmrs.models.text.template import ChatPrompt
     from llmrs.stream import Stream
 
 __version__ = "0.1.0"
@@ -57,7 +57,7 @@ __all__ = [
 
 _LATER = {
     "AsyncStream": "llmrs.aio",
-    "ChatPrompt": "llmrs.models.template",
+    "ChatPrompt": "llmrs.models.text.template",
     "Engine": "llmrs.engine",
     "Stream": "llmrs.stream",
 }

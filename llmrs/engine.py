@@ -14,9 +14,9 @@ from llmrs.core.errors import ConfigError
 from llmrs.core.request import Request
 from llmrs.inputs import InputProcessor, Prompt
 from llmrs.loading import OnFit, Progress, ignore_fit, ignore_progress, read_model, require_template
-from llmrs.models.detokenize import Detokenizer
-from llmrs.models.message import Message
-from llmrs.models.template import ChatPrompt, encode_chat
+from llmrs.models.text.detokenize import Detokenizer
+from llmrs.models.text.message import Message
+from llmrs.models.text.template import ChatPrompt, encode_chat
 from llmrs.output import GenerationOutput
 from llmrs.stream import PromptProgress, Sink, Stream, cancelling
 from llmrs.trace import Trace

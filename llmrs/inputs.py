@@ -12,7 +12,7 @@ from llmrs.core.errors import ContextLengthError, LlmrsError, RequestError
 from llmrs.core.request import Request
 from llmrs.core.sampling import mix, seed_key
 from llmrs.loading import Model
-from llmrs.models.template import ChatPrompt
+from llmrs.models.text.template import ChatPrompt
 
 Prompt = str | Sequence[int]  # a ChatPrompt is a str that carries its token ids
 

@@ -10,15 +10,15 @@ from llmrs.core.config import EngineConfig, SamplingParams
 from llmrs.core.engine import EngineCore
 from llmrs.core.errors import ConfigError, LoadCancelledError, ModelError
 from llmrs.core.ir import Graph
-from llmrs.fit import Fit, fit
-from llmrs.models.config import ModelConfig
-from llmrs.models.families import family, graph_of, read_config
-from llmrs.models.generation import read_generation
-from llmrs.models.locate import locate
-from llmrs.models.safetensors import SafetensorsSource
-from llmrs.models.template import ChatTemplate
-from llmrs.models.tokenizer import Tokenizer
-from llmrs.models.weights import Weights, with_stored_head
+from llmrs.memory import Fit, fit
+from llmrs.models.arch.config import ModelConfig
+from llmrs.models.arch.families import family, graph_of, read_config
+from llmrs.models.files.generation import read_generation
+from llmrs.models.files.safetensors import SafetensorsSource
+from llmrs.models.files.weights import Weights, with_stored_head
+from llmrs.models.hub.locate import locate
+from llmrs.models.text.template import ChatTemplate
+from llmrs.models.text.tokenizer import Tokenizer
 
 Progress = Callable[[int, int], object]  # bytes done, bytes of all; False ends the loading
 OnFit = Callable[[Fit], object]  # False ends the loading

@@ -18,8 +18,8 @@ from llmrs.core.engine import EngineCore
 from llmrs.core.ir import Graph
 from llmrs.core.request import Request
 from llmrs.core.sampling import SamplingArrays, noise_keys
-from llmrs.models.config import parse
-from llmrs.models.families import family, graph_of
+from llmrs.models.arch.config import parse
+from llmrs.models.arch.families import family, graph_of
 from llmrs.quant.tensor import Tensor
 
 VOCABULARY = 211  # a prime: a multiple of nothing

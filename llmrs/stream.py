@@ -8,7 +8,7 @@ from typing import Any, Protocol, Self
 
 from llmrs.core.errors import EngineClosedError, RequestError
 from llmrs.core.request import Request
-from llmrs.models.detokenize import Detokenizer
+from llmrs.models.text.detokenize import Detokenizer
 from llmrs.output import GenerationOutput, TokenLogprob
 
 Cancel = Callable[[Request, str], None]

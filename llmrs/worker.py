@@ -15,8 +15,8 @@ from llmrs.core.config import EngineConfig
 from llmrs.core.engine import EngineCore
 from llmrs.core.errors import BackendError, EngineClosedError, LlmrsError, LoadCancelledError
 from llmrs.core.request import Request
-from llmrs.fit import Fit
 from llmrs.loading import Model, OnFit, Progress, load, make_backend
+from llmrs.memory import Fit
 
 Command = Callable[[EngineCore], None]
 Answer = TypeVar("Answer")

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
+HERE = Path(__file__).parent
+sys.path[:0] = [*(str(HERE / part) for part in ("helpers", "tools", "bench")), str(HERE.parent / "examples")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if not torch.cuda.is_available():
@@ -118,7 +119,7 @@ def frozen_time(monkeypatch):
     """The same time for our templates and transformers'."""
     from transformers.utils import chat_template_utils
 
-    from llmrs.models import sandbox
+    from llmrs.models.text import sandbox
 
     class Then(datetime.datetime):
         @classmethod

@@ -9,13 +9,13 @@ import mlx.core as mx
 import numpy as np
 
 from llmrs.backends.base import Backend, best_time
-from llmrs.backends.memory import trim_host_memory
-from llmrs.backends.mlx import memory, metal, ops
+from llmrs.backends.host_memory import trim_host_memory
+from llmrs.backends.mlx import metal_ops, ops, streams
 from llmrs.backends.mlx.attention import KV, Context
 from llmrs.backends.mlx.compiled import MULTIPLE, CompiledSteps
-from llmrs.backends.mlx.fp8 import Scaled, arrays
-from llmrs.backends.mlx.fusing import fuse
+from llmrs.backends.mlx.fusion import fuse
 from llmrs.backends.mlx.kernels.launch import Kernels
+from llmrs.backends.mlx.kv_fp8 import Scaled, arrays
 from llmrs.backends.mlx.lowering import Lowering, Program
 from llmrs.backends.mlx.sampling import SlotState, adjusted, draw, logprobs
 from llmrs.core.batch import Batch
@@ -35,7 +35,7 @@ class MlxTicket:
         self.stream, self.result, self.likely = stream, tokens, likely
 
     def tokens(self) -> np.ndarray:
-        with memory.using(self.stream):  # waiting, too, takes a stream
+        with streams.using(self.stream):  # waiting, too, takes a stream
             mx.eval(self.result, *(self.likely or ()))
         return np.array(self.result)
 
@@ -76,15 +76,15 @@ class MlxBackend(Backend):
         self.program = Program([], 0, 0)
         self.compiled: CompiledSteps | None = None
         self.kv: list[KV] = []
-        self.loan = memory.borrow(device)
+        self.loan = streams.borrow(device)
         self.stream = self.loan.stream
-        self._end_loan = weakref.finalize(self, memory.give_back, self.loan)
+        self._end_loan = weakref.finalize(self, streams.give_back, self.loan)
         self._end_loan.atexit = False
         self.slots: SlotState | None = None
 
     def configure(self, config: EngineConfig) -> None:
         """Raises BackendError, ConfigError for kernels, attention, threads and tuning that MLX has no use for."""
-        memory.bound(self.loan, config.memory_limit)
+        streams.bound(self.loan, config.memory_limit)
         if config.attention != "auto":
             raise BackendError(f"attention: {config.attention} is not for the mlx backend", "auto")
         self.refuse_threads(config)
@@ -97,8 +97,8 @@ class MlxBackend(Backend):
 
     def use_metal(self, kernels: Kernels) -> None:
         """Has the rules of Metal win over those of mx ops, before `load`."""
-        self.rules = {**ops.COMMON, **ops.FAST, **metal.rules(kernels)}
-        self.draw, self.joint = partial(metal.draw, kernels), False
+        self.rules = {**ops.COMMON, **ops.FAST, **metal_ops.rules(kernels)}
+        self.draw, self.joint = partial(metal_ops.draw, kernels), False
 
     @classmethod
     def devices(cls) -> list[str]:
@@ -109,14 +109,14 @@ class MlxBackend(Backend):
         return frozenset(ops.COMMON)
 
     def free_memory(self) -> int:
-        return memory.free_memory()
+        return streams.free_memory()
 
     def load_weights(self, weights: Mapping[str, Tensor], progress: Callable[[int], None]) -> None:
         if self.fused_ops:
             self.graph = fuse(self.graph)
         lowering = Lowering(self.graph, self.rules, self.type, weights, progress)
         try:
-            with memory.using(self.stream):
+            with streams.using(self.stream):
                 self.program = lowering.program(join=bool(self.fused_ops))
         finally:
             lowering.forget()  # a traceback must not hold the weights
@@ -127,7 +127,7 @@ class MlxBackend(Backend):
     def allocate(self, blocks: int, block_size: int, slots: int, max_tokens: int) -> None:
         self.block_size = block_size
         self.kv = []
-        with memory.using(self.stream):
+        with streams.using(self.stream):
             for heads, size in (t.sizes for t in self.graph.kv_types()):
                 shape = (blocks * block_size * heads * (2 if self.joint else 1), size)
                 keys = self._zeros(shape)
@@ -144,7 +144,7 @@ class MlxBackend(Backend):
         return Scaled(shape) if self.kv_dtype == "fp8" else mx.zeros(shape, DTYPES[self.kv_dtype])
 
     def forward(self, batch: Batch) -> mx.array:
-        with memory.using(self.stream):
+        with streams.using(self.stream):
             logits = self._build(batch)
             mx.synchronize(self.stream)  # else the step before still reads the KV cache, and MLX would copy it
             mx.async_eval(logits)
@@ -152,7 +152,7 @@ class MlxBackend(Backend):
 
     def sample(self, logits: mx.array, batch: Batch, mask: np.ndarray | None = None) -> MlxTicket:
         assert self.slots is not None, "allocate comes first"
-        with memory.using(self.stream):
+        with streams.using(self.stream):
             self.slots.begin(batch.begun)
             tokens = self.draw(adjusted(logits[: len(batch.slots)], batch, self.slots, mask), batch.sampling)
             self.slots.append(batch, tokens)
@@ -164,7 +164,7 @@ class MlxBackend(Backend):
         return MlxTicket(self.stream, tokens, likely)
 
     def to_host(self, logits: mx.array) -> np.ndarray:
-        with memory.using(self.stream):
+        with streams.using(self.stream):
             mx.eval(logits)
         return np.array(logits)
 
@@ -173,7 +173,7 @@ class MlxBackend(Backend):
 
     def ceilings(self) -> tuple[float, float]:
         side = 4096 if self.device == "gpu" else 256
-        with memory.using(self.stream):
+        with streams.using(self.stream):
             data, matrix = mx.ones(2**28 if self.device == "gpu" else 2**24), mx.ones((side, side), self.type)
             mx.eval(data, matrix)
             reading = best_time(lambda: mx.eval(mx.sum(data)), lambda: None)

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from llmrs.backends.flat import Flat, Placed
-from llmrs.backends.mlx.fusing import join_layers
+from llmrs.backends.linearize import Flat, Placed
+from llmrs.backends.mlx.fusion import join_layers
 from llmrs.core.ir import Graph, Weight
 from llmrs.quant.tensor import Tensor
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from llmrs.backends.base import Backend
-from llmrs.backends.memory import free_host_memory
-from llmrs.backends.reference.fp8 import Scaled
+from llmrs.backends.host_memory import free_host_memory
+from llmrs.backends.reference.kv_fp8 import Scaled
 from llmrs.backends.reference.ops import KV, OPS, Context
 from llmrs.core.batch import Batch, Begun
 from llmrs.core.ir import Equation, Function, Value, at_layer

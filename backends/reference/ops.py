@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from llmrs.backends.reference.fp8 import Scaled
+from llmrs.backends.reference.kv_fp8 import Scaled
 from llmrs.core.batch import Batch
 from llmrs.core.ir import Frequencies
 

@@ -15,16 +15,16 @@ import torch
 from llmrs.backends.base import Backend, best_time
 from llmrs.backends.cores import usable_cores
 from llmrs.backends.fusion import FUSED_OPS
-from llmrs.backends.memory import free_host_memory, keep_freed_memory, trim_host_memory, use_huge_pages
-from llmrs.backends.torch.attention import context, on_device
-from llmrs.backends.torch.fp8 import CODES, Scaled, check_device
-from llmrs.backends.torch.linear import Linear, prepare
+from llmrs.backends.host_memory import free_host_memory, keep_freed_memory, trim_host_memory, use_huge_pages
+from llmrs.backends.torch.async_output import Outbox, Sent, TorchTicket
+from llmrs.backends.torch.cpu_linear import Linear, prepare
+from llmrs.backends.torch.kv_fp8 import CODES, Scaled, check_device
 from llmrs.backends.torch.lowering import Lowering, Program, join_layers, last_early
 from llmrs.backends.torch.ops import FUSED, KV, OPS
-from llmrs.backends.torch.profile import TorchProfiler
-from llmrs.backends.torch.reserve import runner_memory, step_memory
+from llmrs.backends.torch.profiler import TorchProfiler
 from llmrs.backends.torch.sampling import SlotState, logprobs, sample
-from llmrs.backends.torch.tickets import Outbox, Sent, TorchTicket
+from llmrs.backends.torch.sdpa_attention import context, on_device
+from llmrs.backends.torch.workspace import runner_memory, step_memory
 from llmrs.core.batch import Batch
 from llmrs.core.config import EngineConfig
 from llmrs.core.errors import BackendError, ConfigError, MemoryLimitError
@@ -32,7 +32,7 @@ from llmrs.core.ir import Graph
 from llmrs.quant.tensor import Tensor
 
 if TYPE_CHECKING:  # Triton is not there on every system
-    from llmrs.backends.torch.runner import KernelRunner
+    from llmrs.backends.torch.model_runner import KernelRunner
 
 BF16_SINCE = 8  # compute capability; older GPUs have no arithmetic in bf16, and Triton refuses it
 LARGE = 2**28  # bytes of weights from which huge pages pay
@@ -98,7 +98,7 @@ class TorchBackend(Backend):
                 raise BackendError(f"attention: {attention} is not there {where}", "attention: auto, or sdpa")
             return
         try:
-            from llmrs.backends.torch import rules, runner
+            from llmrs.backends.torch import model_runner, triton_ops
         except ImportError as error:
             missing = BackendError(f"Triton can't be loaded: {error}", "pip install triton, or kernels: plain")
             if wanted != "auto" or attention not in ("auto", "sdpa"):
@@ -112,10 +112,10 @@ class TorchBackend(Backend):
         if self.at.type == "cuda":
             self._check_bf16()
             torch.cuda.set_device(self.at)  # of this thread: Triton launches on it
-        self.kernels = runner.KernelRunner(self.at, graphs=graphs, attention=attention, tune=tune)
-        self.rules, self.fused_ops = rules.TRITON, rules.FUSED
-        self.prepare = partial(rules.Matrix, cuts=self.kernels.cuts)
-        self.block_size = runner.BLOCK_SIZE
+        self.kernels = model_runner.KernelRunner(self.at, graphs=graphs, attention=attention, tune=tune)
+        self.rules, self.fused_ops = triton_ops.TRITON, triton_ops.FUSED
+        self.prepare = partial(triton_ops.Matrix, cuts=self.kernels.cuts)
+        self.block_size = model_runner.BLOCK_SIZE
 
     def _check_bf16(self) -> None:
         """Raises BackendError where kernels would meet bf16 on a GPU that has none."""

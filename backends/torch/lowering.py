@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from llmrs.backends.flat import Flat, Placed
+from llmrs.backends.linearize import Flat, Placed
 from llmrs.backends.torch import ops
-from llmrs.backends.torch.linear import Linear, prepare
+from llmrs.backends.torch.cpu_linear import Linear, prepare
 from llmrs.core.ir import Equation, Graph, Weight
 from llmrs.quant.tensor import Tensor
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from llmrs.backends.torch import attention
-from llmrs.backends.torch.attention import Context
-from llmrs.backends.torch.fp8 import Scaled
-from llmrs.backends.torch.linear import Linear
+from llmrs.backends.torch import sdpa_attention
+from llmrs.backends.torch.cpu_linear import Linear
+from llmrs.backends.torch.kv_fp8 import Scaled
+from llmrs.backends.torch.sdpa_attention import Context
 from llmrs.core.ir import Frequencies
 
 Tensor = torch.Tensor
@@ -137,7 +137,7 @@ def store(c: Context, k: Tensor, v: Tensor, kv: KV) -> KV:  # (T, Hk, d) each
 
 
 def attend(c: Context, q: Tensor, kv: KV, *, scale: float, window: int = 0) -> Tensor:
-    return attention.attend(c, q, kv.keys, kv.values, scale, window)
+    return sdpa_attention.attend(c, q, kv.keys, kv.values, scale, window)
 
 
 def silu_mul(_: Context, gate: Tensor, up: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from llmrs.backends.torch.attention import on_device
+from llmrs.backends.torch.sdpa_attention import on_device
 from llmrs.core.batch import Batch, Begun
 from llmrs.core.sampling import SamplingArrays
 

@@ -10,12 +10,12 @@ from functools import partial
 
 import torch
 
-from llmrs.backends.torch.graphs import Recorder
-from llmrs.backends.torch.kernels import attention as paged
+from llmrs.backends.torch.attn_metadata import programs, splits
+from llmrs.backends.torch.cuda_graphs import Recorder
+from llmrs.backends.torch.kernel_configs import Cut, Key
+from llmrs.backends.torch.kernels import paged_attention as paged
 from llmrs.backends.torch.kernels.matvec import matvec
 from llmrs.backends.torch.ops import KV
-from llmrs.backends.torch.step import programs, splits
-from llmrs.backends.torch.tuned import Cut, Key
 
 BEYOND = 2**27  # bytes that no L2 cache holds
 CONTEXT, PROMPT = 512, 2048  # tokens

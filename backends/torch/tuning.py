@@ -20,8 +20,8 @@ import torch
 import triton
 from triton.errors import TritonError
 
-from llmrs.backends.torch import kernels, tuned
-from llmrs.backends.torch.tuned import Cut, Cuts, Device, Key, attention_key, candidates
+from llmrs.backends.torch import kernel_configs, kernels
+from llmrs.backends.torch.kernel_configs import Cut, Cuts, Device, Key, attention_key, candidates
 from llmrs.core.ir import Graph, Weight
 
 BUDGET = 10.0  # seconds; the candidate under way when they are spent is finished
@@ -122,7 +122,7 @@ def cache_file(device: Device) -> Path:
 def _sources() -> str:
     """A hash of what decides which cuts there are and what they do."""
     found = hashlib.sha256()
-    for path in (*sorted(Path(kernels.__file__ or "").parent.glob("*.py")), Path(tuned.__file__)):
+    for path in (*sorted(Path(kernels.__file__ or "").parent.glob("*.py")), Path(kernel_configs.__file__)):
         found.update(path.read_bytes())
     return found.hexdigest()[:16]
 

@@ -12,8 +12,8 @@ from llmrs.core.config import BUILT_IN, EngineConfig, SamplingParams
 from llmrs.core.engine import EngineCore
 from llmrs.core.request import Request
 from llmrs.core.sampling import Logprobs
-from llmrs.models.detokenize import Detokenizer
-from llmrs.models.tokenizer import Tokenizer
+from llmrs.models.text.detokenize import Detokenizer
+from llmrs.models.text.tokenizer import Tokenizer
 from llmrs.stream import Sink
 
 PROMPT, STEPS, WARM_UP, BLOCK = 32, 400, 50, 16

@@ -26,8 +26,8 @@ from llmrs.backends.mlx.kernels.launch import Kernels
 from llmrs.backends.mlx.lowering import as_array
 from llmrs.backends.mlx.sampling import adjusted
 from llmrs.core.sampling import SamplingArrays
-from llmrs.models.families import family
-from llmrs.models.weights import _translate
+from llmrs.models.arch.families import family
+from llmrs.models.files.weights import _translate
 from llmrs.random_model import RandomModel, core_on, request, sampling_batch
 
 TINY = {

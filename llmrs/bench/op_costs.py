@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llmrs.backends.base import DTYPE_BYTES, Ran
-from llmrs.backends.flat import Flat, Placed
+from llmrs.backends.linearize import Flat, Placed
 from llmrs.bench.roofline import Device, experts_of, met
 from llmrs.core.ir import Graph, S, T, Type, Value, Weight
-from llmrs.fit import token_bytes
+from llmrs.memory import token_bytes
 
 LINEAR = ("linear", "linears", "head")
 NORM = ("rms_norm", "add_norm")

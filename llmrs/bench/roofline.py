@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmrs.core.ir import Equation, Graph, Weight
-from llmrs.fit import token_bytes
+from llmrs.memory import token_bytes
 
 if TYPE_CHECKING:
     from llmrs.engine import Engine

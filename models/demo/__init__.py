@@ -1,4 +1,4 @@
-"""The bundled model: a small Qwen3 for trying llmrs out, the text it was trained on, and how it was trained."""
+"""The bundled model: a small Qwen3 for trying llmrs out. `examples/demo_model/` made and trained it."""
 
 from pathlib import Path
 

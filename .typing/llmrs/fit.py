@@ -1,1 +1,0 @@
-../../llmrs/fit.py

@@ -1,0 +1,50 @@
+"""What goes wrong between here and the Hugging Face Hub, as one ModelError that says what would help."""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from llmrs.core.errors import ModelError
+from llmrs.models.hub.download import AGAIN, http_error
+
+ROOM = "make room, or set HF_HOME to a folder on another disk"
+TOKEN = "set HF_TOKEN, or log in with `hf auth login`"
+OFFLINE = "is there a network? `offline: true` uses what is in the cache"
+
+
+@contextmanager
+def explained(name: str, revision: str | None, endpoint: str) -> Iterator[None]:
+    """Turns errors of huggingface_hub, of the network and of the disk into ModelError."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        yield
+    except HfHubHTTPError as error:
+        raise _refused(error, name, revision, endpoint) from error
+    except http_error() as error:
+        raise ModelError(f"{endpoint} can't be reached: {str(error) or type(error).__name__}", OFFLINE) from error
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        what = "the disk is full" if full else str(error)
+        raise ModelError(f"{name} can't be stored: {what}", f"{ROOM}; {AGAIN}") from error
+
+
+def _refused(error: Exception, name: str, revision: str | None, endpoint: str) -> ModelError:
+    """The Hub's answer in our words. Its kind is in the class, its status in the response."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    status: int = error.response.status_code  # type: ignore[attr-defined]
+    if isinstance(error, GatedRepoError):
+        return ModelError(f"{name} is gated", f"accept its terms at {endpoint}/{name}, then {TOKEN}")
+    if isinstance(error, RevisionNotFoundError):
+        return ModelError(f"{name} has no revision {revision!r}", f"{endpoint}/{name}/tree/main lists them")
+    if isinstance(error, RepositoryNotFoundError):
+        return ModelError(
+            f"there is no model {name} at {endpoint}, or it is private",
+            f"check the spelling; for a private one {TOKEN}; or give a folder that is there",
+        )
+    if status in (401, 403):
+        return ModelError(f"{endpoint} refuses access to {name} (HTTP status {status})", f"check the token: {TOKEN}")
+    if status == 429:
+        return ModelError(f"{endpoint} asks for fewer requests (HTTP status 429)", f"wait a while; {TOKEN}")
+    return ModelError(f"{endpoint} answered for {name} with HTTP status {status}", AGAIN)

@@ -1,0 +1,60 @@
+"""Steps and KV caches for the attention kernels, and what the reference gives."""
+
+import numpy as np
+import pytest
+import torch
+
+from llmrs.backends.reference import ops
+from llmrs.backends.testing import prefill_batch
+from llmrs.backends.torch.kv_fp8 import Scaled
+from llmrs.core.batch import Batch
+
+pytest.importorskip("triton")
+from llmrs.backends.torch.attn_metadata import chunk_tiles, single_tiles
+from llmrs.backends.torch.kernels.paged_attention import Tiling, attention
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
+LEFT = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}  # what may differ
+
+
+def step(rng: np.random.Generator, past: list[int], new: list[int], block_size: int) -> Batch:
+    """A step of `new` tokens each after `past` ones, in blocks that lie anywhere."""
+    batch = prefill_batch([[1] * n for n in new], block_size)
+    lengths = np.array(past, np.int32) + np.array(new, np.int32)
+    width = int(-(-lengths.max() // block_size)) + 1
+    blocks = rng.permutation(len(new) * width).astype(np.int32).reshape(len(new), width)
+    positions = np.concatenate([p + np.arange(n, dtype=np.int32) for p, n in zip(past, new, strict=True)])
+    return Batch(**{**vars(batch), "positions": positions, "lengths": lengths, "blocks": blocks})
+
+
+def pool(rng: np.random.Generator, batch: Batch, block_size: int, kv_heads: int, size: int, dtype: torch.dtype):
+    """Keys and values with NaN wherever no token of the step looks; heads before tokens in memory, as on the GPU."""
+    shape = (2, batch.blocks.max() + 2, kv_heads, block_size, size)
+    kv = torch.full(shape, torch.nan, dtype=dtype).transpose(2, 3)
+    for s, length in enumerate(batch.lengths):
+        for p in range(length):
+            block = batch.blocks[s, p // block_size]
+            kv[:, block, p % block_size] = torch.from_numpy(rng.normal(size=(2, kv_heads, size))).to(dtype)
+    return kv
+
+
+def run(q, kv, batch: Batch, scale: float, window: int, cut: Tiling, split: int) -> torch.Tensor:
+    y = torch.full((len(q), q.shape[1] * q.shape[2]), 77.0, dtype=q.dtype)
+    q, tables, y = (x.to(DEVICE) for x in (q, torch.from_numpy(batch.blocks), y))
+    keys, values = (x if isinstance(x, Scaled) else x.to(DEVICE) for x in kv)
+    counts, width = np.diff(batch.starts), batch.blocks.shape[1]
+    singles = single_tiles(batch, counts, width)
+    empty = np.zeros((1, 4), np.int32)
+    chunks = chunk_tiles(batch, counts, width, cut.tokens)
+    for tiles, how, n in ((singles, Tiling(1, cut.keys, 4, 1), split), (chunks, cut, 1)):
+        tiles = torch.from_numpy(np.concatenate([empty, tiles])).to(DEVICE)  # an empty tile does nothing
+        attention(q, keys, values, tables, tiles, y, scale=scale, window=window, cut=how, split=n)
+    return y.cpu()
+
+
+def expected(q, kv, batch: Batch, block_size: int, scale: float, window: int) -> np.ndarray:
+    keys, values = (x.float().numpy() for x in kv)
+    return ops.attend(
+        ops.Context(batch, block_size), q.float().numpy(), ops.KV(keys, values), scale=scale, window=window
+    )

@@ -1,0 +1,65 @@
+"""Inputs for the GEMM kernels, and results in float64."""
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from llmrs.backends.torch.kernels import gemm
+from llmrs.backends.torch.kernels.gemm import (
+    product,
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
+LEFT = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def random(rng: np.random.Generator, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.from_numpy(rng.normal(size=shape)).to(dtype).to(DEVICE)
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch):
+    """What a kernel does not write is NaN."""
+    empty = torch.empty
+
+    def filled(*shape, **how):
+        made = empty(*shape, **how)
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch, "empty", filled)
+
+
+def expected(x, w, bias, more, norm, gate: str) -> np.ndarray:
+    """In float64, rounded where the equations round."""
+    kind = x.dtype
+
+    def rounded(a: torch.Tensor) -> torch.Tensor:
+        return a.to(kind).double()
+
+    a = x.double()
+    if norm is not None:
+        a = rounded(a * (a.square().mean(1, keepdim=True) + 1e-5).rsqrt() * (norm.double() + 0.5))
+    a = rounded(a @ w.double().T + (0 if bias is None else bias.double()))
+    if gate:
+        g, up = a.chunk(2, dim=1)
+        g = torch.nn.functional.silu(g) if gate == "silu_mul" else torch.nn.functional.gelu(g, approximate="tanh")
+        a = rounded(g * up)
+    return (a if more is None else more.double() + a).cpu().numpy()
+
+
+def check(rows: int, count: int, width: int, dtype: torch.dtype, gate: str, more: bool, norm: bool, bias: bool, **how):
+    rng = np.random.default_rng(width)
+    x = random(rng, gemm, width + 16, dtype=dtype)[:, 8 : width + 8]
+    w = random(rng, count * (2 if gate else 1), width + 8, dtype=dtype)[:, :width] / width**0.5
+    extra = {
+        "bias": random(rng, len(w), dtype=dtype) if bias else None,
+        "more": random(rng, gemm, count + 24, dtype=dtype)[:, 16 : count + 16] if more else None,
+        "norm": random(rng, width, dtype=dtype) if norm else None,
+    }
+    y = product(x, w, **extra, eps=1e-5, offset=0.5, gate=gate, **how)
+    wanted = expected(x, w, **extra, gate=gate)
+    assert y.shape == (rows, count)
+    assert y.dtype == dtype
+    assert (np.abs(y.double().cpu().numpy() - wanted) < LEFT[dtype] * np.maximum(np.abs(wanted), 1)).all()

@@ -1,0 +1,80 @@
+"""The tables of docs/apple.md that are made on paper: `python tests/tools/paper.py docs/apple.md` renews them."""
+
+import re
+import sys
+from pathlib import Path
+
+from random_checkpoint import QWEN3
+
+from llmrs.bench.roofline import Device, Work
+from llmrs.core.ir import Graph
+from llmrs.models.arch.config import parse
+from llmrs.models.arch.families import family, graph_of
+
+# Memory bandwidth as Apple publishes it; GPU arithmetic in half precision as commonly cited, on the largest GPU.
+DEVICES = [
+    Device(name, gigabytes * 1e9, teraflops * 1e12)
+    for name, gigabytes, teraflops in (
+        *(("M1", 68, 2.6), ("M2", 100, 3.6), ("M3", 100, 4.1), ("M4", 120, 4.3)),
+        *(("M1 Pro", 200, 5.2), ("M2 Pro", 200, 6.8), ("M3 Pro", 150, 7.4), ("M4 Pro", 273, 9.2)),
+        *(("M1 Max", 400, 10.4), ("M2 Max", 400, 13.6), ("M3 Max", 400, 16.4), ("M4 Max", 546, 18.4)),
+        *(("M1 Ultra", 800, 20.8), ("M2 Ultra", 800, 27.2), ("M3 Ultra", 819, 32.8)),
+    )
+]
+SHAPES = {
+    "Qwen3-0.6B": (1024, 3072, 28, 16, True),
+    "Qwen3-4B": (2560, 9728, 36, 32, True),
+    "Qwen3-8B": (4096, 12288, 36, 32, False),
+}
+FORMATS = {"bf16": "bf16", "Q8_0": "q8_0", "Q4_K": "q4k"}
+BATCHES = (1, 8, 32)
+CONTEXT, PROMPT = 512, 512
+REACHED = 0.85  # of the bandwidth, by good kernels
+MATRIX = 0.7  # of the arithmetic, by large matrix products
+LAUNCH = 3.5e-6  # seconds between two kernels
+PER_LAYER, BESIDE = 11, 8  # kernels of a decode step: 5 of ours, 4 matrix products, 2 scatters
+
+
+def graph(name: str) -> Graph:
+    hidden, inner, layers, heads, tied = SHAPES[name]
+    data = {
+        **QWEN3,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "tie_word_embeddings": tied,
+    }
+    return graph_of(parse(Path(name), data, family("Qwen3ForCausalLM").defaults))
+
+
+def expected(work: Work, device: Device, dtype: str, batch: int, layers: int) -> float:
+    """Tokens per second of all answers together."""
+    launches = (layers * PER_LAYER + BESIDE) * LAUNCH
+    return batch / (work.decode(device, dtype, batch, CONTEXT) / REACHED + launches)
+
+
+def table(name: str) -> str:
+    plain = graph(name)
+    work, layers = Work.of(plain), len(plain.kv_types())
+    head = [f"{f} x{b}" for f in FORMATS for b in BATCHES]
+    rows = [f"| {name} | floor bf16 | {' | '.join(head)} | prefill |", "|---" * (len(head) + 3) + "|"]
+    for device in DEVICES:
+        cells = [expected(work, device, dtype, batch, layers) for dtype in FORMATS.values() for batch in BATCHES]
+        floor = 1e3 * work.decode(device, "bf16", 1, CONTEXT)
+        prefill = PROMPT / (work.prefill(device, "bf16", PROMPT) / MATRIX)
+        rows.append(f"| {device.name} | {floor:.2f} ms | {' | '.join(f'{c:,.0f}' for c in cells)} | {prefill:,.0f} |")
+    return "\n".join(rows)
+
+
+def renewed(text: str) -> str:
+    """The page with each table after its mark replaced."""
+    for name in SHAPES:
+        mark = f"<!-- paper: {name} -->"
+        text = re.sub(re.escape(mark) + r"\n(\|.*\n)*", lambda _, m=mark, n=name: f"{m}\n{table(n)}\n", text)
+    return text
+
+
+if __name__ == "__main__":
+    page = Path(sys.argv[1])
+    page.write_text(renewed(page.read_text("utf-8")), "utf-8")
