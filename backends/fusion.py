@@ -1,6 +1,6 @@
 """Rewrites of a graph into the fused ops that a backend names.
 
-Two kinds: PATTERNS fuse a chain of equations into one; `linears` merges linear maps of one input into one matrix
+Two kinds: PATTERNS fuse a chain of equations into one; `merged_linear` merges linear maps of one input into one matrix
 with several results. Each fused equation keeps the equations that it replaces as its `body`, so a backend or a
 test can always run the definition instead.
 """
@@ -13,12 +13,12 @@ from llmrs.core.ir import Equation, Function, Graph, Operand, Value, Weight, che
 
 # pattern ::= line* "-> results";  line ::= result "=" op operand*. Names bind to operands where they first appear.
 PATTERNS = {
-    "add_norm": "s = add x y; n = rms_norm s w -> s n",
-    "norm_rope_store": "qn = rms_norm q qw; qr = rope qn p; kn = rms_norm k kw; kr = rope kn p; "
-    "c = store kr v kv -> qr c",
-    "rope_store": "qr = rope q p; kr = rope k p; c = store kr v kv -> qr c",
+    "fused_add_rms_norm": "s = add x y; n = rms_norm s w -> s n",
+    "qk_norm_rope_write_kv": "qn = rms_norm q qw; qr = rope qn p; kn = rms_norm k kw; kr = rope kn p; "
+    "c = write_kv kr v kv -> qr c",
+    "rope_write_kv": "qr = rope q p; kr = rope k p; c = write_kv kr v kv -> qr c",
 }
-FUSED_OPS = ("linears", *PATTERNS)
+FUSED_OPS = ("merged_linear", *PATTERNS)
 
 Line = tuple[str, str, list[str]]  # result, op, operands
 
@@ -40,8 +40,8 @@ def expand(function: Function) -> Function:
 
 
 def _fuse_function(function: Function, op: str) -> Function:
-    while group := next(_linear_groups(function) if op == "linears" else _matches(function, op), None):
-        fused = _merged(group) if op == "linears" else _fused(op, group)
+    while group := next(_linear_groups(function) if op == "merged_linear" else _matches(function, op), None):
+        fused = _merged(group) if op == "merged_linear" else _fused(op, group)
         function = _replaced(function, group, fused)
     return function
 
@@ -50,8 +50,8 @@ def _linear_groups(function: Function) -> Iterator[list[Equation]]:
     """Linear equations that read the same value, two or more, all with a bias or all without."""
     for first in function.equations:
         alike = (first.inputs[0], len(first.inputs), first.params)
-        linears = (e for e in function.equations if e.op == "linear")
-        same = [e for e in linears if (e.inputs[0], len(e.inputs), e.params) == alike]
+        merged_linear = (e for e in function.equations if e.op == "linear")
+        same = [e for e in merged_linear if (e.inputs[0], len(e.inputs), e.params) == alike]
         if first.op == "linear" and len(same) > 1:
             yield same
 
@@ -63,7 +63,7 @@ def _merged(group: list[Equation]) -> Equation:
 
     weights = [stacked(n) for n in range(1, len(group[0].inputs))]
     outs = tuple(e.outs[0] for e in group)
-    return Equation("linears", (group[0].inputs[0], *weights), outs, group[0].params, tuple(group))
+    return Equation("merged_linear", (group[0].inputs[0], *weights), outs, group[0].params, tuple(group))
 
 
 def _matches(function: Function, op: str) -> Iterator[list[Equation]]:

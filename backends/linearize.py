@@ -47,6 +47,6 @@ def _placed(e: Equation, numbers: dict[Value, int], layer: int) -> Placed:
     values = tuple(numbers[o] for o in e.inputs if isinstance(o, Value))
     weights = tuple(at_layer(o, layer) for o in e.inputs if isinstance(o, Weight))
     params = {k: v for k, v in e.params.items() if k != "shard"}  # one device
-    if e.op == "linears":
+    if e.op == "merged_linear":
         params["rows"] = [v.type.shape[1] for v in e.outs]
     return Placed(e, values, tuple(numbers[v] for v in e.outs), weights, params)

@@ -17,7 +17,7 @@ import pytest
 
 from llmrs.backends.base import Backend, find, pick_device
 from llmrs.core.batch import Batch
-from llmrs.core.request import Likely, Request
+from llmrs.core.request import Request, TokenLogprobs
 from llmrs.core.sampling import SamplingArrays
 from llmrs.random_model import (
     BLOCK,
@@ -199,10 +199,16 @@ class BackendSuite:
             first = prefill_batch(prompts(9, 3))
             tokens = backend.launch(first).tokens()
             step = sampling_batch(SamplingArrays.zeros(2))
-            fed = -1 - step.slots if hidden else tokens
-            lengths = first.lengths + 1
+            fed = -1 - step.req_slots if hidden else tokens
+            lengths = first.seq_lens + 1
             batch = Batch(
-                **{**vars(step), "tokens": fed, "positions": lengths - 1, "lengths": lengths, "blocks": first.blocks}
+                **{
+                    **vars(step),
+                    "input_ids": fed,
+                    "positions": lengths - 1,
+                    "seq_lens": lengths,
+                    "block_tables": first.block_tables,
+                }
             )
             results.append(backend.launch(batch).tokens().tolist())
         assert results[0] == results[1]
@@ -219,7 +225,7 @@ class BackendSuite:
         assert error < 0.08
 
 
-def assert_alike(ours: Sequence[Likely | None], expected: Sequence[Likely | None]) -> None:
+def assert_alike(ours: Sequence[TokenLogprobs | None], expected: Sequence[TokenLogprobs | None]) -> None:
     """Log probabilities that agree up to rounding."""
     assert len(ours) == len(expected)
     for a, b in zip(ours, expected, strict=True):

@@ -138,4 +138,4 @@ def model_context(config: EngineConfig) -> int:
     from llmrs.models.arch.families import read_config
     from llmrs.models.hub.locate import locate
 
-    return read_config(locate(config.model_path, config.revision, offline=config.offline)).context
+    return read_config(locate(config.model_path, config.revision, offline=config.offline)).max_position_embeddings

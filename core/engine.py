@@ -33,7 +33,7 @@ class Ticket(Protocol):
         """After `tokens`: of the batch's R rows, for the tokens that came and `targets`; None: not asked for."""
 
 
-class Launcher(Protocol):
+class ModelRunner(Protocol):
     """What the engine needs of a backend."""
 
     max_in_flight: int
@@ -52,7 +52,9 @@ class Launcher(Protocol):
 class EngineCore:
     """Steps requests through a backend. Used by one thread."""
 
-    def __init__(self, backend: Launcher, config: EngineConfig, vocabulary: int, max_model_len: int, pool: BlockPool):
+    def __init__(
+        self, backend: ModelRunner, config: EngineConfig, vocabulary: int, max_model_len: int, pool: BlockPool
+    ):
         budget = config.max_num_batched_tokens or max(backend.step_tokens, config.max_num_seqs)
         if budget < config.max_num_seqs:
             raise ConfigError(
@@ -71,7 +73,7 @@ class EngineCore:
     def submit(self, request: Request) -> None:
         """Queues a request. The caller has checked it: params are complete, ids known, the prompt fits."""
         assert request.params.max_tokens is not None
-        request.limit = min(len(request.prompt) + request.params.max_tokens, self.max_model_len)
+        request.max_total_tokens = min(len(request.prompt) + request.params.max_tokens, self.max_model_len)
         self.scheduler.submit(request)
 
     def cancel(self, request: Request, reason: str = "cancelled") -> None:
@@ -97,7 +99,7 @@ class EngineCore:
 
     def _launch(self, step: Step) -> Ticket:
         masked = self.scheduler.slots.masked
-        if not masked or masked.isdisjoint(step.batch.slots.tolist()):
+        if not masked or masked.isdisjoint(step.batch.req_slots.tolist()):
             with self.span("launch"):
                 return self.backend.launch(step.batch)
         with self.span("launch"):
@@ -106,7 +108,7 @@ class EngineCore:
             self._commit()
         mask = np.full((len(step.requests), -(-self.vocabulary // 32)), 2**32 - 1, np.uint32)
         for row, request in enumerate(step.requests):
-            if request.mask is not None and step.batch.sampled[row]:
+            if request.mask is not None and step.batch.do_sample[row]:
                 mask[row] = request.mask(request.output)
         return self.backend.sample(logits, step.batch, mask)
 

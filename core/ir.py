@@ -7,9 +7,9 @@
     type     ::= dtype[dim, ...]     dtype ::= act | f32 | i32 | kv | weight
     dim      ::= int | T | S         T: tokens of the step, S: those whose logits are wanted, one a sequence or more
 
-`act` is the type of computation that the user chose. The KV cache of a layer is a value: `store` takes one and
-gives the next, so order and effects are visible in single assignment. `store`, `attend` and `last` also read the
-step's Batch (block tables, lengths); nothing else does. `backends/reference` defines what each op computes.
+`act` is the type of computation that the user chose. The KV cache of a layer is a value: `write_kv` takes one and
+gives the next, so order and effects are visible in single assignment. `write_kv`, `attend` and `gather_logits_rows`
+also read the step's Batch (block tables, lengths). `backends/reference` defines what each op computes.
 """
 
 import itertools
@@ -178,8 +178,8 @@ def _linear(x: Type, w: Type, bias: Type | None = None, *, shard: str) -> tuple[
     return (Type("act", (x.shape[0], w.shape[0])),)
 
 
-@rule("scale")  # x * by, with `by` rounded to x's own precision
-def _scale(x: Type, *, by: float) -> tuple[Type, ...]:
+@rule("mul_scalar")  # x * by, with `by` rounded to x's own precision
+def _mul_scalar(x: Type, *, by: float) -> tuple[Type, ...]:
     _expect(by > 0, f"by={by}")
     return (x,)
 
@@ -197,14 +197,14 @@ def _heads(x: Type, *, size: int) -> tuple[Type, ...]:
 
 
 @rule("rope")  # rotates the halves (x[d], x[d + D/2]) by positions * frequencies[d]
-def _rope(x: Type, positions: Type, *, frequencies: "Frequencies") -> tuple[Type, ...]:
+def _rope(x: Type, positions: Type, *, frequencies: "RopeFrequencies") -> tuple[Type, ...]:
     _expect(x.shape[-1] == 2 * len(frequencies.values), f"{x} does not fit {len(frequencies.values)} frequencies")
     _expect(positions == Type("i32", (T,)), f"positions are {positions}, not i32[T]")
     return (x,)
 
 
-@rule("store")  # writes keys and values act[T, H, D] of the step's tokens into the KV cache kv[H, D]
-def _store(k: Type, v: Type, kv: Type) -> tuple[Type, ...]:
+@rule("write_kv")  # writes keys and values act[T, H, D] of the step's tokens into the KV cache kv[H, D]
+def _write_kv(k: Type, v: Type, kv: Type) -> tuple[Type, ...]:
     _expect(k == v and k.shape[1:] == kv.shape and kv.dtype == "kv", f"{k}, {v} do not fit {kv}")
     return (kv,)
 
@@ -217,19 +217,19 @@ def _attend(q: Type, kv: Type, *, scale: float, window: int = 0) -> tuple[Type, 
     return (Type("act", (q.shape[0], q.sizes[0] * q.sizes[1])),)
 
 
-@rule("silu_mul")  # silu(gate) * up
-@rule("gelu_mul")  # gelu(gate) * up, with tanh's approximation of gelu
+@rule("silu_and_mul")  # silu(gate) * up
+@rule("gelu_and_mul")  # gelu(gate) * up, with tanh's approximation of gelu
 def _gated(gate: Type, up: Type) -> tuple[Type, ...]:
     _expect(gate == up, f"{gate} is not {up}")
     return (gate,)
 
 
-@rule("moe")  # each token through its `per_token` likeliest experts: router (E, D), gate, up (E*I, D), down (E*D, I)
+@rule("moe")  # each token through its `top_k` likeliest experts: router (E, D), gate, up (E*I, D), down (E*D, I)
 def _moe(
-    x: Type, router: Type, gate: Type, up: Type, down: Type, *, per_token: int, normalize: bool
+    x: Type, router: Type, gate: Type, up: Type, down: Type, *, top_k: int, norm_topk_prob: bool
 ) -> tuple[Type, ...]:
     (count, width), inner = router.sizes, down.sizes[1]
-    _expect(x.shape == (T, width) and 0 < per_token <= count, f"{x} does not fit router {router}")
+    _expect(x.shape == (T, width) and 0 < top_k <= count, f"{x} does not fit router {router}")
     _expect(gate == up and gate.sizes == (count * inner, width), f"{gate}, {up} are not {count} experts")
     _expect(down.sizes[0] == count * width, f"{down} is not {count} experts")
     return (x,)
@@ -241,20 +241,20 @@ def _add(x: Type, y: Type) -> tuple[Type, ...]:
     return (x,)
 
 
-@rule("last")  # the rows whose logits are wanted, which are those of Batch.rows: act[T, D] -> act[S, D]
-def _last(x: Type) -> tuple[Type, ...]:
+@rule("gather_logits_rows")  # the rows whose logits are wanted, which are those of Batch.rows: act[T, D] -> act[S, D]
+def _gather_logits_rows(x: Type) -> tuple[Type, ...]:
     _expect(len(x.shape) == 2 and x.shape[0] == T, f"{x} is not act[T, D]")
     return (Type("act", (S, x.shape[1])),)
 
 
-@rule("head")  # logits: act[S, D], (V, D) -> f32[S, V]
-def _head(x: Type, w: Type) -> tuple[Type, ...]:
+@rule("lm_head")  # logits: act[S, D], (V, D) -> f32[S, V]
+def _lm_head(x: Type, w: Type) -> tuple[Type, ...]:
     _expect(len(x.shape) == 2 and x.shape[1] == w.shape[1], f"{x} does not fit {w}")
     return (Type("f32", (x.shape[0], w.shape[0])),)
 
 
 @dataclass(frozen=True)
-class Frequencies:
+class RopeFrequencies:
     """Rotary frequencies in radians per position, one per pair of a head's elements; `scale` multiplies cos and sin."""
 
     label: str

@@ -14,7 +14,7 @@ PRIORITY_SECONDS = 10.0  # of waiting that make up for one step of priority
 _ids = itertools.count()
 
 
-Likely = tuple[int, float, list[int], list[float]]  # a token, its log probability, the likeliest ones and theirs
+TokenLogprobs = tuple[int, float, list[int], list[float]]  # a token, its log probability, the likeliest ones and theirs
 
 
 @dataclass(eq=False)
@@ -42,12 +42,12 @@ class Request:
 
     # written by the engine and its scheduler
     tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # known when it (last) began to wait
-    limit: int = 0  # most tokens of prompt and answer together
+    max_total_tokens: int = 0  # most tokens of prompt and answer together
     slot: int = -1  # row in the scheduler's arrays, -1 while waiting
-    chain: int = 0  # the prefix cache's id of the last full block that is committed
+    last_block_id: int = 0  # the prefix cache's id of the last full block that is committed
     output: list[int] = field(default_factory=list)
-    logprobs: list[Likely] = field(default_factory=list)  # of `output`, where asked for
-    prompt_logprobs: list[Likely | None] = field(default_factory=list)  # of the prompt; the first has none
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # of `output`, where asked for
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)  # of the prompt; the first has none
     children: list["Request"] = field(default_factory=list)  # those that wait for this one's prompt
     cached_tokens: int = 0  # prompt tokens that the prefix cache held when the request first ran
     computed_tokens: int = 0  # prompt tokens that are in the KV cache, cached ones included
@@ -55,7 +55,7 @@ class Request:
     error: Exception | None = None
 
     @property
-    def rank(self) -> float:
+    def sort_key(self) -> float:
         """Who goes first, the lowest: by arrival, which priority shifts, so nobody waits for ever."""
         return self.arrival + PRIORITY_SECONDS * self.params.priority
 

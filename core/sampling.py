@@ -36,8 +36,8 @@ class SamplingArrays:
     repetition_penalty: np.ndarray  # float32, 1: none
     presence_penalty: np.ndarray  # float32, 0: none
     frequency_penalty: np.ndarray  # float32, 0: none
-    prompt: np.ndarray  # int32: tokens of the prompt; those that follow are the answer's
-    key: np.ndarray  # uint32: seed_key, in a step noise_keys
+    prompt_len: np.ndarray  # int32: tokens of the prompt; those that follow are the answer's
+    rng_key: np.ndarray  # uint32: seed_key, in a step noise_keys
 
     @staticmethod
     def zeros(count: int) -> "SamplingArrays":
@@ -52,12 +52,12 @@ class SamplingArrays:
             getattr(self, f.name)[row] = getattr(params, f.name)
         if self.temperature[row] < GREEDY_BELOW:
             self.temperature[row] = 0
-        self.prompt[row], self.key[row] = prompt, seed_key(seed)
+        self.prompt_len[row], self.rng_key[row] = prompt, seed_key(seed)
 
     def take(self, rows: np.ndarray) -> "SamplingArrays":
         return SamplingArrays(*(getattr(self, f.name)[rows] for f in fields(self)))
 
-    def looks_back(self, row: int | slice = slice(None)) -> np.ndarray:
+    def needs_history(self, row: int | slice = slice(None)) -> np.ndarray:
         """bool: whose sampling depends on the tokens so far."""
         penalty = (self.presence_penalty[row] != 0) | (self.frequency_penalty[row] != 0)
         return penalty | (self.repetition_penalty[row] != 1)
@@ -106,14 +106,14 @@ def gumbel(keys: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     return -np.log(-np.log1p(-v))
 
 
-def penalize(logits: np.ndarray, tokens: np.ndarray, params: SamplingArrays, row: int) -> np.ndarray:
+def apply_penalties(logits: np.ndarray, tokens: np.ndarray, params: SamplingArrays, row: int) -> np.ndarray:
     """Logits float32 (V,) after the penalties of row `row`, for the tokens int32 (n,) of prompt and answer so far.
 
     Repetition divides positive logits and multiplies negative ones (CTRL, arXiv 1909.05858), for the tokens of
     prompt and answer; presence and frequency are OpenAI's, and count the answer's only.
     """
     factor = np.where(np.bincount(tokens, minlength=len(logits)) > 0, params.repetition_penalty[row], np.float32(1))
-    counts = np.bincount(tokens[params.prompt[row] :], minlength=len(logits)).astype(np.float32)
+    counts = np.bincount(tokens[params.prompt_len[row] :], minlength=len(logits)).astype(np.float32)
     logits = np.where(logits > 0, logits / factor, logits * factor)
     return logits - params.frequency_penalty[row] * counts - params.presence_penalty[row] * (counts > 0)
 
@@ -123,7 +123,7 @@ def sample(logits: np.ndarray, params: SamplingArrays) -> np.ndarray:
     tokens = np.argmax(logits, axis=-1).astype(np.int32)
     for s in np.flatnonzero(params.temperature > 0):
         kept = keep(logits[s] / params.temperature[s], params.top_k[s], params.top_p[s], params.min_p[s])
-        scores = kept + gumbel(params.key[s : s + 1], np.arange(len(kept)))[0]
+        scores = kept + gumbel(params.rng_key[s : s + 1], np.arange(len(kept)))[0]
         tokens[s] = np.argmax(scores)
     return tokens
 

@@ -17,11 +17,11 @@ import numpy as np
 
 from llmrs.core.batch import Batch, Slots
 from llmrs.core.blocks import ROOT, BlockPool
-from llmrs.core.request import Likely, Request
+from llmrs.core.request import Request, TokenLogprobs
 from llmrs.core.sampling import Logprobs
 
-MOST_PROMPT_ROWS = 128  # rows of a step whose logits are kept for the log probabilities of prompts
-rank = attrgetter("rank")
+MAX_PROMPT_LOGPROB_ROWS = 128  # rows of a step whose logits are kept for the log probabilities of prompts
+sort_key = attrgetter("sort_key")
 
 
 @dataclass(frozen=True)
@@ -30,21 +30,21 @@ class Step:
 
     batch: Batch
     requests: list[Request]
-    owner: np.ndarray  # int64 (S,): the admissions that held the slots when the step was launched
+    generation: np.ndarray  # int64 (S,): the admissions that held the slots when the step was launched
 
 
 class Scheduler:
     """Owns the queue, the slots and the blocks. Used by one thread."""
 
     def __init__(self, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, pool: BlockPool) -> None:
-        self.budget, self.pool = max_num_batched_tokens, pool
+        self.token_budget, self.pool = max_num_batched_tokens, pool
         self.slots = Slots(max_num_seqs, max_model_len, pool.blocks_for(max_model_len))
         self.stats: Counter[str] = Counter()  # what has happened since the start; finished_* by reason
         self.waiting: list[Request] = []  # by rank
         self.running: list[Request] = []  # in order of admission
         self.free_slots = list(range(max_num_seqs))[::-1]
         self.by_slot: dict[int, Request] = {}
-        self._order = np.zeros(0, np.int32)  # slots of `running`
+        self._running_slots = np.zeros(0, np.int32)  # slots of `running`
         self._admissions = itertools.count()
 
     def submit(self, request: Request) -> None:
@@ -55,25 +55,25 @@ class Scheduler:
         if parent is not None and not parent.first_token and parent.finish_reason is None:
             parent.children.append(request)
         else:
-            self._wait(request)
+            self._enqueue(request)
 
-    def _wait(self, request: Request) -> None:
-        bisect.insort(self.waiting, request, key=rank)
+    def _enqueue(self, request: Request) -> None:
+        bisect.insort(self.waiting, request, key=sort_key)
 
     def schedule(self) -> Step | None:
         """The next step, or None when nothing can run before a launched one is committed."""
         # answers: one token each
-        todo, order = self._todo(), self._order
-        decodes = self._with_blocks(order[todo == 1])
+        todo, order = self._num_new_tokens(), self._running_slots
+        decodes = self._allocate_decode_blocks(order[todo == 1])
         counts = [1] * len(decodes)
-        slots, budget = decodes.tolist(), self.budget - len(decodes)
+        slots, budget = decodes.tolist(), self.token_budget - len(decodes)
 
         # prompts: those begun, then those waiting
         begun = [slot for slot in order[todo > 1].tolist() if slot in self.by_slot]
-        prompt_rows = MOST_PROMPT_ROWS
+        prompt_rows = MAX_PROMPT_LOGPROB_ROWS
         while budget > 0 and (begun or self._can_admit()):
             slot = begun.pop(0) if begun else self._admit()
-            count = min(budget, int(self.slots.length[slot] - self.slots.computed[slot]))
+            count = min(budget, int(self.slots.num_tokens[slot] - self.slots.num_computed_tokens[slot]))
             if self.slots.prompt_logprobs[slot] >= 0:
                 count = min(count, prompt_rows)
                 prompt_rows -= count
@@ -86,7 +86,7 @@ class Scheduler:
         self.stats["steps"] += 1
         self.stats["prompt_tokens"] += sum(counts) - len(decodes)
         rows = np.array(slots, np.int32)
-        owner = self.slots.owner[rows]
+        owner = self.slots.generation[rows]
         batch = self.slots.batch(rows, np.array(counts, np.int32))
         return Step(batch, [self.by_slot[slot] for slot in slots], owner)
 
@@ -97,24 +97,24 @@ class Scheduler:
 
         What a request that has ended or was preempted in the meantime is given is dropped.
         """
-        s, slots = self.slots, step.batch.slots
-        alive = s.owner[slots] == step.owner
+        s, slots = self.slots, step.batch.req_slots
+        alive = s.generation[slots] == step.generation
         self._cache_full_blocks(step, alive)
         if logprobs is not None:
             self._record(step, alive, tokens, logprobs)
         news: list[tuple[Request, list[int]]] = []
-        for row in (alive & ~step.batch.sampled).nonzero()[0].tolist():
+        for row in (alive & ~step.batch.do_sample).nonzero()[0].tolist():
             request = step.requests[row]
-            request.computed_tokens = min(int(step.batch.lengths[row]), len(request.prompt))
+            request.computed_tokens = min(int(step.batch.seq_lens[row]), len(request.prompt))
             news.append((request, []))
-        rows = (alive & step.batch.sampled).nonzero()[0]
+        rows = (alive & step.batch.do_sample).nonzero()[0]
         slots, tokens = slots[rows], tokens[rows]
-        s.tokens[slots, s.length[slots]] = tokens
-        s.length[slots] += 1
-        s.pending[slots] -= 1
+        s.tokens[slots, s.num_tokens[slots]] = tokens
+        s.num_tokens[slots] += 1
+        s.num_inflight[slots] -= 1
         self.stats["generated_tokens"] += len(rows)
-        stopped = (s.stops[slots] == tokens[:, None]).any(axis=1)
-        full = s.length[slots] >= s.limit[slots]
+        stopped = (s.stop_ids[slots] == tokens[:, None]).any(axis=1)
+        full = s.num_tokens[slots] >= s.max_tokens[slots]
         requests = [step.requests[row] for row in rows.tolist()]
         for request, token in zip(requests, tokens.tolist(), strict=True):
             request.output.append(token)
@@ -132,7 +132,7 @@ class Scheduler:
             request.finish_reason, request.error, request.finished = reason, error, time.monotonic()
             self.stats[f"finished_{reason}"] += 1
             if request.slot >= 0:
-                self._leave(request)
+                self._free(request)
             elif request.parent is not None and request in request.parent.children:
                 request.parent.children.remove(request)
             else:
@@ -142,108 +142,112 @@ class Scheduler:
     def _free_children(self, parent: Request) -> None:
         """Lets those wait in line that waited for the parent's prompt."""
         for child in parent.children:
-            self._wait(child)
+            self._enqueue(child)
         parent.children = []
 
     def _record(self, step: Step, alive: np.ndarray, tokens: np.ndarray, logprobs: Logprobs) -> None:
         """Keeps the log probabilities that were asked for: of sampled tokens, and of prompts by their position."""
         b, s = step.batch, self.slots
 
-        def entry(row: int, token: int, count: int) -> Likely:
+        def entry(row: int, token: int, count: int) -> TokenLogprobs:
             ids, top = logprobs.top_ids[row, :count].tolist(), logprobs.top[row, :count].tolist()
             return token, float(logprobs.chosen[row]), ids, top
 
-        for row in np.flatnonzero(alive & b.sampled & (s.logprobs[b.slots] >= 0)).tolist():
-            step.requests[row].logprobs.append(entry(row, int(tokens[row]), int(s.logprobs[b.slots[row]])))
-        for n, (row, target) in enumerate(zip(b.rows[len(b.slots) :].tolist(), b.targets.tolist(), strict=True)):
-            at = int(np.searchsorted(b.starts, row, side="right")) - 1
+        for row in np.flatnonzero(alive & b.do_sample & (s.logprobs[b.req_slots] >= 0)).tolist():
+            step.requests[row].logprobs.append(entry(row, int(tokens[row]), int(s.logprobs[b.req_slots[row]])))
+        for n, (row, target) in enumerate(
+            zip(b.logits_indices[len(b.req_slots) :].tolist(), b.prompt_logprob_ids.tolist(), strict=True)
+        ):
+            at = int(np.searchsorted(b.query_start_loc, row, side="right")) - 1
             if alive[at]:
-                found = entry(len(b.slots) + n, target, int(s.prompt_logprobs[b.slots[at]]))
+                found = entry(len(b.req_slots) + n, target, int(s.prompt_logprobs[b.req_slots[at]]))
                 step.requests[at].prompt_logprobs[int(b.positions[row]) + 1] = found
 
-    def _todo(self) -> np.ndarray:
+    def _num_new_tokens(self) -> np.ndarray:
         """Tokens to be fed, (running,); 0 where the last token that may be sampled is already on its way."""
-        s, order = self.slots, self._order
-        known = s.length[order] + s.pending[order]
-        return np.where(known < s.limit[order], known - s.computed[order], 0)
+        s, order = self.slots, self._running_slots
+        known = s.num_tokens[order] + s.num_inflight[order]
+        return np.where(known < s.max_tokens[order], known - s.num_computed_tokens[order], 0)
 
-    def _with_blocks(self, decodes: np.ndarray) -> np.ndarray:
+    def _allocate_decode_blocks(self, decodes: np.ndarray) -> np.ndarray:
         """The slots among `decodes` that have a block for their next token, after preempting what must yield."""
         s = self.slots
-        short = decodes[s.computed[decodes] >= s.block_count[decodes] * self.pool.size]
+        short = decodes[s.num_computed_tokens[decodes] >= s.num_blocks[decodes] * self.pool.size]
         for slot in short.tolist():
-            while slot in self.by_slot and not self.pool.free:
-                self._preempt(max(self.running, key=rank))
+            while slot in self.by_slot and not self.pool.num_free:
+                self._preempt(max(self.running, key=sort_key))
             if slot in self.by_slot:
                 self._add_blocks(slot, self.pool.allocate(1))
-        return decodes[s.owner[decodes] >= 0]
+        return decodes[s.generation[decodes] >= 0]
 
     def _can_admit(self) -> bool:
         """Whether blocks for all tokens of the first waiting request are free, and one to spare if others run."""
         if not self.waiting or not self.free_slots:
             return False
         hit, _ = self._cached(self.waiting[0])
-        needed = self.pool.blocks_for(len(self.waiting[0].tokens)) - len(hit) + self.pool.unused_among(hit)
-        return needed + bool(self.running) <= self.pool.free
+        needed = self.pool.blocks_for(len(self.waiting[0].tokens)) - len(hit) + self.pool.num_free_among(hit)
+        return needed + bool(self.running) <= self.pool.num_free
 
     def _cached(self, request: Request) -> tuple[list[int], int]:
         """The cached blocks that its tokens begin with, and their chain id; never the last token: it must be fed."""
-        return self.pool.match(request.tokens[: 0 if request.prompt_logprobs else -1])
+        return self.pool.match_prefix(request.tokens[: 0 if request.prompt_logprobs else -1])
 
     def _admit(self) -> int:
         """Moves the first waiting request into a slot, with blocks for all its tokens."""
         s, request = self.slots, self.waiting.pop(0)
         slot = request.slot = self.free_slots.pop()
         tokens = request.tokens
-        hit, request.chain = self._cached(request)
-        self.pool.take(hit)
+        hit, request.last_block_id = self._cached(request)
+        self.pool.touch(hit)
         s.tokens[slot, : len(tokens)] = tokens
-        s.length[slot], s.limit[slot] = len(tokens), request.limit
-        s.computed[slot] = len(hit) * self.pool.size
-        s.hashed[slot], s.pending[slot], s.block_count[slot] = len(hit), 0, 0
+        s.num_tokens[slot], s.max_tokens[slot] = len(tokens), request.max_total_tokens
+        s.num_computed_tokens[slot] = len(hit) * self.pool.size
+        s.num_cached_blocks[slot], s.num_inflight[slot], s.num_blocks[slot] = len(hit), 0, 0
         self._add_blocks(slot, hit + self.pool.allocate(self.pool.blocks_for(len(tokens)) - len(hit)))
-        s.owner[slot] = next(self._admissions)
+        s.generation[slot] = next(self._admissions)
         s.write_params(slot, request)
         if not request.started:
             request.started = time.monotonic()
-            request.cached_tokens = request.computed_tokens = int(s.computed[slot])
+            request.cached_tokens = request.computed_tokens = int(s.num_computed_tokens[slot])
             self.stats["prefix_queries"] += len(tokens)
             self.stats["prefix_hits"] += request.cached_tokens
         self.by_slot[slot] = request
         self.running.append(request)
-        self._order = np.append(self._order, np.int32(slot))
+        self._running_slots = np.append(self._running_slots, np.int32(slot))
         return slot
 
     def _add_blocks(self, slot: int, blocks: list[int]) -> None:
         s = self.slots
-        count = s.block_count[slot]
-        s.blocks[slot, count : count + len(blocks)] = blocks
-        s.block_count[slot] += len(blocks)
+        count = s.num_blocks[slot]
+        s.block_tables[slot, count : count + len(blocks)] = blocks
+        s.num_blocks[slot] += len(blocks)
 
     def _preempt(self, request: Request) -> None:
         """Takes a request's slot and blocks; a token of it that is on its way is dropped and drawn again."""
-        request.tokens = self.slots.tokens[request.slot, : self.slots.length[request.slot]].copy()
-        self._leave(request)
-        self._wait(request)
+        request.tokens = self.slots.tokens[request.slot, : self.slots.num_tokens[request.slot]].copy()
+        self._free(request)
+        self._enqueue(request)
         self.stats["preemptions"] += 1
 
-    def _leave(self, request: Request) -> None:
+    def _free(self, request: Request) -> None:
         s, slot = self.slots, request.slot
-        self.pool.release(s.blocks[slot, : s.block_count[slot]].tolist())
-        s.owner[slot] = -1
-        request.slot, request.chain = -1, ROOT
+        self.pool.release(s.block_tables[slot, : s.num_blocks[slot]].tolist())
+        s.generation[slot] = -1
+        request.slot, request.last_block_id = -1, ROOT
         self.free_slots.append(slot)
         del self.by_slot[slot]
         self.running.remove(request)
-        self._order = self._order[self._order != slot]
+        self._running_slots = self._running_slots[self._running_slots != slot]
 
     def _cache_full_blocks(self, step: Step, alive: np.ndarray) -> None:
         """Registers the blocks that this step filled; only now are their contents certain."""
         s, size = self.slots, self.pool.size
-        full = step.batch.lengths // size
-        for row in (alive & (full > s.hashed[step.batch.slots])).nonzero()[0].tolist():
-            request, slot = step.requests[row], int(step.batch.slots[row])
-            for n in range(s.hashed[slot], full[row]):
+        full = step.batch.seq_lens // size
+        for row in (alive & (full > s.num_cached_blocks[step.batch.req_slots])).nonzero()[0].tolist():
+            request, slot = step.requests[row], int(step.batch.req_slots[row])
+            for n in range(s.num_cached_blocks[slot], full[row]):
                 tokens = s.tokens[slot, n * size : (n + 1) * size]
-                request.chain = self.pool.register(int(s.blocks[slot, n]), request.chain, tokens)
-            s.hashed[slot] = full[row]
+                request.last_block_id = self.pool.cache_block(
+                    int(s.block_tables[slot, n]), request.last_block_id, tokens
+                )
+            s.num_cached_blocks[slot] = full[row]

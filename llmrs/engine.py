@@ -165,7 +165,7 @@ class Engine:
             "running": len(scheduler.running),
             "waiting": len(scheduler.waiting),
             "kv_blocks": pool.count,
-            "kv_blocks_used": pool.count - pool.free,
+            "kv_blocks_used": pool.count - pool.num_free,
         }
 
     def start_trace(self) -> Trace:

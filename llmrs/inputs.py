@@ -22,7 +22,7 @@ class InputProcessor:
 
     def __init__(self, model: Model, max_model_len: int, defaults: SamplingParams) -> None:
         self.model, self.max_model_len = model, max_model_len
-        self.vocabulary = model.config.vocabulary
+        self.vocabulary = model.config.vocab_size
         self._defaults = (defaults, model.sampling, BUILT_IN)
 
     def batch(self, params: SamplingParams | Sequence[SamplingParams], prompts: Iterable[Prompt]) -> list[Request]:

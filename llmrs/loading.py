@@ -64,7 +64,7 @@ def read_folder(folder: Path) -> Model:
     config = _with_stored_head(folder, read_config(folder))
     graph = graph_of(config)
     tokenizer = Tokenizer.load(folder)
-    generation = read_generation(folder, config.vocabulary, tokenizer.eos_ids)
+    generation = read_generation(folder, config.vocab_size, tokenizer.eos_ids)
     if not any(tokenizer.has(i) for i in generation.eos_ids):
         raise ModelError(
             f"{folder}: the tokenizer has no token for the end-of-sequence id {generation.eos_ids[0]}",
@@ -83,7 +83,7 @@ def read_folder(folder: Path) -> Model:
 
 def _with_stored_head(folder: Path, config: ModelConfig) -> ModelConfig:
     """See `with_stored_head`. The weights are opened only where they are to be tied."""
-    if not config.tied:
+    if not config.tie_word_embeddings:
         return config
     source = SafetensorsSource(folder)
     found = with_stored_head(config, family(config.architecture).names, source)
@@ -119,7 +119,7 @@ def load(
     found.check()
     backend.allocate(found.blocks, found.block_size, config.max_num_seqs, found.length)
     pool = BlockPool(found.blocks, found.block_size, config.prefix_cache)
-    return EngineCore(backend, config, model.config.vocabulary, found.length, pool), found
+    return EngineCore(backend, config, model.config.vocab_size, found.length, pool), found
 
 
 def measure(backend: base.Backend, config: EngineConfig, model: Model, free: int) -> Fit:
@@ -127,13 +127,13 @@ def measure(backend: base.Backend, config: EngineConfig, model: Model, free: int
     block_size, dtypes = config.block_size or backend.block_size, (backend.dtype, backend.kv_dtype)
     tokens = config.max_num_batched_tokens or max(backend.step_tokens, config.max_num_seqs)
     reserve = backend.reserve(model.graph, config.max_num_seqs, tokens)
-    return fit(model.graph, config, model.config.context, block_size, dtypes, free, reserve)
+    return fit(model.graph, config, model.config.max_position_embeddings, block_size, dtypes, free, reserve)
 
 
 def _load_weights(backend: base.Backend, model: Model, progress: Progress) -> None:
     source = SafetensorsSource(model.folder)
     names = family(model.config.architecture).names
-    weights = Weights(model.graph, names, source, tied=model.config.tied)
+    weights = Weights(model.graph, names, source, tied=model.config.tie_word_embeddings)
     total = sum(w.nbytes for w in map(weights.__getitem__, weights))
     done = 0
 

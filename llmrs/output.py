@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from llmrs.core.request import Likely
+from llmrs.core.request import TokenLogprobs
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class TokenLogprob:
     top: list[tuple[int, float]]
 
     @staticmethod
-    def of(likely: Likely) -> "TokenLogprob":
+    def of(likely: TokenLogprobs) -> "TokenLogprob":
         token, logprob, ids, top = likely
         return TokenLogprob(token, logprob, list(zip(ids, top, strict=True)))
 

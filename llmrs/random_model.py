@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from llmrs.backends.base import Backend
-from llmrs.core.batch import Batch, Begun
+from llmrs.core.batch import Batch, NewRequest
 from llmrs.core.blocks import BlockPool
 from llmrs.core.config import BUILT_IN, EngineConfig, SamplingParams
 from llmrs.core.engine import EngineCore
@@ -110,37 +110,37 @@ def prefill_batch(sequences: Sequence[Sequence[int]], block_size: int = BLOCK) -
     width = int(-(-counts.max() // block_size))
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
     return Batch(
-        tokens=np.concatenate([np.array(s, np.int32) for s in sequences]),
+        input_ids=np.concatenate([np.array(s, np.int32) for s in sequences]),
         positions=np.concatenate([np.arange(n, dtype=np.int32) for n in counts]),
-        starts=starts,
-        lengths=counts,
-        blocks=np.arange(len(counts) * width, dtype=np.int32).reshape(len(counts), width),
-        slots=np.arange(len(counts), dtype=np.int32),
-        sampled=np.ones(len(counts), bool),
+        query_start_loc=starts,
+        seq_lens=counts,
+        block_tables=np.arange(len(counts) * width, dtype=np.int32).reshape(len(counts), width),
+        req_slots=np.arange(len(counts), dtype=np.int32),
+        do_sample=np.ones(len(counts), bool),
         sampling=SamplingArrays.zeros(len(counts)),
-        rows=starts[1:] - 1,
-        targets=np.zeros(0, np.int32),
+        logits_indices=starts[1:] - 1,
+        prompt_logprob_ids=np.zeros(0, np.int32),
     )
 
 
-def sampling_batch(sampling: SamplingArrays, begun: Sequence[Begun] = (), **more: Any) -> Batch:
+def sampling_batch(sampling: SamplingArrays, begun: Sequence[NewRequest] = (), **more: Any) -> Batch:
     """A step of one token a sequence, in slots 0, 1, ..., whose tokens so far are those of `begun`."""
-    count = len(sampling.key)
+    count = len(sampling.rng_key)
     lengths = np.ones(count, np.int32)
     for b in begun:
         lengths[b.slot] = len(b.tokens)
     return Batch(
-        tokens=np.zeros(count, np.int32),
+        input_ids=np.zeros(count, np.int32),
         positions=lengths - 1,
-        starts=np.arange(count + 1, dtype=np.int32),
-        lengths=lengths,
-        blocks=np.zeros((count, 1), np.int32),
-        slots=np.arange(count, dtype=np.int32),
-        sampled=np.ones(count, bool),
+        query_start_loc=np.arange(count + 1, dtype=np.int32),
+        seq_lens=lengths,
+        block_tables=np.zeros((count, 1), np.int32),
+        req_slots=np.arange(count, dtype=np.int32),
+        do_sample=np.ones(count, bool),
         sampling=sampling,
-        rows=np.arange(count, dtype=np.int32),
-        targets=np.zeros(0, np.int32),
-        begun=begun,
+        logits_indices=np.arange(count, dtype=np.int32),
+        prompt_logprob_ids=np.zeros(0, np.int32),
+        new_requests=begun,
         **more,
     )
 
@@ -159,7 +159,7 @@ def random_sampling(rng: np.random.Generator, count: int) -> SamplingArrays:
     }
     for name, choice in values.items():
         getattr(arrays, name)[:] = rng.choice(choice, count)
-    arrays.key[:] = noise_keys(np.zeros(count, np.uint32), np.arange(count))
+    arrays.rng_key[:] = noise_keys(np.zeros(count, np.uint32), np.arange(count))
     return arrays
 
 
@@ -171,8 +171,8 @@ def random_step(rng: np.random.Generator, count: int, vocabulary: int) -> tuple[
         tokens = rng.integers(0, vocabulary, rng.integers(1, 40)).astype(np.int32)
         ids = rng.choice(vocabulary, min(3, vocabulary), replace=False).astype(np.int32)
         bias = rng.choice([-4.0, 0.5, 8.0], len(ids)).astype(np.float32)
-        begun.append(Begun(slot, tokens, ids[:slot], bias[:slot]))
-        sampling.prompt[slot] = rng.integers(1, len(tokens) + 1)
+        begun.append(NewRequest(slot, tokens, ids[:slot], bias[:slot]))
+        sampling.prompt_len[slot] = rng.integers(1, len(tokens) + 1)
     banned = rng.integers(1, vocabulary + 1, (count, 2)).astype(np.int32)
     banned[banned == vocabulary] = -1
     flags = rng.random((count, -(-vocabulary // 32) * 32)) < 0.5

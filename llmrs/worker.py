@@ -77,7 +77,7 @@ class Worker:
         """Ends a request, unless it has ended or was never submitted."""
 
         def cancel(core: EngineCore) -> None:
-            if request.limit:  # set when it is submitted
+            if request.max_total_tokens:  # set when it is submitted
                 core.cancel(request)
 
         if request.finish_reason is None and not self._closed and not self.foreign:

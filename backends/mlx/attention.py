@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from llmrs.core.batch import Batch
-from llmrs.core.ir import Frequencies
+from llmrs.core.ir import RopeFrequencies
 
 Key = tuple[Any, ...]  # a name and numbers
 Turns = tuple[mx.array, mx.array]  # float32 (T, 1, d): what a head's elements, and its halves exchanged, are times
@@ -82,9 +82,12 @@ class Part(Arrays):
 
     def __init__(self, batch: Batch, block_size: int, group: np.ndarray, multiple: int) -> None:
         super().__init__()
-        self.first, self.n = int(batch.starts[group[0]]), int(batch.starts[group[0] + 1] - batch.starts[group[0]])
-        self.rows = batch.starts[group] if self.n == 1 else np.arange(self.first, self.first + self.n)
-        self.blocks, self.lengths = batch.blocks[group], batch.lengths[group]
+        self.first, self.n = (
+            int(batch.query_start_loc[group[0]]),
+            int(batch.query_start_loc[group[0] + 1] - batch.query_start_loc[group[0]]),
+        )
+        self.rows = batch.query_start_loc[group] if self.n == 1 else np.arange(self.first, self.first + self.n)
+        self.blocks, self.lengths = batch.block_tables[group], batch.seq_lens[group]
         self.block_size, self.multiple = block_size, multiple
         self._biases: dict[int, mx.array] = {}
         self._places: dict[tuple[int, int], tuple[mx.array, mx.array]] = {}
@@ -157,7 +160,7 @@ class Context(Arrays):
     @cached_property
     def counts(self) -> np.ndarray:
         """int32 (S,): tokens of each sequence."""
-        return self.batch.starts[1:] - self.batch.starts[:-1]
+        return self.batch.query_start_loc[1:] - self.batch.query_start_loc[:-1]
 
     @cached_property
     def row_of(self) -> np.ndarray:
@@ -167,7 +170,7 @@ class Context(Arrays):
     @cached_property
     def rows_are_all(self) -> bool:
         """Whether every sequence has one token, and its logits are wanted."""
-        return len(self.batch.rows) == len(self.batch.tokens) == len(self.counts)
+        return len(self.batch.logits_indices) == len(self.batch.input_ids) == len(self.counts)
 
     @cached_property
     def singles(self) -> int:
@@ -190,7 +193,7 @@ class Context(Arrays):
     @cached_property
     def longest(self) -> int:
         """The largest of `visible`, or a little more."""
-        return round_up(int(self.batch.lengths.max()), self.multiple)
+        return round_up(int(self.batch.seq_lens.max()), self.multiple)
 
     def places(self, width: int) -> mx.array:
         """int32 (T, width): the places of each token's cell."""
@@ -220,15 +223,15 @@ class Context(Arrays):
 
     def make_places(self, width: int) -> np.ndarray:
         b, size = self.batch, self.block_size
-        cells = b.blocks[self.row_of, b.positions // size] * size + b.positions % size
+        cells = b.block_tables[self.row_of, b.positions // size] * size + b.positions % size
         return cells[:, None] * width + np.arange(width, dtype=np.int32)
 
     def make_rows(self) -> np.ndarray:
-        return self.batch.rows
+        return self.batch.logits_indices
 
     def make_tables(self) -> np.ndarray:
         columns = -(-self.longest // self.block_size)
-        tables = self.batch.blocks[:, :columns]
+        tables = self.batch.block_tables[:, :columns]
         return np.pad(tables, [(0, 0), (0, columns - tables.shape[1])])
 
     def make_owners(self) -> np.ndarray:
@@ -241,7 +244,7 @@ class Context(Arrays):
         """int32 (T,): where each row of the batch is among those of the parts."""
         return np.argsort(np.concatenate([p.rows for p in self.parts])).astype(np.int32)
 
-    def turns(self, frequencies: Frequencies, positions: mx.array) -> Turns:
+    def turns(self, frequencies: RopeFrequencies, positions: mx.array) -> Turns:
         """Cosines and signed sines of a step's positions, the same for all layers of a kind."""
         key = id(frequencies)  # which the graph holds; its hash would cost more than all the rest
         if key not in self._turns:
@@ -249,7 +252,7 @@ class Context(Arrays):
             self._turns[key] = mx.concatenate([cos, cos], axis=-1), mx.concatenate([-sin, sin], axis=-1)
         return self._turns[key]
 
-    def spins(self, frequencies: Frequencies, positions: mx.array, turned: int, heads: int) -> mx.array:
+    def spins(self, frequencies: RopeFrequencies, positions: mx.array, turned: int, heads: int) -> mx.array:
         """complex64 (T, heads, d/2): what pairs of a head's elements are times, the heads from `turned` on times 1."""
         key = id(frequencies), heads
         if key not in self._spins:
@@ -261,7 +264,7 @@ class Context(Arrays):
         return self._spins[key]
 
 
-def _cos_sin(frequencies: Frequencies, positions: mx.array) -> Turns:
+def _cos_sin(frequencies: RopeFrequencies, positions: mx.array) -> Turns:
     """float32 (T, 1, d/2) each, times the frequencies' scale."""
     angles = positions[:, None, None] * mx.array(np.array(frequencies.values, np.float32))
     cos, sin = mx.cos(angles), mx.sin(angles)

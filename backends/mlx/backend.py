@@ -153,12 +153,12 @@ class MlxBackend(Backend):
     def sample(self, logits: mx.array, batch: Batch, mask: np.ndarray | None = None) -> MlxTicket:
         assert self.slots is not None, "allocate comes first"
         with streams.using(self.stream):
-            self.slots.begin(batch.begun)
-            tokens = self.draw(adjusted(logits[: len(batch.slots)], batch, self.slots, mask), batch.sampling)
+            self.slots.begin(batch.new_requests)
+            tokens = self.draw(adjusted(logits[: len(batch.req_slots)], batch, self.slots, mask), batch.sampling)
             self.slots.append(batch, tokens)
             likely = None
             if batch.logprobs >= 0:
-                came = mx.concatenate([tokens, mx.array(batch.targets)])
+                came = mx.concatenate([tokens, mx.array(batch.prompt_logprob_ids)])
                 likely = logprobs(logits, came, batch.logprobs)
             mx.async_eval(tokens, self.slots.last_token, self.slots.tokens, *(likely or ()))
         return MlxTicket(self.stream, tokens, likely)
@@ -198,12 +198,12 @@ class MlxBackend(Backend):
     def _inputs(self, batch: Batch) -> list[mx.array | KV]:
         """What the graph takes: the tokens int32 (T,), with the slots' last ones filled in, positions, and the KV."""
         assert self.slots is not None, "allocate comes first"
-        unknown = batch.tokens < 0
+        unknown = batch.input_ids < 0
         if unknown.all():
-            tokens = self.slots.last_token[mx.array(-1 - batch.tokens)]
+            tokens = self.slots.last_token[mx.array(-1 - batch.input_ids)]
         else:
-            tokens = mx.array(batch.tokens)
+            tokens = mx.array(batch.input_ids)
             if unknown.any():
-                last = self.slots.last_token[mx.array(np.maximum(-1 - batch.tokens, 0))]
+                last = self.slots.last_token[mx.array(np.maximum(-1 - batch.input_ids, 0))]
                 tokens = mx.where(tokens < 0, last, tokens)
         return [tokens, mx.array(batch.positions), *self.kv]

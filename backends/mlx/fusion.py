@@ -1,7 +1,7 @@
 """Fused ops of this backend alone: what takes all results of one merged linear takes the merged result instead.
 
-    linears -> heads, heads, heads -> (norm_)rope_store    becomes    qkv_(norm_)rope_store
-    linears -> silu_mul or gelu_mul                        becomes    linears_silu_mul or linears_gelu_mul
+    merged_linear -> heads, heads, heads -> (qk_norm_)rope_write_kv  becomes  qkv_(norm_)rope_write_kv
+    merged_linear -> silu_and_mul or gelu_and_mul                    becomes  merged_linear_(silu|gelu)_and_mul
 
 So queries and keys are normalized and rotated together, and a kernel finds gate and up beside each other in memory.
 `join_layers` fuses what a graph can't say, since a layer is there once for all: a layer's last sum and the next norm.
@@ -13,8 +13,8 @@ from dataclasses import replace
 from llmrs.backends.linearize import Placed
 from llmrs.core.ir import Equation, Function, Graph, Value, Weight, check
 
-STORES = ("norm_rope_store", "rope_store")
-PRODUCTS = ("silu_mul", "gelu_mul")
+STORES = ("qk_norm_rope_write_kv", "rope_write_kv")
+PRODUCTS = ("silu_and_mul", "gelu_and_mul")
 
 
 def fuse(graph: Graph) -> Graph:
@@ -25,12 +25,12 @@ def fuse(graph: Graph) -> Graph:
 
 
 def join_layers(placed: Iterable[Placed]) -> list[Placed]:
-    """Each `add` and the `rms_norm` of its result right behind it as one `add_norm`."""
+    """Each `add` and the `rms_norm` of its result right behind it as one `fused_add_rms_norm`."""
     joined: list[Placed] = []
     for p in placed:
         before = joined[-1] if joined else None
         if before and (before.equation.op, p.equation.op) == ("add", "rms_norm") and p.inputs == before.outs:
-            equation = replace(p.equation, op="add_norm")
+            equation = replace(p.equation, op="fused_add_rms_norm")
             joined[-1] = replace(p, equation=equation, inputs=before.inputs, outs=before.outs + p.outs)
         else:
             joined.append(p)
@@ -38,7 +38,7 @@ def join_layers(placed: Iterable[Placed]) -> list[Placed]:
 
 
 def _fused(function: Function) -> Function:
-    for merged in [e for e in function.equations if e.op == "linears"]:
+    for merged in [e for e in function.equations if e.op == "merged_linear"]:
         users = list(_users(function, merged.outs))
         if len(users) == 1 and users[0].op in PRODUCTS and users[0].inputs == merged.outs:
             function = _replaced(function, _product(merged, users[0]))
@@ -49,7 +49,7 @@ def _fused(function: Function) -> Function:
 
 def _product(merged: Equation, product: Equation) -> Equation:
     rows = {"rows": _rows(merged)}
-    return Equation(f"linears_{product.op}", merged.inputs, product.outs, rows, (merged, product))
+    return Equation(f"merged_linear_{product.op}", merged.inputs, product.outs, rows, (merged, product))
 
 
 def _with_store(function: Function, merged: Equation, heads: list[Equation]) -> Function:
@@ -65,7 +65,9 @@ def _with_store(function: Function, merged: Equation, heads: list[Equation]) -> 
     norms = [o for o in store.inputs if isinstance(o, Weight)]
     params = {"rows": _rows(merged), "size": heads[0].params["size"], **store.params}
     inputs = (*merged.inputs, values[1], *norms, values[4])
-    return _replaced(function, Equation(f"qkv_{store.op}", inputs, store.outs, params, (merged, *heads, store)))
+    return _replaced(
+        function, Equation(f"qkv_{store.op.removeprefix('qk_')}", inputs, store.outs, params, (merged, *heads, store))
+    )
 
 
 def _rows(merged: Equation) -> list[int]:

@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from llmrs.backends.mlx.attention import KV, Context
-from llmrs.core.ir import Frequencies
+from llmrs.core.ir import RopeFrequencies
 
 Norm = Callable[[mx.array], mx.array]
 
@@ -49,7 +49,7 @@ def qkv(
     project: Callable[..., mx.array],
     rows: list[int],
     size: int,
-    frequencies: Frequencies,
+    frequencies: RopeFrequencies,
     norm: Norm | None,
     wide: bool,
 ) -> Callable[..., Any]:

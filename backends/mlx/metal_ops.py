@@ -16,7 +16,7 @@ from llmrs.backends.mlx.kernels import attention, elementwise
 from llmrs.backends.mlx.kernels import sampling as kernel_sampling
 from llmrs.backends.mlx.kernels.launch import Kernels
 from llmrs.backends.mlx.ops import Array, Run
-from llmrs.core.ir import Frequencies
+from llmrs.core.ir import RopeFrequencies
 from llmrs.core.sampling import SamplingArrays
 
 
@@ -24,11 +24,11 @@ def rules(kernels: Kernels) -> dict[str, Callable[..., Run]]:
     """What wins over the rules of mx ops on a Mac's GPU."""
     return {
         "attend": partial(attend, kernels),
-        "qkv_rope_store": partial(qkv_rope_store, kernels),
-        "qkv_norm_rope_store": partial(qkv_norm_rope_store, kernels),
-        "add_norm": partial(add_norm, kernels),
-        "linears_silu_mul": partial(gated, kernels, False),
-        "linears_gelu_mul": partial(gated, kernels, True),
+        "qkv_rope_write_kv": partial(qkv_rope_write_kv, kernels),
+        "qkv_norm_rope_write_kv": partial(qkv_norm_rope_write_kv, kernels),
+        "fused_add_rms_norm": partial(fused_add_rms_norm, kernels),
+        "merged_linear_silu_and_mul": partial(gated, kernels, False),
+        "merged_linear_gelu_and_mul": partial(gated, kernels, True),
     }
 
 
@@ -60,29 +60,31 @@ def _prefill(kernels: Kernels, c: Context, q: Array, keys: Array, values: Array,
     """All others."""
     n, b = c.singles, c.batch
     tables = c.tables[n:] if n else c.tables
-    starts, lengths = (b.starts[n:] - n).astype(np.int32), b.lengths[n:]
+    starts, lengths = (b.query_start_loc[n:] - n).astype(np.int32), b.seq_lens[n:]
     return attention.paged_prefill(kernels, q[n:], keys, values, tables, starts, lengths, scale=scale, window=window)
 
 
-def qkv_rope_store(kernels: Kernels, *matrix: Array, rows: list[int], size: int, frequencies: Frequencies) -> Run:
+def qkv_rope_write_kv(
+    kernels: Kernels, *matrix: Array, rows: list[int], size: int, frequencies: RopeFrequencies
+) -> Run:
     if size < 16 or size % 2:
-        return ops.fast_qkv_rope_store(*matrix, rows=rows, size=size, frequencies=frequencies)
+        return ops.fast_qkv_rope_write_kv(*matrix, rows=rows, size=size, frequencies=frequencies)
     return _qkv(kernels, ops.fast_linear(*matrix), None, rows, size, frequencies, {})
 
 
-def qkv_norm_rope_store(
+def qkv_norm_rope_write_kv(
     kernels: Kernels,
     *weights: Array,
     rows: list[int],
     size: int,
     eps: float,
-    frequencies: Frequencies,
+    frequencies: RopeFrequencies,
     offset: float = 0.0,
 ) -> Run:
     params: dict[str, Any] = {"eps": eps, "offset": offset}
     if size < 16 or size % 2:
         params |= {"rows": rows, "size": size, "frequencies": frequencies}
-        return ops.fast_qkv_norm_rope_store(*weights, **params)
+        return ops.fast_qkv_norm_rope_write_kv(*weights, **params)
     *matrix, q_norm, k_norm = weights
     return _qkv(kernels, ops.fast_linear(*matrix), (q_norm, k_norm), rows, size, frequencies, params)
 
@@ -93,7 +95,7 @@ def _qkv(
     norms: tuple[Array, Array] | None,
     widths: list[int],
     size: int,
-    frequencies: Frequencies,
+    frequencies: RopeFrequencies,
     params: dict[str, Any],
 ) -> Run:
     turns, kv_heads = mx.array(np.array(frequencies.values, np.float32)), widths[1] // size
@@ -107,10 +109,10 @@ def _qkv(
     return run
 
 
-def add_norm(kernels: Kernels, weight: Array, *, eps: float, offset: float = 0.0) -> Run:
+def fused_add_rms_norm(kernels: Kernels, weight: Array, *, eps: float, offset: float = 0.0) -> Run:
     if len(weight) < 8:
-        return ops.FAST["add_norm"](weight, eps=eps, offset=offset)
-    return lambda c, x, y: elementwise.add_norm(kernels, x, y, weight, eps=eps, offset=offset)
+        return ops.FAST["fused_add_rms_norm"](weight, eps=eps, offset=offset)
+    return lambda c, x, y: elementwise.fused_add_rms_norm(kernels, x, y, weight, eps=eps, offset=offset)
 
 
 def gated(kernels: Kernels, gelu: bool, weight: Array, bias: Array | None = None, *, rows: list[int]) -> Run:

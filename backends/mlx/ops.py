@@ -13,7 +13,7 @@ import numpy as np
 
 from llmrs.backends.mlx import attention, joint
 from llmrs.backends.mlx.attention import KV, Context
-from llmrs.core.ir import Frequencies
+from llmrs.core.ir import RopeFrequencies
 
 Array = mx.array
 Run = Callable[..., Any]
@@ -37,12 +37,14 @@ def _product(turned: Array, bias: Array | None) -> Run:
     return lambda c, x: mx.addmm(bias, x, turned)
 
 
-def linears(weight: Array, bias: Array | None = None, *, rows: list[int], linear: Callable[..., Run] = linear) -> Run:
+def merged_linear(
+    weight: Array, bias: Array | None = None, *, rows: list[int], linear: Callable[..., Run] = linear
+) -> Run:
     run, cuts = linear(weight, bias), list(accumulate(rows))[:-1]
     return lambda c, x: mx.split(run(c, x), cuts, axis=-1)
 
 
-def scale(*, by: float) -> Run:
+def mul_scalar(*, by: float) -> Run:
     return lambda c, x: x * by  # a Python number takes x's type
 
 
@@ -63,7 +65,7 @@ def heads(*, size: int) -> Run:  # (T, H * d) -> (T, H, d)
     return lambda c, x: mx.unflatten(x, -1, (-1, size))
 
 
-def rope(*, frequencies: Frequencies) -> Run:
+def rope(*, frequencies: RopeFrequencies) -> Run:
     half = len(frequencies.values)
 
     def run(c: Context, x: Array, positions: Array) -> Array:  # (T, H, d), (T,)
@@ -73,7 +75,7 @@ def rope(*, frequencies: Frequencies) -> Run:
     return run
 
 
-def store() -> Run:
+def write_kv() -> Run:
     return write
 
 
@@ -86,7 +88,7 @@ def attend(*, scale: float, window: int = 0) -> Run:
     return lambda c, q, kv: attention.attend(c, q, kv, scale, window)
 
 
-def silu_mul() -> Run:
+def silu_and_mul() -> Run:
     return _silu_mul
 
 
@@ -94,7 +96,7 @@ def _silu_mul(_: Context, gate: Array, up: Array) -> Array:
     return gate * mx.sigmoid(gate) * up
 
 
-def gelu_mul() -> Run:
+def gelu_and_mul() -> Run:
     def run(c: Context, gate: Array, up: Array) -> Array:
         x = gate.astype(mx.float32)
         inner = (2 / mx.pi) ** 0.5 * (x + 0.044715 * x * x * x)
@@ -103,19 +105,19 @@ def gelu_mul() -> Run:
     return run
 
 
-def moe(router: Array, *stacks: Array, per_token: int, normalize: bool) -> Run:
-    """Every token's experts at once: a matrix product that picks its matrices, (T, per_token) of them."""
+def moe(router: Array, *stacks: Array, top_k: int, norm_topk_prob: bool) -> Run:
+    """Every token's experts at once: a matrix product that picks its matrices, (T, top_k) of them."""
     count, turned = router.shape[0], router.T
     gate, up, down = (w.reshape(count, -1, w.shape[1]).swapaxes(1, 2) for w in stacks)  # (E, K, N)
 
     def run(c: Context, x: Array) -> Array:
         p = mx.softmax((x @ turned).astype(mx.float32), axis=-1)
-        chosen = mx.argsort(-p, axis=-1)[:, :per_token]
+        chosen = mx.argsort(-p, axis=-1)[:, :top_k]
         weights = mx.take_along_axis(p, chosen, axis=-1)
-        if normalize:
+        if norm_topk_prob:
             weights = weights / weights.sum(axis=-1, keepdims=True)
         rows = mx.expand_dims(x, (1, 2))  # (T, 1, 1, D)
-        g, u = (mx.gather_mm(rows, w, rhs_indices=chosen) for w in (gate, up))  # (T, per_token, 1, I)
+        g, u = (mx.gather_mm(rows, w, rhs_indices=chosen) for w in (gate, up))  # (T, top_k, 1, I)
         y = mx.gather_mm(_silu_mul(c, g, u), down, rhs_indices=chosen)[:, :, 0]
         return (y * weights[..., None].astype(x.dtype)).sum(axis=1)
 
@@ -126,11 +128,11 @@ def add() -> Run:
     return lambda c, x, y: x + y
 
 
-def last() -> Run:
+def gather_logits_rows() -> Run:
     return lambda c, x: x if c.rows_are_all else x[c.rows]
 
 
-def head(weight: Array) -> Run:
+def lm_head(weight: Array) -> Run:
     turned = weight.T
     return lambda c, x: (x @ turned).astype(mx.float32)
 
@@ -138,7 +140,9 @@ def head(weight: Array) -> Run:
 # Fused ops: fewer calls a layer; the arithmetic is that of their definitions.
 
 
-def add_norm(weight: Array, *, eps: float, offset: float = 0.0, rms_norm: Callable[..., Run] = rms_norm) -> Run:
+def fused_add_rms_norm(
+    weight: Array, *, eps: float, offset: float = 0.0, rms_norm: Callable[..., Run] = rms_norm
+) -> Run:
     norm = rms_norm(weight, eps=eps, offset=offset)
 
     def run(c: Context, x: Array, y: Array) -> tuple[Array, Array]:
@@ -148,8 +152,8 @@ def add_norm(weight: Array, *, eps: float, offset: float = 0.0, rms_norm: Callab
     return run
 
 
-def norm_rope_store(
-    q_weight: Array, k_weight: Array, *, eps: float, frequencies: Frequencies, offset: float = 0.0
+def qk_norm_rope_write_kv(
+    q_weight: Array, k_weight: Array, *, eps: float, frequencies: RopeFrequencies, offset: float = 0.0
 ) -> Run:
     q_norm, k_norm = (rms_norm(w, eps=eps, offset=offset) for w in (q_weight, k_weight))
     turn = rope(frequencies=frequencies)
@@ -161,7 +165,7 @@ def norm_rope_store(
     return run
 
 
-def rope_store(*, frequencies: Frequencies) -> Run:
+def rope_write_kv(*, frequencies: RopeFrequencies) -> Run:
     turn = rope(frequencies=frequencies)
 
     def run(c: Context, q: Array, positions: Array, k: Array, v: Array, kv: KV) -> tuple[Array, KV]:
@@ -170,28 +174,28 @@ def rope_store(*, frequencies: Frequencies) -> Run:
     return run
 
 
-def linears_silu_mul(
+def merged_linear_silu_and_mul(
     weight: Array, bias: Array | None = None, *, rows: list[int], linear: Callable[..., Run] = linear
 ) -> Run:
-    return _gated(linears(weight, bias, rows=rows, linear=linear), silu_mul())
+    return _gated(merged_linear(weight, bias, rows=rows, linear=linear), silu_and_mul())
 
 
-def linears_gelu_mul(
+def merged_linear_gelu_and_mul(
     weight: Array, bias: Array | None = None, *, rows: list[int], linear: Callable[..., Run] = linear
 ) -> Run:
-    return _gated(linears(weight, bias, rows=rows, linear=linear), gelu_mul())
+    return _gated(merged_linear(weight, bias, rows=rows, linear=linear), gelu_and_mul())
 
 
 def _gated(merged: Run, product: Run) -> Run:
     return lambda c, x: product(c, *merged(c, x))
 
 
-def qkv_rope_store(*matrix: Array, rows: list[int], size: int, frequencies: Frequencies) -> Run:
+def qkv_rope_write_kv(*matrix: Array, rows: list[int], size: int, frequencies: RopeFrequencies) -> Run:
     return _paired(matrix, rows, size, frequencies, None)
 
 
-def qkv_norm_rope_store(
-    *weights: Array, rows: list[int], size: int, eps: float, frequencies: Frequencies, offset: float = 0.0
+def qkv_norm_rope_write_kv(
+    *weights: Array, rows: list[int], size: int, eps: float, frequencies: RopeFrequencies, offset: float = 0.0
 ) -> Run:
     *matrix, q_weight, k_weight = weights
     q_weight, k_weight = (w.astype(mx.float32) + offset for w in (q_weight, k_weight))
@@ -199,7 +203,7 @@ def qkv_norm_rope_store(
 
 
 def _paired(
-    matrix: Sequence[Array], rows: list[int], size: int, frequencies: Frequencies, norm: joint.Norm | None
+    matrix: Sequence[Array], rows: list[int], size: int, frequencies: RopeFrequencies, norm: joint.Norm | None
 ) -> Run:
     order = joint.paired_rows(rows, size)
     matrix = [m[order] for m in matrix]
@@ -221,7 +225,7 @@ def fast_rms_norm(weight: Array, *, eps: float, offset: float = 0.0) -> Run:
     return lambda c, x: mx.fast.rms_norm(x, wide, eps).astype(x.dtype)
 
 
-def fast_rope(*, frequencies: Frequencies) -> Run:
+def fast_rope(*, frequencies: RopeFrequencies) -> Run:
     periods = mx.array(1 / np.array(frequencies.values), mx.float32)
     size = 2 * len(frequencies.values)
 
@@ -234,16 +238,16 @@ def fast_rope(*, frequencies: Frequencies) -> Run:
     return run
 
 
-def fast_qkv_rope_store(*matrix: Array, rows: list[int], size: int, frequencies: Frequencies) -> Run:
+def fast_qkv_rope_write_kv(*matrix: Array, rows: list[int], size: int, frequencies: RopeFrequencies) -> Run:
     return _qkv(fast_linear(*matrix), rows, size, lambda c, x: x, fast_rope(frequencies=frequencies))
 
 
-def fast_qkv_norm_rope_store(
+def fast_qkv_norm_rope_write_kv(
     *weights: Array,
     rows: list[int],
     size: int,
     eps: float,
-    frequencies: Frequencies,
+    frequencies: RopeFrequencies,
     offset: float = 0.0,
 ) -> Run:
     """Queries and keys are normalized at once, and multiplied by a weight (Hq + Hk, d)."""
@@ -273,17 +277,42 @@ def fast_attend(*, scale: float, window: int = 0) -> Run:
     return lambda c, q, kv: attention.attend(c, q, kv, scale, window, attention.fast_singles)
 
 
-FUSED = {f.__name__: f for f in (linears, add_norm, norm_rope_store, rope_store)}  # of llmrs.backends.fusion
-OWN = (linears_silu_mul, linears_gelu_mul, qkv_rope_store, qkv_norm_rope_store)  # of fusing.py
-PLAIN = (embed, scale, linear, rms_norm, heads, rope, store, attend, silu_mul, gelu_mul, moe, add, last, head)
+FUSED = {
+    f.__name__: f for f in (merged_linear, fused_add_rms_norm, qk_norm_rope_write_kv, rope_write_kv)
+}  # of llmrs.backends.fusion
+OWN = (
+    merged_linear_silu_and_mul,
+    merged_linear_gelu_and_mul,
+    qkv_rope_write_kv,
+    qkv_norm_rope_write_kv,
+)  # of fusing.py
+PLAIN = (
+    embed,
+    mul_scalar,
+    linear,
+    rms_norm,
+    heads,
+    rope,
+    write_kv,
+    attend,
+    silu_and_mul,
+    gelu_and_mul,
+    moe,
+    add,
+    gather_logits_rows,
+    lm_head,
+)
 COMMON: dict[str, Callable[..., Run]] = {f.__name__: f for f in (*PLAIN, *FUSED.values(), *OWN)}
 FAST: dict[str, Callable[..., Run]] = {  # what wins on a GPU: the same signatures
     "linear": fast_linear,
-    **{f.__name__: partial(f, linear=fast_linear) for f in (linears, linears_silu_mul, linears_gelu_mul)},
+    **{
+        f.__name__: partial(f, linear=fast_linear)
+        for f in (merged_linear, merged_linear_silu_and_mul, merged_linear_gelu_and_mul)
+    },
     "rope": fast_rope,
     "attend": fast_attend,
     "rms_norm": fast_rms_norm,
-    "add_norm": partial(add_norm, rms_norm=fast_rms_norm),
-    "qkv_rope_store": fast_qkv_rope_store,
-    "qkv_norm_rope_store": fast_qkv_norm_rope_store,
+    "fused_add_rms_norm": partial(fused_add_rms_norm, rms_norm=fast_rms_norm),
+    "qkv_rope_write_kv": fast_qkv_rope_write_kv,
+    "qkv_norm_rope_write_kv": fast_qkv_norm_rope_write_kv,
 }

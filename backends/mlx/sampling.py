@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-from llmrs.core.batch import Batch, Begun
+from llmrs.core.batch import Batch, NewRequest
 from llmrs.core.sampling import SamplingArrays
 
 NOTHING = -mx.inf
@@ -24,7 +24,7 @@ class SlotState:
         self.tokens = mx.zeros((count, max_tokens + 1), mx.int32)  # where sampling looks back
         self.bias: dict[int, tuple[mx.array, mx.array]] = {}  # token ids int32, what is added to their logits
 
-    def begin(self, begun: Sequence[Begun]) -> None:
+    def begin(self, begun: Sequence[NewRequest]) -> None:
         for b in begun:
             self.tokens[b.slot, : len(b.tokens)] = mx.array(b.tokens)
             self.bias.pop(b.slot, None)
@@ -33,39 +33,40 @@ class SlotState:
 
     def append(self, batch: Batch, tokens: mx.array) -> None:
         """Keeps the tokens int32 (S,) that were sampled."""
-        kept = np.flatnonzero(batch.sampled)
+        kept = np.flatnonzero(batch.do_sample)
         if not len(kept):
             return
-        slots = mx.array(batch.slots[kept])
+        slots = mx.array(batch.req_slots[kept])
         new = tokens if len(kept) == len(tokens) else tokens[mx.array(kept.astype(np.int32))]
         self.last_token[slots] = new
-        if batch.sampling.looks_back().any():
-            self.tokens[slots, mx.array(batch.lengths[kept])] = new
+        if batch.sampling.needs_history().any():
+            self.tokens[slots, mx.array(batch.seq_lens[kept])] = new
 
 
 def adjusted(logits: mx.array, batch: Batch, slots: SlotState, mask: np.ndarray | None) -> mx.array:
     """Logits float32 (S, V) after penalties, biases, and what must not be sampled."""
-    if batch.sampling.looks_back().any():
+    if batch.sampling.needs_history().any():
         logits = _penalized(logits, batch, slots)
-    for s, slot in enumerate(batch.slots.tolist() if slots.bias else ()):
+    for s, slot in enumerate(batch.req_slots.tolist() if slots.bias else ()):
         if slot in slots.bias:
             ids, values = slots.bias[slot]
             logits = logits.at[s, ids].add(values)
-    if batch.banned is not None:
-        sequences, at = np.nonzero(batch.banned >= 0)
-        rows, columns = mx.array(sequences.astype(np.int32)), mx.array(batch.banned[sequences, at])
+    if batch.banned_ids is not None:
+        sequences, at = np.nonzero(batch.banned_ids >= 0)
+        rows, columns = mx.array(sequences.astype(np.int32)), mx.array(batch.banned_ids[sequences, at])
         logits = logits.at[rows, columns].minimum(NOTHING)
     return logits if mask is None else mx.where(_allowed(mask, logits), logits, NOTHING)
 
 
 def _penalized(logits: mx.array, batch: Batch, slots: SlotState) -> mx.array:
-    """Logits (S, V) after `llmrs.core.sampling.penalize`."""
+    """Logits (S, V) after `llmrs.core.sampling.apply_penalties`."""
     n, vocabulary = logits.shape
     p = batch.sampling
     factor, presence, frequency, lengths, prompts = (
-        _column(a) for a in (p.repetition_penalty, p.presence_penalty, p.frequency_penalty, batch.lengths, p.prompt)
+        _column(a)
+        for a in (p.repetition_penalty, p.presence_penalty, p.frequency_penalty, batch.seq_lens, p.prompt_len)
     )
-    tokens = slots.tokens[mx.array(batch.slots), : int(batch.lengths.max())]  # (S, longest)
+    tokens = slots.tokens[mx.array(batch.req_slots), : int(batch.seq_lens.max())]  # (S, longest)
     at = mx.arange(tokens.shape[1])
     rows = mx.arange(n)[:, None]
     blank = mx.zeros((n, vocabulary + 1))  # with a column for what does not count
@@ -112,7 +113,7 @@ def _drawn(logits: mx.array, params: SamplingArrays) -> mx.array:
     kept = _kept(logits, params)
     if kept is not None:
         logits = _keep(logits, *kept)
-    return mx.argmax(logits + gumbel(mx.array(params.key), logits.shape[1]), axis=-1)
+    return mx.argmax(logits + gumbel(mx.array(params.rng_key), logits.shape[1]), axis=-1)
 
 
 def _kept(logits: mx.array, params: SamplingArrays) -> tuple[mx.array, mx.array] | None:

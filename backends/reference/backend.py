@@ -11,9 +11,9 @@ from llmrs.backends.base import Backend
 from llmrs.backends.host_memory import free_host_memory
 from llmrs.backends.reference.kv_fp8 import Scaled
 from llmrs.backends.reference.ops import KV, OPS, Context
-from llmrs.core.batch import Batch, Begun
+from llmrs.core.batch import Batch, NewRequest
 from llmrs.core.ir import Equation, Function, Value, at_layer
-from llmrs.core.sampling import Logprobs, logprobs, penalize, sample
+from llmrs.core.sampling import Logprobs, apply_penalties, logprobs, sample
 from llmrs.quant.tensor import Tensor
 
 
@@ -47,7 +47,7 @@ class ReferenceBackend(Backend):
         self.weights: dict[str, np.ndarray] = {}
         self.kv: list[KV] = []
         self.tokens = np.zeros((0, 0), np.int32)  # of each slot, as far as the device knows them
-        self.begun: dict[int, Begun] = {}
+        self.begun: dict[int, NewRequest] = {}
 
     @classmethod
     def devices(cls) -> list[str]:
@@ -73,33 +73,35 @@ class ReferenceBackend(Backend):
         self.block_size, self.tokens = block_size, np.zeros((slots, max_tokens + 1), np.int32)
 
     def forward(self, batch: Batch) -> np.ndarray:
-        known = batch.tokens >= 0
-        tokens = np.where(known, batch.tokens, self.tokens[np.where(known, 0, -1 - batch.tokens), batch.positions])
+        known = batch.input_ids >= 0
+        tokens = np.where(
+            known, batch.input_ids, self.tokens[np.where(known, 0, -1 - batch.input_ids), batch.positions]
+        )
         context = Context(batch, self.block_size)
         logits: np.ndarray = self._run(self.graph.main, [tokens, batch.positions, *self.kv], context, 0)[0]
         return logits
 
     def sample(self, logits: np.ndarray, batch: Batch, mask: np.ndarray | None = None) -> DoneTicket:
-        for begun in batch.begun:
+        for begun in batch.new_requests:
             self.tokens[begun.slot, : len(begun.tokens)] = begun.tokens
-        self.begun.update((begun.slot, begun) for begun in batch.begun)
+        self.begun.update((begun.slot, begun) for begun in batch.new_requests)
         tokens = sample(self._adjusted(logits, batch, mask), batch.sampling)
-        self.tokens[batch.slots[batch.sampled], batch.lengths[batch.sampled]] = tokens[batch.sampled]
+        self.tokens[batch.req_slots[batch.do_sample], batch.seq_lens[batch.do_sample]] = tokens[batch.do_sample]
         likely = None
         if batch.logprobs >= 0:
-            likely = logprobs(logits, np.concatenate([tokens, batch.targets]), batch.logprobs)
+            likely = logprobs(logits, np.concatenate([tokens, batch.prompt_logprob_ids]), batch.logprobs)
         return DoneTicket(tokens, likely)
 
     def _adjusted(self, logits: np.ndarray, batch: Batch, mask: np.ndarray | None) -> np.ndarray:
         """(S, V) after penalties, biases, and what must not be sampled."""
-        y = logits[: len(batch.slots)].copy()
-        for s, (slot, length) in enumerate(zip(batch.slots.tolist(), batch.lengths, strict=True)):
-            if batch.sampling.looks_back(s):
-                y[s] = penalize(y[s], self.tokens[slot, :length], batch.sampling, s)
+        y = logits[: len(batch.req_slots)].copy()
+        for s, (slot, length) in enumerate(zip(batch.req_slots.tolist(), batch.seq_lens, strict=True)):
+            if batch.sampling.needs_history(s):
+                y[s] = apply_penalties(y[s], self.tokens[slot, :length], batch.sampling, s)
             if slot in self.begun:
                 y[s, self.begun[slot].bias_ids] += self.begun[slot].bias
-            if batch.banned is not None:
-                y[s, batch.banned[s][batch.banned[s] >= 0]] = -np.inf
+            if batch.banned_ids is not None:
+                y[s, batch.banned_ids[s][batch.banned_ids[s] >= 0]] = -np.inf
         return y if mask is None else np.where(allowed(mask, y.shape[1]), y, np.float32(-np.inf))
 
     def to_host(self, logits: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 
 from llmrs.backends.reference.kv_fp8 import Scaled
 from llmrs.core.batch import Batch
-from llmrs.core.ir import Frequencies
+from llmrs.core.ir import RopeFrequencies
 
 Array = np.ndarray
 
@@ -42,7 +42,7 @@ def linear(_: Context, x: Array, w: Array, bias: Array | None = None, *, shard: 
     return y if bias is None else y + bias
 
 
-def scale(_: Context, x: Array, *, by: float) -> Array:
+def mul_scalar(_: Context, x: Array, *, by: float) -> Array:
     return x * np.float32(by)
 
 
@@ -54,18 +54,18 @@ def heads(_: Context, x: Array, *, size: int) -> Array:  # (T, H * d) -> (T, H, 
     return x.reshape(len(x), -1, size)
 
 
-def rope(_: Context, x: Array, positions: Array, *, frequencies: Frequencies) -> Array:  # (T, H, d), (T,)
+def rope(_: Context, x: Array, positions: Array, *, frequencies: RopeFrequencies) -> Array:  # (T, H, d), (T,)
     angles = positions[:, None].astype(np.float32) * np.array(frequencies.values, np.float32)  # (T, d/2)
     cos, sin = (f(angles)[:, None, :] * np.float32(frequencies.scale) for f in (np.cos, np.sin))
     a, b = np.split(x, 2, axis=-1)
     return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
-def store(c: Context, k: Array, v: Array, kv: KV) -> KV:  # (T, Hk, d) each
+def write_kv(c: Context, k: Array, v: Array, kv: KV) -> KV:  # (T, Hk, d) each
     """Token t of sequence s goes to row positions[t] % block_size of block blocks[s, positions[t] // block_size]."""
     for s, rows in enumerate(sequences(c.batch)):
         positions = c.batch.positions[rows]
-        blocks = c.batch.blocks[s, positions // c.block_size]
+        blocks = c.batch.block_tables[s, positions // c.block_size]
         kv.keys[blocks, positions % c.block_size] = k[rows]
         kv.values[blocks, positions % c.block_size] = v[rows]
     return kv
@@ -78,8 +78,8 @@ def attend(c: Context, q: Array, kv: KV, *, scale: float, window: int = 0) -> Ar
     """
     y = np.empty_like(q)
     for s, rows in enumerate(sequences(c.batch)):
-        length = c.batch.lengths[s]
-        blocks = c.batch.blocks[s, : -(-length // c.block_size)]
+        length = c.batch.seq_lens[s]
+        blocks = c.batch.block_tables[s, : -(-length // c.block_size)]
         group = q.shape[1] // kv.keys.shape[2]
         k, v = (np.repeat(np.concatenate(x[blocks])[:length], group, axis=1) for x in (kv.keys, kv.values))
         scores = np.einsum("thd,khd->htk", q[rows], k) * np.float32(scale)
@@ -91,29 +91,29 @@ def attend(c: Context, q: Array, kv: KV, *, scale: float, window: int = 0) -> Ar
     return y.reshape(len(y), -1)
 
 
-def silu_mul(_: Context, gate: Array, up: Array) -> Array:
+def silu_and_mul(_: Context, gate: Array, up: Array) -> Array:
     return gate / (1 + np.exp(-gate)) * up
 
 
-def gelu_mul(_: Context, gate: Array, up: Array) -> Array:
+def gelu_and_mul(_: Context, gate: Array, up: Array) -> Array:
     inner = np.float32(np.sqrt(2 / np.pi)) * (gate + np.float32(0.044715) * gate**3)
     return np.float32(0.5) * gate * (1 + np.tanh(inner)) * up
 
 
 def moe(
-    c: Context, x: Array, router: Array, gate: Array, up: Array, down: Array, *, per_token: int, normalize: bool
+    c: Context, x: Array, router: Array, gate: Array, up: Array, down: Array, *, top_k: int, norm_topk_prob: bool
 ) -> Array:
     """Softmax over all experts; a token's result is that of its likeliest ones, each times its probability."""
     scores = x @ router.T  # (T, E)
     p = np.exp(scores - scores.max(axis=-1, keepdims=True))
     p /= p.sum(axis=-1, keepdims=True)
-    chosen = np.argsort(-p, axis=-1, kind="stable")[:, :per_token]  # of equal ones, the first
-    total = np.take_along_axis(p, chosen, axis=-1).sum(axis=-1) if normalize else np.ones(len(x), np.float32)
+    chosen = np.argsort(-p, axis=-1, kind="stable")[:, :top_k]  # of equal ones, the first
+    total = np.take_along_axis(p, chosen, axis=-1).sum(axis=-1) if norm_topk_prob else np.ones(len(x), np.float32)
     gates, ups, downs = (w.reshape(len(router), -1, w.shape[1]) for w in (gate, up, down))
     y = np.zeros_like(x)
     for t, experts in enumerate(chosen):
         for e in experts:
-            y[t] += downs[e] @ silu_mul(c, gates[e] @ x[t], ups[e] @ x[t]) * (p[t, e] / total[t])
+            y[t] += downs[e] @ silu_and_mul(c, gates[e] @ x[t], ups[e] @ x[t]) * (p[t, e] / total[t])
     return y
 
 
@@ -121,20 +121,35 @@ def add(_: Context, x: Array, y: Array) -> Array:
     return x + y
 
 
-def last(c: Context, x: Array) -> Array:  # (T, D) -> (R, D)
-    return x[c.batch.rows]
+def gather_logits_rows(c: Context, x: Array) -> Array:  # (T, D) -> (R, D)
+    return x[c.batch.logits_indices]
 
 
-def head(_: Context, x: Array, w: Array) -> Array:  # (R, D), (V, D) -> (R, V)
+def lm_head(_: Context, x: Array, w: Array) -> Array:  # (R, D), (V, D) -> (R, V)
     return x @ w.T
 
 
 def sequences(batch: Batch) -> list[slice]:
     """The rows of each sequence."""
-    return [slice(a, b) for a, b in zip(batch.starts[:-1], batch.starts[1:], strict=True)]
+    return [slice(a, b) for a, b in zip(batch.query_start_loc[:-1], batch.query_start_loc[1:], strict=True)]
 
 
 OPS: dict[str, Callable[..., Any]] = {
     f.__name__: f
-    for f in (embed, scale, linear, rms_norm, heads, rope, store, attend, silu_mul, gelu_mul, moe, add, last, head)
+    for f in (
+        embed,
+        mul_scalar,
+        linear,
+        rms_norm,
+        heads,
+        rope,
+        write_kv,
+        attend,
+        silu_and_mul,
+        gelu_and_mul,
+        moe,
+        add,
+        gather_logits_rows,
+        lm_head,
+    )
 }

@@ -85,7 +85,7 @@ class StepInputs:
         arrays = self.arrays[self.turn]
         _fill_forward(arrays, batch, block_size, spare, tile)
         _fill_sampling(arrays, batch)
-        self._send(self.spans["tables"].start + batch.blocks.size)
+        self._send(self.spans["tables"].start + batch.block_tables.size)
 
     def fill_sampling(self, batch: Batch) -> None:
         """Sends only what sampling needs."""
@@ -128,12 +128,18 @@ def split_of(positions: np.ndarray, programs: float) -> int:
 def shape_of(batch: Batch, tile: int, programs: float) -> Shape:
     """The exact shape of a step whose prompts are cut into tiles of `tile` tokens. `programs` of attention for each KV
     head fill the device."""
-    if len(batch.tokens) == len(batch.slots) == len(batch.rows):  # the usual case, without arithmetic
-        return Shape(len(batch.tokens), len(batch.rows), len(batch.tokens), 0, split_of(batch.positions, programs))
-    counts = np.diff(batch.starts)
+    if len(batch.input_ids) == len(batch.req_slots) == len(batch.logits_indices):  # the usual case, without arithmetic
+        return Shape(
+            len(batch.input_ids),
+            len(batch.logits_indices),
+            len(batch.input_ids),
+            0,
+            split_of(batch.positions, programs),
+        )
+    counts = np.diff(batch.query_start_loc)
     singles = int((counts == 1).sum())
     chunks = int((-(-counts // tile)).sum()) - singles
-    return Shape(len(batch.tokens), len(batch.rows), singles, chunks, splits(singles, programs))
+    return Shape(len(batch.input_ids), len(batch.logits_indices), singles, chunks, splits(singles, programs))
 
 
 def _spans(shape: Shape, tables: int) -> dict[str, slice]:
@@ -156,28 +162,28 @@ def _device_view(part: torch.Tensor, name: str) -> torch.Tensor:
 
 
 def _fill_forward(to: dict[str, np.ndarray], batch: Batch, block_size: int, spare: int, tile: int) -> None:
-    sequences, width = batch.blocks.shape
-    tokens, padding = len(batch.tokens), len(to["tokens"]) - len(batch.tokens)
-    counts = np.diff(batch.starts) if tokens > sequences else None  # None: one each
+    sequences, width = batch.block_tables.shape
+    tokens, padding = len(batch.input_ids), len(to["tokens"]) - len(batch.input_ids)
+    counts = np.diff(batch.query_start_loc) if tokens > sequences else None  # None: one each
     at, offset = np.divmod(batch.positions, block_size)
     owner = np.arange(sequences) if counts is None else np.arange(sequences).repeat(counts)
-    _put(to["tokens"], batch.tokens, 0)
+    _put(to["tokens"], batch.input_ids, 0)
     _put(to["positions"], batch.positions, 0)
-    to["cells"][:tokens] = batch.blocks[owner, at] * block_size + offset
+    to["cells"][:tokens] = batch.block_tables[owner, at] * block_size + offset
     if padding:
         to["cells"][tokens:] = spare * block_size + np.arange(padding) % block_size
     _put(to["singles"], single_tiles(batch, counts, width), 0)
     if counts is not None:
         _put(to["chunks"], chunk_tiles(batch, counts, width, tile), 0)
-    _put(to["rows"], batch.rows, 0)
-    to["tables"][: batch.blocks.size] = batch.blocks.reshape(-1)
+    _put(to["rows"], batch.logits_indices, 0)
+    to["tables"][: batch.block_tables.size] = batch.block_tables.reshape(-1)
 
 
 def _fill_sampling(to: dict[str, np.ndarray], batch: Batch) -> None:
-    _put(to["slots"], np.where(batch.sampled, batch.slots, -1), -1)
+    _put(to["slots"], np.where(batch.do_sample, batch.req_slots, -1), -1)
     for name in ("top_k", "temperature", "top_p", "min_p"):
         _put(to[name], getattr(batch.sampling, name), 0)
-    _put(to["keys"], batch.sampling.key.view(np.int32), 0)
+    _put(to["keys"], batch.sampling.rng_key.view(np.int32), 0)
 
 
 def _put(to: np.ndarray, values: np.ndarray, rest: int) -> None:
@@ -190,7 +196,7 @@ def single_tiles(batch: Batch, counts: np.ndarray | None, width: int) -> np.ndar
     """int32 (n, 4): the tiles of the sequences with one token; `width` is that of the block tables. `counts` are each
     sequence's tokens; None: one."""
     s = np.arange(len(batch.positions)) if counts is None else np.flatnonzero(counts == 1)
-    row = s if counts is None else batch.starts[s]
+    row = s if counts is None else batch.query_start_loc[s]
     tiles = np.ones((len(s), 4), np.int32)
     tiles[:, 0], tiles[:, 1], tiles[:, 3] = s * width, row, batch.positions[row]
     return _longest_first(tiles)
@@ -201,8 +207,10 @@ def chunk_tiles(batch: Batch, counts: np.ndarray, width: int, tile: int) -> np.n
     parts = np.where(counts > 1, -(-counts // tile), 0)
     s = np.arange(len(counts)).repeat(parts)
     number = np.arange(len(s)) - (parts.cumsum() - parts).repeat(parts)
-    row = batch.starts[s] + number * tile
-    tiles = np.stack([s * width, row, np.minimum(batch.starts[s + 1] - row, tile), batch.positions[row]], axis=1)
+    row = batch.query_start_loc[s] + number * tile
+    tiles = np.stack(
+        [s * width, row, np.minimum(batch.query_start_loc[s + 1] - row, tile), batch.positions[row]], axis=1
+    )
     return _longest_first(tiles.astype(np.int32))
 
 

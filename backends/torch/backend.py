@@ -196,18 +196,18 @@ class TorchBackend(Backend):
 
     @torch.inference_mode()
     def sample(self, logits: torch.Tensor, batch: Batch, mask: np.ndarray | None = None) -> TorchTicket | Sent:
-        self.slots.begin(batch.begun)
+        self.slots.begin(batch.new_requests)
         if self.outbox:
             self.outbox.hold()
         if self.kernels:
             tokens = self.kernels.sample(logits, batch, mask)
         else:
-            tokens = sample(logits[: len(batch.slots)], batch, self.slots, mask)
+            tokens = sample(logits[: len(batch.req_slots)], batch, self.slots, mask)
             self.slots.append(batch, tokens)
         send = self.outbox.send if self.outbox else TorchTicket
         if batch.logprobs < 0:
             return send(tokens, None)
-        came = torch.cat([tokens.long(), on_device(batch.targets.astype(np.int64), self.at)])
+        came = torch.cat([tokens.long(), on_device(batch.prompt_logprob_ids.astype(np.int64), self.at)])
         return send(tokens, logprobs(logits.float(), came, batch.logprobs))
 
     def idle(self) -> bool:
@@ -244,8 +244,8 @@ class TorchBackend(Backend):
 
     def _tokens(self, batch: Batch) -> torch.Tensor:
         """int64 (T,), with the slots' last tokens filled in."""
-        tokens = on_device(batch.tokens.astype(np.int64), self.at)
-        if (batch.tokens >= 0).all():
+        tokens = on_device(batch.input_ids.astype(np.int64), self.at)
+        if (batch.input_ids >= 0).all():
             return tokens
         return torch.where(tokens < 0, self.slots.last_token[(-1 - tokens).clamp(min=0)], tokens)
 

@@ -1,8 +1,8 @@
 """The programs for steps of few rows: each matrix with what stands before and after it in one call, `rows`.
 
-    linear, linears or head                     becomes  rows
-    rows, and silu_mul or gelu_mul of its parts becomes  rows with a gate
-    rows, and the sum with something else       becomes  rows that add        (add_norm: with a norm after it)
+    linear, merged_linear or head                     becomes  rows
+    rows, and silu_and_mul or gelu_and_mul of its parts becomes  rows with a gate
+    rows, and the sum with something else       becomes  rows that add        (fused_add_rms_norm: with a norm after it)
 
 and for one row, where a product may do the norm before it too (`before`),
 
@@ -23,8 +23,8 @@ import torch
 
 from llmrs.backends.torch.lowering import Call, Program
 
-GATES = ("silu_mul", "gelu_mul")
-MATRICES = ("linear", "linears", "head")
+GATES = ("silu_and_mul", "gelu_and_mul")
+MATRICES = ("linear", "merged_linear", "lm_head")
 Rule = Callable[..., Any]
 Merge = Callable[[Call, Call], list[Call] | None]
 
@@ -47,7 +47,7 @@ def fuse(program: Program, rules: dict[str, Rule], before: Callable[[Any], bool]
     def with_norm(made: Call, call: Call) -> list[Call] | None:
         return _with_norm(made, call) if before and call.op == "rows" and before(call.weights[0][0]) else None
 
-    taken = [m for m in MATRICES if m != "head" or not before]  # for one row the head's own rule is cut for its size
+    taken = [m for m in MATRICES if m != "lm_head" or not before]  # for one row the head's own rule is cut for its size
     calls = [_as_rows(c, rules["rows"]) if c.op in taken else c for c in program.calls]
     for merge in (_with_gate, with_sum, with_norm):
         calls = _merged(calls, program.results, merge)
@@ -88,10 +88,10 @@ def _with_gate(made: Call, call: Call) -> list[Call] | None:
 
 def _with_sum(made: Call, call: Call) -> list[Call] | None:
     plain = made.op == "rows" and len(made.outs) == len(made.inputs) == 1 and "gate" not in made.params
-    if not plain or call.op not in ("add", "add_norm"):
+    if not plain or call.op not in ("add", "fused_add_rms_norm"):
         return None
     (other,) = (n for n in call.inputs if n not in made.outs)
-    after = Norm(call.weights[0], call.params) if call.op == "add_norm" else None
+    after = Norm(call.weights[0], call.params) if call.op == "fused_add_rms_norm" else None
     weights = ((made.weights[0][0], None, after),)
     return [replace(made, inputs=[*made.inputs, other], outs=call.outs, weights=weights, params={})]
 

@@ -48,12 +48,12 @@ class Library(Protocol):
 
 def parts_of(batch: Batch, block_size: int, device: torch.device) -> Parts | None:
     """None where every sequence has one token."""
-    several = np.flatnonzero(np.diff(batch.starts) > 1)
+    several = np.flatnonzero(np.diff(batch.query_start_loc) > 1)
     if not len(several):
         return None
     some = np.arange(several[0], several[-1] + 1)
-    starts = batch.starts[some[0] : some[-1] + 2]
-    lengths = batch.lengths[some]
+    starts = batch.query_start_loc[some[0] : some[-1] + 2]
+    lengths = batch.seq_lens[some]
     key_starts = np.concatenate([[0], lengths.cumsum()])
     blocks = -(-lengths // block_size)
     owner = np.arange(len(some)).repeat(blocks)
@@ -61,7 +61,7 @@ def parts_of(batch: Batch, block_size: int, device: torch.device) -> Parts | Non
     first = number * block_size  # of the piece's tokens, in their sequence
     pieces = np.stack(
         [
-            batch.blocks[some[owner], number],
+            batch.block_tables[some[owner], number],
             key_starts[owner] + first,
             np.minimum(lengths[owner] - first, block_size),
         ],

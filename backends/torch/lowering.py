@@ -14,8 +14,22 @@ from llmrs.backends.torch.cpu_linear import Linear, prepare
 from llmrs.core.ir import Equation, Graph, Weight
 from llmrs.quant.tensor import Tensor
 
-ROWWISE = {"linear", "linears", "rms_norm", "add", "add_norm", "scale", "silu_mul", "gelu_mul", "moe"}  # row by row
-VECTORS = ("rms_norm", "add_norm", "norm_rope_store")  # ops whose weights are vectors, taken as they are
+ROWWISE = {
+    "linear",
+    "merged_linear",
+    "rms_norm",
+    "add",
+    "fused_add_rms_norm",
+    "mul_scalar",
+    "silu_and_mul",
+    "gelu_and_mul",
+    "moe",
+}  # row by row
+VECTORS = (
+    "rms_norm",
+    "fused_add_rms_norm",
+    "qk_norm_rope_write_kv",
+)  # ops whose weights are vectors, taken as they are
 
 
 @dataclass(frozen=True)
@@ -108,15 +122,17 @@ def join_layers(program: Program, rules: Mapping[str, Callable[..., Any]]) -> Pr
         before = calls[-1] if calls else None
         if before and before.op == "add" and call.op == "rms_norm" and call.inputs == before.outs:
             outs = [*before.outs, *call.outs]
-            calls[-1] = Call("add_norm", rules["add_norm"], before.inputs, outs, call.weights, call.params)
+            calls[-1] = Call(
+                "fused_add_rms_norm", rules["fused_add_rms_norm"], before.inputs, outs, call.weights, call.params
+            )
         else:
             calls.append(call)
     return Program(calls, program.count, program.results)
 
 
 def last_early(program: Program) -> Program:
-    """With `last` right after the last attention: of a prompt's other rows, nobody reads what comes then."""
-    at = next(n for n, call in enumerate(program.calls) if call.op == "last")
+    """With `gather_logits_rows` right after the last attention, so that the ops after it skip a prompt's other rows."""
+    at = next(n for n, call in enumerate(program.calls) if call.op == "gather_logits_rows")
     begin = at
     while begin and program.calls[begin - 1].op in ROWWISE:
         begin -= 1
@@ -130,7 +146,7 @@ def last_early(program: Program) -> Program:
     new[last.outs[0]] = last.inputs[0]
     calls = [
         *program.calls[:begin],
-        *(Call("last", last.rule, [n], [new[n]]) for n in taken),
+        *(Call("gather_logits_rows", last.rule, [n], [new[n]]) for n in taken),
         *(replace(call, inputs=[new.get(n, n) for n in call.inputs]) for call in (*rows, *rest)),
     ]
     return Program(calls, program.count + len(taken), program.results)
@@ -178,7 +194,7 @@ class Lowering:
         tensors = [self._tensor(w) for w in weights]
         if rule is ops.rms_norm:
             return ops.Norm.of(tensors[0])
-        if rule is ops.norm_rope_store:
+        if rule is ops.qk_norm_rope_write_kv:
             heads = [o.type.sizes[0] for o in (e.inputs[0], e.inputs[3])]  # of q and k
             return ops.head_norms(tensors, heads, e.params.get("offset", 0.0))
         if op in VECTORS:

@@ -135,17 +135,17 @@ class KernelRunner:
         """Logits (R, V), in the type of the computation; they stay until the next step."""
         exact = shape_of(batch, self.tile, self.programs)
         found = self._recorded(batch, exact)
-        inputs = found.inputs if found else StepInputs(exact, batch.blocks.size, self.device)
+        inputs = found.inputs if found else StepInputs(exact, batch.block_tables.size, self.device)
         inputs.fill(batch, self.block_size, self.spare, self.tile)
         self.step = batch, inputs, found
         if found is None:
             return self._run(inputs, parts_of(batch, self.block_size, self.device) if self.library else None)
         logits = found.forward() if found.forward else self._run(inputs)
-        return logits[: len(batch.rows)]
+        return logits[: len(batch.logits_indices)]
 
     def sample(self, logits: torch.Tensor, batch: Batch, mask: np.ndarray | None) -> torch.Tensor:
         """Token ids int32 (S,), kept as the slots' last tokens too."""
-        count, filtered = len(batch.slots), _filters(batch.sampling)
+        count, filtered = len(batch.req_slots), _filters(batch.sampling)
         inputs, found = self._inputs_of(batch)
         plain = adjusted(logits[:count], batch, self.slots, mask)
         as_it_was = plain.data_ptr() == logits.data_ptr()
@@ -153,7 +153,7 @@ class KernelRunner:
             tokens = self._sampled(found, filtered)()[:count]
         else:
             tokens = self._draw(plain, inputs, filtered)
-        if not as_it_was and batch.sampling.looks_back().any():  # whoever does was adjusted
+        if not as_it_was and batch.sampling.needs_history().any():  # whoever does was adjusted
             self.slots.append(batch, tokens.long())
         return tokens
 
@@ -185,9 +185,9 @@ class KernelRunner:
 
     def _recorded(self, batch: Batch, exact: Shape) -> Recorded | None:
         """The shape that can run a step and be run again; None: there is none."""
-        if self.recorders is None or len(batch.rows) != len(batch.slots):
+        if self.recorders is None or len(batch.logits_indices) != len(batch.req_slots):
             return None
-        if self.library and len(batch.tokens) > SMALL:
+        if self.library and len(batch.input_ids) > SMALL:
             return None
         shape = bucket(exact, self.tile, self.programs)
         return self._ready(shape) if shape else None
@@ -240,7 +240,7 @@ class KernelRunner:
         """What `forward` sent; a step that is only sampled, as in tests, is sent now."""
         if self.step is not None and self.step[0] is batch:
             return self.step[1:]
-        inputs = StepInputs(Shape(0, len(batch.slots), 0, 0), 0, self.device)
+        inputs = StepInputs(Shape(0, len(batch.req_slots), 0, 0), 0, self.device)
         inputs.fill_sampling(batch)
         return inputs, None
 

@@ -11,7 +11,7 @@ from llmrs.backends.torch import sdpa_attention
 from llmrs.backends.torch.cpu_linear import Linear
 from llmrs.backends.torch.kv_fp8 import Scaled
 from llmrs.backends.torch.sdpa_attention import Context
-from llmrs.core.ir import Frequencies
+from llmrs.core.ir import RopeFrequencies
 
 Tensor = torch.Tensor
 
@@ -32,11 +32,11 @@ def linear(_: Context, x: Tensor, matrix: Linear) -> Tensor:
     return matrix(x)
 
 
-def linears(_: Context, x: Tensor, matrix: Linear, *, rows: list[int]) -> tuple[Tensor, ...]:
+def merged_linear(_: Context, x: Tensor, matrix: Linear, *, rows: list[int]) -> tuple[Tensor, ...]:
     return matrix(x).split(rows, dim=-1)
 
 
-def scale(_: Context, x: Tensor, *, by: float) -> Tensor:
+def mul_scalar(_: Context, x: Tensor, *, by: float) -> Tensor:
     return x * torch.tensor(by, dtype=x.dtype).item()
 
 
@@ -68,11 +68,11 @@ def heads(_: Context, x: Tensor, *, size: int) -> Tensor:  # (T, H * d) -> (T, H
     return x.unflatten(-1, (-1, size))
 
 
-def rope(c: Context, x: Tensor, positions: Tensor, *, frequencies: Frequencies) -> Tensor:  # (T, H, d), (T,)
+def rope(c: Context, x: Tensor, positions: Tensor, *, frequencies: RopeFrequencies) -> Tensor:  # (T, H, d), (T,)
     return _rotated(x, *_turns(c, positions, frequencies)).to(x.dtype)
 
 
-def norm_rope_store(
+def qk_norm_rope_write_kv(
     c: Context,
     q: Tensor,
     positions: Tensor,
@@ -82,14 +82,14 @@ def norm_rope_store(
     norms: Tensor,
     *,
     eps: float,
-    frequencies: Frequencies,
+    frequencies: RopeFrequencies,
     offset: float = 0.0,
 ) -> tuple[Tensor, KV]:
     """All heads of q and k at once; `norms` (H + Hk, d) hold the offset already."""
     x = _joined(q, k)  # (T, H + Hk, d)
     normal = torch.nn.functional.rms_norm(x.float() if offset else x, x.shape[-1:], None, eps) * norms
     x = _rotated(normal, *_turns(c, positions, frequencies)).to(q.dtype)
-    return x[:, : q.shape[1]], store(c, x[:, q.shape[1] :], v, kv)
+    return x[:, : q.shape[1]], write_kv(c, x[:, q.shape[1] :], v, kv)
 
 
 def head_norms(weights: list[Tensor], heads: list[int], offset: float) -> Tensor:
@@ -107,7 +107,7 @@ def _joined(q: Tensor, k: Tensor) -> Tensor:
     return torch.cat([q, k], dim=1)
 
 
-def _turns(c: Context, positions: Tensor, frequencies: Frequencies) -> tuple[Tensor, Tensor]:
+def _turns(c: Context, positions: Tensor, frequencies: RopeFrequencies) -> tuple[Tensor, Tensor]:
     """cos and sin, float32 (T, 1, d/2); once for all layers of a step."""
     if id(frequencies) not in c.turns:
         angles = positions[:, None].float() * _on_device(frequencies, positions.device)
@@ -126,11 +126,11 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @cache
-def _on_device(frequencies: Frequencies, device: torch.device) -> Tensor:
+def _on_device(frequencies: RopeFrequencies, device: torch.device) -> Tensor:
     return torch.tensor(frequencies.values, dtype=torch.float32, device=device)
 
 
-def store(c: Context, k: Tensor, v: Tensor, kv: KV) -> KV:  # (T, Hk, d) each
+def write_kv(c: Context, k: Tensor, v: Tensor, kv: KV) -> KV:  # (T, Hk, d) each
     for cache_, new in ((kv.keys, k), (kv.values, v)):
         cache_.flatten(0, 1)[c.cells] = new.to(cache_.dtype)
     return kv
@@ -140,11 +140,11 @@ def attend(c: Context, q: Tensor, kv: KV, *, scale: float, window: int = 0) -> T
     return sdpa_attention.attend(c, q, kv.keys, kv.values, scale, window)
 
 
-def silu_mul(_: Context, gate: Tensor, up: Tensor) -> Tensor:
+def silu_and_mul(_: Context, gate: Tensor, up: Tensor) -> Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
-def gelu_mul(_: Context, gate: Tensor, up: Tensor) -> Tensor:
+def gelu_and_mul(_: Context, gate: Tensor, up: Tensor) -> Tensor:
     return torch.nn.functional.gelu(gate, approximate="tanh") * up
 
 
@@ -156,17 +156,17 @@ class Experts:
     each: list[tuple[Linear, Linear, Linear]]
 
 
-def moe(c: Context, x: Tensor, experts: Experts, *, per_token: int, normalize: bool) -> Tensor:
+def moe(c: Context, x: Tensor, experts: Experts, *, top_k: int, norm_topk_prob: bool) -> Tensor:
     """Expert by expert, each with the rows of the tokens that chose it."""
     p = torch.nn.functional.linear(x, experts.router).softmax(dim=-1, dtype=torch.float32)
-    weights, chosen = p.topk(per_token, dim=-1)  # (T, per_token)
-    if normalize:
+    weights, chosen = p.topk(top_k, dim=-1)  # (T, top_k)
+    if norm_topk_prob:
         weights = weights / weights.sum(dim=-1, keepdim=True)
     y = torch.zeros_like(x)
     for e in chosen.unique().tolist():
         rows, places = (chosen == e).nonzero(as_tuple=True)
         gate, up, down = experts.each[e]
-        h = silu_mul(c, gate(x[rows]), up(x[rows]))
+        h = silu_and_mul(c, gate(x[rows]), up(x[rows]))
         y.index_add_(0, rows, down(h) * weights[rows, places, None].to(x.dtype))
     return y
 
@@ -175,11 +175,11 @@ def add(_: Context, x: Tensor, y: Tensor) -> Tensor:
     return x + y
 
 
-def last(c: Context, x: Tensor) -> Tensor:
+def gather_logits_rows(c: Context, x: Tensor) -> Tensor:
     return x[c.rows]
 
 
-def head(_: Context, x: Tensor, matrix: Linear) -> Tensor:
+def lm_head(_: Context, x: Tensor, matrix: Linear) -> Tensor:
     return matrix(x).float()
 
 
@@ -187,21 +187,21 @@ OPS: dict[str, Callable[..., Any]] = {
     f.__name__: f
     for f in (
         embed,
-        scale,
+        mul_scalar,
         linear,
-        linears,
+        merged_linear,
         rms_norm,
         heads,
         rope,
-        norm_rope_store,
-        store,
+        qk_norm_rope_write_kv,
+        write_kv,
         attend,
-        silu_mul,
-        gelu_mul,
+        silu_and_mul,
+        gelu_and_mul,
         moe,
         add,
-        last,
-        head,
+        gather_logits_rows,
+        lm_head,
     )
 }
-FUSED = frozenset({"linears", "norm_rope_store"})
+FUSED = frozenset({"merged_linear", "qk_norm_rope_write_kv"})

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from llmrs.backends.torch.sdpa_attention import on_device
-from llmrs.core.batch import Batch, Begun
+from llmrs.core.batch import Batch, NewRequest
 from llmrs.core.sampling import SamplingArrays
 
 SIGNED = {0x7FEB352D: 0x7FEB352D, 0x846CA68B: 0x846CA68B - 2**32}  # torch has no uint32 arithmetic
@@ -25,7 +25,7 @@ class SlotState:
         self.tokens = torch.zeros(count, max_tokens + 1, dtype=torch.int32, device=device)  # where sampling looks back
         self.bias: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # token ids int64, what is added to their logits
 
-    def begin(self, begun: Sequence[Begun]) -> None:
+    def begin(self, begun: Sequence[NewRequest]) -> None:
         for b in begun:
             self.tokens[b.slot, : len(b.tokens)] = on_device(b.tokens, self.device)
             self.bias.pop(b.slot, None)
@@ -34,12 +34,12 @@ class SlotState:
 
     def append(self, batch: Batch, tokens: torch.Tensor) -> None:
         """Keeps the tokens int64 (S,) that were sampled."""
-        kept = np.flatnonzero(batch.sampled)
-        slots = on_device(batch.slots[kept].astype(np.int64), self.device)
+        kept = np.flatnonzero(batch.do_sample)
+        slots = on_device(batch.req_slots[kept].astype(np.int64), self.device)
         new = tokens if len(kept) == len(tokens) else tokens[on_device(kept, self.device)]
         self.last_token[slots] = new
-        if batch.sampling.looks_back().any():
-            self.tokens[slots, on_device(batch.lengths[kept].astype(np.int64), self.device)] = new.to(torch.int32)
+        if batch.sampling.needs_history().any():
+            self.tokens[slots, on_device(batch.seq_lens[kept].astype(np.int64), self.device)] = new.to(torch.int32)
 
 
 def sample(logits: torch.Tensor, batch: Batch, slots: SlotState, mask: np.ndarray | None) -> torch.Tensor:
@@ -58,35 +58,35 @@ def sample(logits: torch.Tensor, batch: Batch, slots: SlotState, mask: np.ndarra
 
 def adjusted(logits: torch.Tensor, batch: Batch, slots: SlotState, mask: np.ndarray | None) -> torch.Tensor:
     """After penalties, biases, and what must not be sampled; the same tensor where there is none of them."""
-    back = np.flatnonzero(batch.sampling.looks_back())
-    biased = [s for s, slot in enumerate(batch.slots.tolist()) if slot in slots.bias] if slots.bias else []
-    if not (len(back) or biased or batch.banned is not None or mask is not None):
+    back = np.flatnonzero(batch.sampling.needs_history())
+    biased = [s for s, slot in enumerate(batch.req_slots.tolist()) if slot in slots.bias] if slots.bias else []
+    if not (len(back) or biased or batch.banned_ids is not None or mask is not None):
         return logits
     logits = logits.float().clone()
     if len(back):
         rows = on_device(back, logits.device)
         logits[rows] = _penalized(logits[rows], batch, back, slots)
     for s in biased:
-        at, values = slots.bias[int(batch.slots[s])]
+        at, values = slots.bias[int(batch.req_slots[s])]
         logits[s, at] += values
-    if batch.banned is not None:
-        sequences, columns = np.nonzero(batch.banned >= 0)
-        ids = batch.banned[sequences, columns].astype(np.int64)
+    if batch.banned_ids is not None:
+        sequences, columns = np.nonzero(batch.banned_ids >= 0)
+        ids = batch.banned_ids[sequences, columns].astype(np.int64)
         logits[on_device(sequences, logits.device), on_device(ids, logits.device)] = -torch.inf
     return logits if mask is None else logits.masked_fill(~_allowed(mask, logits), -torch.inf)
 
 
 def _penalized(logits: torch.Tensor, batch: Batch, rows: np.ndarray, slots: SlotState) -> torch.Tensor:
-    """Logits (n, V) of the sequences `rows` after `llmrs.core.sampling.penalize`."""
+    """Logits (n, V) of the sequences `rows` after `llmrs.core.sampling.apply_penalties`."""
     device, (n, vocabulary) = logits.device, logits.shape
-    longest = int(batch.lengths[rows].max())
+    longest = int(batch.seq_lens[rows].max())
     params = batch.sampling.take(rows)
-    lengths, prompts = (on_device(a, device)[:, None] for a in (batch.lengths[rows], params.prompt))
+    lengths, prompts = (on_device(a, device)[:, None] for a in (batch.seq_lens[rows], params.prompt_len))
     factor, presence, frequency = (
         on_device(a, device)[:, None]
         for a in (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
     )
-    tokens = slots.tokens[on_device(batch.slots[rows].astype(np.int64), device), :longest].long()
+    tokens = slots.tokens[on_device(batch.req_slots[rows].astype(np.int64), device), :longest].long()
     at = torch.arange(longest, device=device)
     nothing = torch.full_like(tokens, vocabulary)  # a column of its own for what does not count
     counts = torch.zeros(2, n, vocabulary + 1, device=device)
@@ -123,7 +123,7 @@ def draw(logits: torch.Tensor, params: SamplingArrays) -> torch.Tensor:
     counts = _kept_counts(logits, params)
     if counts is not None:
         logits = _keep(logits, counts)
-    keys = on_device(params.key.view(np.int32), device)
+    keys = on_device(params.rng_key.view(np.int32), device)
     return (logits + gumbel(keys, logits.shape[1])).argmax(dim=-1)
 
 

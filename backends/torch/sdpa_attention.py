@@ -44,23 +44,23 @@ class Context:
 
 
 def context(batch: Batch, block_size: int, device: torch.device) -> Context:
-    counts = np.diff(batch.starts)
+    counts = np.diff(batch.query_start_loc)
     row_of = np.repeat(np.arange(len(counts)), counts)
-    blocks = batch.blocks[row_of, batch.positions // block_size].astype(np.int64)
+    blocks = batch.block_tables[row_of, batch.positions // block_size].astype(np.int64)
     singles = np.flatnonzero(counts == 1)
     groups = ([singles] if len(singles) else []) + [np.array([s]) for s in np.flatnonzero(counts > 1)]
     return Context(
         on_device(blocks * block_size + batch.positions % block_size, device),
         [_part(batch, group, block_size, device) for group in groups],
-        on_device(batch.rows.astype(np.int64), device),
+        on_device(batch.logits_indices.astype(np.int64), device),
         {},
     )
 
 
 def _part(batch: Batch, group: np.ndarray, block_size: int, device: torch.device) -> Part:
-    rows = np.concatenate([np.arange(batch.starts[s], batch.starts[s + 1]) for s in group])
-    length = int(batch.lengths[group].max())
-    blocks = batch.blocks[group, : -(-length // block_size)].astype(np.int64)
+    rows = np.concatenate([np.arange(batch.query_start_loc[s], batch.query_start_loc[s + 1]) for s in group])
+    length = int(batch.seq_lens[group].max())
+    blocks = batch.block_tables[group, : -(-length // block_size)].astype(np.int64)
     cells, keys = None, blocks.shape[1] * block_size
     if len(group) == 1 and (np.diff(blocks[0]) == 1).all():
         first, keys = int(blocks[0, 0]) * block_size, length

@@ -21,10 +21,10 @@ from llmrs.backends.torch.kernels.gather import gather
 from llmrs.backends.torch.kernels.gemm_tma import Tiles, loadable
 from llmrs.backends.torch.kernels.matvec import matvec
 from llmrs.backends.torch.kernels.prefill_attention_tma import fits, prompt_attention, prompt_tiling
-from llmrs.backends.torch.kernels.qk_norm_rope_cache import norm_rope_store as turn_and_store
+from llmrs.backends.torch.kernels.qk_norm_rope_cache import qk_norm_rope_write_kv as turn_and_store
 from llmrs.backends.torch.library import Library, Parts
 from llmrs.backends.torch.ops import KV, OPS
-from llmrs.core.ir import Frequencies
+from llmrs.core.ir import RopeFrequencies
 
 Tensor = torch.Tensor
 
@@ -34,9 +34,9 @@ class Turns:
 
     def __init__(self, positions: int, device: torch.device) -> None:
         self.positions, self.device = positions, device
-        self.made: dict[Frequencies, Tensor] = {}
+        self.made: dict[RopeFrequencies, Tensor] = {}
 
-    def of(self, frequencies: Frequencies) -> Tensor:
+    def of(self, frequencies: RopeFrequencies) -> Tensor:
         if frequencies not in self.made:
             values = torch.tensor(frequencies.values, dtype=torch.float32, device=self.device)
             angles = torch.arange(self.positions, dtype=torch.float32, device=self.device)[:, None] * values
@@ -66,19 +66,19 @@ def rms_norm(_: KernelContext, x: Tensor, w: Tensor, *, eps: float, offset: floa
     return norm.rms_norm(x.flatten(0, -2), w, eps=eps, offset=offset).view(x.shape)
 
 
-def add_norm(
+def fused_add_rms_norm(
     _: KernelContext, x: Tensor, y: Tensor, w: Tensor, *, eps: float, offset: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    return norm.add_norm(x, y, w, eps=eps, offset=offset)
+    return norm.fused_add_rms_norm(x, y, w, eps=eps, offset=offset)
 
 
-def rope(c: KernelContext, x: Tensor, positions: Tensor, *, frequencies: Frequencies) -> Tensor:  # (T, H, d), (T,)
+def rope(c: KernelContext, x: Tensor, positions: Tensor, *, frequencies: RopeFrequencies) -> Tensor:  # (T, H, d), (T,)
     cos, sin = c.turns.of(frequencies)[:, positions.long(), None]  # (T, 1, d/2)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
-def store(c: KernelContext, k: Tensor, v: Tensor, kv: KV) -> KV:
+def write_kv(c: KernelContext, k: Tensor, v: Tensor, kv: KV) -> KV:
     cells = c.fields.cells.long()
     at = cells // kv.keys.shape[1], cells % kv.keys.shape[1]
     for cache, new in ((kv.keys, k), (kv.values, v)):
@@ -86,14 +86,14 @@ def store(c: KernelContext, k: Tensor, v: Tensor, kv: KV) -> KV:
     return kv
 
 
-def rope_store(
-    c: KernelContext, q: Tensor, positions: Tensor, k: Tensor, v: Tensor, kv: KV, *, frequencies: Frequencies
+def rope_write_kv(
+    c: KernelContext, q: Tensor, positions: Tensor, k: Tensor, v: Tensor, kv: KV, *, frequencies: RopeFrequencies
 ) -> tuple[Tensor, KV]:
     turns = c.turns.of(frequencies)
     return turn_and_store(q, k, v, None, positions, c.fields.cells, turns, kv.keys, kv.values), kv
 
 
-def norm_rope_store(
+def qk_norm_rope_write_kv(
     c: KernelContext,
     q: Tensor,
     positions: Tensor,
@@ -102,7 +102,7 @@ def norm_rope_store(
     kv: KV,
     norms: tuple[Tensor, Tensor],
     *,
-    frequencies: Frequencies,
+    frequencies: RopeFrequencies,
     eps: float,
     offset: float = 0.0,
 ) -> tuple[Tensor, KV]:
@@ -140,19 +140,19 @@ def attend(c: KernelContext, q: Tensor, kv: KV, *, scale: float, window: int = 0
     return y
 
 
-def silu_mul(_: KernelContext, gate: Tensor, up: Tensor) -> Tensor:
+def silu_and_mul(_: KernelContext, gate: Tensor, up: Tensor) -> Tensor:
     return gated(gate, up, gelu=False)
 
 
-def gelu_mul(_: KernelContext, gate: Tensor, up: Tensor) -> Tensor:
+def gelu_and_mul(_: KernelContext, gate: Tensor, up: Tensor) -> Tensor:
     return gated(gate, up, gelu=True)
 
 
-def last(c: KernelContext, x: Tensor) -> Tensor:
+def gather_logits_rows(c: KernelContext, x: Tensor) -> Tensor:
     return x if c.shape.plain else x.index_select(0, c.fields.rows)
 
 
-def head(_: KernelContext, x: Tensor, matrix: Linear) -> Tensor:
+def lm_head(_: KernelContext, x: Tensor, matrix: Linear) -> Tensor:
     """Logits as the matrix product gives them: sampling widens what it reads."""
     return matrix(x)
 
@@ -194,7 +194,7 @@ def rows(
         y = matrix(x)
         y = TRITON[gate](c, *y.chunk(2, dim=-1)) if gate else y
     if after:
-        return add_norm(c, more[0], y, after.weight, **after.params)
+        return fused_add_rms_norm(c, more[0], y, after.weight, **after.params)
     return more[0] + y if more else _split(y, sizes)
 
 
@@ -209,17 +209,17 @@ TRITON: dict[str, Callable[..., Any]] = {
         for f in (
             embed,
             rms_norm,
-            add_norm,
+            fused_add_rms_norm,
             rope,
-            store,
-            rope_store,
-            norm_rope_store,
+            write_kv,
+            rope_write_kv,
+            qk_norm_rope_write_kv,
             attend,
-            silu_mul,
-            gelu_mul,
-            last,
-            head,
+            silu_and_mul,
+            gelu_and_mul,
+            gather_logits_rows,
+            lm_head,
         )
     },
 }
-FUSED = frozenset({"linears", "add_norm", "norm_rope_store", "rope_store"})
+FUSED = frozenset({"merged_linear", "fused_add_rms_norm", "qk_norm_rope_write_kv", "rope_write_kv"})

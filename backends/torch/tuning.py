@@ -48,7 +48,9 @@ def keys_of(graph: Graph, dtype: torch.dtype, kv_dtype: torch.dtype) -> list[Key
     attends = [(e.inputs[0].type.sizes, e.inputs[1].type.sizes) for e in equations if e.op == "attend"]
     heads = dict.fromkeys((q[0] // kv[0], q[1]) for q, kv in attends)
     weights = [
-        [i for i in e.inputs if isinstance(i, Weight)] for e in equations if e.op in ("linear", "linears", "head")
+        [i for i in e.inputs if isinstance(i, Weight)]
+        for e in equations
+        if e.op in ("linear", "merged_linear", "lm_head")
     ]
     matrices = dict.fromkeys(of[0].type.sizes for of in weights)
     return [

@@ -18,7 +18,9 @@ from llmrs.backends.reference.ops import OPS, Context
 operations: Counter[str] = Counter()  # floating-point operations by op, of all engines of this process
 
 
-def add_norm(c: Context, x: np.ndarray, y: np.ndarray, w: np.ndarray, **params: Any) -> tuple[np.ndarray, np.ndarray]:
+def fused_add_rms_norm(
+    c: Context, x: np.ndarray, y: np.ndarray, w: np.ndarray, **params: Any
+) -> tuple[np.ndarray, np.ndarray]:
     """A fused op: the sum, and its norm. Its definition is in llmrs.backends.fusion."""
     total = OPS["add"](c, x, y)
     return total, OPS["rms_norm"](c, total, w, **params)
@@ -29,7 +31,7 @@ def counted(op: str, rule: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(rule)
     def run(context: Context, x: np.ndarray, *rest: Any, **params: Any) -> Any:
-        operations[op] += 2 * len(x) * rest[0].size if op in ("linear", "head") else x.size
+        operations[op] += 2 * len(x) * rest[0].size if op in ("linear", "lm_head") else x.size
         return rule(context, x, *rest, **params)
 
     return run
@@ -39,8 +41,10 @@ class CountingBackend(ReferenceBackend):
     """Adds one fused op to the reference backend, and wraps every rule."""
 
     name = "counting"
-    fused_ops = frozenset({"add_norm"})
-    rules: Mapping[str, Callable[..., Any]] = {op: counted(op, f) for op, f in {**OPS, "add_norm": add_norm}.items()}
+    fused_ops = frozenset({"fused_add_rms_norm"})
+    rules: Mapping[str, Callable[..., Any]] = {
+        op: counted(op, f) for op, f in {**OPS, "fused_add_rms_norm": fused_add_rms_norm}.items()
+    }
 
     def close(self) -> None:
         super().close()

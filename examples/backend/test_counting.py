@@ -15,5 +15,5 @@ def test_it_counts():
     assert isinstance(backend, CountingBackend)
     operations.clear()
     run(core_on(model.on(backend)), [request([1, 2, 3], max_tokens=1)])
-    assert operations["head"] == 2 * 211 * 64
-    assert operations["add_norm"] == 3 * 3 * 64  # three layers, three tokens
+    assert operations["lm_head"] == 2 * 211 * 64
+    assert operations["fused_add_rms_norm"] == 3 * 3 * 64  # three layers, three tokens

@@ -39,7 +39,7 @@ def measure(
 
 def _prompts(engine: Engine, count: int, length: int, seed: int) -> list[list[int]]:
     size = (count, length)
-    ids: list[list[int]] = np.random.default_rng(seed).integers(0, engine.model.config.vocabulary, size).tolist()
+    ids: list[list[int]] = np.random.default_rng(seed).integers(0, engine.model.config.vocab_size, size).tolist()
     return ids
 
 

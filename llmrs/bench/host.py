@@ -44,7 +44,7 @@ class NoDevice:
 
     def launch(self, batch: Batch) -> Answered:
         self.steps += 1
-        return Answered(self.drawn[self.steps % 256, : len(batch.slots)])
+        return Answered(self.drawn[self.steps % 256, : len(batch.req_slots)])
 
     def forward(self, batch: Batch) -> None:
         """Nothing."""

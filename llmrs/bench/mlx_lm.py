@@ -82,7 +82,13 @@ def build_ours(backend: MlxBackend, batch: int) -> Callable[[int], Any]:
     def build(n: int) -> Any:
         lengths = np.full(batch, CONTEXT + n + 1, np.int32)
         step = type(sampling_batch(SamplingArrays.zeros(1)))(
-            **{**fields, "tokens": -1 - fields["slots"], "positions": lengths - 1, "lengths": lengths, "blocks": tables}
+            **{
+                **fields,
+                "input_ids": -1 - fields["req_slots"],
+                "positions": lengths - 1,
+                "seq_lens": lengths,
+                "block_tables": tables,
+            }  # fmt: skip
         )
         begin = time.thread_time()
         logits = backend._build(step)

@@ -14,17 +14,17 @@ from llmrs.bench.roofline import Device, experts_of, met
 from llmrs.core.ir import Graph, S, T, Type, Value, Weight
 from llmrs.memory import token_bytes
 
-LINEAR = ("linear", "linears", "head")
-NORM = ("rms_norm", "add_norm")
+LINEAR = ("linear", "merged_linear", "lm_head")
+NORM = ("rms_norm", "fused_add_rms_norm")
 # Names of kernels, ours, a library's, or torch's ops on a CPU -> the ops that they do; the first that fits counts.
 # Several kernels may share an op's work (parts of a split product): only the one that is named here gets the floor.
 KERNELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"splitk.*reduce|reduce.*splitk|_combine|memcpy|memset", ()),
     (r"matvec|gemm|gemv|nvjet|cutlass|_linear_pointwise|aten::(linear|addmm|mm|matmul)$|^_?(few|some|many)$", LINEAR),
     (r"_attend|scaled_dot_product|flash", ("attend",)),
-    (r"norm_rope_store|rope_store", ("norm_rope_store", "rope_store")),
+    (r"qk_norm_rope_write_kv|rope_write_kv", ("qk_norm_rope_write_kv", "rope_write_kv")),
     (r"^_(add_)?norm", NORM),
-    (r"_gated", ("silu_mul", "gelu_mul")),
+    (r"_gated", ("silu_and_mul", "gelu_and_mul")),
     (r"^_embed", ("embed",)),
     (r"^_(score|search)$", ("sample",)),
 )
@@ -103,7 +103,11 @@ def joined(found: Sequence[Cost]) -> list[Cost]:
     merged: list[Cost] = []
     for cost in found:
         if cost.op == "rms_norm" and merged and merged[-1].op == "add":
-            merged[-1] = Cost("add_norm", f"add_norm{cost.label.removeprefix('rms_norm')}", merged[-1].bytes * 4 / 3)
+            merged[-1] = Cost(
+                "fused_add_rms_norm",
+                f"fused_add_rms_norm{cost.label.removeprefix('rms_norm')}",
+                merged[-1].bytes * 4 / 3,
+            )
         else:
             merged.append(cost)
     return merged

@@ -72,7 +72,7 @@ class Work:
         attention = 4 * sum(math.prod(e.inputs[0].type.sizes) for e in attends)
         windows = Counter(e.params.get("window", 0) for e in attends)
         parts = tuple((window, count / len(attends)) for window, count in windows.items())
-        head = sum(count for op, count in used if op == "head")
+        head = sum(count for op, count in used if op == "lm_head")
         mixtures = [experts_of(e) for f in calls for e in f.equations if e.op == "moe"]
         experts = sum(count for count, _ in mixtures)
         chosen = sum(count * part for count, part in mixtures) / experts if experts else 1.0
@@ -131,7 +131,7 @@ class Work:
 def experts_of(e: Equation) -> tuple[int, float]:
     """Of a mixture: the numbers of all its experts, and the part of them that a token goes through."""
     router, *stacks = (o.type.sizes for o in e.inputs if isinstance(o, Weight))
-    return sum(map(math.prod, stacks)), e.params["per_token"] / router[0]
+    return sum(map(math.prod, stacks)), e.params["top_k"] / router[0]
 
 
 def met(chosen: float, tokens: int) -> float:

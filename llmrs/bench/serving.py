@@ -43,7 +43,7 @@ def measure(engine: Engine, device: Device, workloads: Sequence[Workload]) -> It
     """Each workload after one run of it to warm up, and once more for the idle share where that can be measured."""
     check(engine, workloads)
     for w in workloads:
-        asked = w.requests_of(engine.model.config.vocabulary)
+        asked = w.requests_of(engine.model.config.vocab_size)
         run(engine, asked)
         engine._worker.ask(settle)
         outcome = run(engine, asked)
@@ -113,7 +113,7 @@ def over_time(
     Each after one run of the same arrivals to warm up. `closed` is the run of all at once, where there was one.
     """
     closed = closed or next(measure(engine, device, [w]))
-    asked = w.requests_of(engine.model.config.vocabulary)
+    asked = w.requests_of(engine.model.config.vocab_size)
     for share in shares:
         rate = share * closed.requests / closed.seconds
         due = arrivals(len(asked), rate)

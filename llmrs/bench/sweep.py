@@ -82,19 +82,19 @@ def decode_batch(block_size: int, count: int, context: int) -> Batch:
     """A step of one token for each of `count` sequences of `context` tokens, in the first blocks of the pool, mixed."""
     sampling = SamplingArrays.zeros(count)
     sampling.temperature[:] = 0.6
-    sampling.key[:] = np.arange(count)
+    sampling.rng_key[:] = np.arange(count)
     lengths, width = np.full(count, context, np.int32), -(-context // block_size)
     return Batch(
-        tokens=np.zeros(count, np.int32),
+        input_ids=np.zeros(count, np.int32),
         positions=lengths - 1,
-        starts=np.arange(count + 1, dtype=np.int32),
-        lengths=lengths,
-        blocks=np.random.default_rng(0).permutation(count * width).astype(np.int32).reshape(count, width),
-        slots=np.arange(count, dtype=np.int32),
-        sampled=np.ones(count, bool),
+        query_start_loc=np.arange(count + 1, dtype=np.int32),
+        seq_lens=lengths,
+        block_tables=np.random.default_rng(0).permutation(count * width).astype(np.int32).reshape(count, width),
+        req_slots=np.arange(count, dtype=np.int32),
+        do_sample=np.ones(count, bool),
         sampling=sampling,
-        rows=np.arange(count, dtype=np.int32),
-        targets=np.zeros(0, np.int32),
+        logits_indices=np.arange(count, dtype=np.int32),
+        prompt_logprob_ids=np.zeros(0, np.int32),
     )
 
 

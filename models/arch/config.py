@@ -28,21 +28,21 @@ class Rope:
 class Experts:
     """A mixture of experts in place of the MLP of some layers."""
 
-    count: int
-    per_token: int
-    intermediate: int
-    normalize: bool  # the weights of a token's experts add up to 1
+    num_experts: int
+    num_experts_per_tok: int
+    intermediate_size: int
+    norm_topk_prob: bool  # the weights of a token's experts add up to 1
 
 
 @dataclass(frozen=True)
-class Kind:
+class LayerKind:
     """What may differ from layer to layer. `window` is how many positions a token sees, 0 for all."""
 
     window: int = 0
-    sparse: bool = False
+    is_moe: bool = False
 
     def __str__(self) -> str:
-        return ("local_" if self.window else "global_") + ("sparse_layer" if self.sparse else "layer")
+        return ("local_" if self.window else "global_") + ("sparse_layer" if self.is_moe else "layer")
 
 
 @dataclass(frozen=True)
@@ -50,19 +50,19 @@ class ModelConfig:
     """The shape of a decoder, in the terms that all families share."""
 
     architecture: str
-    vocabulary: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_size: int
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
     norm_eps: float
     rope: Rope
     local_rope: Rope  # of layers with a window
-    kinds: tuple[Kind, ...]  # of each layer
+    layer_kinds: tuple[LayerKind, ...]  # of each layer
     experts: Experts | None
-    context: int  # positions that the model was trained for
-    tied: bool  # the head is the embedding table
+    max_position_embeddings: int  # positions that the model was trained for
+    tie_word_embeddings: bool  # the head is the embedding table
     attention_bias: bool  # of queries, keys and values
     output_bias: bool  # of attention's output
     mlp_bias: bool
@@ -72,7 +72,7 @@ class ModelConfig:
 
     @property
     def layers(self) -> int:
-        return len(self.kinds)
+        return len(self.layer_kinds)
 
     @property
     def name(self) -> str:
@@ -177,19 +177,19 @@ def parse(path: Path, data: Mapping[str, Any], defaults: Mapping[str, Any]) -> M
     rope, local_rope = ropes(f)
     config = ModelConfig(
         architecture=architecture(path, data),
-        vocabulary=f.integer("vocab_size"),
-        hidden=hidden,
-        intermediate=f.integer("intermediate_size"),
-        heads=heads,
-        kv_heads=kv_heads,
-        head_size=head_size,
+        vocab_size=f.integer("vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=f.integer("intermediate_size"),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_size,
         norm_eps=f.number("rms_norm_eps"),
         rope=rope,
         local_rope=local_rope,
-        kinds=tuple(map(Kind, windows(f, layers), sparse(f, layers))),
+        layer_kinds=tuple(map(LayerKind, windows(f, layers), sparse(f, layers))),
         experts=experts(f),
-        context=max(f.integer("max_position_embeddings"), extended(rope)),
-        tied=f.boolean("tie_word_embeddings"),
+        max_position_embeddings=max(f.integer("max_position_embeddings"), extended(rope)),
+        tie_word_embeddings=f.boolean("tie_word_embeddings"),
         attention_bias=attention_bias,
         output_bias=f.boolean("attention_output_bias", attention_bias),
         mlp_bias=f.boolean("mlp_bias", False),
@@ -201,7 +201,7 @@ def parse(path: Path, data: Mapping[str, Any], defaults: Mapping[str, Any]) -> M
         raise f.error("num_key_value_heads", f"a divisor of num_attention_heads, {heads}")
     if head_size % 2 or head_size > LARGEST_HEAD:
         raise f.error("head_dim", f"an even number up to {LARGEST_HEAD}")
-    if config.experts is not None and layers * config.experts.count > MOST_MATRICES:
+    if config.experts is not None and layers * config.experts.num_experts > MOST_MATRICES:
         raise f.error("num_experts", f"at most {MOST_MATRICES // layers} in each of {layers} layers")
     return config
 

@@ -6,7 +6,7 @@ Its norms multiply by 1 + weight. The report is arXiv 2503.19786.
 from llmrs.core.ir import Function, Graph
 from llmrs.models.arch import layers
 from llmrs.models.arch.builder import Builder
-from llmrs.models.arch.config import Kind, ModelConfig
+from llmrs.models.arch.config import LayerKind, ModelConfig
 from llmrs.models.arch.layers import LAYER, attention, decoder, gated_mlp, layer_inputs, norm
 
 HF_NAMES = {
@@ -37,10 +37,10 @@ DEFAULTS = {
 
 
 def graph(c: ModelConfig) -> Graph:
-    return decoder(c, lambda kind, name: layer(c, kind, name), embedding_scale=c.hidden**0.5, norm_offset=1.0)
+    return decoder(c, lambda kind, name: layer(c, kind, name), embedding_scale=c.hidden_size**0.5, norm_offset=1.0)
 
 
-def layer(c: ModelConfig, kind: Kind, name: str) -> Function:
+def layer(c: ModelConfig, kind: LayerKind, name: str) -> Function:
     """x + norm(attention(norm(x))), then x + norm(mlp(norm(x)))."""
     b = Builder(name, **layer_inputs(c))
     x, positions, kv = b.inputs

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from llmrs.core.ir import Function, Graph, Segment, T, Type, Value, Weight
 from llmrs.models.arch.builder import Builder
-from llmrs.models.arch.config import Kind, ModelConfig
+from llmrs.models.arch.config import LayerKind, ModelConfig
 from llmrs.models.arch.rope import frequencies
 
 LAYER = "layers.{i}."
@@ -13,7 +13,7 @@ LAYER = "layers.{i}."
 HF_NAMES = {
     "embed": "model.embed_tokens.weight",
     "final_norm": "model.norm.weight",
-    "head": "lm_head.weight",
+    "lm_head": "lm_head.weight",
     "layers.{i}.attn_norm": "model.layers.{i}.input_layernorm.weight",
     "layers.{i}.mlp_norm": "model.layers.{i}.post_attention_layernorm.weight",
     "layers.{i}.router": "model.layers.{i}.mlp.gate.weight",
@@ -53,7 +53,7 @@ def norm(b: Builder, x: Value, name: str, eps: float, to: str, offset: float = 0
 def attention(
     b: Builder,
     c: ModelConfig,
-    kind: Kind,
+    kind: LayerKind,
     x: Value,
     positions: Value,
     kv: Value,
@@ -62,46 +62,50 @@ def attention(
     norm_offset: float = 0.0,
 ) -> tuple[Value, Value]:
     """Grouped-query attention with rotary positions: q, k, v, o; with `qk_norm` q_norm and k_norm over each head."""
-    widths = {"q": c.heads, "k": c.kv_heads, "v": c.kv_heads}
-    q, k, v = (linear(b, x, n, w * c.head_size, bias=c.attention_bias) for n, w in widths.items())
-    q, k, v = (b("heads", p, size=c.head_size, to=n) for p, n in ((q, "q"), (k, "k"), (v, "v")))
+    widths = {"q": c.num_heads, "k": c.num_kv_heads, "v": c.num_kv_heads}
+    q, k, v = (linear(b, x, n, w * c.head_dim, bias=c.attention_bias) for n, w in widths.items())
+    q, k, v = (b("heads", p, size=c.head_dim, to=n) for p, n in ((q, "q"), (k, "k"), (v, "v")))
     if qk_norm:
         q, k = (norm(b, p, f"{LAYER}{n}_norm", c.norm_eps, to=n, offset=norm_offset) for p, n in ((q, "q"), (k, "k")))
     turns = frequencies(c.local_rope if kind.window else c.rope, c)
     q, k = (b("rope", p, positions, frequencies=turns, to=n) for p, n in ((q, "q"), (k, "k")))
-    kv = b("store", k, v, kv, to="kv")
+    kv = b("write_kv", k, v, kv, to="kv")
     window = {"window": kind.window} if kind.window else {}
     y = b("attend", q, kv, scale=c.attention_scale, to="y", **window)
-    return linear(b, y, "o", c.hidden, bias=c.output_bias, shard="columns"), kv
+    return linear(b, y, "o", c.hidden_size, bias=c.output_bias, shard="columns"), kv
 
 
 def gated_mlp(b: Builder, c: ModelConfig, x: Value) -> Value:
     """down(activation(gate(x)) * up(x))."""
-    gate, up = (linear(b, x, n, c.intermediate, bias=c.mlp_bias) for n in ("gate", "up"))
-    h = b({"silu": "silu_mul", "gelu_tanh": "gelu_mul"}[c.activation], gate, up, to="h")
-    return linear(b, h, "down", c.hidden, bias=c.mlp_bias, shard="columns")
+    gate, up = (linear(b, x, n, c.intermediate_size, bias=c.mlp_bias) for n in ("gate", "up"))
+    h = b({"silu": "silu_and_mul", "gelu_tanh": "gelu_and_mul"}[c.activation], gate, up, to="h")
+    return linear(b, h, "down", c.hidden_size, bias=c.mlp_bias, shard="columns")
 
 
 def expert_mlp(b: Builder, c: ModelConfig, x: Value) -> Value:
     """The same from each token's experts, weighted by the router."""
     e = c.experts
     assert e is not None, "the layer is sparse"
-    sizes = {"gate": (e.intermediate, c.hidden), "up": (e.intermediate, c.hidden), "down": (c.hidden, e.intermediate)}
+    sizes = {
+        "gate": (e.intermediate_size, c.hidden_size),
+        "up": (e.intermediate_size, c.hidden_size),
+        "down": (c.hidden_size, e.intermediate_size),
+    }
     stacks = [
-        Weight(tuple(Segment(f"{LAYER}experts.{n}.{name}", rows) for n in range(e.count)), (columns,))
+        Weight(tuple(Segment(f"{LAYER}experts.{n}.{name}", rows) for n in range(e.num_experts)), (columns,))
         for name, (rows, columns) in sizes.items()
     ]
-    router = matrix(LAYER + "router", e.count, c.hidden)
-    return b("moe", x, router, *stacks, per_token=e.per_token, normalize=e.normalize, to="y")
+    router = matrix(LAYER + "router", e.num_experts, c.hidden_size)
+    return b("moe", x, router, *stacks, top_k=e.num_experts_per_tok, norm_topk_prob=e.norm_topk_prob, to="y")
 
 
 def layer_inputs(c: ModelConfig) -> dict[str, Type]:
     """What every layer is given."""
-    kv = Type("kv", (c.kv_heads, c.head_size))
-    return {"x": Type("act", (T, c.hidden)), "positions": Type("i32", (T,)), "kv": kv}
+    kv = Type("kv", (c.num_kv_heads, c.head_dim))
+    return {"x": Type("act", (T, c.hidden_size)), "positions": Type("i32", (T,)), "kv": kv}
 
 
-def pre_norm_layer(c: ModelConfig, kind: Kind, name: str, *, qk_norm: bool) -> Function:
+def pre_norm_layer(c: ModelConfig, kind: LayerKind, name: str, *, qk_norm: bool) -> Function:
     """x + attention(norm(x)), then x + mlp(norm(x))."""
     b = Builder(name, **layer_inputs(c))
     x, positions, kv = b.inputs
@@ -109,13 +113,13 @@ def pre_norm_layer(c: ModelConfig, kind: Kind, name: str, *, qk_norm: bool) -> F
     y, kv = attention(b, c, kind, n, positions, kv, qk_norm=qk_norm)
     x = b("add", x, y, to="x")
     n = norm(b, x, LAYER + "mlp_norm", c.norm_eps, to="n")
-    x = b("add", x, expert_mlp(b, c, n) if kind.sparse else gated_mlp(b, c, n), to="x")
+    x = b("add", x, expert_mlp(b, c, n) if kind.is_moe else gated_mlp(b, c, n), to="x")
     return b.done(x, kv)
 
 
 def decoder(
     c: ModelConfig,
-    layer_of: Callable[[Kind, str], Function],
+    layer_of: Callable[[LayerKind, str], Function],
     *,
     embedding_scale: float = 1.0,
     norm_offset: float = 0.0,
@@ -124,20 +128,20 @@ def decoder(
 
     `layer_of(kind, name)` is the function of the layers of a kind.
     """
-    kinds = dict.fromkeys(c.kinds)
+    kinds = dict.fromkeys(c.layer_kinds)
     functions = {kind: layer_of(kind, "layer" if len(kinds) == 1 else str(kind)) for kind in kinds}
     ints = Type("i32", (T,))
-    kv_types = {f"kv{i}": functions[kind].inputs[-1].type for i, kind in enumerate(c.kinds)}
+    kv_types = {f"kv{i}": functions[kind].inputs[-1].type for i, kind in enumerate(c.layer_kinds)}
     b = Builder("main", tokens=ints, positions=ints, **kv_types)
     tokens, positions, *kv = b.inputs
-    table = matrix("embed", c.vocabulary, c.hidden)
+    table = matrix("embed", c.vocab_size, c.hidden_size)
     x = b("embed", tokens, table, to="x")
     if embedding_scale != 1.0:
-        x = b("scale", x, by=embedding_scale, to="x")
-    for i, kind in enumerate(c.kinds):
+        x = b("mul_scalar", x, by=embedding_scale, to="x")
+    for i, kind in enumerate(c.layer_kinds):
         x, kv[i] = b.call(functions[kind], i, x, positions, kv[i])
-    last = b("last", x, to="x")
+    last = b("gather_logits_rows", x, to="x")
     last = norm(b, last, "final_norm", c.norm_eps, to="n", offset=norm_offset)
-    head = table if c.tied else matrix("head", c.vocabulary, c.hidden)
-    logits = b("head", last, head, to="logits")
+    head = table if c.tie_word_embeddings else matrix("lm_head", c.vocab_size, c.hidden_size)
+    logits = b("lm_head", last, head, to="logits")
     return Graph(c.name, {f.name: f for f in functions.values()}, b.done(logits, *kv))

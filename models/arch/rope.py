@@ -5,14 +5,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmrs.core.errors import ModelError
-from llmrs.core.ir import Frequencies
+from llmrs.core.ir import RopeFrequencies
 from llmrs.models.arch.config import ORIGINAL, ModelConfig, Rope
 from llmrs.models.files.json_reader import LARGE, SHORT
 
 HINT = "is config.json complete?"
 
 
-def frequencies(rope: Rope, c: ModelConfig) -> Frequencies:
+def frequencies(rope: Rope, c: ModelConfig) -> RopeFrequencies:
     """The head_size / 2 frequencies. Raises ModelError for a scaling that is not implemented or gives none."""
     try:
         found = _frequencies(rope, c)
@@ -23,19 +23,19 @@ def frequencies(rope: Rope, c: ModelConfig) -> Frequencies:
     return found
 
 
-def _frequencies(rope: Rope, c: ModelConfig) -> Frequencies:
-    values = [rope.theta ** (-2 * i / c.head_size) for i in range(c.head_size // 2)]
+def _frequencies(rope: Rope, c: ModelConfig) -> RopeFrequencies:
+    values = [rope.theta ** (-2 * i / c.head_dim) for i in range(c.head_dim // 2)]
     scaling = rope.scaling
     kind, label = scaling["rope_type"], f"theta {rope.theta:g}"
     if kind == "dynamic":  # changes frequencies only beyond the context that the model was trained for: the limit here
         _number(scaling, "factor")
     if kind in ("default", "dynamic"):
-        return Frequencies(label, tuple(values))
+        return RopeFrequencies(label, tuple(values))
     if kind == "linear":
         factor = _number(scaling, "factor")
-        return Frequencies(f"{label}, linear {factor:g}", tuple(v / factor for v in values))
+        return RopeFrequencies(f"{label}, linear {factor:g}", tuple(v / factor for v in values))
     if kind == "llama3":
-        return Frequencies(f"{label}, llama3", tuple(_llama3(v, scaling) for v in values))
+        return RopeFrequencies(f"{label}, llama3", tuple(_llama3(v, scaling) for v in values))
     if kind == "yarn":
         return _yarn(label, values, scaling, rope.theta, c)
     raise ModelError(
@@ -56,22 +56,22 @@ def _llama3(frequency: float, scaling: Mapping[str, Any]) -> float:
     return (1 - part) * frequency / factor + part * frequency
 
 
-def _yarn(label: str, values: list[float], scaling: Mapping[str, Any], theta: float, c: ModelConfig) -> Frequencies:
+def _yarn(label: str, values: list[float], scaling: Mapping[str, Any], theta: float, c: ModelConfig) -> RopeFrequencies:
     """YaRN: interpolates by how often a pair turns within the old context, from beta_fast down to beta_slow turns.
 
     Source: arXiv 2309.00071, with transformers' names and defaults.
     """
     original = _number(scaling, ORIGINAL)
-    factor = _number(scaling, "factor", c.context / original)
+    factor = _number(scaling, "factor", c.max_position_embeddings / original)
     fast, slow = (_number(scaling, n, d) for n, d in (("beta_fast", 32.0), ("beta_slow", 1.0)))
-    low, high = (c.head_size * math.log(original / (t * 2 * math.pi)) / (2 * math.log(theta)) for t in (fast, slow))
+    low, high = (c.head_dim * math.log(original / (t * 2 * math.pi)) / (2 * math.log(theta)) for t in (fast, slow))
     if scaling.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, c.head_size - 1)
+    low, high = max(low, 0), min(high, c.head_dim - 1)
     width = high - low or 0.001
     parts = [min(max((i - low) / width, 0.0), 1.0) for i in range(len(values))]
     scaled = tuple(v / factor * p + v * (1 - p) for v, p in zip(values, parts, strict=True))
-    return Frequencies(f"{label}, yarn {factor:g}", scaled, _yarn_scale(scaling, factor))
+    return RopeFrequencies(f"{label}, yarn {factor:g}", scaled, _yarn_scale(scaling, factor))
 
 
 def _yarn_scale(scaling: Mapping[str, Any], factor: float) -> float:

@@ -27,8 +27,8 @@ class Weights(Mapping[str, Tensor]):
         self.source = source
         self.wanted = {s.tensor: (s.rows, *w.columns) for w in graph.weights() for s in w.segments}
         expected = {canonical: _translate(canonical, names) for canonical in self.wanted}
-        stored = _stored(source, {*expected.values(), names["head"]})
-        head = stored.pop(names["head"], None) if tied else None
+        stored = _stored(source, {*expected.values(), names["lm_head"]})
+        head = stored.pop(names["lm_head"], None) if tied else None
         if tied and head is not None:  # either name may hold the one matrix
             stored.setdefault(names["embed"], head)
         extra = {n for n in source.names() if not IGNORED.fullmatch(n)} - {*stored.values(), head}
@@ -57,16 +57,16 @@ def with_stored_head(config: ModelConfig, names: Mapping[str, str], source: Weig
 
     Warns then. Raises ModelError for types that weights can't have.
     """
-    stored = _stored(source, {names["head"], names["embed"]}) if config.tied else {}
+    stored = _stored(source, {names["lm_head"], names["embed"]}) if config.tie_word_embeddings else {}
     if len(stored) < 2 or _equal(*(source.tensor(name) for name in stored.values())):
         return config
-    head, embed = stored[names["head"]], stored[names["embed"]]
+    head, embed = stored[names["lm_head"]], stored[names["embed"]]
     warnings.warn(
         f"config.json ties the head to the embeddings, and the checkpoint's {head} differs from {embed}: it is used; "
         "set tie_word_embeddings to false in config.json to silence this",
         stacklevel=2,
     )
-    return dataclasses.replace(config, tied=False)
+    return dataclasses.replace(config, tie_word_embeddings=False)
 
 
 def _stored(source: WeightSource, expected: Iterable[str]) -> dict[str, str]:

@@ -298,7 +298,7 @@ def rows() -> None:
 
     with wide() as own:
         on_its_thread(own, lambda backend: bench_gemm.whole_steps(timed, FOUND, backend, batch))
-    bench_gemm.linears(timed, FOUND, random_checkpoint.SHAPES[model_shape()])
+    bench_gemm.merged_linear(timed, FOUND, random_checkpoint.SHAPES[model_shape()])
 
 
 def products() -> None:
@@ -316,7 +316,7 @@ def prompt() -> None:
     """What bench_prompt.py says."""
 
     def measured(engine: Engine) -> float:
-        asked = WORKLOADS["prefill"].requests_of(engine.model.config.vocabulary)
+        asked = WORKLOADS["prefill"].requests_of(engine.model.config.vocab_size)
         return sum(len(a.prompt) for a in asked) / run_workload(engine, asked).seconds
 
     FOUND["prompt"] = bench_prefill.kernels(timed)

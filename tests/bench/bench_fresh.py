@@ -71,7 +71,7 @@ def child(folder: str, rate: float) -> None:
     with loaded(folder) as engine:
         load = time.perf_counter() - begin
         at_load = {name: len(found) for name, found in seen.items()}
-        asked = WORKLOADS["mixed"].requests_of(engine.model.config.vocabulary)
+        asked = WORKLOADS["mixed"].requests_of(engine.model.config.vocab_size)
         if not rate:
             run(engine, asked)
             print(json.dumps({"rate": len(asked) / run(engine, asked).seconds}))

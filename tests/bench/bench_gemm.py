@@ -1,4 +1,4 @@
-"""The part `rows` of bench_cuda.py: a model's linears for up to 512 rows, by themselves and in whole steps.
+"""The part `rows` of bench_cuda.py: a model's merged_linear for up to 512 rows, by themselves and in whole steps.
 
 Of each linear and number of rows: the library's product, by cuBLAS and by cuBLASLt, with its gate or the sum and norm
 that follow; and our kernels for all of it, cut as `cut_of` would, and otherwise. Of one row the norm before it too. All
@@ -44,7 +44,7 @@ def linears_of(shape: dict[str, Any]) -> tuple[Linear, ...]:
     return (
         Linear("qkv", (heads + 2 * kv_heads) * size, width, norm=True),
         Linear("o", width, heads * size, more=True),
-        Linear("gate+up", inner, width, norm=True, gate="silu_mul"),
+        Linear("gate+up", inner, width, norm=True, gate="silu_and_mul"),
         Linear("down", width, inner, more=True),
         Linear("head", shape["vocab_size"], width, norm=True, times=2),
     )
@@ -64,8 +64,8 @@ def library(of: Linear, w: torch.Tensor, norm: torch.Tensor, more: torch.Tensor,
             y = torch.nn.functional.linear(_before(of, x, norm), w)
         finally:
             torch.backends.cuda.preferred_blas_library(before)
-        y = triton_ops.silu_mul(None, *y.chunk(2, dim=1)) if of.gate else y
-        return triton_ops.add_norm(None, more[: len(x)], y, norm[: of.count], eps=1e-6)[1] if of.more else y
+        y = triton_ops.silu_and_mul(None, *y.chunk(2, dim=1)) if of.gate else y
+        return triton_ops.fused_add_rms_norm(None, more[: len(x)], y, norm[: of.count], eps=1e-6)[1] if of.more else y
 
     return run
 
@@ -81,7 +81,7 @@ def ours(of: Linear, w: torch.Tensor, norm: torch.Tensor, more: torch.Tensor, cu
     def run(x: torch.Tensor) -> torch.Tensor:
         if isinstance(cut, Tiles):
             y = product(_before(of, x, norm), w, gate=of.gate, cut=cut)
-            return triton_ops.add_norm(None, more[: len(x)], y, after, eps=1e-6)[1] if of.more else y
+            return triton_ops.fused_add_rms_norm(None, more[: len(x)], y, after, eps=1e-6)[1] if of.more else y
         within = of.norm and len(x) <= NORMED and normed(w)
         x = x if within else _before(of, x, norm)
         added = more[: len(x)] if of.more else None
@@ -146,7 +146,7 @@ def measured(timed: Timed, of: Linear, x: torch.Tensor, runs: list[Run], wanted:
     return seconds
 
 
-def linears(timed: Timed, found: dict[str, Any], shape: dict[str, Any]) -> None:
+def merged_linear(timed: Timed, found: dict[str, Any], shape: dict[str, Any]) -> None:
     """Microseconds of one launch, or of the launches that it replaces."""
     for of in linears_of(shape):
         weights = [random(of.count * (2 if of.gate else 1), of.width) / 32 for _ in range(of.times)]

@@ -78,7 +78,7 @@ def pdl(backend: Any, decode_batch: Callable[[int, int], Batch], timed: Timed, f
     """Device time of decode steps each way, twice in turn; the tokens of steps that follow each other are the same."""
     for count, context in ((1, 384), (8, 384), (256, 512)):
         batch, expected = decode_batch(count, context), None
-        batch = Batch(**{**vars(batch), "tokens": -1 - batch.slots})  # each step goes on from the one before
+        batch = Batch(**{**vars(batch), "input_ids": -1 - batch.req_slots})  # each step goes on from the one before
         for name, chain in (*WAYS.items(), *WAYS.items()):
             with way_of(backend, chain):
                 tokens = answers(backend, batch)

@@ -60,7 +60,7 @@ class Case:
         return 4 * SIZE * HEADS * int((self.batch.positions + 1).astype(np.int64).sum())
 
     def tiles(self, tokens: int, *, ordered: bool = True) -> torch.Tensor:
-        tiles = chunk_tiles(self.batch, np.diff(self.batch.starts), self.batch.blocks.shape[1], tokens)
+        tiles = chunk_tiles(self.batch, np.diff(self.batch.query_start_loc), self.batch.block_tables.shape[1], tokens)
         return torch.from_numpy(tiles if ordered else tiles[np.argsort(tiles[:, 1])]).to(GPU)
 
 
@@ -68,10 +68,12 @@ def case(past: int, new: int, count: int, block: int) -> Case:
     torch.manual_seed(0)
     batch = prefill_batch([[0] * (past + new)] * count, block)
     rows = np.flatnonzero(batch.positions >= past)
-    batch = Batch(**{**vars(batch), "tokens": batch.tokens[rows], "positions": batch.positions[rows],
+    batch = Batch(**{**vars(batch), "input_ids": batch.input_ids[rows], "positions": batch.positions[rows],
                      "starts": np.arange(count + 1, dtype=np.int32) * new})  # fmt: skip
-    blocks = np.random.default_rng(0).permutation(batch.blocks.size).astype(np.int32).reshape(batch.blocks.shape)
-    batch = Batch(**{**vars(batch), "blocks": blocks})
+    blocks = (
+        np.random.default_rng(0).permutation(batch.block_tables.size).astype(np.int32).reshape(batch.block_tables.shape)
+    )
+    batch = Batch(**{**vars(batch), "block_tables": blocks})
     q = torch.randn(count * new, HEADS, SIZE, device=GPU).to(DTYPE)
     pool = torch.randn(blocks.size + 1, 2, KV_HEADS, block, SIZE, device=GPU).to(DTYPE)
     return Case(batch, block, q, pool, torch.from_numpy(blocks.reshape(-1)).to(GPU))

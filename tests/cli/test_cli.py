@@ -125,8 +125,8 @@ def test_a_graph_on_one_screen(call, folder):
     assert "layer[0..2]" in out
     assert len(out.splitlines()) < 45
     _, fused, _ = call("graph", folder, "--fused", "all")
-    assert "linears" in fused
-    assert "norm_rope_store" in fused
+    assert "merged_linear" in fused
+    assert "qk_norm_rope_write_kv" in fused
     assert len(fused.splitlines()) < len(out.splitlines())
 
 

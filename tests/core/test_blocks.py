@@ -18,7 +18,7 @@ def cached_prompt(pool, prompt):
     """Allocates and registers all full blocks of a prompt, then releases them."""
     blocks, chain = pool.allocate(len(prompt) // SIZE), ROOT
     for n, block in enumerate(blocks):
-        chain = pool.register(block, chain, prompt[n * SIZE : (n + 1) * SIZE])
+        chain = pool.cache_block(block, chain, prompt[n * SIZE : (n + 1) * SIZE])
     pool.release(blocks)
     return blocks
 
@@ -26,20 +26,20 @@ def cached_prompt(pool, prompt):
 def test_finds_the_longest_cached_beginning():
     pool = BlockPool(COUNT, SIZE)
     blocks = cached_prompt(pool, tokens(1, 2, 3, 4))
-    assert pool.match(tokens(1, 2, 3, 4, 5))[0] == blocks
-    assert pool.match(tokens(1, 2, 3))[0] == blocks[:1]
-    assert pool.match(tokens(3, 4))[0] == []  # the same ids, but not at the beginning
-    assert pool.match(tokens(9, 2, 3, 4))[0] == []
+    assert pool.match_prefix(tokens(1, 2, 3, 4, 5))[0] == blocks
+    assert pool.match_prefix(tokens(1, 2, 3))[0] == blocks[:1]
+    assert pool.match_prefix(tokens(3, 4))[0] == []  # the same ids, but not at the beginning
+    assert pool.match_prefix(tokens(9, 2, 3, 4))[0] == []
 
 
 def test_nothing_is_found_behind_an_evicted_block():
     pool = BlockPool(2, SIZE)
     cached_prompt(pool, tokens(1, 2, 3, 4))
-    pool.take(pool.match(tokens(1, 2))[0])  # keeps the first block, so the second is evicted
+    pool.touch(pool.match_prefix(tokens(1, 2))[0])  # keeps the first block, so the second is evicted
     (other,) = pool.allocate(1)
-    pool.register(other, ROOT, tokens(9, 9))
-    assert len(pool.match(tokens(1, 2, 3, 4))[0]) == 1
-    assert pool.match(tokens(9, 9, 3, 4))[0] == [other]  # (3, 4) followed another block
+    pool.cache_block(other, ROOT, tokens(9, 9))
+    assert len(pool.match_prefix(tokens(1, 2, 3, 4))[0]) == 1
+    assert pool.match_prefix(tokens(9, 9, 3, 4))[0] == [other]  # (3, 4) followed another block
 
 
 def test_uncached_blocks_are_reused_before_cached_ones():
@@ -49,13 +49,13 @@ def test_uncached_blocks_are_reused_before_cached_ones():
     assert not set(plain) & set(cached)
     pool.release(plain)
     pool.allocate(2)
-    assert pool.match(tokens(1, 2))[0] == cached
+    assert pool.match_prefix(tokens(1, 2))[0] == cached
 
 
 def test_without_the_cache_nothing_is_found():
     pool = BlockPool(COUNT, SIZE, cache=False)
     cached_prompt(pool, tokens(1, 2, 3, 4))
-    assert pool.match(tokens(1, 2, 3, 4)) == ([], ROOT)
+    assert pool.match_prefix(tokens(1, 2, 3, 4)) == ([], ROOT)
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -70,12 +70,12 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(ids=st.lists(st.integers(0, 1), min_size=1, max_size=8))
     def admit(self, ids):
         prompt = tokens(*ids)
-        hit, chain = self.pool.match(prompt[:-1])
+        hit, chain = self.pool.match_prefix(prompt[:-1])
         for n, block in enumerate(hit):
             assert self.content[block] == tuple(ids[: (n + 1) * SIZE])
         needed = self.pool.blocks_for(len(ids)) - len(hit)
-        if needed + self.pool.unused_among(hit) <= self.pool.free:
-            self.pool.take(hit)
+        if needed + self.pool.num_free_among(hit) <= self.pool.num_free:
+            self.pool.touch(hit)
             new = self.pool.allocate(needed)
             assert not set(new) & set(hit)
             self.held.append([prompt, hit + new, chain, len(hit)])
@@ -88,7 +88,7 @@ class PoolMachine(RuleBasedStateMachine):
         prompt, blocks, chain, done = held
         if (done + 1) * SIZE <= len(prompt):
             self.content[blocks[done]] = tuple(prompt[: (done + 1) * SIZE].tolist())
-            held[2] = self.pool.register(blocks[done], chain, prompt[done * SIZE : (done + 1) * SIZE])
+            held[2] = self.pool.cache_block(blocks[done], chain, prompt[done * SIZE : (done + 1) * SIZE])
             held[3] += 1
 
     @precondition(lambda self: self.held)
@@ -102,12 +102,12 @@ class PoolMachine(RuleBasedStateMachine):
         holders = np.zeros(COUNT, int)
         for _, blocks, _, _ in self.held:
             np.add.at(holders, blocks, 1)
-        assert self.pool.references == holders.tolist()
-        assert set(self.pool.unused) == set(np.flatnonzero(holders == 0).tolist())
+        assert self.pool.ref_counts == holders.tolist()
+        assert set(self.pool.free_queue) == set(np.flatnonzero(holders == 0).tolist())
 
     @invariant()
     def the_cache_points_both_ways(self):
-        assert {b: k for k, (b, _) in self.pool.cached.items()} == self.pool.keys
+        assert {b: k for k, (b, _) in self.pool.cached_blocks.items()} == self.pool.block_keys
 
 
 TestPool = PoolMachine.TestCase

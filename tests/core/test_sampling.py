@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tiny import BACKENDS, empty_backend
 
 from llmrs.backends import testing
-from llmrs.core.sampling import SamplingArrays, gumbel, keep, logprobs, mix, noise_keys, penalize, seed_key
+from llmrs.core.sampling import SamplingArrays, apply_penalties, gumbel, keep, logprobs, mix, noise_keys, seed_key
 
 
 def arrays(count, keys=None, **options):
@@ -15,7 +15,7 @@ def arrays(count, keys=None, **options):
     params = SamplingArrays.zeros(count)
     for name, value in {"temperature": 1.0, **options}.items():
         getattr(params, name)[:] = value
-    params.key[:] = noise_keys(np.zeros(count, np.uint32), np.arange(count)) if keys is None else keys
+    params.rng_key[:] = noise_keys(np.zeros(count, np.uint32), np.arange(count)) if keys is None else keys
     return params
 
 
@@ -124,7 +124,7 @@ def test_penalties_are_what_they_say(tokens, data, repetition, presence, frequen
     prompt = data.draw(st.integers(1, len(tokens)))
     logits = np.array(data.draw(st.lists(st.integers(-3, 3), min_size=7, max_size=7)), np.float32)
     params = arrays(1, repetition_penalty=repetition, presence_penalty=presence, frequency_penalty=frequency)
-    params.prompt[:] = prompt
+    params.prompt_len[:] = prompt
     expected = logits.copy()
     for token in set(tokens):
         expected[token] *= 1 / repetition if logits[token] > 0 else repetition
@@ -132,7 +132,7 @@ def test_penalties_are_what_they_say(tokens, data, repetition, presence, frequen
         expected[token] -= frequency
     for token in set(tokens[prompt:]):
         expected[token] -= presence
-    np.testing.assert_allclose(penalize(logits, np.array(tokens), params, 0), expected, atol=1e-5)
+    np.testing.assert_allclose(apply_penalties(logits, np.array(tokens), params, 0), expected, atol=1e-5)
 
 
 def test_log_probabilities_against_probabilities_in_float64():

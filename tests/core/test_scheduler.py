@@ -58,7 +58,7 @@ def test_answers_do_not_depend_on_batching(max_in_flight, blocks, budget, cache)
     run(core, requests)
     assert [r.output for r in requests] == [expected(p, min(20, 64 - len(p))) for p in prompts]
     assert {r.finish_reason for r in requests} == {"length"}
-    assert core.scheduler.pool.free == blocks
+    assert core.scheduler.pool.num_free == blocks
 
 
 @pytest.mark.parametrize("max_in_flight", [1, 2])
@@ -81,14 +81,14 @@ def test_a_long_prompt_stalls_nobody():
     for n in range(1, 9):
         core.step()
         assert len(short.output) == before + n
-    assert max(len(b.tokens) for b in core.backend.steps) == 8
+    assert max(len(b.input_ids) for b in core.backend.steps) == 8
 
 
 def test_steps_hold_decodes_first_and_keep_the_budget():
     core = make_core(max_num_batched_tokens=6)
     run(core, [make_request(p) for p in random_prompts(9, 30)])
     for batch in core.backend.steps:
-        counts = np.diff(batch.starts)
+        counts = np.diff(batch.query_start_loc)
         assert counts.sum() <= 6
         assert all(a <= b or a > 1 for a, b in pairwise(counts.tolist()))  # ones come first
 
@@ -138,7 +138,7 @@ def test_cancel_frees_everything_at_any_moment(max_in_flight):
         run(core, [])
         assert requests[0].finish_reason == "cancelled"
         assert [r.output for r in requests[1:]] == [expected(r.prompt, 12) for r in requests[1:]]
-        assert core.scheduler.pool.free == 40
+        assert core.scheduler.pool.num_free == 40
 
 
 def test_a_failing_step_ends_its_requests_with_the_cause_and_the_engine_goes_on():
@@ -149,7 +149,7 @@ def test_a_failing_step_ends_its_requests_with_the_cause_and_the_engine_goes_on(
     assert [r.finish_reason for r in requests] == ["error", "error", "length"]
     assert isinstance(requests[0].error, BackendError)
     assert "caught fire" in str(requests[0].error)
-    assert core.scheduler.pool.free == 40
+    assert core.scheduler.pool.num_free == 40
     assert requests[2].output == expected([2], 10)
 
 
@@ -206,4 +206,4 @@ def test_children_of_a_parent_that_was_cancelled_go_on():
     core.cancel(parent)
     run(core, [])
     assert [r.finish_reason for r in (parent, *children)] == ["cancelled", "length", "cancelled", "length"]
-    assert core.scheduler.pool.free == 40
+    assert core.scheduler.pool.num_free == 40

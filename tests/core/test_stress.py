@@ -126,19 +126,19 @@ class Machine(RuleBasedStateMachine):
         for request in scheduler.running:
             slot = request.slot
             assert scheduler.by_slot[slot] is request
-            table = s.blocks[slot, : s.block_count[slot]]
-            assert len(table) >= pool.blocks_for(int(s.computed[slot]))
+            table = s.block_tables[slot, : s.num_blocks[slot]]
+            assert len(table) >= pool.blocks_for(int(s.num_computed_tokens[slot]))
             assert len(set(table.tolist())) == len(table)  # no block twice in one sequence
-            assert 0 <= s.computed[slot] <= s.length[slot] + s.pending[slot] <= s.limit[slot]
-            assert s.tokens[slot, : s.length[slot]].tolist() == [*request.prompt, *request.output]
+            assert 0 <= s.num_computed_tokens[slot] <= s.num_tokens[slot] + s.num_inflight[slot] <= s.max_tokens[slot]
+            assert s.tokens[slot, : s.num_tokens[slot]].tolist() == [*request.prompt, *request.output]
             np.add.at(held, table, 1)
-        assert pool.references == held.tolist()
+        assert pool.ref_counts == held.tolist()
         assert len(scheduler.free_slots) + len(scheduler.running) == SLOTS
-        assert set(pool.unused) == set(np.flatnonzero(held == 0).tolist())
-        assert {pool.cached[k][0] for k in pool.keys.values()} == set(pool.keys)
+        assert set(pool.free_queue) == set(np.flatnonzero(held == 0).tolist())
+        assert {pool.cached_blocks[k][0] for k in pool.block_keys.values()} == set(pool.block_keys)
         assert [r.rank for r in scheduler.waiting] == sorted(r.rank for r in scheduler.waiting)
         assert all(r.slot < 0 and r.finish_reason is None for r in scheduler.waiting)
-        assert (s.owner >= 0).sum() == len(scheduler.running)
+        assert (s.generation >= 0).sum() == len(scheduler.running)
 
     def teardown(self):
         while not self.core.idle:
@@ -155,7 +155,7 @@ class Machine(RuleBasedStateMachine):
             else:
                 assert r.output == full
                 assert (r.finish_reason == "stop") == (full[-1] in EOS or full[-1] == r.ends_at_text)
-        assert self.core.scheduler.pool.free == BLOCKS
+        assert self.core.scheduler.pool.num_free == BLOCKS
         assert sum(v for k, v in stats.items() if k.startswith("finished")) == len(self.requests)
 
 

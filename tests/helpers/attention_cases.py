@@ -25,25 +25,25 @@ def step(rng: np.random.Generator, past: list[int], new: list[int], block_size: 
     width = int(-(-lengths.max() // block_size)) + 1
     blocks = rng.permutation(len(new) * width).astype(np.int32).reshape(len(new), width)
     positions = np.concatenate([p + np.arange(n, dtype=np.int32) for p, n in zip(past, new, strict=True)])
-    return Batch(**{**vars(batch), "positions": positions, "lengths": lengths, "blocks": blocks})
+    return Batch(**{**vars(batch), "positions": positions, "seq_lens": lengths, "block_tables": blocks})
 
 
 def pool(rng: np.random.Generator, batch: Batch, block_size: int, kv_heads: int, size: int, dtype: torch.dtype):
     """Keys and values with NaN wherever no token of the step looks; heads before tokens in memory, as on the GPU."""
-    shape = (2, batch.blocks.max() + 2, kv_heads, block_size, size)
+    shape = (2, batch.block_tables.max() + 2, kv_heads, block_size, size)
     kv = torch.full(shape, torch.nan, dtype=dtype).transpose(2, 3)
-    for s, length in enumerate(batch.lengths):
+    for s, length in enumerate(batch.seq_lens):
         for p in range(length):
-            block = batch.blocks[s, p // block_size]
+            block = batch.block_tables[s, p // block_size]
             kv[:, block, p % block_size] = torch.from_numpy(rng.normal(size=(2, kv_heads, size))).to(dtype)
     return kv
 
 
 def run(q, kv, batch: Batch, scale: float, window: int, cut: Tiling, split: int) -> torch.Tensor:
     y = torch.full((len(q), q.shape[1] * q.shape[2]), 77.0, dtype=q.dtype)
-    q, tables, y = (x.to(DEVICE) for x in (q, torch.from_numpy(batch.blocks), y))
+    q, tables, y = (x.to(DEVICE) for x in (q, torch.from_numpy(batch.block_tables), y))
     keys, values = (x if isinstance(x, Scaled) else x.to(DEVICE) for x in kv)
-    counts, width = np.diff(batch.starts), batch.blocks.shape[1]
+    counts, width = np.diff(batch.query_start_loc), batch.block_tables.shape[1]
     singles = single_tiles(batch, counts, width)
     empty = np.zeros((1, 4), np.int32)
     chunks = chunk_tiles(batch, counts, width, cut.tokens)

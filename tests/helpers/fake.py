@@ -54,27 +54,27 @@ class FakeBackend:
         if self.fail_at == len(self.steps):
             self.unread = 0  # nobody will read what is lost
             raise RuntimeError("the device caught fire")
-        tokens = np.where(batch.tokens >= 0, batch.tokens, self.last_token[-1 - np.minimum(batch.tokens, -1)])
-        assert len(batch.tokens) == len(batch.positions) == batch.starts[-1]
-        assert len(set(batch.slots.tolist())) == len(batch.slots)
-        return [self._sequence(batch, tokens, s) for s in range(len(batch.slots))]
+        tokens = np.where(batch.input_ids >= 0, batch.input_ids, self.last_token[-1 - np.minimum(batch.input_ids, -1)])
+        assert len(batch.input_ids) == len(batch.positions) == batch.query_start_loc[-1]
+        assert len(set(batch.req_slots.tolist())) == len(batch.req_slots)
+        return [self._sequence(batch, tokens, s) for s in range(len(batch.req_slots))]
 
     def sample(self, logits, batch, mask):
-        result = np.array([self._chosen(logits[s], batch, mask, s) for s in range(len(batch.slots))], np.int32)
-        self.last_token[batch.slots[batch.sampled]] = result[batch.sampled]
+        result = np.array([self._chosen(logits[s], batch, mask, s) for s in range(len(batch.req_slots))], np.int32)
+        self.last_token[batch.req_slots[batch.do_sample]] = result[batch.do_sample]
         self.unread += 1
         assert self.unread <= self.max_in_flight
         return FakeTicket(self, result)
 
     def _sequence(self, batch, tokens, s):
-        rows = slice(batch.starts[s], batch.starts[s + 1])
-        positions, length = batch.positions[rows], batch.lengths[s]
+        rows = slice(batch.query_start_loc[s], batch.query_start_loc[s + 1])
+        positions, length = batch.positions[rows], batch.seq_lens[s]
         assert positions[-1] == length - 1
         assert (np.diff(positions) == 1).all()
-        blocks = batch.blocks[s, positions // self.block_size]
+        blocks = batch.block_tables[s, positions // self.block_size]
         self.cells[blocks, positions % self.block_size] = np.stack([tokens[rows], positions], axis=1)
         every = np.arange(length)
-        held = self.cells[batch.blocks[s, every // self.block_size], every % self.block_size]
+        held = self.cells[batch.block_tables[s, every // self.block_size], every % self.block_size]
         assert (held[:, 1] == every).all(), "a block holds another sequence's positions"
         return held[:, 0].tolist()
 
@@ -86,7 +86,7 @@ class FakeBackend:
     def _chosen(self, sequence, batch, mask, s):
         """The next token that may be sampled, counting on from the one that would be."""
         token = next_token(sequence, self.vocabulary)
-        banned = set() if batch.banned is None else set(batch.banned[s].tolist())
+        banned = set() if batch.banned_ids is None else set(batch.banned_ids[s].tolist())
         return first_permitted(
             token, self.vocabulary, lambda t: self.permits(t, banned, None if mask is None else mask[s])
         )

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from llmrs.backends.torch.kernels import gemm
 from llmrs.backends.torch.kernels.gemm import (
     product,
 )
@@ -44,18 +43,18 @@ def expected(x, w, bias, more, norm, gate: str) -> np.ndarray:
     a = rounded(a @ w.double().T + (0 if bias is None else bias.double()))
     if gate:
         g, up = a.chunk(2, dim=1)
-        g = torch.nn.functional.silu(g) if gate == "silu_mul" else torch.nn.functional.gelu(g, approximate="tanh")
+        g = torch.nn.functional.silu(g) if gate == "silu_and_mul" else torch.nn.functional.gelu(g, approximate="tanh")
         a = rounded(g * up)
     return (a if more is None else more.double() + a).cpu().numpy()
 
 
 def check(rows: int, count: int, width: int, dtype: torch.dtype, gate: str, more: bool, norm: bool, bias: bool, **how):
     rng = np.random.default_rng(width)
-    x = random(rng, gemm, width + 16, dtype=dtype)[:, 8 : width + 8]
+    x = random(rng, rows, width + 16, dtype=dtype)[:, 8 : width + 8]
     w = random(rng, count * (2 if gate else 1), width + 8, dtype=dtype)[:, :width] / width**0.5
     extra = {
         "bias": random(rng, len(w), dtype=dtype) if bias else None,
-        "more": random(rng, gemm, count + 24, dtype=dtype)[:, 16 : count + 16] if more else None,
+        "more": random(rng, rows, count + 24, dtype=dtype)[:, 16 : count + 16] if more else None,
         "norm": random(rng, width, dtype=dtype) if norm else None,
     }
     y = product(x, w, **extra, eps=1e-5, offset=0.5, gate=gate, **how)

@@ -90,5 +90,9 @@ def backend_on(name: str, folder: Path, dtype: str = "f32") -> tuple[Backend, Mo
     graph = graph_of(config)
     backend = empty_backend(name, dtype)
     source = SafetensorsSource(folder)
-    backend.load(graph, Weights(graph, family(config.architecture).names, source, tied=config.tied), lambda _: None)
+    backend.load(
+        graph,
+        Weights(graph, family(config.architecture).names, source, tied=config.tie_word_embeddings),
+        lambda _: None,
+    )
     return backend, config

@@ -142,7 +142,7 @@ def engine():
 
 def test_a_workload_on_the_demo_model(engine):
     w = Workload("small", 3, (4, 9), (5, 8))
-    requests = w.requests_of(engine.model.config.vocabulary)
+    requests = w.requests_of(engine.model.config.vocab_size)
     (found,) = measure(engine, DEVICE, [w])
     assert (found.name, found.requests, found.idle) == ("small", 3, None)
     assert found.tokens == sum(a.new for a in requests)
@@ -216,7 +216,7 @@ class MadeUp:
         return False
 
     def launch(self, batch):
-        self.shapes[len(batch.tokens), int(batch.lengths[0])] += 1
+        self.shapes[len(batch.input_ids), int(batch.seq_lens[0])] += 1
         self.unread += 1
         self.deepest = max(self.deepest, self.unread)
         if self.profiling is not None:
@@ -251,11 +251,11 @@ def test_a_step_is_timed_as_far_ahead_as_the_engine_runs():
 
 def test_a_made_up_batch_is_one_that_the_pool_can_hold():
     batch = decode_batch(16, 5, 33)
-    assert batch.blocks.shape == (5, 3)
-    assert sorted(batch.blocks.reshape(-1)) == list(range(15))
-    assert set(batch.lengths) == {33}
+    assert batch.block_tables.shape == (5, 3)
+    assert sorted(batch.block_tables.reshape(-1)) == list(range(15))
+    assert set(batch.seq_lens) == {33}
     assert set(batch.positions) == {32}
-    assert batch.starts.tolist() == list(range(6))
+    assert batch.query_start_loc.tolist() == list(range(6))
 
 
 def test_a_grid_says_what_does_not_fit(engine):
@@ -312,7 +312,7 @@ def test_costs_add_up_to_the_work_of_a_step():
         plain = paper.graph("Qwen3-0.6B")
         found, work = costs(fuse(plain, fused), ("bf16", "bf16"), 4, 100), Work.of(plain)
         by_op = {op: [c for c in found if c.op == op] for op in {c.op for c in found}}
-        matrices = [c for c in found if c.op in ("linear", "linears", "head")]
+        matrices = [c for c in found if c.op in ("linear", "merged_linear", "lm_head")]
         assert sum(c.operations for c in matrices) == 4 * 2 * (work.weights - norms())
         assert sum(c.operations for c in by_op["attend"]) == 4 * 100 * work.attention
         queries = 28 * 2 * 4 * 16 * 128 * 2  # read, and the answers written
@@ -369,10 +369,10 @@ def test_kernels_that_can_not_be_told_apart_share_a_row():
 
 
 def test_names_of_kernels():
-    assert ops_of("nvjet_tst_64x8_64x16_4x1_v_bz_TNT") == ops_of("_matvec") == ("linear", "linears", "head")
+    assert ops_of("nvjet_tst_64x8_64x16_4x1_v_bz_TNT") == ops_of("_matvec") == ("linear", "merged_linear", "lm_head")
     assert ops_of("_attend") == ("attend",)
-    assert ops_of("_norm_rope_store") == ("norm_rope_store", "rope_store")
-    assert ops_of("_norm") == ("rms_norm", "add_norm")
+    assert ops_of("_qk_norm_rope_write_kv") == ("qk_norm_rope_write_kv", "rope_write_kv")
+    assert ops_of("_norm") == ("rms_norm", "fused_add_rms_norm")
     assert ops_of("_score") == ops_of("_search") == ("sample",)
     assert ops_of("void cublasLt::splitKreduce_kernel<32, 16>") == ops_of("Memcpy HtoD (Pinned -> Device)") == ()
     assert ops_of("aten::add") == ops_of("_pick") == ()
@@ -380,7 +380,10 @@ def test_names_of_kernels():
 
 def test_an_addition_and_the_norm_after_it_are_one():
     found = joined([Cost("add", "add", 300), Cost("rms_norm", "rms_norm 8", 216), Cost("add", "add", 300)])
-    assert [(c.op, c.label, c.bytes) for c in found] == [("add_norm", "add_norm 8", 400), ("add", "add", 300)]
+    assert [(c.op, c.label, c.bytes) for c in found] == [
+        ("fused_add_rms_norm", "fused_add_rms_norm 8", 400),
+        ("add", "add", 300),
+    ]
 
 
 # The picture
@@ -446,7 +449,7 @@ def test_all_of_it_in_one_command(call, tmp_path):
 
 def test_a_profile_of_a_step(call):
     (found,) = json.loads(call("--profile", "--batches", "2", "--contexts", "16", "--json")[1])["profiles"]
-    head = next(k for k in found["kernels"] if k["what"].startswith("head"))
+    head = next(k for k in found["kernels"] if k["what"].startswith("lm_head"))
     assert head["count"] == 1
     assert head["floor"] > 0
     assert found["busy"] > 0
@@ -457,7 +460,7 @@ def test_a_profile_as_a_table():
     rows = [Kernel("gemm", "head 8x4", 1, 90e-6, 45e-6), Kernel("copy", "", 2, 9.8e-6), Kernel("x", "", 9, 0.2e-6)]
     head, _, first, second, rest = profiles([Profile(2, 16, 200e-6, 100e-6, 40e-6, rows)])
     assert head == "step of 2 x 16: 200 us, floor 40, 50.0 % of it in kernels"
-    assert first.split() == ["1.0", "90.0", "90.0", "%", "45.0", "50.0", "%", "gemm,", "head", "8x4"]
+    assert first.split() == ["1.0", "90.0", "90.0", "%", "45.0", "50.0", "%", "gemm,", "lm_head", "8x4"]
     assert second.split() == ["2.0", "9.8", "9.8", "%", "-", "-", "copy"]
     assert rest.endswith("the rest, of 1 names")
 

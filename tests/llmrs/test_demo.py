@@ -33,9 +33,9 @@ def test_its_shape():
     c = read_config(demo.FILES)
     assert c.architecture == "Qwen3ForCausalLM"
     assert (demo.FILES / "model.safetensors").stat().st_size <= 8_000_000
-    assert c.hidden % 256 == c.intermediate % 256 == 0
-    assert c.head_size == 64
-    assert c.kv_heads >= 2
+    assert c.hidden_size % 256 == c.intermediate_size % 256 == 0
+    assert c.head_dim == 64
+    assert c.num_kv_heads >= 2
     header = (demo.FILES / "model.safetensors").read_bytes()[:20_000]
     assert b'"BF16"' in header
     assert b'"F32"' not in header

@@ -120,7 +120,7 @@ def test_what_progress_raises_cancels_and_comes_out(engine):
 
 def test_one_failure_of_several_cancels_the_others(engine):
     core = engine._worker.core
-    core.scheduler.budget = 1  # one request a step
+    core.scheduler.token_budget = 1  # one request a step
     launch = core.backend.launch
 
     def failing(batch):

@@ -46,7 +46,7 @@ folder, dtype = Path(sys.argv[1]), sys.argv[2]
 config = read_config(folder)
 graph = graph_of(config)
 backend = tiny.empty_backend(sys.argv[4], dtype)
-weights = Weights(graph, family(config.architecture).names, SafetensorsSource(folder), tied=config.tied)
+weights = Weights(graph, family(config.architecture).names, SafetensorsSource(folder), tied=config.tie_word_embeddings)
 before, seen, done = anonymous(), [], []
 backend.load(graph, weights, lambda count: (seen.append(anonymous() - before), done.append(count)))
 print(json.dumps({"peak": max(seen), "end": anonymous() - before, "done": sum(done)}))
@@ -99,7 +99,7 @@ def test_the_kv_cache_is_zeros_that_take_memory_only_when_they_are_touched():
 
 
 def test_canonical_names_become_those_of_the_file():
-    names = {f"{LAYER}q": "model.layers.{i}.q", f"{LAYER}experts.{{e}}.up": "m.{i}.e.{e}.up", "head": "lm_head"}
+    names = {f"{LAYER}q": "model.layers.{i}.q", f"{LAYER}experts.{{e}}.up": "m.{i}.e.{e}.up", "lm_head": "lm_head"}
     assert _translate("layers.12.q", names) == "model.layers.12.q"
     assert _translate("layers.3.experts.3.up", names) == "m.3.e.3.up"
-    assert _translate("head", names) == "lm_head"
+    assert _translate("lm_head", names) == "lm_head"

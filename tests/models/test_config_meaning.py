@@ -65,7 +65,7 @@ def theirs(folder):
 
 
 def angles(rotary, kind):
-    """Frequencies and scale of a layer, rounded: theirs are float32."""
+    """RopeFrequencies and scale of a layer, rounded: theirs are float32."""
     prefix = f"{kind}_" if hasattr(rotary, f"{kind}_inv_freq") else ""
     values = getattr(rotary, f"{prefix}inv_freq").tolist()
     return Counter(f"{v:.5e}" for v in values), f"{getattr(rotary, f'{prefix}attention_scaling'):.5f}"
@@ -75,21 +75,21 @@ def ours(folder):
     """The same, from our config and graph."""
     c = read_config(folder)
     graph = graph_of(c)
-    turns = [frequencies(c.local_rope if kind.window else c.rope, c) for kind in dict.fromkeys(c.kinds)]
-    turns = dict(zip(dict.fromkeys(c.kinds), turns, strict=True))
+    turns = [frequencies(c.local_rope if kind.window else c.rope, c) for kind in dict.fromkeys(c.layer_kinds)]
+    turns = dict(zip(dict.fromkeys(c.layer_kinds), turns, strict=True))
     e = c.experts
-    sparse = sum(kind.sparse for kind in c.kinds)
+    sparse = sum(kind.is_moe for kind in c.layer_kinds)
     return {
         "parameters": parameters(graph),
         "layers": c.layers,
-        "rope": [(Counter(f"{v:.5e}" for v in turns[k].values), f"{turns[k].scale:.5f}") for k in c.kinds],
-        "windows": [kind.window for kind in c.kinds],
+        "rope": [(Counter(f"{v:.5e}" for v in turns[k].values), f"{turns[k].scale:.5f}") for k in c.layer_kinds],
+        "windows": [kind.window for kind in c.layer_kinds],
         "scale": {c.attention_scale},
         "eps": {c.norm_eps},
         "activation": {ACTIVATIONS[c.activation]},
         "experts": {(e.count, e.per_token, e.normalize)} if e and sparse else set(),
         "sparse": sparse,
-        "tied": c.tied,
+        "tied": c.tie_word_embeddings,
     }
 
 

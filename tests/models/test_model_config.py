@@ -127,7 +127,7 @@ def test_attn_factor_multiplies_the_scale_of_yarn(tmp_path):
 
 def test_windows_of_every_family(tmp_path):
     def windows(**fields):
-        return [k.window for k in parsed(tmp_path, {**QWEN3, "sliding_window": 8, **fields}).kinds]
+        return [k.window for k in parsed(tmp_path, {**QWEN3, "sliding_window": 8, **fields}).layer_kinds]
 
     assert windows() == [0, 0, 0, 0]  # Qwen carries the field along
     assert windows(use_sliding_window=True, max_window_layers=1) == [0, 8, 8, 8]

@@ -45,7 +45,7 @@ def logits(folder):
     names, source = family(config.architecture).names, SafetensorsSource(folder)
     config = with_stored_head(config, names, source)
     graph, backend = graph_of(config), tiny.empty_backend("reference")
-    backend.load(graph, Weights(graph, names, source, tied=config.tied), lambda _: None)
+    backend.load(graph, Weights(graph, names, source, tied=config.tie_word_embeddings), lambda _: None)
     backend.allocate(16, 4, 1, 64)
     sequence = tiny.prompts(9)
     ours = backend.to_host(backend.forward(tiny.prefill_batch(sequence, 4)))
@@ -105,7 +105,7 @@ def test_a_tied_model_with_another_head_uses_it_and_warns(name, changed):
     with pytest.warns(UserWarning, match=HEAD):
         model = read_folder(folder)
     tied = graph_of(read_config(folder))
-    more = read_config(folder).vocabulary * read_config(folder).hidden
+    more = read_config(folder).vocab_size * read_config(folder).hidden_size
     assert parameters(model.graph) == parameters(tied) + more  # which the fit of memory counts
     backend, config = tiny.empty_backend("torch"), EngineConfig(str(folder), dtype="f32")
     assert measure(backend, config, model, 10**9).weights == 4 * parameters(model.graph)
@@ -130,7 +130,7 @@ def test_a_copy_of_the_embeddings_is_no_other_head(dtype, changed):
     folder = changed("qwen3", lambda t: {**t, HEAD: t[EMBED].to(dtype)})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert read_folder(folder).config.tied
+        assert read_folder(folder).config.tie_word_embeddings
     same(folder)
 
 
@@ -141,7 +141,7 @@ def test_a_difference_anywhere_is_one(changed):
         return {**tensors, HEAD: head}
 
     with pytest.warns(UserWarning, match=HEAD):
-        assert not read_folder(changed("qwen3", last)).config.tied
+        assert not read_folder(changed("qwen3", last)).config.tie_word_embeddings
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_what_is_refused(change, words, changed):
 def read_all(folder):
     model = read_folder(folder)
     names, source = family(model.config.architecture).names, SafetensorsSource(folder)
-    for tensor in Weights(model.graph, names, source, tied=model.config.tied).values():
+    for tensor in Weights(model.graph, names, source, tied=model.config.tie_word_embeddings).values():
         tensor.float32()
 
 

@@ -51,8 +51,8 @@ def by_row() -> None:
     for dtype in TYPES:
         elementwise.test_norms(3, 80, dtype)
         elementwise.test_gated(4, 1100, dtype)
-        elementwise.check_norm_rope_store(3, 1, 24, dtype)
-        elementwise.check_norm_rope_store(5, 5, 80, dtype)
+        elementwise.check_qk_norm_rope_write_kv(3, 1, 24, dtype)
+        elementwise.check_qk_norm_rope_write_kv(5, 5, 80, dtype)
         elementwise.test_matvec(9, 1100, dtype)
     elementwise.test_embed()
 
@@ -60,10 +60,10 @@ def by_row() -> None:
 def products() -> None:
     """Each kernel of gemm.py; the last in ranges of K too."""
     for dtype in TYPES:
-        gemm_cases.check(1, 37, 264, dtype, "silu_mul", True, True, True)
-        gemm_cases.check(3, 9, 1100, dtype, "gelu_mul", True, False, True)
-        gemm_cases.check(15, 33, 520, dtype, "silu_mul", True, False, True)
-        for count, gate in ((17, "silu_mul"), (65, ""), (33, "gelu_mul")):
+        gemm_cases.check(1, 37, 264, dtype, "silu_and_mul", True, True, True)
+        gemm_cases.check(3, 9, 1100, dtype, "gelu_and_mul", True, False, True)
+        gemm_cases.check(15, 33, 520, dtype, "silu_and_mul", True, False, True)
+        for count, gate in ((17, "silu_and_mul"), (65, ""), (33, "gelu_and_mul")):
             gemm_cases.check(count, 65, 264, dtype, gate, False, False, True, cut=Tiles(64, 32, 64))
         tma.test_ranges_and_the_norm_that_adds_them_up(33, 9 * 64, 8, 5, dtype)
 

@@ -283,7 +283,7 @@ def ropes(dtype: torch.dtype, heads: int, kv_heads: int, size: int, norms: bool,
             "HEADS": together, "BLOCK": 64, "NORM": norms,
         }  # fmt: skip
         compiled(
-            qk_norm_rope_cache._norm_rope_store,
+            qk_norm_rope_cache._qk_norm_rope_write_kv,
             tensors,
             constants | absent,
             ("eps", "offset"),
@@ -312,13 +312,13 @@ def samplings(dtype: torch.dtype) -> None:
 
 # Of Qwen3-0.6B's layer and head; then Llama-3.2-1B's and Qwen3-8B's, and awkward ones. A norm only of one row.
 FEW = [
-    (4096, 1024, "", True, False), (1024, 2048, "", False, True), (3072, 1024, "silu_mul", True, False),
+    (4096, 1024, "", True, False), (1024, 2048, "", False, True), (3072, 1024, "silu_and_mul", True, False),
     (1024, 3072, "", False, True), (151936, 1024, "", False, False),
-    (3072, 2048, "", True, False), (2048, 2048, "", False, True), (8192, 2048, "silu_mul", True, False),
+    (3072, 2048, "", True, False), (2048, 2048, "", False, True), (8192, 2048, "silu_and_mul", True, False),
     (2048, 8192, "", False, True),
-    (6144, 4096, "", True, False), (4096, 4096, "", False, True), (12288, 4096, "silu_mul", True, False),
-    (4096, 12288, "", False, True), (21504, 5376, "gelu_mul", True, False),
-    (1000, 80, "gelu_mul", True, True), (2560, 2560, "", True, False), (1152, 1152, "", True, True),
+    (6144, 4096, "", True, False), (4096, 4096, "", False, True), (12288, 4096, "silu_and_mul", True, False),
+    (4096, 12288, "", False, True), (21504, 5376, "gelu_and_mul", True, False),
+    (1000, 80, "gelu_and_mul", True, True), (2560, 2560, "", True, False), (1152, 1152, "", True, True),
 ]  # fmt: skip
 
 

@@ -9,7 +9,7 @@ NORM_ROPE = Kernel(
     ("qkv", "positions", "frequencies", "q_weight", "k_weight", "eps", "offset", "rope_scale"),
     ("q", "k", "v"),
 )
-ADD_NORM = Kernel("add_norm", ("x", "y", "weight", "eps", "offset"), ("total", "normed"))
+ADD_NORM = Kernel("fused_add_rms_norm", ("x", "y", "weight", "eps", "offset"), ("total", "normed"))
 GATED = Kernel("gated", ("gate_up",), ("y",), exact=True)
 
 
@@ -52,7 +52,7 @@ def norm_rope(
     return q, k, v
 
 
-def add_norm(
+def fused_add_rms_norm(
     kernels: Kernels,
     x: mx.array,  # (T, N)
     y: mx.array,  # (T, N)

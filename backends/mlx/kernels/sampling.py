@@ -25,7 +25,7 @@ def sample(kernels: Kernels, logits: mx.array, params: SamplingArrays, part: int
     rows, vocabulary = logits.shape
     require(PART, rows > 0 and 8 <= vocabulary <= 2**24, f"{rows} rows of {vocabulary} tokens")
     check(PART, "logits", logits, (rows, vocabulary), FLOATS)
-    temperature, min_p, keys = map(mx.array, (params.temperature, params.min_p, params.key))
+    temperature, min_p, keys = map(mx.array, (params.temperature, params.min_p, params.rng_key))
     filtered = cuts(params, vocabulary)
     edges = keep(kernels, logits, params) if filtered else keys  # which are not read
     parts = -(-vocabulary // part)

@@ -1,7 +1,7 @@
 """silu(gate) * up and gelu(gate) * up, with tanh's approximation of gelu.
 
-Defined by `silu_mul` and `gelu_mul` in backends/reference/ops.py, computed in float32 and rounded once. gate, up
-(T, I) with any row strides: they are halves of one merged matrix product. Read 2 elements and written 1 for each.
+Defined by `silu_and_mul` and `gelu_and_mul` in backends/reference/ops.py, computed in float32 and rounded once.
+gate, up (T, I), any row strides: halves of one merged GEMM. Moved: 2 elements read and 1 written for each result.
 """
 
 import torch

@@ -1,7 +1,7 @@
-"""Rows through a matrix, with what stands before and after it: y = [more +] gate(rms_norm(x) w^T + bias).
+"""Fused skinny GEMM: y = [residual +] act(rms_norm(x) @ w^T + bias).
 
-Defined by `linear`, `rms_norm`, `silu_mul`, `gelu_mul` and `add` in backends/reference/ops.py. Rounded to the type of
-the computation wherever the equations by themselves would; sums are float32.
+Defined by `linear`, `rms_norm`, `silu_and_mul`, `gelu_and_mul` and `add` in backends/reference/ops.py. Rounded to the
+type of the computation wherever the equations by themselves would; sums are float32.
 
     x (M, K), any row stride   norm (K,), of one row   w (N, K), or (2 N, K) with a gate: rows i and i + N make result i
     bias as long as w   more (M, N), any row stride   -> y (M, N)
@@ -28,7 +28,7 @@ FEW, SOME = 4, 16  # rows
 NARROW = 2048  # results that are few: of `o` and `down` of a small model
 TOGETHER = 12288  # elements of all rows of x that registers have room for; one row may be longer
 NORMED = 1  # rows up to which every program can norm them by itself; for two the norm's own launch is cheaper
-GATES = {"": 0, "silu_mul": 1, "gelu_mul": 2}
+GATES = {"": 0, "silu_and_mul": 1, "gelu_and_mul": 2}
 SHARED = 110 * 1024  # bytes of a program of `some`, so that two fit
 LARGE = 32 * 2**20  # bytes of w
 HEAD = 2**15  # results, more than which only a head has

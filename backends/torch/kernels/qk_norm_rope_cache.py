@@ -1,6 +1,6 @@
 """Norm (where the model has one) and rotation of q and k, and k and v into the paged KV cache, in one kernel.
 
-Defined by `norm_rope_store` and `rope_store` in backends/fusion.py. T tokens, Hq and Hk heads of d elements:
+Defined by `qk_norm_rope_write_kv` and `rope_write_kv` in backends/fusion.py. T tokens, Hq and Hk heads of d elements:
 
     q (T, Hq, d), k, v (T, Hk, d), any strides but the last   keys, values (blocks, block_size, Hk, d), the same
     in fp8, key_scales, value_scales float32 (blocks, block_size, Hk): a scale lies where its codes do, over d
@@ -19,7 +19,7 @@ from llmrs.backends.torch.kernels.kv_fp8 import check_scales, store_scaled
 from llmrs.backends.torch.kernels.launch import POOLS, chained, check_rows, power, require
 from llmrs.backends.torch.kv_fp8 import Scaled, parts
 
-NAME = "norm_rope_store"
+NAME = "qk_norm_rope_write_kv"
 MANY = 1024  # tokens, from which programs do more heads: then there are enough, and starting them takes time too
 
 
@@ -41,7 +41,7 @@ def _turned(x, at, there, w, cos, sin, half, eps, offset, D: tl.constexpr, HALF:
 
 
 @triton.jit
-def _norm_rope_store(
+def _qk_norm_rope_write_kv(
     q, k, v, qw, kw, positions, cells, turns, out, keys, values, key_scales, value_scales, eps, offset, sines,
     q_row, q_head, k_row, k_head, v_row, v_head, key_block, key_token, key_head,
     HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, HALF_P: tl.constexpr,
@@ -88,7 +88,7 @@ def _norm_rope_store(
                 tl.store(values + to + side * HALF, x.to(values.dtype.element_ty), mask=there)
 
 
-def norm_rope_store(
+def qk_norm_rope_write_kv(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -113,7 +113,7 @@ def norm_rope_store(
     together, pdl = min(16 if tokens >= MANY else 4, power(kv_heads)), chained(q.device)
     qw, kw = norms or (q, q)
     require(NAME, norms is None or qw.shape == kw.shape == (size,), f"norms {qw.shape}, {kw.shape}")
-    _norm_rope_store[(tokens, triton.cdiv(heads, together) + triton.cdiv(kv_heads, together))](
+    _qk_norm_rope_write_kv[(tokens, triton.cdiv(heads, together) + triton.cdiv(kv_heads, together))](
         q, k, v, qw, kw, positions, cells, turns, out, keys, values, key_scales, value_scales,
         float(eps), float(offset), turns.stride(0),
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *keys.stride()[:3],

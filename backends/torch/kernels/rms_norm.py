@@ -1,9 +1,9 @@
 """rms_norm, and add + rms_norm, over rows.
 
-Defined by `rms_norm` and `add` in backends/reference/ops.py; `add_norm` in backends/fusion.py. x, y (T, D), any row
-strides; w (D,). y may come as float32 (P, T, D), the sums of P ranges of the matrix product that makes it. It and the
+Defined by `rms_norm` and `add` in backends/reference/ops.py; `fused_add_rms_norm` in backends/fusion.py. x, y (T, D),
+any row strides; w (D,). y may come as float32 (P, T, D), the split-K partial sums of the GEMM before it. It and the
 sum are rounded to x's type, as the equations by themselves would; the rest is float32. Bytes moved for each element: 2
-rows read and 2 written (add_norm; of P ranges 1 + 2 P in bf16), 1 and 1 (rms_norm).
+rows read and 2 written (fused_add_rms_norm; of P ranges 1 + 2 P in bf16), 1 and 1 (rms_norm).
 """
 
 import torch
@@ -46,7 +46,7 @@ def rms_norm(x: torch.Tensor, w: torch.Tensor, *, eps: float, offset: float = 0.
     return n
 
 
-def add_norm(
+def fused_add_rms_norm(
     x: torch.Tensor, y: torch.Tensor, w: torch.Tensor, *, eps: float, offset: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x + y, and rms_norm of it, (T, D) each; y (T, D), or (P, T, D) in float32 to be added up."""

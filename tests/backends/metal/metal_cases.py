@@ -78,10 +78,19 @@ def ragged(counts, lengths, block: int, rng) -> tuple[Batch, int]:
     none = np.zeros(len(counts), np.int32)
     sampling = SamplingArrays.zeros(len(counts))
     batch = Batch(
-        positions, positions, starts, lengths, tables, none, none > 0, sampling, rows=starts[1:] - 1, targets=none[:0]
+        positions,
+        positions,
+        starts,
+        lengths,
+        tables,
+        none,
+        none > 0,
+        sampling,
+        logits_indices=starts[1:] - 1,
+        prompt_logprob_ids=none[:0],
     )
     return batch, total
 
 
 def owners(batch: Batch) -> np.ndarray:
-    return np.repeat(np.arange(len(batch.lengths), dtype=np.int32), np.diff(batch.starts))
+    return np.repeat(np.arange(len(batch.seq_lens), dtype=np.int32), np.diff(batch.query_start_loc))

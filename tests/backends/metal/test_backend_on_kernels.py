@@ -11,11 +11,11 @@ from llmrs.backends.mlx.kernels.launch import Kernels
 from llmrs.backends.testing import BLOCK, CONTEXT, MODELS, RandomModel, core_on, prefill_batch, prompts, request, run
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the shim runs on Linux; on a Mac TestMlx has the GPU")
-ALL = {"paged_decode", "paged_prefill", "norm_rope", "add_norm", "gated"}
+ALL = {"paged_decode", "paged_prefill", "norm_rope", "fused_add_rms_norm", "gated"}
 MISSING = {  # the kernels that a family does not reach; those of attention want heads of 16 or more
     "mistral": {"paged_decode", "paged_prefill", "norm_rope"},
     "qwen3-moe": {"gated"},
-    "gemma3": {"add_norm"},
+    "gemma3": {"fused_add_rms_norm"},
 }
 SAMPLING = {"sample_keep", "sample_part", "sample_pick"}
 

@@ -16,16 +16,16 @@ def case(dtype=mx.float32, *, counts, lengths, block=16, heads=4, kv_heads=2, si
     """The launcher's arrays, and the step with the reference's."""
     rng = np.random.default_rng(seed)
     batch, blocks = ragged(counts, lengths, block, rng)
-    q, q32 = rounded(rng.normal(size=(batch.starts[-1], heads, size)), dtype)
+    q, q32 = rounded(rng.normal(size=(batch.query_start_loc[-1], heads, size)), dtype)
     pools = [rounded(rng.normal(size=(blocks, block, kv_heads, size)), dtype) for _ in range(2)]
-    arrays = [q, *(p[0] for p in pools), *map(mx.array, (batch.blocks, owners(batch), batch.positions + 1))]
+    arrays = [q, *(p[0] for p in pools), *map(mx.array, (batch.block_tables, owners(batch), batch.positions + 1))]
     return arrays, (Context(batch, block), q32, KV(pools[0][1], pools[1][1]))
 
 
 def compare(mutate=None, window=0, splits=0, **options):
     arrays, (context, q, kv) = case(**options)
     scale = q.shape[-1] ** -0.5
-    longest = int(context.batch.lengths.max())
+    longest = int(context.batch.seq_lens.max())
     got = attention.paged_decode(kernels(mutate), *arrays, scale=scale, window=window, longest=longest, splits=splits)
     assert got.dtype == arrays[0].dtype
     assert_close(got, attend(context, q, kv, scale=scale, window=window).reshape(q.shape))

@@ -1,4 +1,4 @@
-"""norm_rope, add_norm and gated against the ops of the reference backend."""
+"""norm_rope, fused_add_rms_norm and gated against the ops of the reference backend."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from llmrs.backends.mlx.kernels import elementwise  # noqa: E402
 from llmrs.backends.mlx.kernels.launch import Kernels  # noqa: E402
 from llmrs.backends.reference import ops  # noqa: E402
 from llmrs.core.errors import BackendError  # noqa: E402
-from llmrs.core.ir import Frequencies  # noqa: E402
+from llmrs.core.ir import RopeFrequencies  # noqa: E402
 
 EPS = 1e-5
 
@@ -19,7 +19,7 @@ EPS = 1e-5
 def norm_rope(mutate=None, dtype=mx.float32, heads=4, kv_heads=2, size=64, norm=True, offset=0.0, kv_dtype=None):
     rng = np.random.default_rng(heads * size)
     positions = np.array([0, 1, 77, 1000, 131071], np.int32)
-    frequencies = Frequencies("test", tuple(10000.0 ** (-2 * i / size) for i in range(size // 2)), 1.1)
+    frequencies = RopeFrequencies("test", tuple(10000.0 ** (-2 * i / size) for i in range(size // 2)), 1.1)
     x, x32 = rounded(rng.normal(size=(5, heads + 2 * kv_heads, size)) * 3, dtype)
     weights = [rounded(rng.normal(size=size) + 1, dtype) for _ in range(2)]
     got = elementwise.norm_rope(
@@ -79,11 +79,11 @@ def tiny_values(mutate):
     assert_close(q, ops.rms_norm(None, np.array(x[:, :1]), np.ones(16, np.float32), eps=EPS))
 
 
-def add_norm(mutate=None, dtype=mx.float32, count=3, width=640, offset=0.0):
+def fused_add_rms_norm(mutate=None, dtype=mx.float32, count=3, width=640, offset=0.0):
     rng = np.random.default_rng(width)
     (x, x32), (y, y32) = (rounded(rng.normal(size=(count, width)), dtype) for _ in range(2))
     w, w32 = rounded(rng.normal(size=width) + 1, dtype)
-    total, normed = elementwise.add_norm(kernels(mutate), x, y, w, eps=EPS, offset=offset)
+    total, normed = elementwise.fused_add_rms_norm(kernels(mutate), x, y, w, eps=EPS, offset=offset)
     expected = x32 + y32
     assert_close(total, expected)
     assert total.dtype == normed.dtype == dtype
@@ -94,18 +94,18 @@ def add_norm(mutate=None, dtype=mx.float32, count=3, width=640, offset=0.0):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_add_norm_types(dtype):
-    add_norm(dtype=DTYPES[dtype], offset=1.0)
+    fused_add_rms_norm(dtype=DTYPES[dtype], offset=1.0)
 
 
 @pytest.mark.parametrize(("count", "width"), [(1, 8), (2, 100), (1, 1025), (2, 4096)])
 def test_add_norm_shapes(count, width):
-    add_norm(count=count, width=width)
+    fused_add_rms_norm(count=count, width=width)
 
 
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        *without_barriers("add_norm"),
+        *without_barriers("fused_add_rms_norm"),
         ("squares = simd_sum(squares);", ""),
         ("lane < SIMDS ?", "lane < SIMDS - 1 ?"),
         ("squares / float(N)", "squares / float(N + 1)"),
@@ -113,7 +113,7 @@ def test_add_norm_shapes(count, width):
     ],
 )
 def test_a_mutated_add_norm_fails(old, new):
-    assert_found(old, new, lambda mutate: add_norm(mutate))
+    assert_found(old, new, lambda mutate: fused_add_rms_norm(mutate))
 
 
 def gated(mutate=None, dtype=mx.float32, gelu=False, count=3, width=96):
@@ -123,7 +123,7 @@ def gated(mutate=None, dtype=mx.float32, gelu=False, count=3, width=96):
     x, x32 = rounded(x, dtype)
     got = elementwise.gated(kernels(mutate), x, gelu=gelu)
     assert got.dtype == dtype
-    assert_close(got, (ops.gelu_mul if gelu else ops.silu_mul)(None, *np.split(x32, 2, axis=1)))
+    assert_close(got, (ops.gelu_and_mul if gelu else ops.silu_and_mul)(None, *np.split(x32, 2, axis=1)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -150,8 +150,8 @@ def test_mlx_takes_the_kernels_and_says_that_there_is_no_metal():
 
 def test_what_the_launchers_refuse():
     x = mx.zeros((2, 16))
-    with pytest.raises(BackendError, match=r"add_norm: y has shape \(1, 16\), not \(2, 16\)"):
-        elementwise.add_norm(kernels(), x, x[:1], x[0], eps=EPS)
+    with pytest.raises(BackendError, match=r"fused_add_rms_norm: y has shape \(1, 16\), not \(2, 16\)"):
+        elementwise.fused_add_rms_norm(kernels(), x, x[:1], x[0], eps=EPS)
     with pytest.raises(BackendError, match=r"gated: gate_up is mlx\.core\.int32"):
         elementwise.gated(kernels(), x.astype(mx.int32), gelu=False)
     with pytest.raises(BackendError, match="norm_rope: head size 15"):

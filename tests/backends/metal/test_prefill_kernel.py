@@ -17,15 +17,23 @@ def compare(
 ):
     rng = np.random.default_rng(seed)
     batch, blocks = ragged(counts, lengths, block, rng)
-    q, q32 = rounded(rng.normal(size=(batch.starts[-1], heads, size)), dtype)
+    q, q32 = rounded(rng.normal(size=(batch.query_start_loc[-1], heads, size)), dtype)
     pools = [rounded(rng.normal(size=(blocks, block, kv_heads, size)), dtype) for _ in range(2)]
     for array, values in pools:  # what is not stored must not be felt
         assert array.dtype == dtype
         assert values.shape[0] == blocks
-    tables = mx.array(batch.blocks)
+    tables = mx.array(batch.block_tables)
     scale = size**-0.5
     got = attention.paged_prefill(
-        kernels(mutate), q, pools[0][0], pools[1][0], tables, batch.starts, batch.lengths, scale=scale, window=window
+        kernels(mutate),
+        q,
+        pools[0][0],
+        pools[1][0],
+        tables,
+        batch.query_start_loc,
+        batch.seq_lens,
+        scale=scale,
+        window=window,
     )
     assert got.dtype == dtype
     expected = attend(Context(batch, block), q32, KV(pools[0][1], pools[1][1]), scale=scale, window=window)

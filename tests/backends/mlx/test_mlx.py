@@ -381,7 +381,7 @@ def test_fused_ops_equal_their_definitions(name):
     model = RandomModel.of(name)
     fused, plain = make(), make(kind=Plain)
     found = [logits(b, model) for b in (fused, plain)]
-    own = {"llama": "qkv_rope_store", "qwen3": "qkv_norm_rope_store", "gemma3": "linears_gelu_mul"}
+    own = {"llama": "qkv_rope_write_kv", "qwen3": "qkv_norm_rope_write_kv", "gemma3": "merged_linear_gelu_and_mul"}
     used = [{e.op for f in b.graph.functions.values() for e in f.equations} for b in (fused, plain)]
     assert own[name] in used[0]
     assert used[1] <= {f.__name__ for f in ops.PLAIN}

@@ -80,7 +80,7 @@ def test_ragged_steps(flash, library, heads: int, kv_heads: int, size: int):
     for block_size, window in ((4, 0), (16, 7), (5, 1), (64, 19), (16, 1000)):
         batch = step(rng, [9, 0, 3, 0, 0, 65, 8, 20], [1, 1, 13, 5, 5, 1, 6, 1], block_size)
         kv = pool(rng, batch, block_size, kv_heads, size, torch.float32)
-        q = torch.from_numpy(rng.normal(size=(len(batch.tokens), heads, size))).float()
+        q = torch.from_numpy(rng.normal(size=(len(batch.input_ids), heads, size))).float()
         p = parts_of(batch, block_size, torch.device(DEVICE))
         assert (p.rows, p.keys) == (slice(2, 32), 16 + 5 + 5 + 66 + 14)
         k, v = gather(*(x.to(DEVICE) for x in kv), p.pieces, p.keys, torch.float32)

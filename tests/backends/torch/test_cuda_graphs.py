@@ -94,7 +94,7 @@ def test_smaller_heads_need_more_programs():
 def test_what_is_sent():
     """Fields of a padded step; what is padded belongs to nobody."""
     batch = prefill_batch([[7] * 3, [9], [8] * 5], 4)
-    batch = dataclasses.replace(batch, slots=np.array([2, 0, 5], np.int32), sampled=np.array([True, False, True]))
+    batch = dataclasses.replace(batch, req_slots=np.array([2, 0, 5], np.int32), do_sample=np.array([True, False, True]))
     inputs = StepInputs(Shape(16, 4, 4, 8), 40, torch.device(DEVICE), copies=2)
     for _ in range(3):
         inputs.fill(batch, 4, spare=50, tile=2)
@@ -268,7 +268,7 @@ def test_slots_beyond_the_step_keep_their_tokens():
     ours.kernels._capture(ours.kernels._static(Shape(4, 4, 4, 0)))
     assert ours.slots.last_token.tolist() == [123] * 8
     step = sampling_batch(SamplingArrays.zeros(3))
-    step = dataclasses.replace(step, slots=np.array([6, 1, 3], np.int32), sampled=np.array([True, False, True]))
+    step = dataclasses.replace(step, req_slots=np.array([6, 1, 3], np.int32), do_sample=np.array([True, False, True]))
     tokens = ours.launch(step).tokens()
     assert ours.slots.last_token.tolist() == [123, 123, 123, tokens[2], 123, 123, tokens[0], 123]
 
@@ -282,7 +282,7 @@ def test_models_whose_rules_ask_the_device_are_not_recorded():
 
 def test_without_triton_auto_warns_and_triton_is_an_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "llmrs.backends.torch.model_runner", None)
-    monkeypatch.delattr(llmrs.backends.torch, "runner", raising=False)
+    monkeypatch.delattr(llmrs.backends.torch, "model_runner", raising=False)
     made = find("torch")("cpu", "f32", "f32")
     with pytest.raises(BackendError, match="Triton can't be loaded"):
         made.use_kernels("triton")

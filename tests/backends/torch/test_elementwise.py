@@ -5,15 +5,15 @@ import pytest
 import torch
 
 from llmrs.backends.reference import ops
-from llmrs.core.ir import Frequencies
+from llmrs.core.ir import RopeFrequencies
 
 pytest.importorskip("triton")
 from llmrs.backends.torch.kernels import qk_norm_rope_cache
 from llmrs.backends.torch.kernels.act_and_mul import gated
 from llmrs.backends.torch.kernels.embedding import embed
 from llmrs.backends.torch.kernels.matvec import matvec
-from llmrs.backends.torch.kernels.qk_norm_rope_cache import norm_rope_store
-from llmrs.backends.torch.kernels.rms_norm import add_norm, rms_norm
+from llmrs.backends.torch.kernels.qk_norm_rope_cache import qk_norm_rope_write_kv
+from llmrs.backends.torch.kernels.rms_norm import fused_add_rms_norm, rms_norm
 from llmrs.core.errors import BackendError
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -44,7 +44,7 @@ def test_norms(rows: int, width: int, dtype: torch.dtype):
         assert near(
             rms_norm(x, w, eps=1e-5, offset=offset), ops.rms_norm(None, *map(numpy, (x, w)), eps=1e-5, offset=offset)
         )
-        total, n = add_norm(x, y, w, eps=1e-5, offset=offset)
+        total, n = fused_add_rms_norm(x, y, w, eps=1e-5, offset=offset)
         assert torch.equal(total, x + y)
         assert near(n, ops.rms_norm(None, numpy(x + y), numpy(w), eps=1e-5, offset=offset))
 
@@ -54,7 +54,7 @@ def test_norms(rows: int, width: int, dtype: torch.dtype):
 def test_gated(rows: int, width: int, dtype: torch.dtype):
     both = random(np.random.default_rng(width), rows, 2 * width, dtype=dtype) * 2
     gate, up = both.split(width, dim=1)
-    for gelu, op in ((False, ops.silu_mul), (True, ops.gelu_mul)):
+    for gelu, op in ((False, ops.silu_and_mul), (True, ops.gelu_and_mul)):
         assert near(gated(gate, up, gelu=gelu), op(None, numpy(gate), numpy(up)))
 
 
@@ -63,15 +63,15 @@ def test_gated(rows: int, width: int, dtype: torch.dtype):
 @pytest.mark.parametrize("many", [1, 1024])  # tokens, from which a program does more heads
 def test_norm_rope_store(heads: int, kv_heads: int, size: int, many: int, dtype: torch.dtype, monkeypatch):
     monkeypatch.setattr(qk_norm_rope_cache, "MANY", many)
-    check_norm_rope_store(heads, kv_heads, size, dtype)
+    check_qk_norm_rope_write_kv(heads, kv_heads, size, dtype)
 
 
-def check_norm_rope_store(heads: int, kv_heads: int, size: int, dtype: torch.dtype) -> None:
+def check_qk_norm_rope_write_kv(heads: int, kv_heads: int, size: int, dtype: torch.dtype) -> None:
     rng = np.random.default_rng(size)
     tokens, block_size = 5, 4
     rows = random(rng, tokens, (heads + 2 * kv_heads) * size, dtype=dtype)
     q, k, v = (p.unflatten(1, (-1, size)) for p in rows.split([heads * size, kv_heads * size, kv_heads * size], dim=1))
-    frequencies = Frequencies("test", tuple(100.0 ** (-2 * i / size) for i in range(size // 2)), 1.25)
+    frequencies = RopeFrequencies("test", tuple(100.0 ** (-2 * i / size) for i in range(size // 2)), 1.25)
     angles = np.arange(50, dtype=np.float32)[:, None] * np.array(frequencies.values, np.float32)
     turns = torch.from_numpy(np.stack([np.cos(angles), np.sin(angles)]) * np.float32(1.25)).to(DEVICE)
     positions, cells = np.array([0, 1, 7, 49, 3], np.int32), np.array([9, 2, 23, 0, 14], np.int32)
@@ -79,7 +79,7 @@ def check_norm_rope_store(heads: int, kv_heads: int, size: int, dtype: torch.dty
         kv = torch.full((2, 6, kv_heads, block_size, size), 77.0, dtype=dtype, device=DEVICE).transpose(2, 3)
         norms = (random(rng, size, dtype=dtype), random(rng, size, dtype=dtype)) if norm else None
         ints = [torch.from_numpy(a).to(DEVICE) for a in (positions, cells)]
-        out = norm_rope_store(q, k, v, norms, *ints, turns, kv[0], kv[1], eps=1e-6, offset=0.5)
+        out = qk_norm_rope_write_kv(q, k, v, norms, *ints, turns, kv[0], kv[1], eps=1e-6, offset=0.5)
         wanted = [numpy(q), numpy(k)]
         if norms:
             wanted = [ops.rms_norm(None, x, numpy(w), eps=1e-6, offset=0.5) for x, w in zip(wanted, norms, strict=True)]
@@ -114,9 +114,9 @@ def test_what_does_not_fit_is_refused():
     x = torch.zeros(3, 8)
     for wrong in (
         lambda: rms_norm(x.T, x[0], eps=1e-5),
-        lambda: add_norm(x, x.half(), x[0], eps=1e-5),
-        lambda: add_norm(x, torch.zeros(2, 3, 8).half(), x[0], eps=1e-5),
-        lambda: add_norm(x, torch.zeros(2, 3, 9), x[0], eps=1e-5),
+        lambda: fused_add_rms_norm(x, x.half(), x[0], eps=1e-5),
+        lambda: fused_add_rms_norm(x, torch.zeros(2, 3, 8).half(), x[0], eps=1e-5),
+        lambda: fused_add_rms_norm(x, torch.zeros(2, 3, 9), x[0], eps=1e-5),
     ):
         with pytest.raises(BackendError, match="kernel norm"):
             wrong()

@@ -10,7 +10,7 @@ from gemm_cases import DEVICE, LEFT, TYPES, check, expected, poisoned, random
 from llmrs.backends.torch.kernels.gemm import product
 from llmrs.backends.torch.kernels.gemm_tma import MANY, PROGRAMS, Tiles, cut_many
 from llmrs.backends.torch.kernels.launch import chaining
-from llmrs.backends.torch.kernels.rms_norm import add_norm
+from llmrs.backends.torch.kernels.rms_norm import fused_add_rms_norm
 from llmrs.core.errors import BackendError
 
 __all__ = ["poisoned"]  # a fixture that every test uses
@@ -22,7 +22,7 @@ SHARED = 227 * 1024
 @pytest.mark.parametrize(("rows", "count", "width"), [(2, 100, 1096), (17, 65, 80), (63, 30, 520), (65, 130, 264)])
 def test_products(rows: int, count: int, width: int, dtype: torch.dtype):
     """N no multiple of the tile, so that its gates and ups overlap; K none of the part."""
-    for gate, bias, part in (("silu_mul", False, 64), ("", True, 128), ("gelu_mul", True, 64)):
+    for gate, bias, part in (("silu_and_mul", False, 64), ("", True, 128), ("gelu_and_mul", True, 64)):
         check(rows, count, width, dtype, gate, False, False, bias, cut=Tiles(64, 16 if rows < 32 else 32, part))
 
 
@@ -38,23 +38,23 @@ def test_ranges_and_the_norm_that_adds_them_up(rows: int, width: int, ranges: in
     sums = product(x, w, cut=Tiles(64, 32, 64, ranges))
     assert sums.dtype == torch.float32
     assert sums.shape == (left, rows, count)
-    total, normed = add_norm(more, sums, norm, eps=1e-5)
+    total, normed = fused_add_rms_norm(more, sums, norm, eps=1e-5)
     wanted = expected(x, w, None, more, None, "")
     assert (np.abs(total.double().cpu().numpy() - wanted) < LEFT[dtype] * np.maximum(np.abs(wanted), 1)).all()
-    alone = add_norm(more, sums.sum(0).to(dtype), norm, eps=1e-5)
+    alone = fused_add_rms_norm(more, sums.sum(0).to(dtype), norm, eps=1e-5)
     assert torch.equal(total, alone[0])
     assert torch.equal(normed, alone[1])
 
 
 @pytest.mark.parametrize("rows", [33, 64, 257, MANY])
 def test_as_it_is_cut(rows: int):
-    for count, width, gate in ((100, 1024, ""), (70, 640, "silu_mul")):
+    for count, width, gate in ((100, 1024, ""), (70, 640, "silu_and_mul")):
         cut = cut_many(rows, count, width, bool(gate), False, SHARED)
         check(rows, count, width, torch.float16, gate, False, False, not gate, cut=cut)
 
 
 def test_wide_tiles():
-    for each, count, part, gate in ((128, 64, 128, ""), (64, 256, 64, "silu_mul"), (128, 128, 64, "gelu_mul")):
+    for each, count, part, gate in ((128, 64, 128, ""), (64, 256, 64, "silu_and_mul"), (128, 128, 64, "gelu_and_mul")):
         check(100, 200, 384, torch.float16, gate, False, False, False, cut=Tiles(each, count, part, 1, 8, 3))
 
 
@@ -66,7 +66,9 @@ def test_the_same_bits_each_time():
     mores = [random(rng, len(x), 130, dtype=kind) for x in xs]
 
     def totals() -> list[torch.Tensor]:
-        return [add_norm(m, product(x, w, cut=cut), norm, eps=1e-5)[0] for x, m in zip(xs, mores, strict=True)]
+        return [
+            fused_add_rms_norm(m, product(x, w, cut=cut), norm, eps=1e-5)[0] for x, m in zip(xs, mores, strict=True)
+        ]
 
     first = totals()
     with chaining(True):
@@ -97,7 +99,7 @@ def test_what_tiles_cannot_do_is_refused():
     for wrong in (
         lambda: product(x, w, more=w[:4, :8], cut=Tiles(64, 16, 64)),
         lambda: product(x, w, w[0, :8], cut=Tiles(64, 16, 32, 2)),
-        lambda: product(x, w, gate="silu_mul", cut=Tiles(64, 16, 32, 2)),
+        lambda: product(x, w, gate="silu_and_mul", cut=Tiles(64, 16, 32, 2)),
         lambda: product(x[:, 1:9], w[:, :8], cut=Tiles(64, 16, 64)),
         lambda: product(x[:, :7].contiguous(), w[:, :7].contiguous(), cut=Tiles(64, 16, 64)),
         lambda: product(x.float(), w.float(), cut=Tiles(64, 16, 64)),

@@ -34,9 +34,9 @@ SHAPES = [(1, 3, 8), (1, 37, 264), (2, 211, 64), (3, 9, 1100), (4, 33, 3072), (5
 def test_products(rows: int, count: int, width: int, dtype: torch.dtype):
     for gate, more, norm, bias in (
         ("", False, True, True), ("", True, False, False),
-        ("silu_mul", False, True, False), ("gelu_mul", True, True, True),
+        ("silu_and_mul", False, True, False), ("gelu_and_mul", True, True, True),
     ):  # fmt: skip
-        check(gemm, count, width, dtype, gate, more, norm and rows <= NORMED, bias)
+        check(rows, count, width, dtype, gate, more, norm and rows <= NORMED, bias)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 6])
@@ -44,7 +44,7 @@ def test_other_cuts(rows: int):
     """Also those in which a program holds only the first part of its rows."""
     for each, part, warps in ((1, 64, 1), (2, 128, 4), (4, 1024, 2)):
         cut = Cut(each, part, warps) if rows < 5 else Cut(16 * each, 16, warps)
-        check(gemm, 19, 1300, torch.float32, "silu_mul", True, rows <= NORMED, True, cut=cut)
+        check(rows, 19, 1300, torch.float32, "silu_and_mul", True, rows <= NORMED, True, cut=cut)
 
 
 def test_many_results():
@@ -62,7 +62,7 @@ def test_what_does_not_fit_is_refused():
         lambda: product(x, w, w[0]),
         lambda: product(x, w, more=w),
         lambda: product(x[:1], w, norm=w[0, :4]),
-        lambda: product(x, w[:5], gate="silu_mul"),
+        lambda: product(x, w[:5], gate="silu_and_mul"),
         lambda: product(x, w, gate="tanh_mul"),
         lambda: product(x.T.contiguous().T, w),
     ):
@@ -114,11 +114,13 @@ def backend(name: str, dtype: str = "f32", **changes):
     return RandomModel.of(name, num_hidden_layers=2, **changes).on(made)
 
 
-def ops(name: str, rows: int, rest: tuple[str, ...] = ("embed", "heads", "last", "scale"), **changes) -> list[str]:
+def ops(
+    name: str, rows: int, rest: tuple[str, ...] = ("embed", "heads", "gather_logits_rows", "mul_scalar"), **changes
+) -> list[str]:
     """What steps of so many rows run, but for what launches nothing or once only."""
     made = backend(name, **changes)
     made.allocate(4, BLOCK, 1, 16)
-    calls = [c for c in made.kernels._program(Shape(gemm, gemm, gemm, 0)).calls if c.op not in rest]
+    calls = [c for c in made.kernels._program(Shape(rows, rows, rows, 0)).calls if c.op not in rest]
     return [described(c) if c.op == "rows" else c.op for c in calls]
 
 
@@ -130,27 +132,36 @@ def described(call: Call) -> str:
 
 
 def test_a_layer_of_few_rows_is_few_calls():
-    for name, store in (("qwen3", "norm_rope_store"), ("llama", "rope_store"), ("mistral", "rope_store")):
-        layer = ["norm rows", store, "attend", "rows add", "norm rows silu_mul", "rows add"]
-        assert ops(name, 1) == [*layer, *layer, "rms_norm", "head"], name
-        layer = ["rows", store, "attend", "rows add norm", "rows silu_mul", "rows add norm"]
+    for name, store in (("qwen3", "qk_norm_rope_write_kv"), ("llama", "rope_write_kv"), ("mistral", "rope_write_kv")):
+        layer = ["norm rows", store, "attend", "rows add", "norm rows silu_and_mul", "rows add"]
+        assert ops(name, 1) == [*layer, *layer, "rms_norm", "lm_head"], name
+        layer = ["rows", store, "attend", "rows add norm", "rows silu_and_mul", "rows add norm"]
         assert ops(name, 2) == ["rms_norm", *layer, *layer, "rows"], name
 
 
 def test_what_does_not_match_stays():
-    layer = ["rows", "rms_norm", "add_norm", "rows gelu_mul", "rows", "rms_norm", "add_norm"]
-    assert ops("gemma3", 2) == ["rms_norm", *["rows", "norm_rope_store", "attend", *layer] * 2, "rows"]
-    layer = ["rows", "norm_rope_store", "attend", "rows add norm", "moe", "add_norm"]
+    layer = ["rows", "rms_norm", "fused_add_rms_norm", "rows gelu_and_mul", "rows", "rms_norm", "fused_add_rms_norm"]
+    assert ops("gemma3", 2) == ["rms_norm", *["rows", "qk_norm_rope_write_kv", "attend", *layer] * 2, "rows"]
+    layer = ["rows", "qk_norm_rope_write_kv", "attend", "rows add norm", "moe", "fused_add_rms_norm"]
     assert ops("qwen3-moe", 2) == ["rms_norm", *layer, *layer, "rows"]
-    layer = ["norm_rope_store", "attend", "rows add", "rms_norm", "moe", "add_norm"]
-    assert ops("qwen3-moe", 1) == ["norm rows", *layer, "rows", *layer, "head"]
+    layer = ["qk_norm_rope_write_kv", "attend", "rows add", "rms_norm", "moe", "fused_add_rms_norm"]
+    assert ops("qwen3-moe", 1) == ["norm rows", *layer, "rows", *layer, "lm_head"]
 
 
 def test_no_norm_before_a_large_matrix(monkeypatch: pytest.MonkeyPatch):
     """Each of its many programs would do it again."""
     monkeypatch.setattr(gemm, "LARGE", 0)
-    layer = ["rows", "norm_rope_store", "attend", "rows add", "rms_norm", "rows silu_mul", "rows add", "rms_norm"]
-    assert ops("qwen3", 1) == ["rms_norm", *layer, *layer, "head"]
+    layer = [
+        "rows",
+        "qk_norm_rope_write_kv",
+        "attend",
+        "rows add",
+        "rms_norm",
+        "rows silu_and_mul",
+        "rows add",
+        "rms_norm",
+    ]
+    assert ops("qwen3", 1) == ["rms_norm", *layer, *layer, "lm_head"]
 
 
 @pytest.mark.parametrize("way", ["as it is", "before Hopper", "library"])

@@ -19,7 +19,7 @@ def test_ragged_steps(heads: int, kv_heads: int, size: int, dtype: torch.dtype):
     for block_size, window, split in ((4, 0, 1), (5, 7, 2), (16, 0, 4), (32, 0, 1), (16, 19, 1), (64, 3, 8)):
         batch = step(rng, [0, 37, 3, 0, 65, 8], [1, 1, 13, 5, 1, 1], block_size)
         kv = pool(rng, batch, block_size, kv_heads, size, dtype)
-        wide = torch.from_numpy(rng.normal(size=(len(batch.tokens), heads + 2, size))).to(dtype)
+        wide = torch.from_numpy(rng.normal(size=(len(batch.input_ids), heads + 2, size))).to(dtype)
         q = wide[:, 1 : heads + 1]  # not contiguous, as a part of a merged product is
         y = run(q, kv, batch, size**-0.5, window, Tiling(4, 16, 4, 1), split)
         wanted = expected(q, kv, batch, block_size, size**-0.5, window)

@@ -23,8 +23,8 @@ HALVES = [t for t in TYPES if t != torch.float32]
 
 def run(q, kv, batch, scale: float, cut: Tiling) -> torch.Tensor:
     y = torch.full((len(q), q.shape[1] * q.shape[2]), 77.0, dtype=q.dtype)
-    q, kv, tables, y = (x.to(DEVICE) for x in (q, kv, torch.from_numpy(batch.blocks), y))
-    tiles = chunk_tiles(batch, np.diff(batch.starts), batch.blocks.shape[1], cut.tokens)
+    q, kv, tables, y = (x.to(DEVICE) for x in (q, kv, torch.from_numpy(batch.block_tables), y))
+    tiles = chunk_tiles(batch, np.diff(batch.query_start_loc), batch.block_tables.shape[1], cut.tokens)
     tiles = torch.from_numpy(np.concatenate([np.zeros((1, 4), np.int32), tiles])).to(DEVICE)  # an empty one too
     prompt_attention(q, *kv, tables, tiles, y, scale=scale, cut=cut)
     return y.cpu()
@@ -38,7 +38,7 @@ def test_ragged_steps(heads: int, kv_heads: int, size: int, dtype: torch.dtype):
     for block_size, keys in ((16, 16), (32, 16), (64, 64), (64, 32), (128, 128)):
         batch = step(rng, [0, 37, 3, 130, 65], [1, 13, 5, 40, 70], block_size)
         kv = pool(rng, batch, block_size, kv_heads, size, dtype)
-        wide = torch.from_numpy(rng.normal(size=(len(batch.tokens), heads + 2, size))).to(dtype)
+        wide = torch.from_numpy(rng.normal(size=(len(batch.input_ids), heads + 2, size))).to(dtype)
         q = wide[:, 1 : heads + 1]  # not contiguous, as a part of a merged product is
         y = run(q, kv, batch, size**-0.5, Tiling(8, keys, 4, 2))
         wanted = expected(q, kv, batch, block_size, size**-0.5, 0)

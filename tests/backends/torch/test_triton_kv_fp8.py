@@ -16,7 +16,7 @@ from kv_fp8_cases import awkward, heads, zeros_in_torch
 
 from llmrs.backends.torch.kernels.kv_fp8 import rounded
 from llmrs.backends.torch.kernels.paged_attention import Tiling, attention, tiling
-from llmrs.backends.torch.kernels.qk_norm_rope_cache import norm_rope_store
+from llmrs.backends.torch.kernels.qk_norm_rope_cache import qk_norm_rope_write_kv
 
 LEFT = {torch.float32: 2e-5, torch.float16: 6e-3, torch.bfloat16: 4e-2}  # what may differ
 IN_TURN = Tiling(4, 16, 4, 1)
@@ -76,7 +76,7 @@ def test_what_is_kept(query_heads: int, kv_heads: int, size: int, dtype: torch.d
     (keys, values), expected = pools(6, 4, kv_heads, size)
     positions = np.zeros(tokens, np.int32)
     ints = [torch.from_numpy(a).to(DEVICE) for a in (positions, cells)]
-    norm_rope_store(*(x.to(DEVICE) for x in (q, k, v)), None, *ints, turns.to(DEVICE), keys, values)
+    qk_norm_rope_write_kv(*(x.to(DEVICE) for x in (q, k, v)), None, *ints, turns.to(DEVICE), keys, values)
     for ours, wanted, x in ((keys, expected[0], k), (values, expected[1], v)):
         wanted[cells // 4, cells % 4] = x.float().numpy()
         there = [a[cells // 4, cells % 4] for a in (ours.codes.float().cpu().numpy(), ours.scales.cpu().numpy())]
@@ -97,7 +97,7 @@ def test_attention(query_heads: int, kv_heads: int, size: int, dtype: torch.dtyp
     for block_size, window, split in ((4, 0, 1), (5, 7, 2), (16, 0, 4), (64, 3, 8)):
         batch = step(rng, [0, 37, 3, 8], [1, 1, 13, 5], block_size)
         ours, theirs = filled(rng, batch, block_size, kv_heads, size)
-        q = torch.from_numpy(rng.normal(size=(len(batch.tokens), query_heads, size))).to(dtype)
+        q = torch.from_numpy(rng.normal(size=(len(batch.input_ids), query_heads, size))).to(dtype)
         y = run(q, ours, batch, size**-0.5, window, IN_TURN, split)
         context = ops.Context(batch, block_size)
         wanted = ops.attend(context, q.float().numpy(), ops.KV(*theirs), scale=size**-0.5, window=window)
@@ -106,10 +106,10 @@ def test_attention(query_heads: int, kv_heads: int, size: int, dtype: torch.dtyp
 
 def filled(rng: np.random.Generator, batch, block_size: int, kv_heads: int, size: int):
     """Pools with keys of size 1 and values of sizes down to a thousandth wherever a token of the step looks."""
-    ours, theirs = pools(int(batch.blocks.max()) + 2, block_size, kv_heads, size)
-    for s, length in enumerate(batch.lengths):
+    ours, theirs = pools(int(batch.block_tables.max()) + 2, block_size, kv_heads, size)
+    for s, length in enumerate(batch.seq_lens):
         p = np.arange(length)
-        at = batch.blocks[s, p // block_size], p % block_size
+        at = batch.block_tables[s, p // block_size], p % block_size
         for n, (pool, to) in enumerate(zip(ours, theirs, strict=True)):
             sizes = 10.0 ** -rng.uniform(0, 3 * n, (length, kv_heads, 1))
             to[at] = (rng.normal(size=(length, kv_heads, size)) * sizes).astype(np.float32)

@@ -20,7 +20,7 @@ def run(logits, params, slots=None, last=None, part=0, **more) -> np.ndarray:
     count = len(logits)
     slots = torch.arange(count, dtype=torch.int32) if slots is None else slots
     last = torch.zeros(count, dtype=torch.int64) if last is None else last
-    arrays = (torch.from_numpy(params.temperature), torch.from_numpy(params.key.view(np.int32)), slots, last)
+    arrays = (torch.from_numpy(params.temperature), torch.from_numpy(params.rng_key.view(np.int32)), slots, last)
     if part:
         more |= {"chunk": part, "programs": 2 * count}
     return draw(torch.as_tensor(logits).to(DEVICE), *(a.to(DEVICE) for a in arrays), **more).cpu().numpy()
