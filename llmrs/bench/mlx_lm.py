@@ -88,7 +88,7 @@ def build_ours(backend: MlxBackend, batch: int) -> Callable[[int], Any]:
                 "positions": lengths - 1,
                 "seq_lens": lengths,
                 "block_tables": tables,
-            }  # fmt: skip
+            }
         )
         begin = time.thread_time()
         logits = backend._build(step)
