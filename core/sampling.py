@@ -1,4 +1,5 @@
-"""What sampling means: the order of the transforms and the noise, in NumPy. Backends compute the same.
+"""What sampling means: the order of the transforms, the noise and its keys. Every backend computes the same;
+`backends/reference/sampling.py` defines it in NumPy.
 
     logits -> penalties -> bias -> banned and masked out -> / temperature -> top-k -> top-p -> min-p
            -> argmax(logits + Gumbel noise)
@@ -7,9 +8,9 @@ The noise depends on (seed, position, token id) and on nothing else, so neither 
 nor preemption changes what a seed draws. Temperature 0 is argmax without noise; of equal logits the lowest id wins.
 Log probabilities are those of the model: of the logits before any of this.
 
-    seed_key = mix(mix(low + SEED) ^ high)              once a request, on the host
-    noise_key = mix(seed_key ^ mix(position + POSITION)) ^ TOKEN    once a token, on the host
-    h = mix(mix(token) ^ noise_key)                     once a logit, on the device
+    seed_key = hash32(hash32(low + SEED) ^ high)              once a request, on the host
+    noise_key = hash32(seed_key ^ hash32(position + POSITION)) ^ TOKEN    once a token, on the host
+    h = hash32(hash32(token) ^ noise_key)                     once a logit, on the device
 
 Without the constants the stages are the same function of seed, position and token, and cancel: h was 0, the largest
 noise, wherever token id = seed_key ^ position, so such a seed drew ids that count up with the position.
@@ -72,7 +73,7 @@ class Logprobs:
     top: np.ndarray  # float32 (R, k)
 
 
-def mix(x: np.ndarray) -> np.ndarray:
+def hash32(x: np.ndarray) -> np.ndarray:
     """A bijection on uint32 whose output bits each depend on all input bits.
 
     Source: "lowbias32" of C. Wellons' hash prospector (public domain).
@@ -87,69 +88,9 @@ def mix(x: np.ndarray) -> np.ndarray:
 def seed_key(seed: int) -> np.uint32:
     """A seed of 64 bits in 32."""
     low, high = np.array([[seed & 0xFFFFFFFF], [seed >> 32]], np.uint32)
-    return mix(mix(low + SEED) ^ high)[0]
+    return hash32(hash32(low + SEED) ^ high)[0]
 
 
 def noise_keys(keys: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """uint32 (S,) from the seeds' keys uint32 (S,) and the positions (S,) of the tokens to be drawn."""
-    return mix(keys ^ mix(positions.astype(np.uint32) + POSITION)) ^ TOKEN
-
-
-def gumbel(keys: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """Gumbel noise float32 (S, V) for keys uint32 (S,) and token ids (V,).
-
-    h is uniform on 32 bits; v = (h + 0.5) / 2^32 keeps its full precision near 0, where the large values come
-    from. Near 1 float32 would round v to 1 and the noise to -inf, so v stops one step short of it.
-    """
-    h = mix(mix(tokens.astype(np.uint32))[None, :] ^ keys[:, None])
-    v = np.minimum((h.astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-32), np.float32(1 - 2.0**-24))
-    return -np.log(-np.log1p(-v))
-
-
-def apply_penalties(logits: np.ndarray, tokens: np.ndarray, params: SamplingArrays, row: int) -> np.ndarray:
-    """Logits float32 (V,) after the penalties of row `row`, for the tokens int32 (n,) of prompt and answer so far.
-
-    Repetition divides positive logits and multiplies negative ones (CTRL, arXiv 1909.05858), for the tokens of
-    prompt and answer; presence and frequency are OpenAI's, and count the answer's only.
-    """
-    factor = np.where(np.bincount(tokens, minlength=len(logits)) > 0, params.repetition_penalty[row], np.float32(1))
-    counts = np.bincount(tokens[params.prompt_len[row] :], minlength=len(logits)).astype(np.float32)
-    logits = np.where(logits > 0, logits / factor, logits * factor)
-    return logits - params.frequency_penalty[row] * counts - params.presence_penalty[row] * (counts > 0)
-
-
-def sample(logits: np.ndarray, params: SamplingArrays) -> np.ndarray:
-    """Token ids int32 (S,) from adjusted logits float32 (S, V)."""
-    tokens = np.argmax(logits, axis=-1).astype(np.int32)
-    for s in np.flatnonzero(params.temperature > 0):
-        kept = keep(logits[s] / params.temperature[s], params.top_k[s], params.top_p[s], params.min_p[s])
-        scores = kept + gumbel(params.rng_key[s : s + 1], np.arange(len(kept)))[0]
-        tokens[s] = np.argmax(scores)
-    return tokens
-
-
-def logprobs(logits: np.ndarray, tokens: np.ndarray, count: int) -> Logprobs:
-    """Of the tokens int32 (R,) that came, and the `count` likeliest, from unadjusted logits float32 (R, V)."""
-    wide = logits - logits.max(axis=-1, keepdims=True)
-    wide = wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True))
-    top = np.argsort(-wide, axis=-1, kind="stable")[:, :count]
-    chosen = np.take_along_axis(wide, tokens[:, None], axis=-1)[:, 0]
-    return Logprobs(chosen, top.astype(np.int32), np.take_along_axis(wide, top, axis=-1))
-
-
-def keep(logits: np.ndarray, top_k: int, top_p: float, min_p: float) -> np.ndarray:
-    """Logits float32 (V,) with -inf for what top-k, top-p and min-p drop; the likeliest token always stays.
-
-    top-p keeps the shortest run of the likeliest tokens whose probability, after top-k, reaches top_p; min-p keeps
-    tokens of at least min_p times the largest probability. Of equal logits the lower id is the likelier.
-    """
-    order = np.argsort(-logits, kind="stable")
-    if top_k:
-        order = order[:top_k]
-    weights = np.exp(logits[order] - logits[order[0]], dtype=np.float32)
-    before = np.cumsum(weights, dtype=np.float32) - weights  # probability of what is likelier, unnormalized
-    good = (before < np.float32(top_p) * weights.sum()) & (weights >= np.float32(min_p))
-    good[0] = True
-    kept = np.full_like(logits, -np.inf)
-    kept[order[good]] = logits[order[good]]
-    return kept
+    return hash32(keys ^ hash32(positions.astype(np.uint32) + POSITION)) ^ TOKEN

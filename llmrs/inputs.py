@@ -10,7 +10,7 @@ from llmrs.core.batch import MAX_STOPS
 from llmrs.core.config import BUILT_IN, SamplingParams
 from llmrs.core.errors import ContextLengthError, LlmrsError, RequestError
 from llmrs.core.request import Request
-from llmrs.core.sampling import mix, seed_key
+from llmrs.core.sampling import hash32, seed_key
 from llmrs.loading import Model
 from llmrs.models.text.template import ChatPrompt
 
@@ -111,8 +111,8 @@ def child_seed(seed: int, index: int) -> int:
     """The seed of answer `index` to one prompt; answer 0 has the request's own."""
     if not index:
         return seed
-    low = mix(np.array([index], np.uint32) ^ seed_key(seed))
-    return int(low[0]) | int(mix(low ^ seed_key(~seed & 2**64 - 1))[0]) << 32
+    low = hash32(np.array([index], np.uint32) ^ seed_key(seed))
+    return int(low[0]) | int(hash32(low ^ seed_key(~seed & 2**64 - 1))[0]) << 32
 
 
 def token_bits(ids: Collection[int], vocabulary: int) -> np.ndarray:

@@ -59,7 +59,7 @@ def adjusted(logits: mx.array, batch: Batch, slots: SlotState, mask: np.ndarray 
 
 
 def _penalized(logits: mx.array, batch: Batch, slots: SlotState) -> mx.array:
-    """Logits (S, V) after `llmrs.core.sampling.apply_penalties`."""
+    """Logits (S, V) after `llmrs.backends.reference.sampling.apply_penalties`."""
     n, vocabulary = logits.shape
     p = batch.sampling
     factor, presence, frequency, lengths, prompts = (
@@ -90,7 +90,7 @@ def _allowed(mask: np.ndarray, logits: mx.array) -> mx.array:
 
 
 def logprobs(logits: mx.array, tokens: mx.array, count: int) -> tuple[mx.array, ...]:
-    """`llmrs.core.sampling.logprobs` of logits float32 (R, V) and tokens (R,): chosen, top ids, top."""
+    """`llmrs.backends.reference.sampling.logprobs` of logits float32 (R, V) and tokens (R,): chosen, top ids, top."""
     likely = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     chosen = mx.take_along_axis(likely, tokens[:, None], axis=-1)[:, 0]
     ids = mx.argsort(-likely, axis=-1)[:, :count] if count else mx.zeros((len(tokens), 0), mx.uint32)
@@ -98,7 +98,7 @@ def logprobs(logits: mx.array, tokens: mx.array, count: int) -> tuple[mx.array, 
 
 
 def draw(logits: mx.array, params: SamplingArrays) -> mx.array:
-    """`llmrs.core.sampling.sample`: token ids int32 (S,) from adjusted logits float32 (S, V)."""
+    """`llmrs.backends.reference.sampling.sample`: token ids int32 (S,) from adjusted logits float32 (S, V)."""
     likeliest, warm = mx.argmax(logits, axis=-1), params.temperature > 0
     if not warm.any():
         return likeliest.astype(mx.int32)
@@ -146,14 +146,14 @@ def _keep(logits: mx.array, counts: mx.array, edge: mx.array) -> mx.array:
 
 
 def gumbel(keys: mx.array, vocabulary: int) -> mx.array:
-    """Noise float32 (S, V) for keys uint32 (S,), `llmrs.core.sampling.gumbel` of all token ids."""
+    """Noise float32 (S, V) for keys uint32 (S,), `llmrs.backends.reference.sampling.gumbel` of all token ids."""
     h = _mix(_mix(mx.arange(vocabulary, dtype=mx.uint32)) ^ keys[:, None])
     v = (h.astype(mx.float32) + 0.5) * 2.0**-32
     return -mx.log(-mx.log1p(-mx.minimum(v, 1 - 2.0**-24)))
 
 
 def _mix(x: mx.array) -> mx.array:
-    """`llmrs.core.sampling.mix`"""
+    """`llmrs.core.sampling.hash32`"""
     x = x ^ x >> 16
     x = x * mx.array(0x7FEB352D, mx.uint32)
     x = x ^ x >> 15

@@ -11,9 +11,10 @@ from llmrs.backends.base import Backend
 from llmrs.backends.host_memory import free_host_memory
 from llmrs.backends.reference.kv_fp8 import Scaled
 from llmrs.backends.reference.ops import KV, OPS, Context
+from llmrs.backends.reference.sampling import apply_penalties, logprobs, sample
 from llmrs.core.batch import Batch, NewRequest
 from llmrs.core.ir import Equation, Function, Value, at_layer
-from llmrs.core.sampling import Logprobs, apply_penalties, logprobs, sample
+from llmrs.core.sampling import Logprobs
 from llmrs.quant.tensor import Tensor
 
 

@@ -77,7 +77,7 @@ def adjusted(logits: torch.Tensor, batch: Batch, slots: SlotState, mask: np.ndar
 
 
 def _penalized(logits: torch.Tensor, batch: Batch, rows: np.ndarray, slots: SlotState) -> torch.Tensor:
-    """Logits (n, V) of the sequences `rows` after `llmrs.core.sampling.apply_penalties`."""
+    """Logits (n, V) of the sequences `rows` after `llmrs.backends.reference.sampling.apply_penalties`."""
     device, (n, vocabulary) = logits.device, logits.shape
     longest = int(batch.seq_lens[rows].max())
     params = batch.sampling.take(rows)
@@ -107,7 +107,7 @@ def _allowed(mask: np.ndarray, logits: torch.Tensor) -> torch.Tensor:
 
 
 def logprobs(logits: torch.Tensor, tokens: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
-    """`llmrs.core.sampling.logprobs` of logits float32 (R, V) and tokens int64 (R,): chosen, top ids, top."""
+    """chosen, top ids, top of logits float32 (R, V) and tokens int64 (R,), as backends/reference/sampling.py has them."""
     likely = logits.log_softmax(dim=-1)
     top = likely.sort(dim=-1, descending=True, stable=True) if count else None
     chosen = likely.gather(1, tokens[:, None])[:, 0]
@@ -161,7 +161,7 @@ def gumbel(keys: torch.Tensor, vocabulary: int) -> torch.Tensor:
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
-    """`llmrs.core.sampling.mix` on int32 that hold the bits of uint32."""
+    """`llmrs.core.sampling.hash32` on int32 that hold the bits of uint32."""
     x = x ^ _shift(x, 16)
     x = x * SIGNED[0x7FEB352D]
     x = x ^ _shift(x, 15)

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from tiny import BACKENDS, empty_backend
 
 from llmrs.backends import testing
-from llmrs.core.sampling import SamplingArrays, apply_penalties, gumbel, keep, logprobs, mix, noise_keys, seed_key
+from llmrs.backends.reference.sampling import apply_penalties, filter_logits, gumbel, logprobs
+from llmrs.core.sampling import SamplingArrays, hash32, noise_keys, seed_key
 
 
 def arrays(count, keys=None, **options):
@@ -42,10 +43,10 @@ def lowbias32(x):
 
 def test_mix_is_a_bijection_with_good_bits():
     x = np.arange(2**16, dtype=np.uint32)
-    assert len(np.unique(mix(x))) == len(x)
-    flips = np.unpackbits((mix(x) ^ mix(x ^ np.uint32(1))).view(np.uint8)).mean()
+    assert len(np.unique(hash32(x))) == len(x)
+    flips = np.unpackbits((hash32(x) ^ hash32(x ^ np.uint32(1))).view(np.uint8)).mean()
     assert abs(flips - 0.5) < 0.01  # one input bit changes half of the output bits
-    assert [lowbias32(i) for i in (0, 1, 77, 2**32 - 1)] == mix(np.array([0, 1, 77, 2**32 - 1], np.uint32)).tolist()
+    assert [lowbias32(i) for i in (0, 1, 77, 2**32 - 1)] == hash32(np.array([0, 1, 77, 2**32 - 1], np.uint32)).tolist()
 
 
 def test_noise_is_gumbel_and_finite():
@@ -81,7 +82,7 @@ def test_keep_is_what_it_says(values, top_k, top_p, min_p):
     if np.abs(before - top_p).min() < 1e-5 or np.abs(p / p[0] - min_p).min() < 1e-5 < min_p < 1:
         return
     expected = {i for i, b, q in zip(order, before, p, strict=True) if b < top_p and q >= min_p * p[0]} | {order[0]}
-    assert set(np.flatnonzero(np.isfinite(keep(logits, top_k, top_p, min_p))).tolist()) == expected
+    assert set(np.flatnonzero(np.isfinite(filter_logits(logits, top_k, top_p, min_p))).tolist()) == expected
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -90,7 +91,7 @@ def test_distribution(name, options, samplers):
     """Chi-square of 40,000 draws, each at another position, against the probabilities computed directly."""
     logits = np.random.default_rng(1).normal(size=20).astype(np.float32) * 1.5
     count = 40_000
-    scaled = keep(
+    scaled = filter_logits(
         logits / options.get("temperature", 1.0),
         *(options.get(k, d) for k, d in zip(("top_k", "top_p", "min_p"), (0, 1.0, 0.0), strict=True)),
     )

@@ -9,8 +9,9 @@ from metal_cases import DTYPES, assert_found, kernels, rounded, without_barriers
 
 from llmrs.backends.mlx.kernels import sampling  # noqa: E402
 from llmrs.backends.mlx.kernels.launch import source  # noqa: E402
-from llmrs.core import sampling as core  # noqa: E402
+from llmrs.backends.reference import sampling as reference  # noqa: E402
 from llmrs.core.errors import BackendError  # noqa: E402
+from llmrs.core.sampling import SamplingArrays  # noqa: E402
 
 WHOLE = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 OPTIONS = [
@@ -32,7 +33,7 @@ OPTIONS = [
 def parameters(options, seed=0):
     rng = np.random.default_rng(seed)
     rows = [WHOLE | o for o in options]
-    params = core.SamplingArrays.zeros(len(rows))
+    params = SamplingArrays.zeros(len(rows))
     for name in WHOLE:
         getattr(params, name)[:] = [r[name] for r in rows]
     params.key[:] = rng.integers(0, 2**32, len(rows), dtype=np.uint32)
@@ -47,7 +48,7 @@ def draw(mutate=None, options=OPTIONS, vocabulary=1237, dtype=mx.float32, seed=0
     params = parameters(options, seed)
     got = sampling.sample(kernels(mutate), x, params, part)
     assert got.dtype == mx.int32
-    np.testing.assert_array_equal(np.array(got), core.sample(x32, params))
+    np.testing.assert_array_equal(np.array(got), reference.sample(x32, params))
 
 
 def kept(mutate, x32, params, listed):
@@ -67,7 +68,7 @@ def compare_kept(mutate=None, vocabulary=1237, scale=3.0, decimals=9, seed=0, li
     got = kept(mutate, x, params, listed)
     for s in np.flatnonzero(params.temperature > 0):
         top_p = params.top_p[s] if params.top_p[s] < 1 else 2  # 1 cuts off what float32 sums lose at their end
-        expected = core.keep(x[s] / params.temperature[s], params.top_k[s], top_p, 0.0)
+        expected = reference.filter_logits(x[s] / params.temperature[s], params.top_k[s], top_p, 0.0)
         np.testing.assert_array_equal(np.flatnonzero(got[s]), np.flatnonzero(np.isfinite(expected)), err_msg=str(s))
 
 
@@ -126,7 +127,7 @@ def test_noise():
         inputs=[mx.array(keys)], output_shapes=[(20000,)], output_dtypes=[mx.float32], grid=(20000, 1, 1),
         threadgroup=(256, 1, 1),
     )  # fmt: skip
-    np.testing.assert_allclose(np.array(noise), core.gumbel(keys[:1], np.arange(20000))[0], rtol=3e-6, atol=1e-6)
+    np.testing.assert_allclose(np.array(noise), reference.gumbel(keys[:1], np.arange(20000))[0], rtol=3e-6, atol=1e-6)
 
 
 def found_by_what_stays(mutate):

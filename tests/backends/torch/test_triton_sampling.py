@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from llmrs.backends.reference.sampling import filter_logits, gumbel, sample
 from llmrs.backends.testing import random_sampling
-from llmrs.core.sampling import gumbel, keep, sample
 
 pytest.importorskip("triton")
 from llmrs.backends.torch.kernels.gumbel import gumbel as gumbel_of_kernels
@@ -61,7 +61,7 @@ def test_what_top_k_top_p_and_min_p_keep(vocabulary: int, ties: bool):
             x = logits[s] / params.temperature[s]
             edge = edges[s : s + 1, 0].view(torch.float32).numpy()
             kept = (x > edge) | ((x == edge) & (np.arange(vocabulary) < int(edges[s, 1])))
-            expected = keep(x, params.top_k[s], params.top_p[s], params.min_p[s])
+            expected = filter_logits(x, params.top_k[s], params.top_p[s], params.min_p[s])
             other = kept != (expected > -np.inf)  # the reference's running sum rounds in a long tail
             assert np.exp(x[other] - x.max()).sum() <= (1e-4 if vocabulary > 100 else 0), (seed, s)
         np.testing.assert_array_equal(run(logits, params, edges=edges.to(DEVICE)), sample(logits, params))
