@@ -13,14 +13,15 @@ import numpy as np
 
 from llmrs.backends.fusion import fuse
 from llmrs.core.batch import Batch
-from llmrs.core.config import DTYPES, EngineConfig
 from llmrs.core.engine import Ticket
 from llmrs.core.errors import BackendError, ConfigError, GraphError, did_you_mean
 from llmrs.core.ir import Graph
+from llmrs.core.options import Checked, option
 from llmrs.quant.tensor import Tensor
 
 GROUP = "llmrs.backends"  # entry points; a third party registers a backend here
 DTYPE_BYTES = {"bf16": 2, "f16": 2, "f32": 4, "fp8": 1}
+DTYPES = ("bf16", "f16", "f32")
 SCALE_BYTES = 4  # of fp8, for each head of each token, beside its elements
 
 
@@ -45,6 +46,20 @@ class Profiler(Protocol):
         """What ran since, in the order in which it began."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class BackendOptions(Checked):
+    """The options that a backend reads itself; `EngineConfig` adds the engine's."""
+
+    threads: int | None = option(None, "CPU threads of a step; null: one per usable core", low=1, high=1024)
+    kernels: str = option(
+        "auto",
+        "kernel set: auto (ours on a GPU), plain (framework ops), triton (Triton kernels on any device)",
+        choices=("auto", "plain", "triton"),
+    )
+    cuda_graphs: bool = option(True, "capture steps as CUDA graphs and replay them (Triton kernels only)")
+    memory_limit: int | None = option(None, "bytes of weights and KV cache together; null: free memory", low=1)
+
+
 class Backend(ABC):
     """Runs a model's graph on a device. Used by one thread: the one that makes it.
 
@@ -67,22 +82,19 @@ class Backend(ABC):
         self.device, self.dtype, self.kv_dtype = device, dtype, kv_dtype
         self.graph: Graph
 
-    def configure(self, config: EngineConfig) -> None:
-        """Takes what the user says about how it runs, before anything is loaded. Raises BackendError, ConfigError."""
-        for name in ("kernels", "attention"):
-            if getattr(config, name) != "auto":
-                raise ConfigError(f"{name}: backend {self.name} has no choice of {name}", "leave it at auto")
-        self.refuse_threads(config)
-        if config.tune:
-            raise ConfigError(f"tune: backend {self.name} has nothing to tune", "leave it out")
+    def configure(self, options: BackendOptions) -> None:
+        """Takes the user's options before anything is loaded. Raises BackendError, ConfigError."""
+        if options.kernels != "auto":
+            raise ConfigError(f"kernels: backend {self.name} has no choice of kernels", "leave it at auto")
+        self.refuse_threads(options)
 
-    def refuse_threads(self, config: EngineConfig) -> None:
-        """For backends that do not set the number of CPU threads. Raises ConfigError where one is asked for."""
-        if config.threads is not None:
+    def refuse_threads(self, options: BackendOptions) -> None:
+        """For backends that do not set the number of CPU threads. Raises ConfigError if one is given."""
+        if options.threads is not None:
             raise ConfigError(f"threads: backend {self.name} has no choice of threads", "leave it out")
 
-    def reserve(self, graph: Graph, sequences: int, tokens: int) -> int:
-        """Bytes that it needs beside weights and KV cache for steps of at most so many sequences and tokens."""
+    def workspace_bytes(self, graph: Graph, max_num_seqs: int, max_num_batched_tokens: int) -> int:
+        """Bytes of activations, logits and library workspaces of a step of this size."""
         return 0
 
     @classmethod
@@ -116,8 +128,11 @@ class Backend(ABC):
         """Takes in the weights of `self.graph`."""
 
     @abstractmethod
-    def allocate(self, blocks: int, block_size: int, slots: int, max_tokens: int) -> None:
-        """Makes the KV cache and the state of each slot, whose sequences have at most `max_tokens` tokens."""
+    def allocate(
+        self, num_blocks: int, block_size: int, max_num_seqs: int, max_model_len: int, max_num_batched_tokens: int = 0
+    ) -> None:
+        """Allocates the KV cache and the state of each slot, and prepares steps of up to `max_num_batched_tokens`
+        tokens: kernels are loaded, graphs captured."""
 
     def launch(self, batch: Batch) -> Ticket:
         """Starts a step, forward and sample, and returns at once where the device allows it."""

@@ -6,8 +6,8 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from llmrs.cli.options import RunOptions
-from llmrs.core.config import SamplingParams
 from llmrs.core.errors import ContextLengthError, LlmrsError, RequestError
+from llmrs.core.options import SamplingParams
 from llmrs.models.text.message import Message
 from llmrs.output import GenerationOutput
 

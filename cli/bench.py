@@ -16,7 +16,7 @@ from llmrs.cli.options import BenchOptions
 from llmrs.cli.outputs import check_outputs
 from llmrs.cli.settings import Settings, load_settings
 from llmrs.cli.streams import require_stdout
-from llmrs.core.config import EngineConfig
+from llmrs.config import EngineConfig
 from llmrs.core.errors import ConfigError
 
 if TYPE_CHECKING:

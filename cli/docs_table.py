@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llmrs.cli.flags import hidden, visible
 from llmrs.cli.options import SECTIONS, BenchOptions
-from llmrs.core.config import Option, options
+from llmrs.core.options import Option, options
 
 MARK = "<!-- options: {} -->"
 

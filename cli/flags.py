@@ -8,8 +8,8 @@ import typer
 
 from llmrs.cli.options import SECTIONS
 from llmrs.cli.terminal import guarded
-from llmrs.core.config import Option, options
 from llmrs.core.errors import ConfigError
+from llmrs.core.options import Option, options
 
 Values = dict[str, Any]  # option name -> value, for the flags that were given
 Body = Callable[[str | None, Values], int]  # config file, flags -> exit status

@@ -1,9 +1,10 @@
-"""What `llmrs run` and `llmrs chat` know beyond the engine and sampling: defined as in core/config.py."""
+"""What `llmrs run` and `llmrs chat` know beyond the engine and sampling: defined as in core/options.py."""
 
 from dataclasses import dataclass
 
-from llmrs.core.config import Checked, EngineConfig, SamplingParams, option
+from llmrs.config import EngineConfig
 from llmrs.core.errors import ConfigError
+from llmrs.core.options import Checked, SamplingParams, option
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from llmrs.cli.options import SECTIONS, LaterOptions, RunOptions
 from llmrs.cli.prompts import expand
 from llmrs.cli.terminal import note
 from llmrs.cli.yaml_file import read_yaml
-from llmrs.core.config import EngineConfig, Option, SamplingParams, build, options
+from llmrs.config import EngineConfig
 from llmrs.core.errors import ConfigError
+from llmrs.core.options import Option, SamplingParams, build, options
 
 DEFAULT_FILE = Path("config.yaml")
 Part = TypeVar("Part", EngineConfig, SamplingParams, RunOptions)
@@ -67,19 +68,10 @@ def load_settings(config: str | None, flags: Mapping[str, Any]) -> Settings:
     parts = [_with(p, over) for p in parts]
     by_type = {type(p): p for p in parts}
     by_type[LaterOptions].refuse()
-    engine, run = _with_flash(by_type[EngineConfig], by_type[RunOptions].flash), by_type[RunOptions]
+    engine, run = by_type[EngineConfig], by_type[RunOptions]
     if run.system is not None and not run.chat:
         raise ConfigError("system: a system message needs the chat template", "leave out system, or chat: false")
     return Settings(engine, by_type[SamplingParams], run, frozenset(flags), inputs)
-
-
-def _with_flash(config: EngineConfig, flash: bool | None) -> EngineConfig:
-    """`flash` is another word for one choice of `attention`. Raises ConfigError where both are set and differ."""
-    if flash is None or (not flash and config.attention != "flash"):
-        return config
-    if not flash or config.attention not in ("auto", "flash"):
-        raise ConfigError(f"flash: {str(flash).lower()} does not go with attention: {config.attention}", "keep one")
-    return replace(config, attention="flash")
 
 
 def from_file(path: Path, inputs: dict[str, str]) -> list[Any]:

@@ -16,7 +16,6 @@ import numpy as np
 
 from llmrs.core.batch import Batch
 from llmrs.core.blocks import BlockPool
-from llmrs.core.config import EngineConfig
 from llmrs.core.errors import BackendError, ConfigError, LlmrsError
 from llmrs.core.request import Request
 from llmrs.core.sampling import Logprobs
@@ -36,8 +35,7 @@ class Ticket(Protocol):
 class ModelRunner(Protocol):
     """What the engine needs of a backend."""
 
-    max_in_flight: int
-    step_tokens: int  # tokens of a step, where the user does not say
+    max_in_flight: int  # steps launched before the first one's tokens are read
 
     def launch(self, batch: Batch) -> Ticket:
         """Starts a step and returns at once; steps run in the order of their launch."""
@@ -53,16 +51,22 @@ class EngineCore:
     """Steps requests through a backend. Used by one thread."""
 
     def __init__(
-        self, backend: ModelRunner, config: EngineConfig, vocabulary: int, max_model_len: int, pool: BlockPool
-    ):
-        budget = config.max_num_batched_tokens or max(backend.step_tokens, config.max_num_seqs)
-        if budget < config.max_num_seqs:
+        self,
+        backend: ModelRunner,
+        pool: BlockPool,
+        *,
+        vocab_size: int,
+        max_model_len: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+    ) -> None:
+        if max_num_batched_tokens < max_num_seqs:
             raise ConfigError(
-                f"max_num_batched_tokens {budget} is below max_num_seqs {config.max_num_seqs}",
+                f"max_num_batched_tokens {max_num_batched_tokens} is below max_num_seqs {max_num_seqs}",
                 "every running request needs room for a token in each step",
             )
-        self.backend, self.vocabulary, self.max_model_len = backend, vocabulary, max_model_len
-        self.scheduler = Scheduler(config.max_num_seqs, budget, max_model_len, pool)
+        self.backend, self.vocab_size, self.max_model_len = backend, vocab_size, max_model_len
+        self.scheduler = Scheduler(max_num_seqs, max_num_batched_tokens, max_model_len, pool)
         self.in_flight: deque[tuple[Step, Ticket]] = deque()
         self.span: Callable[[str], AbstractContextManager[object]] = lambda name: nullcontext()  # for traces
 
@@ -71,8 +75,10 @@ class EngineCore:
         return not (self.in_flight or self.scheduler.running or self.scheduler.waiting)
 
     def submit(self, request: Request) -> None:
-        """Queues a request. The caller has checked it: params are complete, ids known, the prompt fits."""
+        """Queues a request, unless it was cancelled before. Checked by the caller: params, token ids, length."""
         assert request.params.max_tokens is not None
+        if request.finish_reason is not None:
+            return
         request.max_total_tokens = min(len(request.prompt) + request.params.max_tokens, self.max_model_len)
         self.scheduler.submit(request)
 
@@ -106,7 +112,7 @@ class EngineCore:
             logits = self.backend.forward(step.batch)
         while self.in_flight:  # a mask may depend on every token before; only the sampling waits for them
             self._commit()
-        mask = np.full((len(step.requests), -(-self.vocabulary // 32)), 2**32 - 1, np.uint32)
+        mask = np.full((len(step.requests), -(-self.vocab_size // 32)), 2**32 - 1, np.uint32)
         for row, request in enumerate(step.requests):
             if request.mask is not None and step.batch.do_sample[row]:
                 mask[row] = request.mask(request.output)
@@ -130,7 +136,7 @@ class EngineCore:
     def close(self, error: Exception) -> None:
         """Ends everything with `error`."""
         self.in_flight.clear()
-        while rest := [*self.scheduler.running, *self.scheduler.waiting]:  # parents let their children wait
+        while rest := [*self.scheduler.running, *self.scheduler.waiting]:  # on_update may submit others
             self.finish(rest, "error", error)
 
     def _commit(self) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from llmrs.core.config import SamplingParams
+from llmrs.core.options import SamplingParams
 
 PRIORITY_SECONDS = 10.0  # of waiting that make up for one step of priority
 
@@ -25,8 +25,7 @@ class Request:
     end-of-sequence included. `on_update(request, tokens)` is called by the thread that steps the engine: with the
     tokens of each commit, and with none when a part of the prompt is computed and when `finish_reason` is set without
     a token. `mask(output)`, where there is one, gives the tokens that may come next, as bits uint32 (ceil(V / 32),),
-    the lowest bit first; it is called before each token. A request with a `parent` waits until the parent's prompt
-    is in the prefix cache.
+    the lowest bit first; it is called before each token.
     """
 
     prompt: Sequence[int]
@@ -35,7 +34,6 @@ class Request:
     stops: Sequence[int] = ()
     on_update: Callable[["Request", list[int]], None] = lambda request, tokens: None
     mask: Callable[[list[int]], np.ndarray] | None = None
-    parent: "Request | None" = None
     index: int = 0  # which of the n answers to its prompt
     id: int = field(default_factory=lambda: next(_ids))
     arrival: float = field(default_factory=time.monotonic)
@@ -48,7 +46,6 @@ class Request:
     output: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # of `output`, where asked for
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)  # of the prompt; the first has none
-    children: list["Request"] = field(default_factory=list)  # those that wait for this one's prompt
     cached_tokens: int = 0  # prompt tokens that the prefix cache held when the request first ran
     computed_tokens: int = 0  # prompt tokens that are in the KV cache, cached ones included
     finish_reason: str | None = None  # stop | length | cancelled | error

@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from llmrs.core.config import SamplingParams
+from llmrs.core.options import SamplingParams
 
 GREEDY_BELOW = 1e-5  # of a temperature: float32 logits divided by less may overflow
 SEED, POSITION, TOKEN = np.array([0x9E3779B9, 0xB5297A4D, 0x68E31DA5], np.uint32)  # odd, without a pattern

@@ -51,11 +51,7 @@ class Scheduler:
         request.tokens = np.array(request.prompt, np.int32)
         if request.params.prompt_logprobs is not None:
             request.prompt_logprobs = [None] * len(request.prompt)
-        parent = request.parent
-        if parent is not None and not parent.first_token and parent.finish_reason is None:
-            parent.children.append(request)
-        else:
-            self._enqueue(request)
+        self._enqueue(request)
 
     def _enqueue(self, request: Request) -> None:
         bisect.insort(self.waiting, request, key=sort_key)
@@ -121,7 +117,6 @@ class Scheduler:
             news.append((request, [token]))
             if not request.first_token:
                 request.first_token, request.computed_tokens = time.monotonic(), len(request.prompt)
-                self._free_children(request)
         for at in (stopped | full).nonzero()[0].tolist():
             self.finish(requests[at], "stop" if stopped[at] else "length")
         return news
@@ -133,17 +128,8 @@ class Scheduler:
             self.stats[f"finished_{reason}"] += 1
             if request.slot >= 0:
                 self._free(request)
-            elif request.parent is not None and request in request.parent.children:
-                request.parent.children.remove(request)
-            else:
+            elif request in self.waiting:  # else it was never submitted
                 self.waiting.remove(request)
-            self._free_children(request)
-
-    def _free_children(self, parent: Request) -> None:
-        """Lets those wait in line that waited for the parent's prompt."""
-        for child in parent.children:
-            self._enqueue(child)
-        parent.children = []
 
     def _record(self, step: Step, alive: np.ndarray, tokens: np.ndarray, logprobs: Logprobs) -> None:
         """Keeps the log probabilities that were asked for: of sampled tokens, and of prompts by their position."""

@@ -9,7 +9,7 @@ with Engine(EngineConfig("demo")) as engine:
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from llmrs.core.config import EngineConfig, SamplingParams
+from llmrs.config import EngineConfig
 from llmrs.core.errors import (
     BackendError,
     ConfigError,
@@ -22,6 +22,7 @@ from llmrs.core.errors import (
     ModelError,
     RequestError,
 )
+from llmrs.core.options import SamplingParams
 from llmrs.models.text.message import Message
 from llmrs.output import GenerationOutput, TokenLogprob
 

@@ -5,12 +5,14 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 from llmrs import aio
 from llmrs.aio import AsyncStream, Bell
-from llmrs.core.config import EngineConfig, SamplingParams
+from llmrs.config import EngineConfig
 from llmrs.core.errors import ConfigError
+from llmrs.core.options import SamplingParams
 from llmrs.core.request import Request
 from llmrs.inputs import InputProcessor, Prompt
 from llmrs.loading import OnFit, Progress, ignore_fit, ignore_progress, read_model, require_template
@@ -218,8 +220,9 @@ class Engine:
     def _submit(self, streams: Sequence[Stream]) -> None:
         """Starts all of them, or none where that fails or is interrupted."""
         with cancelling(streams) as unless_all:
-            for stream in streams:
-                self._worker.submit(stream.request)
+            for _, group in groupby(streams, key=lambda stream: id(stream.request.prompt)):
+                first, *others = (stream.request for stream in group)
+                self._worker.submit(first, others)
             unless_all.pop_all()
 
     def _stream(

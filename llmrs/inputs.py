@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from llmrs.core.batch import MAX_STOPS
-from llmrs.core.config import BUILT_IN, SamplingParams
 from llmrs.core.errors import ContextLengthError, LlmrsError, RequestError
+from llmrs.core.options import BUILT_IN, SamplingParams
 from llmrs.core.request import Request
 from llmrs.core.sampling import hash32, seed_key
 from llmrs.loading import Model
@@ -51,7 +51,7 @@ class InputProcessor:
         return self.requests(params, prompt)[0]
 
     def requests(self, params: SamplingParams, prompt: Prompt) -> list[Request]:
-        """One request for each of the n answers; all but the first wait until the prompt is computed."""
+        """One request for each of the n answers."""
         if not isinstance(params, SamplingParams):
             raise RequestError(f"params can't be a {type(params).__name__}", "give SamplingParams")
         p, tokens = params.over(*self._defaults), self._tokens(prompt)
@@ -60,7 +60,7 @@ class InputProcessor:
         seed = secrets.randbits(64) if p.seed is None else p.seed
         first = Request(tokens, p, seed, stops)
         self._check(first)
-        others = (Request(tokens, p, child_seed(seed, n), stops, parent=first, index=n) for n in range(1, p.n))
+        others = (Request(tokens, p, child_seed(seed, n), stops, index=n) for n in range(1, p.n))
         requests = [first, *others]
         if p.allowed_token_ids is not None:
             bits = token_bits(p.allowed_token_ids, self.vocabulary)

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmrs.backends import base
+from llmrs.config import EngineConfig
 from llmrs.core.blocks import BlockPool
-from llmrs.core.config import EngineConfig, SamplingParams
 from llmrs.core.engine import EngineCore
 from llmrs.core.errors import ConfigError, LoadCancelledError, ModelError
 from llmrs.core.ir import Graph
+from llmrs.core.options import SamplingParams
 from llmrs.memory import Fit, fit
 from llmrs.models.arch.config import ModelConfig
 from llmrs.models.arch.families import family, graph_of, read_config
@@ -117,17 +118,29 @@ def load(
     if found.length != expected.length:
         on_fit(found)
     found.check()
-    backend.allocate(found.blocks, found.block_size, config.max_num_seqs, found.length)
-    pool = BlockPool(found.blocks, found.block_size, config.prefix_cache)
-    return EngineCore(backend, config, model.config.vocab_size, found.length, pool), found
+    max_tokens = step_tokens(backend, config)
+    backend.allocate(found.blocks, found.block_size, config.max_num_seqs, found.length, max_tokens)
+    core = EngineCore(
+        backend,
+        BlockPool(found.blocks, found.block_size, config.prefix_cache),
+        vocab_size=model.config.vocab_size,
+        max_model_len=found.length,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=max_tokens,
+    )
+    return core, found
+
+
+def step_tokens(backend: base.Backend, config: EngineConfig) -> int:
+    """max_num_batched_tokens, or the backend's default."""
+    return config.max_num_batched_tokens or max(backend.step_tokens, config.max_num_seqs)
 
 
 def measure(backend: base.Backend, config: EngineConfig, model: Model, free: int) -> Fit:
     """How the model fits where `free` bytes are free before the weights are there. Raises ConfigError."""
     block_size, dtypes = config.block_size or backend.block_size, (backend.dtype, backend.kv_dtype)
-    tokens = config.max_num_batched_tokens or max(backend.step_tokens, config.max_num_seqs)
-    reserve = backend.reserve(model.graph, config.max_num_seqs, tokens)
-    return fit(model.graph, config, model.config.max_position_embeddings, block_size, dtypes, free, reserve)
+    workspace = backend.workspace_bytes(model.graph, config.max_num_seqs, step_tokens(backend, config))
+    return fit(model.graph, config, model.config.max_position_embeddings, block_size, dtypes, free, workspace)
 
 
 def _load_weights(backend: base.Backend, model: Model, progress: Progress) -> None:

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from llmrs.backends.base import DTYPE_BYTES, SCALE_BYTES
-from llmrs.core.config import EngineConfig
+from llmrs.config import EngineConfig
 from llmrs.core.errors import ConfigError, MemoryLimitError
 from llmrs.core.ir import Graph
 from llmrs.models.files.weights import parameters

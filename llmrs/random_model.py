@@ -13,9 +13,9 @@ import numpy as np
 from llmrs.backends.base import Backend
 from llmrs.core.batch import Batch, NewRequest
 from llmrs.core.blocks import BlockPool
-from llmrs.core.config import BUILT_IN, EngineConfig, SamplingParams
 from llmrs.core.engine import EngineCore
 from llmrs.core.ir import Graph
+from llmrs.core.options import BUILT_IN, SamplingParams
 from llmrs.core.request import Request
 from llmrs.core.sampling import SamplingArrays, noise_keys
 from llmrs.models.arch.config import parse
@@ -81,7 +81,7 @@ def core_on(backend: Backend, blocks: int = 200, block_size: int = BLOCK, **conf
     pool = BlockPool(blocks, block_size, config.pop("prefix_cache", True))
     length = min(CONTEXT, blocks * block_size)
     backend.allocate(blocks, block_size, config["max_num_seqs"], length)
-    return EngineCore(backend, EngineConfig(**config), VOCABULARY, length, pool)
+    return EngineCore(backend, pool, vocab_size=VOCABULARY, max_model_len=length, **config)
 
 
 def request(prompt: Sequence[int], seed: int = 0, stops: Sequence[int] = (), **params: Any) -> Request:

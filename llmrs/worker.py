@@ -4,14 +4,14 @@ import os
 import queue
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from functools import partial
 from typing import TypeVar, cast
 
 from llmrs.backends.base import Backend
-from llmrs.core.config import EngineConfig
+from llmrs.config import EngineConfig
 from llmrs.core.engine import EngineCore
 from llmrs.core.errors import BackendError, EngineClosedError, LlmrsError, LoadCancelledError
 from llmrs.core.request import Request
@@ -69,19 +69,15 @@ class Worker:
             raise LoadCancelledError("the loading of the model was cancelled")
         self._loading.put((name, values))
 
-    def submit(self, request: Request) -> None:
-        """Takes a request that is checked. Raises EngineClosedError where the engine is closed or another process's."""
-        self._give(lambda core: core.submit(request))
+    def submit(self, request: Request, followers: Sequence[Request] = ()) -> None:
+        """Takes a request that is checked, and others with the same prompt. Raises EngineClosedError where the engine is
+        closed or belongs to another process."""
+        self._give(lambda core: submit_group(core, request, followers))
 
     def cancel(self, request: Request) -> None:
-        """Ends a request, unless it has ended or was never submitted."""
-
-        def cancel(core: EngineCore) -> None:
-            if request.max_total_tokens:  # set when it is submitted
-                core.cancel(request)
-
+        """Ends a request, unless it has ended; one that is not submitted yet will not start."""
         if request.finish_reason is None and not self._closed and not self.foreign:
-            self._commands.put(cancel)
+            self._commands.put(lambda core: core.cancel(request))
 
     @property
     def foreign(self) -> bool:
@@ -176,3 +172,17 @@ class Worker:
         while self.core.idle and not self._closed:
             if not (self._commands.empty() and self._backend.idle()):
                 self._commands.get()(self.core)
+
+
+def submit_group(core: EngineCore, request: Request, followers: Sequence[Request]) -> None:
+    """Submits a request, and its followers once their common prompt is in the prefix cache."""
+    update, waiting = request.on_update, list(followers)
+
+    def on_update(request: Request, tokens: list[int]) -> None:
+        update(request, tokens)
+        while waiting and (request.output or request.finish_reason):
+            core.submit(waiting.pop(0))
+
+    if followers:
+        request.on_update = on_update
+    core.submit(request)

@@ -8,7 +8,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from llmrs.backends.base import Backend, best_time
+from llmrs.backends.base import DTYPES as FLOATS
+from llmrs.backends.base import Backend, BackendOptions, best_time
 from llmrs.backends.host_memory import trim_host_memory
 from llmrs.backends.mlx import metal_ops, ops, streams
 from llmrs.backends.mlx.attention import KV, Context
@@ -19,8 +20,6 @@ from llmrs.backends.mlx.kv_fp8 import Scaled, arrays
 from llmrs.backends.mlx.lowering import Lowering, Program
 from llmrs.backends.mlx.sampling import SlotState, adjusted, draw, logprobs
 from llmrs.core.batch import Batch
-from llmrs.core.config import DTYPES as FLOATS
-from llmrs.core.config import EngineConfig
 from llmrs.core.errors import BackendError, MemoryLimitError
 from llmrs.core.sampling import Logprobs
 from llmrs.quant.tensor import Tensor
@@ -82,17 +81,13 @@ class MlxBackend(Backend):
         self._end_loan.atexit = False
         self.slots: SlotState | None = None
 
-    def configure(self, config: EngineConfig) -> None:
-        """Raises BackendError, ConfigError for kernels, attention, threads and tuning that MLX has no use for."""
-        streams.bound(self.loan, config.memory_limit)
-        if config.attention != "auto":
-            raise BackendError(f"attention: {config.attention} is not for the mlx backend", "auto")
-        self.refuse_threads(config)
-        if config.tune:
-            raise BackendError("tune: only Triton kernels are tuned", "leave it out")
-        if config.kernels == "triton":
+    def configure(self, options: BackendOptions) -> None:
+        """Raises BackendError, ConfigError for kernels and threads that MLX has no choice of."""
+        streams.bound(self.loan, options.memory_limit)
+        self.refuse_threads(options)
+        if options.kernels == "triton":
             raise BackendError("kernels: triton is not for the mlx backend", "auto or plain")
-        if config.kernels == "plain" and self.compiles:
+        if options.kernels == "plain" and self.compiles:
             self.rules, self.draw = {**ops.COMMON, **ops.FAST}, draw
 
     def use_metal(self, kernels: Kernels) -> None:
@@ -124,20 +119,24 @@ class MlxBackend(Backend):
         mx.clear_cache()
         trim_host_memory()
 
-    def allocate(self, blocks: int, block_size: int, slots: int, max_tokens: int) -> None:
+    def allocate(
+        self, num_blocks: int, block_size: int, max_num_seqs: int, max_model_len: int, max_num_batched_tokens: int = 0
+    ) -> None:
         self.block_size = block_size
         self.kv = []
         with streams.using(self.stream):
             for heads, size in (t.sizes for t in self.graph.kv_types()):
-                shape = (blocks * block_size * heads * (2 if self.joint else 1), size)
+                shape = (num_blocks * block_size * heads * (2 if self.joint else 1), size)
                 keys = self._zeros(shape)
                 self.kv.append(KV(keys, keys if self.joint else self._zeros(shape), heads))
-            self.slots = SlotState(slots, max_tokens)
+            self.slots = SlotState(max_num_seqs, max_model_len)
             try:
                 mx.eval([x for kv in self.kv for pool in kv.arrays() for x in arrays(pool)])
             except RuntimeError as error:
                 self.kv = []
-                raise MemoryLimitError(f"no memory for {blocks} KV blocks: {error}", "lower max_model_len") from error
+                raise MemoryLimitError(
+                    f"no memory for {num_blocks} KV blocks: {error}", "lower max_model_len"
+                ) from error
 
     def _zeros(self, shape: tuple[int, ...]) -> Any:
         """Of the KV cache's type."""

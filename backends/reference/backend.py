@@ -67,11 +67,13 @@ class ReferenceBackend(Backend):
                 self.weights[segment.tensor] = weights[segment.tensor].float32()
                 progress(weights[segment.tensor].nbytes)
 
-    def allocate(self, blocks: int, block_size: int, slots: int, max_tokens: int) -> None:
-        shapes = [(blocks, block_size, *t.sizes) for t in self.graph.kv_types()]
+    def allocate(
+        self, num_blocks: int, block_size: int, max_num_seqs: int, max_model_len: int, max_num_batched_tokens: int = 0
+    ) -> None:
+        shapes = [(num_blocks, block_size, *t.sizes) for t in self.graph.kv_types()]
         zeros = Scaled.zeros if self.kv_dtype == "fp8" else partial(np.zeros, dtype=np.float32)
         self.kv = [KV(zeros(s), zeros(s)) for s in shapes]
-        self.block_size, self.tokens = block_size, np.zeros((slots, max_tokens + 1), np.int32)
+        self.block_size, self.tokens = block_size, np.zeros((max_num_seqs, max_model_len + 1), np.int32)
 
     def forward(self, batch: Batch) -> np.ndarray:
         known = batch.input_ids >= 0

@@ -1,18 +1,15 @@
-"""How the tokens of a step get to the host.
+"""How a step's tokens reach the host.
 
-A `TorchTicket` copies them on the stream that runs the steps, where the next step waits behind the copy. An `Outbox`
-copies them on a stream of its own, into buffers that are used again. What must hold:
+`TorchOutput` copies them on the stream that runs the steps, where the next step waits behind the copy. `OutputCopier`
+copies them on a stream of its own, into pinned buffers that are reused:
 
-- **The copy begins when the tokens are there:** its stream waits for an event that is recorded after the sampling.
-- **Nothing overwrites them before they are copied.** Recorded graphs share memory: had the tokens theirs, the next
-  forward part could use it for something else, and would have to wait. So kernels write them to a tensor of the
-  runner's own (`KernelRunner.tokens`), which only the next sampling overwrites, and that one waits (`hold`). A forward
-  part lies between, so the copy is long done by then. Tensors that are made for one step are marked as used by the
-  copy's stream; their memory goes to nobody else before it is through.
-- **A buffer is used again only when it has been read:** a ticket holds it, and gives it back when its tokens are taken
-  out. At most max_in_flight + 1 tickets are alive, and so many buffers there are from the start. Those of tickets that
-  are never read, of steps that failed, go with them, and the next step that finds none makes one.
-- **Tickets are read in any order:** each buffer has its own event, recorded after its copy.
+- The copy starts when the tokens are written: its stream waits for an event recorded after sampling.
+- Nothing overwrites them before. CUDA graphs share memory, so kernels write tokens to a tensor of the runner
+  (`GPUModelRunner.tokens`), which only the next sampling overwrites, after `wait_for_copy`. A forward pass lies between,
+  so this never waits in practice. Tensors made for one step are marked with `record_stream`.
+- A buffer is reused after its output was read. At most max_in_flight + 1 outputs are alive, and as many buffers exist.
+  Buffers of failed steps are freed with them; the next step that finds none makes one.
+- Outputs are read in any order: each buffer has an event of its own.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,17 +21,18 @@ import torch
 from llmrs.core.sampling import Logprobs
 
 
-class TorchTicket:
-    """A step whose tokens, and log probabilities where asked for, are on their way to the host."""
+class TorchOutput:
+    """A launched step, whose tokens and, if requested, log probabilities are being copied."""
 
-    def __init__(self, tokens: torch.Tensor, likely: tuple[torch.Tensor, ...] | None) -> None:
-        self.host = [_on_host(t) for t in (tokens, *(likely or ()))]
+    def __init__(self, tokens: torch.Tensor, logprobs: tuple[torch.Tensor, ...] | None) -> None:
+        self.host = [_to_host(t) for t in (tokens, *(logprobs or ()))]
         self.event = None
         if tokens.is_cuda:
             self.event = torch.cuda.Event()
             self.event.record()
 
     def tokens(self) -> np.ndarray:
+        """int32 (S,)."""
         if self.event is not None:
             self.event.synchronize()
         return self.host[0].numpy().astype(np.int32)
@@ -43,60 +41,59 @@ class TorchTicket:
         return _logprobs(self.host[1:])
 
 
-def _on_host(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy that will be there when the device has come so far; a CPU tensor as it is."""
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """An asynchronous copy in pinned memory; a CPU tensor as it is."""
     if not tensor.is_cuda:
         return tensor
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return host.copy_(tensor, non_blocking=True)
 
 
-def _logprobs(found: Sequence[torch.Tensor]) -> Logprobs | None:
-    """From what `sampling.logprobs` gave, on the host; None of nothing."""
-    if not found:
+def _logprobs(tensors: Sequence[torch.Tensor]) -> Logprobs | None:
+    """From the host copies of what `sampling.logprobs` gives; None from none."""
+    if not tensors:
         return None
-    chosen, ids, top = (t.numpy() for t in found)
+    chosen, ids, top = (t.numpy() for t in tensors)
     return Logprobs(chosen, ids.astype(np.int32), top)
 
 
-class Buffer:
-    """Room for one step's tokens on the host, and the event after their copy."""
+class PinnedBuffer:
+    """Host memory for one step's tokens, and the event after their copy."""
 
-    def __init__(self, rows: int, cuda: bool) -> None:
-        self.host = torch.empty(rows, dtype=torch.int32, pin_memory=cuda)
+    def __init__(self, size: int, cuda: bool) -> None:
+        self.host = torch.empty(size, dtype=torch.int32, pin_memory=cuda)
         self.copied = torch.cuda.Event() if cuda else None
 
 
-class Outbox:
-    """Sends tokens to the host beside the steps; the module says how. Used by one thread. On the CPU it just copies."""
+class OutputCopier:
+    """Copies tokens to the host on a stream of its own. Used by one thread. On the CPU it copies at once."""
 
-    def __init__(self, device: torch.device, rows: int, steps: int) -> None:
-        """`steps` tickets may be alive, of up to `rows` tokens."""
-        self.rows, self.cuda = rows, device.type == "cuda"
+    def __init__(self, device: torch.device, max_num_seqs: int, num_buffers: int) -> None:
+        self.max_num_seqs, self.cuda = max_num_seqs, device.type == "cuda"
         self.stream = torch.cuda.Stream(device) if self.cuda else None
         self.sampled = torch.cuda.Event() if self.cuda else None
-        self.free = [Buffer(rows, self.cuda) for _ in range(steps)]
-        self.latest: Buffer | None = None
+        self.free = [PinnedBuffer(max_num_seqs, self.cuda) for _ in range(num_buffers)]
+        self.latest: PinnedBuffer | None = None
 
-    def hold(self) -> None:
-        """Before tokens are overwritten: the current stream waits until the last ones are copied."""
+    def wait_for_copy(self) -> None:
+        """Before tokens are overwritten: the current stream waits for the last copy."""
         if self.latest and self.latest.copied:
             torch.cuda.current_stream().wait_event(self.latest.copied)
 
-    def send(self, tokens: torch.Tensor, likely: tuple[torch.Tensor, ...] | None) -> "Sent":
-        """A ticket for tokens (S,) and log probabilities that the current stream has under way."""
+    def send(self, tokens: torch.Tensor, logprobs: tuple[torch.Tensor, ...] | None) -> "CopiedOutput":
+        """Starts the copy of tokens (S,) and log probabilities that the current stream writes."""
         tokens = tokens.to(torch.int32)
-        fits = self.free and len(tokens) <= self.rows
-        buffer = self.free.pop() if fits else Buffer(max(len(tokens), self.rows), self.cuda)
-        with self._aside((tokens, *(likely or ())), buffer):
+        fits = self.free and len(tokens) <= self.max_num_seqs
+        buffer = self.free.pop() if fits else PinnedBuffer(max(len(tokens), self.max_num_seqs), self.cuda)
+        with self._on_copy_stream((tokens, *(logprobs or ())), buffer):
             buffer.host[: len(tokens)].copy_(tokens, non_blocking=True)
-            rest = [_on_host(t) for t in likely or ()]
+            rest = [_to_host(t) for t in logprobs or ()]
         self.latest = buffer
-        return Sent(self, buffer, len(tokens), rest)
+        return CopiedOutput(self, buffer, len(tokens), rest)
 
     @contextmanager
-    def _aside(self, tensors: Sequence[torch.Tensor], buffer: Buffer) -> Iterator[None]:
-        """What copies `tensors` in this block runs on the stream for it, after what the current one has under way."""
+    def _on_copy_stream(self, tensors: Sequence[torch.Tensor], buffer: PinnedBuffer) -> Iterator[None]:
+        """Copies of `tensors` in this block run on the copy stream, after the current stream's work so far."""
         if not (self.stream and self.sampled and buffer.copied):
             yield
             return
@@ -109,23 +106,23 @@ class Outbox:
             t.record_stream(self.stream)
 
 
-class Sent:
-    """A ticket of an outbox."""
+class CopiedOutput:
+    """A launched step whose output an `OutputCopier` copies."""
 
-    def __init__(self, outbox: Outbox, buffer: Buffer, count: int, rest: Sequence[torch.Tensor]) -> None:
-        self.outbox, self.buffer, self.count, self.rest = outbox, buffer, count, rest
-        self.found: np.ndarray | None = None
+    def __init__(self, copier: OutputCopier, buffer: PinnedBuffer, count: int, rest: Sequence[torch.Tensor]) -> None:
+        self.copier, self.buffer, self.count, self.rest = copier, buffer, count, rest
+        self.read: np.ndarray | None = None
 
     def tokens(self) -> np.ndarray:
-        """int32 (S,). The first call gives the buffer back."""
-        if self.found is None:
+        """int32 (S,). The first call returns the buffer to the copier."""
+        if self.read is None:
             if self.buffer.copied:
                 self.buffer.copied.synchronize()
-            self.found = self.buffer.host[: self.count].numpy().copy()
-            self.outbox.free.append(self.buffer)
-        return self.found
+            self.read = self.buffer.host[: self.count].numpy().copy()
+            self.copier.free.append(self.buffer)
+        return self.read
 
     def logprobs(self) -> Logprobs | None:
-        """None where none were asked for."""
+        """None if none were requested."""
         self.tokens()  # waits for the copies
         return _logprobs(self.rest)

@@ -1,139 +1,163 @@
-"""Steps that are captured as CUDA graphs and replayed: which shapes there are, and the graphs.
+"""CUDA graphs: steps are captured once per shape and replayed. `GraphCache` decides what is captured when.
 
-A decode step runs in the next larger of DECODE, a mixed one in the next larger of MIXED tokens and ROWS sequences; a
-larger one is launched call by call, which takes the host as long as the device takes for 8,192 tokens of a small model.
-When a shape is captured is the runner's decision.
+Without a GPU a captured graph is the function itself, so that tests run the same code.
 """
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 
-from llmrs.backends.torch.attn_metadata import LESS, MOST, Shape, StepInputs, splits
+from llmrs.backends.torch.attn_metadata import StepBuffers, StepShape
 
 Run = Callable[[], torch.Tensor]
-
-DECODE = (1, 2, 4, *range(8, 257, 8), *range(288, 513, 32))
-MIXED = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 5120, 6144, 7168, 8192)
-ROWS = (4, 16, 64, 128, 256, 512)
-COVER_DECODE, COVER_MIXED = (1, 4, 16, 64, 128, 256, 512), (128, 256, 512, 1024, 2048)  # captured at load
-KERNEL_TOKENS = (64, 128, 256, 384, 512, 768, 1024)  # mixed steps with other kernels, or launched in another way
-KERNEL_ROWS = (256, 1024)  # tokens of mixed steps that are tried with every number of sequences
-COPIES = 3  # of a step's array on the host: two steps may be under way while the third is written
+CAPTURE_AFTER = 4  # steps of a shape before it is captured although the graph of a larger shape holds it
+CAPTURE_TIME_SHARE = 0.02  # of the time, at most, goes to such captures while requests run
 
 
-def bucket(exact: Shape, tile: int, programs: float) -> Shape | None:
-    """The shape in which a step runs; None: none is large enough. `tile` is the tokens of a prompt's tile,
-    `programs` those of attention that fill the device, for each KV head."""
-    if exact.plain:
-        n = _next(DECODE, exact.tokens)
-        return Shape(n, n, n, 0, exact.split) if n else None
-    tokens, rows = _next(MIXED, exact.tokens), _next(ROWS, exact.sequences)
-    if not tokens or not rows:
-        return None
-    return _mixed(tokens, rows, rows if exact.singles else 0, tile, programs)
+class CapturedGraph:
+    """A captured function: a call replays it. `result` is the tensor that it writes."""
 
-
-def _next(sizes: tuple[int, ...], n: int) -> int | None:
-    return next((size for size in sizes if size >= n), None)
-
-
-def _up_to(sizes: tuple[int, ...], n: int) -> int:
-    """The size that holds n, else the largest."""
-    return _next(sizes, n) or sizes[-1]
-
-
-def decode_shapes(sequences: int, programs: float) -> list[Shape]:
-    """Of decode steps, up to this number of sequences of equal context, long or short; the largest come first."""
-    largest = _up_to(DECODE, sequences)
-    even = [(n, splits(n, programs)) for n in reversed(DECODE) if n <= largest]
-    return [Shape(n, n, n, 0, split) for n, most in even for split in sorted({most, min(most, LESS)})]
-
-
-def covering_shapes(sequences: int, tokens: int, tile: int, programs: float) -> list[Shape]:
-    """A few shapes that hold nearly every step up to these sizes; the largest come first."""
-    decode = [n for n in COVER_DECODE if n <= sequences]
-    decode += [_up_to(DECODE, sequences)]
-    rows = _up_to(ROWS, sequences)
-    mixed = [_mixed(t, min(t, rows), min(t, rows), tile, programs) for t in COVER_MIXED if t <= tokens]
-    return [*reversed(mixed), *(Shape(n, n, n, 0, splits(n, programs)) for n in sorted({*decode}, reverse=True))]
-
-
-def kernel_shapes(sequences: int, tokens: int, tile: int, programs: float) -> list[Shape]:
-    """Shapes whose steps run every variant of every kernel that steps up to these sizes run."""
-    decode = [Shape(1, 1, 1, 0, 1 << n) for n in range(MOST.bit_length())] + decode_shapes(sequences, programs)
-    rows = [n for n in ROWS if n <= _up_to(ROWS, sequences)]
-    sizes = [(t, n) for t in KERNEL_TOKENS for n in (rows if t in KERNEL_ROWS else rows[:1]) if n <= t <= tokens]
-    long = [(t, rows[0]) for t in MIXED if t <= tokens][-1:]
-    return [*decode, *(_mixed(t, n, singles, tile, programs) for t, n in (*sizes, *long) for singles in (0, n))]
-
-
-def _mixed(tokens: int, rows: int, singles: int, tile: int, programs: float) -> Shape:
-    return Shape(tokens, rows, singles, tokens // tile + rows, splits(singles, programs))  # last tiles are not full
-
-
-class Recording:
-    """A function whose launches were recorded: a call runs them again. `result` is the tensor that it gives."""
-
-    def __init__(self, again: Callable[[], object], result: torch.Tensor) -> None:
-        self.again, self.result = again, result
+    def __init__(self, replay: Callable[[], object], result: torch.Tensor) -> None:
+        self.replay, self.result = replay, result
 
     def __call__(self) -> torch.Tensor:
-        self.again()
+        self.replay()
         return self.result
 
 
 @dataclass
-class Recorded:
-    """One shape: its arrays, its forward part, and its sampling part without and with top-k, top-p, min-p."""
+class CapturedStep:
+    """One shape: its buffers, the graph of its forward pass, and of sampling without and with top-k, top-p, min-p."""
 
-    inputs: StepInputs
-    came: int = 0  # steps of this shape before it was captured
-    forward: Recording | None = None
-    sample: dict[bool, Recording] = field(default_factory=dict)
+    buffers: StepBuffers
+    times_seen: int = 0  # before it was captured
+    forward: CapturedGraph | None = None
+    sample: dict[bool, CapturedGraph] = field(default_factory=dict)
 
-    def holds(self, shape: Shape) -> bool:
+    def holds(self, shape: StepShape) -> bool:
         """Whether its graph can run a step of another shape."""
-        s = self.inputs.shape
-        room = s.tokens >= shape.tokens and s.sequences >= shape.sequences and s.singles >= shape.singles
-        return self.forward is not None and room and s.chunks >= shape.chunks and s.plain == shape.plain
+        own = self.buffers.shape
+        return (
+            self.forward is not None
+            and own.num_tokens >= shape.num_tokens
+            and own.num_seqs >= shape.num_seqs
+            and own.num_decode_tiles >= shape.num_decode_tiles
+            and own.num_prefill_tiles >= shape.num_prefill_tiles
+            and own.is_decode_only == shape.is_decode_only
+        )
 
 
-class Recorder:
-    """Records functions of tensors that stay where they are.
+class GraphCache:
+    """The captured steps of a model by shape. Forward and sampling are two graphs, since a step may sample eagerly."""
 
-    All recorded functions of one recorder share one pool of memory, results included: one at a time runs, and its
-    result must be read before the next. Without a GPU the function itself runs, to the same place.
+    def __init__(
+        self,
+        device: torch.device,
+        make_buffers: Callable[[StepShape], StepBuffers],
+        forward: Callable[[StepBuffers], torch.Tensor],
+        sample: Callable[[torch.Tensor, StepBuffers, bool], torch.Tensor],
+        workspace_bytes: int = 0,
+    ) -> None:
+        """`forward` gives the logits of a step, `sample` its token ids (logits, buffers, with top-k, top-p or min-p)."""
+        self.make_buffers, self.run_forward, self.run_sample = make_buffers, forward, sample
+        self.capturers = GraphCapturer(device, workspace_bytes), GraphCapturer(device)  # forward, sampling
+        self.steps: dict[StepShape, CapturedStep] = {}
+        self.uncaptured: list[StepShape] = []  # captured while no request runs, the last first
+        self.next_capture = 0.0  # not before this time while requests run
+        self.clock: Callable[[], float] = time.monotonic
+
+    def find(self, shape: StepShape) -> CapturedStep:
+        """The step that runs this shape now: its own graph, else that of a larger shape, else none (eager).
+
+        A capture stalls all requests for as long as an eager step takes. So a shape that no graph holds is captured
+        when it comes again, others in a small share of the time.
+        """
+        own = self.step(shape)
+        if own.forward:
+            return own
+        own.times_seen += 1
+        if own.times_seen == 1:
+            self.uncaptured.append(shape)
+        larger = [step for step in self.steps.values() if step.holds(shape)]
+        begin = self.clock()
+        due = own.times_seen >= CAPTURE_AFTER and begin >= self.next_capture if larger else own.times_seen > 1
+        if due:
+            self.capture(own)
+            end = self.clock()
+            self.next_capture = end + (end - begin) / CAPTURE_TIME_SHARE
+            return own
+        sizes = {id(step): (step.buffers.shape.num_tokens, step.buffers.shape.num_seqs) for step in larger}
+        return min(larger, key=lambda step: sizes[id(step)], default=own)
+
+    def step(self, shape: StepShape) -> CapturedStep:
+        """The entry of a shape, captured or not."""
+        if shape not in self.steps:
+            self.steps[shape] = CapturedStep(self.make_buffers(shape))
+        return self.steps[shape]
+
+    def capture(self, step: CapturedStep) -> None:
+        """Captures both graphs. The buffers hold padding only: on a CPU the step runs."""
+        step.forward = self.capturers[0].capture(lambda: self.run_forward(step.buffers))
+        self.sampler(step, False)
+
+    def sampler(self, step: CapturedStep, filtered: bool) -> CapturedGraph:
+        """The sampling graph, which reads the logits of the forward graph. `filtered`: with top-k, top-p or min-p."""
+        if filtered not in step.sample:
+            assert step.forward is not None, "sampling is captured after the forward pass"
+            logits = step.forward.result
+            step.sample[filtered] = self.capturers[1].capture(lambda: self.run_sample(logits, step.buffers, filtered))
+        return step.sample[filtered]
+
+    def capture_all(self, shapes: Iterable[StepShape]) -> None:
+        for shape in shapes:
+            self.capture(self.step(shape))
+
+    def capture_next(self) -> bool:
+        """Captures one shape that came or is likely to; True: there are more."""
+        while self.uncaptured:
+            step = self.step(self.uncaptured.pop())
+            if step.forward is None:
+                self.capture(step)
+                break
+        return bool(self.uncaptured)
+
+
+class GraphCapturer:
+    """Captures functions of tensors that keep their addresses.
+
+    All graphs of one capturer share a memory pool, results included: one runs at a time, and its result must be read
+    before the next. Without a GPU the function itself runs and writes to the same result.
     """
 
-    def __init__(self, device: torch.device, room: int = 1) -> None:
-        """`room`: bytes that the pool begins with, so that a large function that comes late finds them in one piece."""
+    def __init__(self, device: torch.device, pool_bytes: int = 1) -> None:
+        """`pool_bytes`: initial size of the pool, so that a large function captured late gets it in one piece."""
         self.device, self.used = device, False
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.pool = torch.cuda.graph_pool_handle() if self.stream else None
-        # a pool ends with its last graph, and can't begin again: this one stays as long as the recorder
-        empty = partial(torch.zeros, max(room, 1), dtype=torch.uint8, device=device)
-        self.first = self._captured(empty) if self.stream else None
+        # a pool is freed with its last graph: this one keeps it alive as long as the capturer
+        empty = partial(torch.zeros, max(pool_bytes, 1), dtype=torch.uint8, device=device)
+        self.keepalive = self._captured(empty) if self.stream else None
 
-    def record(self, run: Run) -> Recording:
-        """`run` must bear to be run twice, and its kernels must be loaded unless this is the recorder's first."""
+    def capture(self, run: Run) -> CapturedGraph:
+        """`run` must be repeatable, and its kernels loaded unless this is the capturer's first."""
         if self.stream is None:
-            place = run()
-            return Recording(lambda: place.copy_(run()), place)
+            result = run()
+            return CapturedGraph(lambda: result.copy_(run()), result)
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
         if not self.used:
             with torch.cuda.stream(self.stream):
-                run()  # libraries take their workspaces on this stream
+                run()  # cuBLAS allocates its workspace on this stream
             self.used = True
         graph, result = self._captured(run)
         current.wait_stream(self.stream)
-        return Recording(graph.replay, result)
+        return CapturedGraph(graph.replay, result)
 
     def _captured(self, run: Run) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
-        """A graph, and the place of its result, whose memory goes back to the pool."""
+        """A graph, and an alias of its result, whose memory goes back to the pool."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self.stream):
             graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
@@ -141,12 +165,12 @@ class Recorder:
                 result = run()
             finally:
                 graph.capture_end()
-        return graph, _place_of(result)
+        return graph, _alias_of(result)
 
 
 @dataclass(frozen=True)
-class _Memory:
-    """Memory of a GPU as others describe it to torch, which then does not keep it (CUDA array interface, version 3)."""
+class _ExternalMemory:
+    """GPU memory that torch does not own (CUDA array interface, version 3)."""
 
     address: int
     size: int
@@ -156,8 +180,8 @@ class _Memory:
         return {"shape": (self.size,), "typestr": "|u1", "data": (self.address, False), "version": 3}
 
 
-def _place_of(tensor: torch.Tensor) -> torch.Tensor:
-    """The same place as a tensor that does not own it. The tensor is contiguous."""
+def _alias_of(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor at the same address that does not own the memory. The tensor is contiguous."""
     assert tensor.is_contiguous(), tensor.stride()
-    memory = torch.as_tensor(_Memory(tensor.data_ptr(), tensor.nbytes), device=tensor.device)
+    memory = torch.as_tensor(_ExternalMemory(tensor.data_ptr(), tensor.nbytes), device=tensor.device)
     return memory.view(tensor.dtype).view(tensor.shape)

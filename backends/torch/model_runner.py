@@ -1,93 +1,64 @@
-"""Runs steps with Triton kernels: a step's arrays in one transfer, and recorded graphs where a shape has one.
+"""Runs steps with Triton kernels: inputs in one transfer, then a CUDA graph or an eager launch of each kernel.
 
-Nothing here waits for the device. The tokens of a step that the host does not know yet are looked up there, by slot.
+Nothing here waits for the device. Tokens of a step that the host does not know yet are read there, by slot. A step goes
+
+    launch    backend.py
+    forward   StepShape -> GraphCache.find -> StepBuffers.fill -> replay, or Program.run -> triton_ops.py -> kernels/
+    sample    replay, or top_k_top_p.py -> gumbel_argmax.py
 """
 
 import gc
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from llmrs.backends.torch.attn_metadata import Shape, StepInputs, programs, shape_of
-from llmrs.backends.torch.cuda_graphs import (
-    COPIES,
-    DECODE,
-    Recorded,
-    Recorder,
-    Recording,
-    bucket,
-    covering_shapes,
-    decode_shapes,
-    kernel_shapes,
-)
+from llmrs.backends.torch.attn_metadata import StepBuffers, StepShape, shape_of, target_ctas
+from llmrs.backends.torch.cuda_graphs import GraphCache
 from llmrs.backends.torch.fusion import fuse
-from llmrs.backends.torch.kernel_configs import Cuts, Device, pool_type
-from llmrs.backends.torch.kernels.gemm import NORMED, most_rows, normed
-from llmrs.backends.torch.kernels.gumbel_argmax import draw
-from llmrs.backends.torch.kernels.launch import chaining, hopper, interpreted
-from llmrs.backends.torch.kernels.top_k_top_p import find_edges
-from llmrs.backends.torch.library import LIBRARIES, Library, Parts, parts_of
+from llmrs.backends.torch.kernel_configs import Device, prefill_block_m
+from llmrs.backends.torch.kernels.gemm import can_fuse_norm, max_fused_m, MAX_FUSED_NORM_M
+from llmrs.backends.torch.kernels.gumbel_argmax import sample_gumbel
+from llmrs.backends.torch.kernels.launch import has_tma, interpreted, supports_pdl
+from llmrs.backends.torch.kernels.top_k_top_p import find_thresholds
 from llmrs.backends.torch.lowering import Program
 from llmrs.backends.torch.ops import KV
-from llmrs.backends.torch.sampling import SlotState, adjusted
-from llmrs.backends.torch.trials import Trials
-from llmrs.backends.torch.triton_ops import TRITON, KernelContext, Turns, rows
-from llmrs.backends.torch.tuning import cache_file, keys_of, tune
+from llmrs.backends.torch.sampling import Logits, SlotState, apply_logits_processors, needs_logits_processors
+from llmrs.backends.torch.step_shapes import DECODE_BATCH_SIZES, bucket, covering_shapes, decode_shapes, kernel_shapes
+from llmrs.backends.torch.triton_ops import TRITON, CosSinCache, KernelContext, fused_linear
 from llmrs.core.batch import Batch
 from llmrs.core.errors import BackendError
 from llmrs.core.ir import Graph
 from llmrs.core.sampling import SamplingArrays
 
-BLOCK_SIZE = 64  # tokens of a KV block: a tile of keys lies in one
-CHAINED = 512  # tokens of a step up to which kernels are chained; of more, their gaps do not matter
-SMALL = 1024  # tokens of a step that is recorded though its prompts are for a library, and so go without it
-UNRECORDED = {"moe"}  # ops whose rules ask the device what to do
-COMMON = 4  # steps of a shape before it is captured though a larger one holds it
-CAPTURE_SHARE = 0.02  # of the time, at most, goes to such captures while requests run
+BLOCK_SIZE = 64  # tokens of a KV block: a tile of keys lies in one block
+PDL_MAX_TOKENS = 512  # tokens of a step up to which launch gaps matter
+NOT_CAPTURABLE = {"moe"}  # ops that copy to the host
+NUM_HOST_COPIES = 3  # of a step's inputs: two steps may be in flight while the third is written
 
 
-class KernelRunner:
-    """The steps of one program on one pool. Life: `begin`, any number of `forward` and `sample`, `end`."""
+class GPUModelRunner:
+    """The steps of one model. Life: `begin`, any number of `forward` and `sample`, `end`."""
 
-    def __init__(
-        self,
-        device: torch.device,
-        *,
-        graphs: bool,
-        attention: str = "triton",
-        tune: bool | None = False,
-    ) -> None:
-        """`attention` may be a library's: then it does the parts of prompts of steps that are not recorded. `tune` says
-        whether launches are timed at `begin` to find the best cuts, None: on a GPU of which none are stored.
-
-        Raises BackendError where kernels can't run: they need an NVIDIA GPU, or Triton's interpreter.
-        """
+    def __init__(self, device: torch.device, *, graphs: bool) -> None:
+        """Raises BackendError where Triton kernels can't run: they need an NVIDIA GPU, or Triton's interpreter."""
         if device.type != "cuda" and not interpreted():
             raise BackendError(f"Triton kernels don't run on {device}", "kernels: auto uses them where they do")
-        self.device, self.wanted = device, graphs
-        self.fused = True  # steps of few rows run a program of their own; see fusing.py
-        self.chain = True  # programmatic dependent launch, where the GPU has it; see kernels/launch.py
-        self.aside = device.type == "cuda"  # tokens are copied on a stream of their own; see tickets.py
-        self.copies = hopper(device)  # which loads the keys of prompts; see kernels/prompt.py
-        self.library: Library | None = LIBRARIES[attention]() if attention in LIBRARIES else None
-        self.cuts = Cuts(Device.of(device))
-        self.tunes = self.cuts.device.unknown if tune is None else tune
-        self.clock: Callable[[], float] = time.monotonic
+        self.device, self.use_graphs = device, graphs
+        self.fuse_small_batches = True  # small batches run a program of fused GEMMs; see fusion.py
+        self.use_pdl = supports_pdl(device)
+        self.copy_output = device.type == "cuda"  # tokens are copied on a stream of their own; see async_output.py
+        self.use_tma = has_tma(device)
+        self.configs = Device.of(device)
         self.end()
 
     def end(self) -> None:
-        """Lets go of everything."""
+        """Frees everything."""
         self.program, self.kv = Program([], 0, []), list[KV]()
-        self.one, self.few, self.few_rows = self.program, self.program, 0  # what runs steps of one row, and of few
+        self.one_row_program, self.small_batch_program, self.small_batch_max_m = self.program, self.program, 0
         self.slots = SlotState(0, 0, self.device)
-        self.tokens = torch.empty(0, dtype=torch.int32, device=self.device)  # of the last step, where they go aside
-        self.recorded: dict[Shape, Recorded] = {}
-        self.uncaptured: list[Shape] = []  # to be captured when no request runs, the last first
-        self.next_capture = 0.0  # not before this time while requests run
-        self.step: tuple[Batch, StepInputs, Recorded | None] | None = None
-        self.recorders: tuple[Recorder, Recorder] | None = None  # of forward parts, and of sampling ones
+        self.tokens = torch.empty(0, dtype=torch.int32, device=self.device)  # of the last step, for OutputCopier
+        self.graphs: GraphCache | None = None
 
     def begin(
         self,
@@ -97,181 +68,125 @@ class KernelRunner:
         slots: SlotState,
         dtype: torch.dtype,
         *,
-        room: int = 0,
-        step_tokens: int = 0,
+        activation_bytes: int = 0,
+        max_num_batched_tokens: int = 0,
     ) -> None:
-        """`kv` have a block more than anybody is given: what is padded goes there. The largest step has `step_tokens`
-        tokens, and its results may take `room` bytes."""
+        """`kv` has one block more than the block pool: the null block, where the KV of padding goes.
+
+        Loads the kernels of steps of up to `max_num_batched_tokens` tokens, whose activations take `activation_bytes`,
+        and captures the shapes that hold nearly every step.
+        """
         self.end()
         self.program, self.kv, self.slots = program, list(kv), slots
-        if self.fused:
-            rules, self.few_rows = {**TRITON, "rows": rows}, most_rows(dtype, self.device)
-            self.one, self.few = fuse(program, rules, lambda matrix: normed(matrix.weight)), fuse(program, rules)
+        if self.fuse_small_batches:
+            ops, self.small_batch_max_m = {**TRITON, "rows": fused_linear}, max_fused_m(dtype, self.device)
+            self.one_row_program = fuse(program, ops, lambda linear: can_fuse_norm(linear.weight))
+            self.small_batch_program = fuse(program, ops)
         blocks, self.block_size = kv[0].keys.shape[:2]
-        self.spare = blocks - 1
+        self.null_block = blocks - 1
         if blocks * self.block_size >= 2**31:
             raise BackendError(f"{blocks} KV blocks of {self.block_size} tokens are too many", "lower kv_cache_memory")
-        self.longest = slots.tokens.shape[1]
-        self.tokens = torch.empty(max(len(slots.tokens), DECODE[-1]), dtype=torch.int32, device=self.device)
-        self.turns = Turns(self.longest, self.device)
-        self.programs = programs(self.device, *kv[0].keys.shape[2:])
-        keys = keys_of(graph, dtype, pool_type(kv[0].keys))
-        if self.tunes:
-            trials = Trials(self.kv, len(slots.last_token), self.longest, self.device)
-            tune(self.cuts, keys, trials, cache_file(self.cuts.device))
-            trials.end()
-        self.tile = min(self.cuts.of(k)[0] for k in keys if k.kernel == "prompt")
-        if self.wanted and not UNRECORDED & {c.op for c in program.calls}:
-            self.recorders = Recorder(self.device, room), Recorder(self.device)
+        self.max_model_len = slots.tokens.shape[1]
+        self.tokens = torch.empty(
+            max(len(slots.tokens), DECODE_BATCH_SIZES[-1]), dtype=torch.int32, device=self.device
+        )
+        self.cos_sin_cache = CosSinCache(self.max_model_len, self.device)
+        self.ctas = target_ctas(self.device, *kv[0].keys.shape[2:])
+        self.block_m_tokens = prefill_block_m(graph, dtype, kv[0].keys, self.configs)
+        if self.use_graphs and not NOT_CAPTURABLE & {c.op for c in program.calls}:
+            self.graphs = GraphCache(self.device, self._make_buffers, self._run, self._sample, activation_bytes)
         if self.device.type == "cuda":  # the interpreter compiles nothing, and takes minutes
-            self._load(step_tokens)
+            self._warm_up(max_num_batched_tokens)
 
-    def check(self, graph: Graph, dtype: torch.dtype) -> None:
-        """Raises BackendError for a model that the chosen attention can't do."""
-        if self.library:
-            self.library.check(graph, dtype)
-
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """Logits (R, V), in the type of the computation; they stay until the next step."""
-        exact = shape_of(batch, self.tile, self.programs)
-        found = self._recorded(batch, exact)
-        inputs = found.inputs if found else StepInputs(exact, batch.block_tables.size, self.device)
-        inputs.fill(batch, self.block_size, self.spare, self.tile)
-        self.step = batch, inputs, found
-        if found is None:
-            return self._run(inputs, parts_of(batch, self.block_size, self.device) if self.library else None)
-        logits = found.forward() if found.forward else self._run(inputs)
-        return logits[: len(batch.logits_indices)]
-
-    def sample(self, logits: torch.Tensor, batch: Batch, mask: np.ndarray | None) -> torch.Tensor:
-        """Token ids int32 (S,), kept as the slots' last tokens too."""
-        count, filtered = len(batch.req_slots), _filters(batch.sampling)
-        inputs, found = self._inputs_of(batch)
-        plain = adjusted(logits[:count], batch, self.slots, mask)
-        as_it_was = plain.data_ptr() == logits.data_ptr()
-        if found and found.forward and as_it_was:
-            tokens = self._sampled(found, filtered)()[:count]
+    def forward(self, batch: Batch) -> Logits:
+        """Logits (R, V) in the dtype of computation, valid until the next step."""
+        shape = shape_of(batch, self.block_m_tokens, self.ctas)
+        padded = bucket(shape, self.block_m_tokens, self.ctas)
+        if self.graphs is None or padded is None or len(batch.logits_indices) != len(batch.req_slots):
+            buffers, graph = StepBuffers(shape, batch.block_tables.size, self.device), None
         else:
-            tokens = self._draw(plain, inputs, filtered)
-        if not as_it_was and batch.sampling.needs_history().any():  # whoever does was adjusted
-            self.slots.append(batch, tokens.long())
-        return tokens
+            step = self.graphs.find(padded)
+            buffers, graph = step.buffers, step if step.forward else None
+        buffers.fill(batch, self.block_size, self.null_block, self.block_m_tokens)
+        values = graph.forward() if graph and graph.forward else self._run(buffers)
+        return Logits(values[: len(batch.logits_indices)], buffers, graph)
+
+    def sample(self, logits: Logits, batch: Batch, mask: np.ndarray | None) -> torch.Tensor:
+        """Token ids int32 (S,), which also become the slots' last tokens."""
+        count, filtered = len(batch.req_slots), _filters(batch.sampling)
+        values, buffers = logits.values[:count], logits.buffers or self._sampling_buffers(batch)
+        if needs_logits_processors(batch, self.slots, mask):
+            values = apply_logits_processors(values, batch, self.slots, mask)
+            tokens = self._sample(values, buffers, filtered)
+            if batch.sampling.needs_history().any():
+                self.slots.append(batch, tokens.long())
+            return tokens
+        if self.graphs and logits.graph:
+            return self.graphs.sampler(logits.graph, filtered)()[:count]
+        return self._sample(values, buffers, filtered)
 
     @torch.inference_mode()
     def idle(self) -> bool:
-        """While no request runs: captures a shape that came, or is likely to come. True: there are more."""
-        while self.uncaptured:
-            found = self._static(self.uncaptured.pop())
-            if found.forward is None:
-                self._capture(found)
-                break
-        return bool(self.uncaptured)
+        """While no request runs: captures one more shape. True: there are more."""
+        return self.graphs is not None and self.graphs.capture_next()
 
     @torch.inference_mode()
-    def _load(self, step_tokens: int) -> None:
-        """Loads the kernels of steps up to this number of tokens, and captures the few shapes that hold nearly every
-        step: no request waits for either."""
-        sizes = len(self.slots.last_token), step_tokens, self.tile, self.programs
+    def _warm_up(self, max_num_batched_tokens: int) -> None:
+        """Loads all kernels, and captures a few shapes, so that no request waits for either."""
+        sizes = len(self.slots.last_token), max_num_batched_tokens, self.block_m_tokens, self.ctas
         for shape in kernel_shapes(*sizes):
-            inputs = StepInputs(shape, shape.sequences, self.device)
-            inputs.rest(self.spare * self.block_size)
-            logits = self._run(inputs, once=True)
-            for filtered in (False, True) if shape.plain else ():
-                self._draw(logits, inputs, filtered)
-        for shape in covering_shapes(*sizes) if self.recorders else ():
-            self._capture(self._static(shape))
-        self.uncaptured = decode_shapes(sizes[0], self.programs) if self.recorders else []
-        gc.collect()  # now: a full collection stops everything for 0.1 s, and the next is due when much more is there
+            buffers = self._make_buffers(shape, copies=1)
+            logits = self._run(buffers, once=True)
+            for filtered in (False, True) if shape.is_decode_only else ():
+                self._sample(logits, buffers, filtered)
+        if self.graphs:
+            self.graphs.capture_all(covering_shapes(*sizes))
+            self.graphs.uncaptured = decode_shapes(sizes[0], self.ctas)
+        gc.collect()  # now: a full collection takes 0.1 s, and the next is due when many more objects exist
 
-    def _recorded(self, batch: Batch, exact: Shape) -> Recorded | None:
-        """The shape that can run a step and be run again; None: there is none."""
-        if self.recorders is None or len(batch.logits_indices) != len(batch.req_slots):
-            return None
-        if self.library and len(batch.input_ids) > SMALL:
-            return None
-        shape = bucket(exact, self.tile, self.programs)
-        return self._ready(shape) if shape else None
+    def _make_buffers(self, shape: StepShape, copies: int = NUM_HOST_COPIES) -> StepBuffers:
+        """Buffers of a step of padding only."""
+        table_size = shape.num_seqs * -(-self.max_model_len // self.block_size)
+        buffers = StepBuffers(shape, table_size, self.device, copies)
+        buffers.fill_null(self.null_block * self.block_size)
+        return buffers
 
-    def _ready(self, shape: Shape) -> Recorded:
-        """What runs a step of this shape now: its own graph, else that of a larger shape, else none.
+    def _sampling_buffers(self, batch: Batch) -> StepBuffers:
+        """Of a step that is only sampled, as in tests."""
+        buffers = StepBuffers(StepShape(0, len(batch.req_slots), 0, 0), 0, self.device)
+        buffers.fill_sampling(batch)
+        return buffers
 
-        All requests wait for a capture. It takes as long as a step without a graph, so a shape that no graph holds is
-        captured when it comes again; the others take turns, in a small share of the time.
-        """
-        own = self._static(shape)
-        if own.forward:
-            return own
-        own.came += 1
-        if own.came == 1:
-            self.uncaptured.append(shape)
-        larger = [r for r in self.recorded.values() if r.holds(shape)]
-        begin = self.clock()
-        due = (own.came >= COMMON and begin >= self.next_capture) if larger else own.came > 1
-        if due:
-            self._capture(own)
-            end = self.clock()
-            self.next_capture = end + (end - begin) / CAPTURE_SHARE
-            return own
-        return min(larger, key=lambda r: (r.inputs.shape.tokens, r.inputs.shape.sequences), default=own)
-
-    def _static(self, shape: Shape) -> Recorded:
-        if shape not in self.recorded:
-            tables = shape.sequences * -(-self.longest // self.block_size)
-            self.recorded[shape] = Recorded(StepInputs(shape, tables, self.device, COPIES))
-        return self.recorded[shape]
-
-    def _capture(self, found: Recorded) -> None:
-        """Both parts, of a step of no sequence: on a CPU it is run."""
-        assert self.recorders is not None
-        found.inputs.rest(self.spare * self.block_size)
-        found.forward = self.recorders[0].record(lambda: self._run(found.inputs))
-        self._sampled(found, False)
-
-    def _sampled(self, found: Recorded, filtered: bool) -> Recording:
-        """The sampling part, from the logits of the forward part."""
-        if filtered not in found.sample:
-            assert self.recorders is not None
-            assert found.forward is not None, "the sampling part is captured after the forward part"
-            logits = found.forward.result
-            found.sample[filtered] = self.recorders[1].record(lambda: self._draw(logits, found.inputs, filtered))
-        return found.sample[filtered]
-
-    def _inputs_of(self, batch: Batch) -> tuple[StepInputs, Recorded | None]:
-        """What `forward` sent; a step that is only sampled, as in tests, is sent now."""
-        if self.step is not None and self.step[0] is batch:
-            return self.step[1:]
-        inputs = StepInputs(Shape(0, len(batch.req_slots), 0, 0), 0, self.device)
-        inputs.fill_sampling(batch)
-        return inputs, None
-
-    def _run(self, inputs: StepInputs, parts: Parts | None = None, *, once: bool = False) -> torch.Tensor:
-        """Logits. `once`: no kernel is launched again for another layer, so that the values mean nothing."""
-        f, last = inputs.fields, self.slots.last_token
-        library = (self.library, parts) if self.library and parts else None
-        context = KernelContext(inputs.shape, f, last, self.turns, self.tile, self.cuts, library, self.copies)
-        with chaining(self.chain and inputs.shape.tokens <= CHAINED):
-            program = self._program(inputs.shape)
-            run = program.run_once if once else program.run
-            logits: torch.Tensor = run(context, [f.tokens, f.positions, *self.kv])[0]
+    def _run(self, buffers: StepBuffers, *, once: bool = False) -> torch.Tensor:
+        """Logits. `once`: equal calls of other layers are skipped, which loads every kernel; the values mean nothing."""
+        shape, f = buffers.shape, buffers.fields
+        pdl = self.use_pdl and shape.num_tokens <= PDL_MAX_TOKENS
+        context = KernelContext(
+            shape, f, self.slots.last_token, self.cos_sin_cache, self.block_m_tokens, self.configs, self.use_tma, pdl
+        )
+        program = self._program(shape)
+        run = program.run_once if once else program.run
+        logits: torch.Tensor = run(context, [f.input_ids, f.positions, *self.kv])[0]
         return logits
 
-    def _program(self, shape: Shape) -> Program:
-        """By tokens, and by wanted rows, of which one token of a prompt can have two."""
-        if shape.tokens > self.few_rows:
+    def _program(self, shape: StepShape) -> Program:
+        """By tokens and logits rows: one token of a prompt may have two."""
+        if shape.num_tokens > self.small_batch_max_m:
             return self.program
-        return self.one if max(shape.tokens, shape.sequences) <= NORMED else self.few
+        one_row = max(shape.num_tokens, shape.num_seqs) <= MAX_FUSED_NORM_M
+        return self.one_row_program if one_row else self.small_batch_program
 
-    def _draw(self, logits: torch.Tensor, inputs: StepInputs, filtered: bool) -> torch.Tensor:
+    def _sample(self, logits: torch.Tensor, buffers: StepBuffers, filtered: bool) -> torch.Tensor:
         """Token ids int32 (n,) of the step's first n sequences."""
-        n, f, edges = len(logits), inputs.fields, None
-        temperature, last = f.temperature[:n], self.slots.last_token
-        out = self.tokens[:n] if self.aside else None
-        with chaining(self.chain and n <= CHAINED):
-            if filtered:
-                edges = find_edges(logits, temperature, f.top_k[:n], f.top_p[:n], f.min_p[:n])
-            return draw(logits, temperature, f.keys[:n], f.slots[:n], last, edges, out=out)
+        n, f, thresholds = len(logits), buffers.fields, None
+        temperature, last_tokens = f.temperature[:n], self.slots.last_token
+        pdl, out = self.use_pdl and n <= PDL_MAX_TOKENS, self.tokens[:n] if self.copy_output else None
+        if filtered:
+            thresholds = find_thresholds(logits, temperature, f.top_k[:n], f.top_p[:n], f.min_p[:n], pdl=pdl)
+        rng_keys, slots = f.rng_keys[:n], f.req_slots[:n]
+        return sample_gumbel(logits, temperature, rng_keys, slots, last_tokens, thresholds, out=out, pdl=pdl)
 
 
 def _filters(params: SamplingArrays) -> bool:
-    """Whether top-k, top-p or min-p drop anything from a row that is drawn."""
+    """Whether top-k, top-p or min-p applies to a sequence that is not greedy."""
     return bool(((params.temperature > 0) & ((params.top_k > 0) | (params.top_p < 1) | (params.min_p > 0))).any())

@@ -5,6 +5,8 @@ of the m-th logit, and keeps what lies above it; of equal logits the lower ids s
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,6 +14,10 @@ import torch
 from llmrs.backends.torch.sdpa_attention import on_device
 from llmrs.core.batch import Batch, NewRequest
 from llmrs.core.sampling import SamplingArrays
+
+if TYPE_CHECKING:  # Triton is not installed on every system
+    from llmrs.backends.torch.attn_metadata import StepBuffers
+    from llmrs.backends.torch.cuda_graphs import CapturedStep
 
 SIGNED = {0x7FEB352D: 0x7FEB352D, 0x846CA68B: 0x846CA68B - 2**32}  # torch has no uint32 arithmetic
 
@@ -42,9 +48,19 @@ class SlotState:
             self.tokens[slots, on_device(batch.seq_lens[kept].astype(np.int64), self.device)] = new.to(torch.int32)
 
 
+@dataclass(frozen=True)
+class Logits:
+    """A step between forward and sampling: logits (R, V), and the buffers and the CUDA graph that ran it, if any."""
+
+    values: torch.Tensor
+    buffers: "StepBuffers | None" = None
+    graph: "CapturedStep | None" = None
+
+
 def sample(logits: torch.Tensor, batch: Batch, slots: SlotState, mask: np.ndarray | None) -> torch.Tensor:
     """Token ids int64 (S,) from logits float32 (S, V)."""
-    logits = adjusted(logits, batch, slots, mask)
+    if needs_logits_processors(batch, slots, mask):
+        logits = apply_logits_processors(logits, batch, slots, mask)
     tokens = logits.argmax(dim=-1)
     drawn = np.flatnonzero(batch.sampling.temperature > 0)
     if not len(drawn):
@@ -56,12 +72,22 @@ def sample(logits: torch.Tensor, batch: Batch, slots: SlotState, mask: np.ndarra
     return tokens
 
 
-def adjusted(logits: torch.Tensor, batch: Batch, slots: SlotState, mask: np.ndarray | None) -> torch.Tensor:
-    """After penalties, biases, and what must not be sampled; the same tensor where there is none of them."""
+def needs_logits_processors(batch: Batch, slots: SlotState, mask: np.ndarray | None) -> bool:
+    """Whether a sequence has a penalty, a bias, banned tokens or a mask."""
+    return (
+        batch.banned_ids is not None
+        or mask is not None
+        or bool(batch.sampling.needs_history().any())
+        or not slots.bias.keys().isdisjoint(batch.req_slots.tolist())
+    )
+
+
+def apply_logits_processors(
+    logits: torch.Tensor, batch: Batch, slots: SlotState, mask: np.ndarray | None
+) -> torch.Tensor:
+    """A float32 copy (S, V) with penalties, biases, banned tokens and the mask applied."""
     back = np.flatnonzero(batch.sampling.needs_history())
-    biased = [s for s, slot in enumerate(batch.req_slots.tolist()) if slot in slots.bias] if slots.bias else []
-    if not (len(back) or biased or batch.banned_ids is not None or mask is not None):
-        return logits
+    biased = [s for s, slot in enumerate(batch.req_slots.tolist()) if slot in slots.bias]
     logits = logits.float().clone()
     if len(back):
         rows = on_device(back, logits.device)

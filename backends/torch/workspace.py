@@ -1,30 +1,26 @@
-"""Memory of a GPU that is neither weights nor KV cache: what a step's results take, and what libraries keep."""
+"""GPU memory that is neither weights nor KV cache: activations of a step, logits, and what libraries keep."""
+
+from math import prod
 
 from llmrs.core.ir import Function, Graph
 
-LIBRARIES = 400 * 2**20  # workspaces of cuBLAS, code of kernels, recorded graphs
+LIBRARY_BYTES = 400 * 2**20  # cuBLAS workspaces, kernel code, CUDA graphs
 
 
-def step_memory(graph: Graph, tokens: int, itemsize: int) -> int:
-    """Bytes of a step's results, an upper bound: a layer's values all at once."""
-    return tokens * itemsize * max((_elements(f) for f in graph.functions.values()), default=0)
+def activation_bytes(graph: Graph, num_tokens: int, itemsize: int) -> int:
+    """Upper bound of a step's activations: all values of one layer at once."""
+    return num_tokens * itemsize * max((_elements_per_token(f) for f in graph.functions.values()), default=0)
 
 
-def runner_memory(graph: Graph, sequences: int, step: int, itemsize: int) -> int:
-    """Bytes for steps whose results take `step`, and for logits and a float32 copy of them.
+def workspace_bytes(graph: Graph, num_seqs: int, activations: int, itemsize: int) -> int:
+    """For steps with these bytes of activations, logits, and a float32 copy of the logits.
 
-    Twice, since recorded graphs keep a pool of their own.
+    Twice, since CUDA graphs have a pool of their own.
     """
-    vocabulary = graph.main.outs[0].type.sizes[0]
-    return LIBRARIES + 2 * (step + sequences * vocabulary * (itemsize + 4))
+    vocab_size = graph.main.outs[0].type.sizes[0]
+    return LIBRARY_BYTES + 2 * (activations + num_seqs * vocab_size * (itemsize + 4))
 
 
-def _elements(function: Function) -> int:
-    """Elements for each token of all values that a layer's equations give."""
-    found = 0
-    for v in (v for e in function.equations for v in e.outs if v.type.dtype == "act"):
-        count = 1
-        for size in v.type.sizes:
-            count *= size
-        found += count
-    return found
+def _elements_per_token(function: Function) -> int:
+    outs = (v for e in function.equations for v in e.outs if v.type.dtype == "act")
+    return sum(prod(v.type.sizes) for v in outs)

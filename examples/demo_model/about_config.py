@@ -1,4 +1,4 @@
-"""Questions and answers about the config's keys, as core/config.py defines them."""
+"""Questions and answers about the config's keys, as core/options.py defines them."""
 
 from demo_model.dialogue import Topic
 

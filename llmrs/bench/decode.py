@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmrs.bench.roofline import Device, Rated, Work
-from llmrs.core.config import SamplingParams
+from llmrs.core.options import SamplingParams
 from llmrs.engine import Engine
 
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from llmrs.core.batch import Batch
 from llmrs.core.blocks import BlockPool
-from llmrs.core.config import BUILT_IN, EngineConfig, SamplingParams
 from llmrs.core.engine import EngineCore
+from llmrs.core.options import BUILT_IN, SamplingParams
 from llmrs.core.request import Request
 from llmrs.core.sampling import Logprobs
 from llmrs.models.text.detokenize import Detokenizer
@@ -36,7 +36,6 @@ class NoDevice:
     """A backend that computes nothing: its tokens are drawn beforehand."""
 
     max_in_flight = 1
-    step_tokens = 2048
 
     def __init__(self, rows: int, vocabulary: int) -> None:
         self.drawn = np.random.default_rng(0).integers(0, vocabulary, (256, rows)).astype(np.int32)
@@ -57,8 +56,8 @@ def host_step(tokenizer: Tokenizer, running: int) -> float:
     """Median seconds of the host for a step of `running` answers, text included."""
     vocabulary, length = tokenizer.vocab_size, PROMPT + STEPS + WARM_UP + 8
     pool = BlockPool(running * (-(-length // BLOCK) + 1), BLOCK)
-    config = EngineConfig(max_num_seqs=running, max_num_batched_tokens=max(2048, running))
-    core = EngineCore(NoDevice(running, vocabulary), config, vocabulary, length, pool)
+    sizes = {"max_model_len": length, "max_num_seqs": running, "max_num_batched_tokens": max(2048, running)}
+    core = EngineCore(NoDevice(running, vocabulary), pool, vocab_size=vocabulary, **sizes)
     for n in range(running):
         params = SamplingParams(max_tokens=length, temperature=0.8, top_p=0.95).over(BUILT_IN)
         request = Request([(n + i) % vocabulary for i in range(PROMPT)], params, n)

@@ -12,8 +12,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llmrs.core.config import EngineConfig, SamplingParams
+from llmrs.config import EngineConfig
 from llmrs.core.errors import BackendError
+from llmrs.core.options import SamplingParams
 
 ROUNDS = 3  # after one that warms the file cache
 PROMPT = "Hi"

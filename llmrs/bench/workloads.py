@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 
-from llmrs.core.config import SamplingParams
 from llmrs.core.errors import ConfigError, did_you_mean
+from llmrs.core.options import SamplingParams
 from llmrs.core.request import Request
 from llmrs.engine import Engine, OnUpdate
 from llmrs.stream import Stream

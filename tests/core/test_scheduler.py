@@ -8,18 +8,20 @@ import pytest
 from fake import FakeBackend, next_token
 
 from llmrs.core.blocks import BlockPool
-from llmrs.core.config import BUILT_IN, EngineConfig, SamplingParams
 from llmrs.core.engine import EngineCore
 from llmrs.core.errors import BackendError, ConfigError
+from llmrs.core.options import BUILT_IN, SamplingParams
 from llmrs.core.request import PRIORITY_SECONDS, Request
+from llmrs.worker import submit_group
 
 VOCABULARY = 50
 
 
 def make_core(blocks=40, block_size=4, max_in_flight=1, max_model_len=64, cache=True, **config):
-    config = EngineConfig(**{"max_num_seqs": 4, "max_num_batched_tokens": 16, **config})
-    backend = FakeBackend(blocks, block_size, config.max_num_seqs, VOCABULARY, max_in_flight)
-    return EngineCore(backend, config, VOCABULARY, max_model_len, BlockPool(blocks, block_size, cache))
+    sizes = {"max_num_seqs": 4, "max_num_batched_tokens": 16, **config}
+    backend = FakeBackend(blocks, block_size, sizes["max_num_seqs"], VOCABULARY, max_in_flight)
+    pool = BlockPool(blocks, block_size, cache)
+    return EngineCore(backend, pool, vocab_size=VOCABULARY, max_model_len=max_model_len, **sizes)
 
 
 def make_request(prompt, max_tokens=10, stops=()):
@@ -183,27 +185,25 @@ def test_the_last_in_rank_yields_when_blocks_run_out():
     assert [low.output, high.output] == [expected([1] * 8, 24), expected([2] * 8, 24)]
 
 
-def test_children_wait_for_the_prompt_and_find_it_in_the_cache():
+def test_followers_wait_for_the_prompt_and_find_it_in_the_cache():
     core = make_core(max_num_seqs=4, max_num_batched_tokens=8)
-    parent = make_request(list(range(20)))
-    children = [Request(parent.prompt, parent.params, 0, parent=parent) for _ in range(2)]
-    for r in (parent, *children):
-        core.submit(r)
+    first = make_request(list(range(20)))
+    followers = [Request(first.prompt, first.params, 0) for _ in range(2)]
+    submit_group(core, first, followers)
     core.step()
-    assert [r.slot >= 0 for r in (parent, *children)] == [True, False, False]
+    assert [r.slot >= 0 for r in (first, *followers)] == [True, False, False]
     run(core, [])
-    assert [r.cached_tokens for r in (parent, *children)] == [0, 16, 16]
-    assert {tuple(r.output) for r in (parent, *children)} == {tuple(parent.output)}
+    assert [r.cached_tokens for r in (first, *followers)] == [0, 16, 16]
+    assert {tuple(r.output) for r in (first, *followers)} == {tuple(first.output)}
 
 
-def test_children_of_a_parent_that_was_cancelled_go_on():
+def test_followers_of_a_request_that_was_cancelled_go_on():
     core = make_core()
-    parent = make_request(list(range(20)))
-    children = [Request(parent.prompt, parent.params, 0, parent=parent) for _ in range(3)]
-    for r in (parent, *children):
-        core.submit(r)
-    core.cancel(children[1])
-    core.cancel(parent)
+    first = make_request(list(range(20)))
+    followers = [Request(first.prompt, first.params, 0) for _ in range(3)]
+    submit_group(core, first, followers)
+    core.cancel(followers[1])
+    core.cancel(first)
     run(core, [])
-    assert [r.finish_reason for r in (parent, *children)] == ["cancelled", "length", "cancelled", "length"]
+    assert [r.finish_reason for r in (first, *followers)] == ["cancelled", "length", "cancelled", "length"]
     assert core.scheduler.pool.num_free == 40

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from llmrs.core.blocks import BlockPool
-from llmrs.core.config import BUILT_IN, EngineConfig, SamplingParams
 from llmrs.core.engine import EngineCore
 from llmrs.core.errors import BackendError
+from llmrs.core.options import BUILT_IN, SamplingParams
 from llmrs.core.request import Request
+from llmrs.worker import submit_group
 
 TIMES = int(os.environ.get("LLMRS_STRESS", "1"))
 VOCABULARY, BLOCKS, SLOTS, LENGTH = 10, 12, 4, 24
@@ -60,19 +61,24 @@ class Machine(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        config = EngineConfig(max_num_seqs=SLOTS, max_num_batched_tokens=9)
         self.backend = FakeBackend(BLOCKS, 2, SLOTS, VOCABULARY, self.max_in_flight)
-        self.core = EngineCore(self.backend, config, VOCABULARY, LENGTH, BlockPool(BLOCKS, 2))
+        self.core = EngineCore(
+            self.backend,
+            BlockPool(BLOCKS, 2),
+            vocab_size=VOCABULARY,
+            max_model_len=LENGTH,
+            max_num_seqs=SLOTS,
+            max_num_batched_tokens=9,
+        )
         self.requests: list[Asked] = []
 
-    def ask(self, prompt, count, minimum, priority, masked=False, text=None, parent=None):
+    def ask(self, prompt, count, minimum, priority, masked=False, text=None):
         params = SamplingParams(max_tokens=count, min_tokens=minimum, priority=priority).over(BUILT_IN)
-        request = Asked(prompt, params, 0, EOS, parent=parent)
+        request = Asked(prompt, params, 0, EOS)
         request.even_only, request.ends_at_text = masked, text
         request.mask = request.bits if masked else None
         request.on_update = self.update
         request.seen = []
-        self.core.submit(request)
         self.requests.append(request)
         return request
 
@@ -92,13 +98,12 @@ class Machine(RuleBasedStateMachine):
         text=st.sampled_from([None, None, 3]),
     )
     def submit(self, **options):
-        self.ask(**options)
+        self.core.submit(self.ask(**options))
 
     @rule(prompt=st.lists(st.integers(0, 1), min_size=4, max_size=9), count=st.integers(1, 6), n=st.integers(2, 4))
     def submit_several_answers(self, prompt, count, n):
-        parent = self.ask(prompt, count, 0, 0)
-        for _ in range(n - 1):
-            self.ask(prompt, count, 0, 0, parent=parent)
+        first, *followers = (self.ask(prompt, count, 0, 0) for _ in range(n))
+        submit_group(self.core, first, followers)
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data())

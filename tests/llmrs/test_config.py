@@ -18,8 +18,9 @@ from llmrs.cli.flags import hidden, visible
 from llmrs.cli.options import SECTIONS, RunOptions
 from llmrs.cli.settings import load_settings
 from llmrs.cli.yaml_file import read_yaml
-from llmrs.core.config import BUILT_IN, EngineConfig, SamplingParams, build, options
+from llmrs.config import EngineConfig
 from llmrs.core.errors import ConfigError
+from llmrs.core.options import BUILT_IN, SamplingParams, build, options
 
 DOCS = Path(__file__).parents[2] / "docs"
 

@@ -18,7 +18,7 @@ from llmrs import Engine, SamplingParams
 from llmrs.backends import base
 from llmrs.backends.testing import BLOCK, CONTEXT, MODELS, RandomModel, core_on, prefill_batch, prompts, request, run
 from llmrs.cli import main
-from llmrs.core.config import EngineConfig
+from llmrs.config import EngineConfig
 from llmrs.core.errors import BackendError, LoadCancelledError, MemoryLimitError
 from llmrs.loading import make_backend
 from llmrs.memory import token_bytes

@@ -12,7 +12,7 @@ from llmrs.backends.base import find
 from llmrs.backends.reference import ops
 from llmrs.backends.testing import MODELS, RandomModel, core_on, prefill_batch, prompts, request, run
 from llmrs.cli.settings import load_settings
-from llmrs.core.config import EngineConfig
+from llmrs.config import EngineConfig
 from llmrs.core.errors import BackendError, ConfigError
 
 pytest.importorskip("triton")

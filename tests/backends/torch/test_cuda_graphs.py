@@ -11,7 +11,7 @@ import llmrs.backends.torch
 from llmrs.backends.base import find
 from llmrs.backends.testing import BLOCK, RandomModel, core_on, prefill_batch, prompts, request, run, sampling_batch
 from llmrs.backends.torch.lowering import Program
-from llmrs.core.config import EngineConfig
+from llmrs.config import EngineConfig
 from llmrs.core.errors import BackendError, ConfigError
 from llmrs.core.sampling import SamplingArrays
 

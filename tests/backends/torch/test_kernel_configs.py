@@ -10,7 +10,7 @@ import torch
 
 from llmrs.backends.base import find
 from llmrs.backends.testing import BLOCK, RandomModel, core_on, prompts, request, run
-from llmrs.core.config import EngineConfig
+from llmrs.config import EngineConfig
 from llmrs.core.errors import BackendError, ConfigError
 
 pytest.importorskip("triton")

@@ -6,8 +6,6 @@ An option is a dataclass field made by `option(...)`; `options(cls)` lists them 
 
 import dataclasses
 import math
-import os
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -18,7 +16,6 @@ import numpy as np
 
 from llmrs.core.errors import ConfigError, did_you_mean
 
-DTYPES = ("bf16", "f16", "f32")
 CASTS: tuple[tuple[Callable[[Any], Any], Any], ...] = (
     *((bool, np.bool_), (int, int | np.integer), (float, float | np.floating)),
     (str.__str__, str),  # str() of a text enum may be its name
@@ -120,9 +117,9 @@ def option(
 
 @cache
 def options(cls: type) -> list[Option]:
-    """The options of a dataclass, in the order in which they are written."""
+    """The options of a dataclass in the order in which they are written, those of its base last."""
     hints, found = get_type_hints(cls), []
-    for f in dataclasses.fields(cls):
+    for f in sorted(dataclasses.fields(cls), key=lambda f: f.name not in cls.__annotations__):
         union = get_args(hints[f.name]) if isinstance(hints[f.name], UnionType) else (hints[f.name],)
         kind = next(k for k in union if k is not type(None))
         element = (get_args(kind) or (kind,))[-1]
@@ -137,61 +134,6 @@ class Checked:
         cls: type = type(self)
         for o in options(cls):
             object.__setattr__(self, o.name, o.check(getattr(self, o.name)))
-
-
-@dataclass(frozen=True)
-class EngineConfig(Checked):
-    """What is loaded, where it runs, and how much of it at once."""
-
-    model_path: str = option(
-        "demo", "bundled name, folder, .gguf file or Hugging Face id", ("model", "w", "m", "weight_path")
-    )
-    revision: str | None = option(None, "of a Hugging Face id: branch, tag or commit; null: the main branch")
-    offline: bool = option(False, "of Hugging Face ids use only what is in the cache, as HF_HUB_OFFLINE=1 does")
-    backend: str = option("auto", "auto, mlx, torch, reference, or one that a package registers")
-    device: str = option("auto", "auto, cpu, cuda:0, gpu", ("d", "device_ids"))
-    threads: int | None = option(
-        None, "CPU threads of a step; null: one for each core that the process may use", low=1, high=1024
-    )
-    kernels: str = option(
-        "auto",
-        "our own on a GPU, Triton's or Metal's; plain: none; triton: on any device",
-        choices=("auto", "plain", "triton"),
-    )
-    attention: str = option(
-        "auto",
-        "of prompts on NVIDIA GPUs: our kernel (auto), torch's, or flash-attn's",
-        choices=("auto", "triton", "sdpa", "flash"),
-    )
-    cuda_graphs: bool = option(True, "record steps and run them again, where Triton kernels run")
-    tune: bool | None = option(
-        None,
-        "time how Triton kernels are best cut, 10 s at the first load; null: on a GPU of which none are stored",
-    )
-    dtype: str = option("bf16", "type of computation and of the KV cache", choices=DTYPES)
-    kv_cache_dtype: str = option(
-        "auto", "type of the KV cache; auto is that of dtype", choices=("auto", *DTYPES, "fp8")
-    )
-    quant: str | None = option(None, "quantize while loading: q4k, q8_0, ...", ("isq",))
-    max_model_len: int | None = option(
-        None, "longest prompt plus answer, in tokens; null: what the model allows, at most 4096", low=2, high=2**24
-    )
-    max_num_seqs: int = option(
-        8 if sys.platform == "darwin" else 32, "requests that run at once (8 on macOS, else 32)", low=1, high=4096
-    )
-    max_num_batched_tokens: int | None = option(
-        None, "tokens of one step; long prompts are split; null: 2048, on a CPU 256", low=1, high=2**20
-    )
-    block_size: int | None = option(None, "tokens of a KV block; null: what suits the backend", low=1, high=1024)
-    memory_limit: int | None = option(None, "bytes for weights and KV cache together; null: what is free", low=1)
-    kv_cache_memory: int | None = option(None, "bytes for the KV cache; null: by need and free memory", low=1)
-    memory_fraction: float = option(0.9, "part of the free memory that may be used", low=0.01, high=1.0)
-    prefix_cache: bool = option(True, "reuse the KV of equal beginnings of prompts")
-
-    def __post_init__(self) -> None:
-        if isinstance(self.model_path, os.PathLike):
-            object.__setattr__(self, "model_path", os.fspath(self.model_path))
-        super().__post_init__()
 
 
 @dataclass(frozen=True)
