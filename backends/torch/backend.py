@@ -66,9 +66,7 @@ class TorchBackend(Backend):
 
     def configure(self, config: EngineConfig) -> None:
         self.use_threads(config.threads)
-        self.use_kernels(config.kernels, graphs=config.cuda_graphs, attention=config.attention, tune=config.tune)
-        if config.tune and self.kernels is None:
-            raise BackendError(f"tune: no Triton kernels run on {self.device}", "leave it out")
+        self.use_kernels(config.kernels, graphs=config.cuda_graphs)
 
     def use_threads(self, count: int | None) -> None:
         """CPU threads of steps; None: as torch has it (OMP_NUM_THREADS), within the usable cores.
@@ -83,38 +81,30 @@ class TorchBackend(Backend):
         if count != torch.get_num_threads():
             torch.set_num_threads(count)
 
-    def use_kernels(
-        self, wanted: str, *, graphs: bool = True, attention: str = "auto", tune: bool | None = False
-    ) -> None:
+    def use_kernels(self, wanted: str, *, graphs: bool = True) -> None:
         """Triton kernels, before anything is loaded: "triton", "plain" (none), or "auto": where there is an NVIDIA GPU.
 
-        `tune`: None finds the best cuts on a GPU of which none are stored. `attention` is what the option says; plain
-        torch ops are "sdpa", or "auto". Raises BackendError where they are asked for and can't run, or can't do fp8;
-        "auto" warns and does without a missing Triton.
+        Raises BackendError where they are asked for and can't run, or can't do fp8; "auto" warns and does without a
+        missing Triton.
         """
         if wanted == "plain" or (wanted == "auto" and self.at.type != "cuda"):
-            if attention not in ("auto", "sdpa"):
-                where = "without kernels" if wanted == "plain" else f"on {self.at}"
-                raise BackendError(f"attention: {attention} is not there {where}", "attention: auto, or sdpa")
             return
         try:
             from llmrs.backends.torch import model_runner, triton_ops
         except ImportError as error:
             missing = BackendError(f"Triton can't be loaded: {error}", "pip install triton, or kernels: plain")
-            if wanted != "auto" or attention not in ("auto", "sdpa"):
+            if wanted != "auto":
                 raise missing from error
             warnings.warn(f"{missing}; plain torch runs in its place, at a tenth of the speed", stacklevel=2)
             return
         if self.kv_dtype == "fp8":
             check_device(self.at)
-            if attention in ("sdpa", "flash"):
-                raise BackendError(f"attention: {attention} does not go with kv_cache_dtype: fp8", "attention: auto")
         if self.at.type == "cuda":
             self._check_bf16()
             torch.cuda.set_device(self.at)  # of this thread: Triton launches on it
-        self.kernels = model_runner.KernelRunner(self.at, graphs=graphs, attention=attention, tune=tune)
+        self.kernels = model_runner.KernelRunner(self.at, graphs=graphs)
         self.rules, self.fused_ops = triton_ops.TRITON, triton_ops.FUSED
-        self.prepare = partial(triton_ops.Matrix, cuts=self.kernels.cuts)
+        self.prepare = triton_ops.Linear
         self.block_size = model_runner.BLOCK_SIZE
 
     def _check_bf16(self) -> None:
@@ -148,8 +138,6 @@ class TorchBackend(Backend):
     # Loading: every equation becomes a call with its weights bound.
 
     def load_weights(self, weights: Mapping[str, Tensor], progress: Callable[[int], None]) -> None:
-        if self.kernels:
-            self.kernels.check(self.graph, self.type)
         lowering = Lowering(self.graph, self.rules, self.at, self.type, weights, progress, self.prepare)
         self.program = lowering.program()
         if self.kernels:

@@ -23,18 +23,15 @@ from llmrs.backends.torch.cuda_graphs import (
     kernel_shapes,
 )
 from llmrs.backends.torch.fusion import fuse
-from llmrs.backends.torch.kernel_configs import Cuts, Device, pool_type
+from llmrs.backends.torch.kernel_configs import Device, kv_cache_dtype, prefill_q_tokens
 from llmrs.backends.torch.kernels.gemm import NORMED, most_rows, normed
 from llmrs.backends.torch.kernels.gumbel_argmax import draw
 from llmrs.backends.torch.kernels.launch import chaining, hopper, interpreted
 from llmrs.backends.torch.kernels.top_k_top_p import find_edges
-from llmrs.backends.torch.library import LIBRARIES, Library, Parts, parts_of
 from llmrs.backends.torch.lowering import Program
 from llmrs.backends.torch.ops import KV
 from llmrs.backends.torch.sampling import SlotState, adjusted
-from llmrs.backends.torch.trials import Trials
 from llmrs.backends.torch.triton_ops import TRITON, KernelContext, Turns, rows
-from llmrs.backends.torch.tuning import cache_file, keys_of, tune
 from llmrs.core.batch import Batch
 from llmrs.core.errors import BackendError
 from llmrs.core.ir import Graph
@@ -42,7 +39,6 @@ from llmrs.core.sampling import SamplingArrays
 
 BLOCK_SIZE = 64  # tokens of a KV block: a tile of keys lies in one
 CHAINED = 512  # tokens of a step up to which kernels are chained; of more, their gaps do not matter
-SMALL = 1024  # tokens of a step that is recorded though its prompts are for a library, and so go without it
 UNRECORDED = {"moe"}  # ops whose rules ask the device what to do
 COMMON = 4  # steps of a shape before it is captured though a larger one holds it
 CAPTURE_SHARE = 0.02  # of the time, at most, goes to such captures while requests run
@@ -51,19 +47,8 @@ CAPTURE_SHARE = 0.02  # of the time, at most, goes to such captures while reques
 class KernelRunner:
     """The steps of one program on one pool. Life: `begin`, any number of `forward` and `sample`, `end`."""
 
-    def __init__(
-        self,
-        device: torch.device,
-        *,
-        graphs: bool,
-        attention: str = "triton",
-        tune: bool | None = False,
-    ) -> None:
-        """`attention` may be a library's: then it does the parts of prompts of steps that are not recorded. `tune` says
-        whether launches are timed at `begin` to find the best cuts, None: on a GPU of which none are stored.
-
-        Raises BackendError where kernels can't run: they need an NVIDIA GPU, or Triton's interpreter.
-        """
+    def __init__(self, device: torch.device, *, graphs: bool) -> None:
+        """Raises BackendError where kernels can't run: they need an NVIDIA GPU, or Triton's interpreter."""
         if device.type != "cuda" and not interpreted():
             raise BackendError(f"Triton kernels don't run on {device}", "kernels: auto uses them where they do")
         self.device, self.wanted = device, graphs
@@ -71,9 +56,7 @@ class KernelRunner:
         self.chain = True  # programmatic dependent launch, where the GPU has it; see kernels/launch.py
         self.aside = device.type == "cuda"  # tokens are copied on a stream of their own; see tickets.py
         self.copies = hopper(device)  # which loads the keys of prompts; see kernels/prompt.py
-        self.library: Library | None = LIBRARIES[attention]() if attention in LIBRARIES else None
-        self.cuts = Cuts(Device.of(device))
-        self.tunes = self.cuts.device.unknown if tune is None else tune
+        self.kernel_device = Device.of(device)
         self.clock: Callable[[], float] = time.monotonic
         self.end()
 
@@ -115,21 +98,11 @@ class KernelRunner:
         self.tokens = torch.empty(max(len(slots.tokens), DECODE[-1]), dtype=torch.int32, device=self.device)
         self.turns = Turns(self.longest, self.device)
         self.programs = programs(self.device, *kv[0].keys.shape[2:])
-        keys = keys_of(graph, dtype, pool_type(kv[0].keys))
-        if self.tunes:
-            trials = Trials(self.kv, len(slots.last_token), self.longest, self.device)
-            tune(self.cuts, keys, trials, cache_file(self.cuts.device))
-            trials.end()
-        self.tile = min(self.cuts.of(k)[0] for k in keys if k.kernel == "prompt")
+        self.tile = prefill_q_tokens(graph, dtype, kv_cache_dtype(kv[0].keys), self.kernel_device)
         if self.wanted and not UNRECORDED & {c.op for c in program.calls}:
             self.recorders = Recorder(self.device, room), Recorder(self.device)
         if self.device.type == "cuda":  # the interpreter compiles nothing, and takes minutes
             self._load(step_tokens)
-
-    def check(self, graph: Graph, dtype: torch.dtype) -> None:
-        """Raises BackendError for a model that the chosen attention can't do."""
-        if self.library:
-            self.library.check(graph, dtype)
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Logits (R, V), in the type of the computation; they stay until the next step."""
@@ -139,7 +112,7 @@ class KernelRunner:
         inputs.fill(batch, self.block_size, self.spare, self.tile)
         self.step = batch, inputs, found
         if found is None:
-            return self._run(inputs, parts_of(batch, self.block_size, self.device) if self.library else None)
+            return self._run(inputs)
         logits = found.forward() if found.forward else self._run(inputs)
         return logits[: len(batch.logits_indices)]
 
@@ -186,8 +159,6 @@ class KernelRunner:
     def _recorded(self, batch: Batch, exact: Shape) -> Recorded | None:
         """The shape that can run a step and be run again; None: there is none."""
         if self.recorders is None or len(batch.logits_indices) != len(batch.req_slots):
-            return None
-        if self.library and len(batch.input_ids) > SMALL:
             return None
         shape = bucket(exact, self.tile, self.programs)
         return self._ready(shape) if shape else None
@@ -244,11 +215,10 @@ class KernelRunner:
         inputs.fill_sampling(batch)
         return inputs, None
 
-    def _run(self, inputs: StepInputs, parts: Parts | None = None, *, once: bool = False) -> torch.Tensor:
+    def _run(self, inputs: StepInputs, *, once: bool = False) -> torch.Tensor:
         """Logits. `once`: no kernel is launched again for another layer, so that the values mean nothing."""
         f, last = inputs.fields, self.slots.last_token
-        library = (self.library, parts) if self.library and parts else None
-        context = KernelContext(inputs.shape, f, last, self.turns, self.tile, self.cuts, library, self.copies)
+        context = KernelContext(inputs.shape, f, last, self.turns, self.tile, self.kernel_device, self.copies)
         with chaining(self.chain and inputs.shape.tokens <= CHAINED):
             program = self._program(inputs.shape)
             run = program.run_once if once else program.run

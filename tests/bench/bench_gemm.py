@@ -95,13 +95,13 @@ def cuts(of: Linear, rows: int) -> Iterator[tuple[str, Cut | Tiles]]:
     """The kernels by name, and their cuts: the default, and others near it."""
     gate = bool(of.gate)
     if vectors(rows, of.width, gate) and (rows == 1 or of.name != "head"):
-        first = cut_few(rows, of.width, 2, gate)
+        first = cut_few(rows, of.count, of.width, 2, gate)
         yield from (("few", c) for c in (first, replace(first, each=2 * first.each), replace(first, part=512)))
     yield from (("many", t) for t in tiles(of, rows) if possible(t, of, rows))
 
 
 def tiles(of: Linear, rows: int) -> Iterator[Tiles]:
-    first = cut_many(rows, of.count, of.width, bool(of.gate), of.more, Device.of(torch.device(GPU)).shared)
+    first = cut_many(rows, of.count, of.width, bool(of.gate), of.more, Device.of(torch.device(GPU)).smem_bytes)
     yield first
     for near in (first, replace(first, part=64, stages=8 if first.part == 128 else first.stages)):
         yield from (replace(near, split=n) for n in (1, 2, 4, 6))

@@ -8,7 +8,7 @@ from llmrs.backends.base import find
 from llmrs.backends.testing import BLOCK, RandomModel, core_on, prefill_batch, prompts, request, run
 
 pytest.importorskip("triton")
-from gemm_cases import DEVICE, TYPES, check
+from gemm_cases import DEVICE, TYPES, check, check_linear
 
 from llmrs.backends.torch.attn_metadata import Shape
 from llmrs.backends.torch.kernels import gemm
@@ -17,13 +17,14 @@ from llmrs.backends.torch.kernels.gemm import (
     NORMED,
     SOME,
     Cut,
+    cut_few,
     cut_of,
     most_rows,
     product,
 )
 from llmrs.backends.torch.kernels.gemm_tma import MANY, Tiles
 from llmrs.backends.torch.lowering import Call
-from llmrs.backends.torch.triton_ops import Matrix
+from llmrs.backends.torch.triton_ops import Linear
 from llmrs.core.errors import BackendError
 
 SHAPES = [(1, 3, 8), (1, 37, 264), (2, 211, 64), (3, 9, 1100), (4, 33, 3072), (5, 70, 80), (16, 33, 520)]
@@ -45,6 +46,21 @@ def test_other_cuts(rows: int):
     for each, part, warps in ((1, 64, 1), (2, 128, 4), (4, 1024, 2)):
         cut = Cut(each, part, warps) if rows < 5 else Cut(16 * each, 16, warps)
         check(rows, 19, 1300, torch.float32, "silu_and_mul", True, rows <= NORMED, True, cut=cut)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("count", "width"), [(3, 8), (211, 64), (9, 1100), (33, 3072), (9, 4096)])
+def test_linear(count: int, width: int, dtype: torch.dtype):
+    check_linear(count, width, dtype)
+
+
+def test_lm_head_and_wide_matrices_have_configs_of_their_own():
+    assert cut_few(1, 151936, 1024, 2, False) == Cut(1, 1024)
+    assert cut_few(1, 128256, 2048, 2, False) == Cut(1, 1024)
+    assert cut_few(1, 6144, 4096, 2, False) == Cut(2, 1024)
+    assert cut_few(1, 4096, 4096, 4, False) == Cut(2, 512)
+    assert cut_few(1, 12288, 4096, 2, True) == Cut(1, 512)
+    assert cut_few(1, 4096, 1024, 2, False) == Cut(2, 256, 8)
 
 
 def test_many_results():
@@ -126,7 +142,7 @@ def ops(
 
 def described(call: Call) -> str:
     ((matrix, before, after),) = call.weights
-    assert isinstance(matrix, Matrix)
+    assert isinstance(matrix, Linear)
     words = ("norm" if before else "", "rows", call.params.get("gate") or "", "add" if len(call.inputs) > 1 else "")
     return " ".join(w for w in (*words, "norm" if after else "") if w)
 
