@@ -70,8 +70,7 @@ class Worker:
         self._loading.put((name, values))
 
     def submit(self, request: Request, followers: Sequence[Request] = ()) -> None:
-        """Takes a request that is checked, and others with the same prompt. Raises EngineClosedError where the engine is
-        closed or belongs to another process."""
+        """Queues a checked request, and others with its prompt. Raises EngineClosedError, in a fork too."""
         self._give(lambda core: submit_group(core, request, followers))
 
     def cancel(self, request: Request) -> None:

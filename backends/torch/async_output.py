@@ -5,8 +5,8 @@ copies them on a stream of its own, into pinned buffers that are reused:
 
 - The copy starts when the tokens are written: its stream waits for an event recorded after sampling.
 - Nothing overwrites them before. CUDA graphs share memory, so kernels write tokens to a tensor of the runner
-  (`GPUModelRunner.tokens`), which only the next sampling overwrites, after `wait_for_copy`. A forward pass lies between,
-  so this never waits in practice. Tensors made for one step are marked with `record_stream`.
+  (`GPUModelRunner.tokens`), which only the next sampling overwrites, after `wait_for_copy`. A forward pass lies
+  between, so this never waits in practice. Tensors made for one step are marked with `record_stream`.
 - A buffer is reused after its output was read. At most max_in_flight + 1 outputs are alive, and as many buffers exist.
   Buffers of failed steps are freed with them; the next step that finds none makes one.
 - Outputs are read in any order: each buffer has an event of its own.

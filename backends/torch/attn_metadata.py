@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
-from llmrs.backends.torch.kernels.launch import num_sms
+from llmrs.backends.torch.kernels.launch import multiprocessors as num_sms
 from llmrs.core.batch import Batch
 
 TMA_MIN_PREFILL = 1536  # tokens a sequence from which prefill attention with TMA is faster
@@ -101,8 +101,8 @@ class StepBuffers:
 
 
 def target_ctas(device: torch.device, num_kv_heads: int, head_dim: int) -> float:
-    """CTAs of decode attention per KV head that fill the GPU in one wave. Small heads need more CTAs, because each keeps
-    fewer bytes in flight."""
+    """CTAs of decode attention per KV head that fill the GPU in one wave: more for small heads, which keep fewer bytes in
+    flight each."""
     return CTAS_PER_SM * num_sms(device) / num_kv_heads * 128 / head_dim
 
 

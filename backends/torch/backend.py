@@ -16,7 +16,7 @@ from llmrs.backends.base import Backend, BackendOptions, best_time
 from llmrs.backends.cores import usable_cores
 from llmrs.backends.fusion import FUSED_OPS
 from llmrs.backends.host_memory import free_host_memory, keep_freed_memory, trim_host_memory, use_huge_pages
-from llmrs.backends.torch.async_output import OutputCopier, CopiedOutput, TorchOutput
+from llmrs.backends.torch.async_output import CopiedOutput, OutputCopier, TorchOutput
 from llmrs.backends.torch.cpu_linear import Linear, prepare
 from llmrs.backends.torch.kv_fp8 import CODES, Scaled, check_device
 from llmrs.backends.torch.lowering import Lowering, Program, join_layers, last_early
@@ -131,9 +131,7 @@ class TorchBackend(Backend):
         if self.torch_device.type != "cuda":
             return 0
         itemsize = self.torch_dtype.itemsize
-        return workspace_bytes(
-            graph, max_num_seqs, activation_bytes(graph, max_num_batched_tokens, itemsize), itemsize
-        )
+        return workspace_bytes(graph, max_num_seqs, activation_bytes(graph, max_num_batched_tokens, itemsize), itemsize)
 
     # Loading: every equation becomes a call with its weights bound.
 

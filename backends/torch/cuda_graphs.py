@@ -59,11 +59,17 @@ class GraphCache:
         make_buffers: Callable[[StepShape], StepBuffers],
         forward: Callable[[StepBuffers], torch.Tensor],
         sample: Callable[[torch.Tensor, StepBuffers, bool], torch.Tensor],
-        workspace_bytes: int = 0,
+        *,
+        null_slot: int,
+        pool_bytes: int = 0,
     ) -> None:
-        """`forward` gives the logits of a step, `sample` its token ids (logits, buffers, with top-k, top-p or min-p)."""
+        """`forward` gives the logits of a step, `sample` its tokens (logits, buffers, with top-k, top-p or min-p).
+
+        The KV of captured steps goes to `null_slot`; `pool_bytes` is the initial size of their memory pool.
+        """
         self.make_buffers, self.run_forward, self.run_sample = make_buffers, forward, sample
-        self.capturers = GraphCapturer(device, workspace_bytes), GraphCapturer(device)  # forward, sampling
+        self.capturers = GraphCapturer(device, pool_bytes), GraphCapturer(device)  # forward, sampling
+        self.null_slot = null_slot
         self.steps: dict[StepShape, CapturedStep] = {}
         self.uncaptured: list[StepShape] = []  # captured while no request runs, the last first
         self.next_capture = 0.0  # not before this time while requests run
@@ -99,7 +105,8 @@ class GraphCache:
         return self.steps[shape]
 
     def capture(self, step: CapturedStep) -> None:
-        """Captures both graphs. The buffers hold padding only: on a CPU the step runs."""
+        """Captures both graphs, of a step of padding only: on a CPU it runs."""
+        step.buffers.fill_null(self.null_slot)
         step.forward = self.capturers[0].capture(lambda: self.run_forward(step.buffers))
         self.sampler(step, False)
 

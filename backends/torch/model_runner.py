@@ -16,16 +16,20 @@ import torch
 from llmrs.backends.torch.attn_metadata import StepBuffers, StepShape, shape_of, target_ctas
 from llmrs.backends.torch.cuda_graphs import GraphCache
 from llmrs.backends.torch.fusion import fuse
-from llmrs.backends.torch.kernel_configs import Device, prefill_block_m
-from llmrs.backends.torch.kernels.gemm import can_fuse_norm, max_fused_m, MAX_FUSED_NORM_M
-from llmrs.backends.torch.kernels.gumbel_argmax import sample_gumbel
-from llmrs.backends.torch.kernels.launch import has_tma, interpreted, supports_pdl
-from llmrs.backends.torch.kernels.top_k_top_p import find_thresholds
+from llmrs.backends.torch.kernel_configs import Device, kv_cache_dtype, prefill_q_tokens
+from llmrs.backends.torch.kernels.gemm import NORMED as MAX_FUSED_NORM_M
+from llmrs.backends.torch.kernels.gemm import most_rows as max_fused_m
+from llmrs.backends.torch.kernels.gemm import normed as can_fuse_norm
+from llmrs.backends.torch.kernels.gumbel_argmax import draw as sample_gumbel
+from llmrs.backends.torch.kernels.launch import chaining, hopper, interpreted
+from llmrs.backends.torch.kernels.top_k_top_p import find_edges as find_thresholds
 from llmrs.backends.torch.lowering import Program
 from llmrs.backends.torch.ops import KV
 from llmrs.backends.torch.sampling import Logits, SlotState, apply_logits_processors, needs_logits_processors
 from llmrs.backends.torch.step_shapes import DECODE_BATCH_SIZES, bucket, covering_shapes, decode_shapes, kernel_shapes
-from llmrs.backends.torch.triton_ops import TRITON, CosSinCache, KernelContext, fused_linear
+from llmrs.backends.torch.triton_ops import TRITON, KernelContext
+from llmrs.backends.torch.triton_ops import Turns as CosSinCache
+from llmrs.backends.torch.triton_ops import rows as fused_linear
 from llmrs.core.batch import Batch
 from llmrs.core.errors import BackendError
 from llmrs.core.ir import Graph
@@ -46,9 +50,9 @@ class GPUModelRunner:
             raise BackendError(f"Triton kernels don't run on {device}", "kernels: auto uses them where they do")
         self.device, self.use_graphs = device, graphs
         self.fuse_small_batches = True  # small batches run a program of fused GEMMs; see fusion.py
-        self.use_pdl = supports_pdl(device)
+        self.use_pdl = True
         self.copy_output = device.type == "cuda"  # tokens are copied on a stream of their own; see async_output.py
-        self.use_tma = has_tma(device)
+        self.use_tma = hopper(device)
         self.configs = Device.of(device)
         self.end()
 
@@ -87,14 +91,19 @@ class GPUModelRunner:
         if blocks * self.block_size >= 2**31:
             raise BackendError(f"{blocks} KV blocks of {self.block_size} tokens are too many", "lower kv_cache_memory")
         self.max_model_len = slots.tokens.shape[1]
-        self.tokens = torch.empty(
-            max(len(slots.tokens), DECODE_BATCH_SIZES[-1]), dtype=torch.int32, device=self.device
-        )
+        self.tokens = torch.empty(max(len(slots.tokens), DECODE_BATCH_SIZES[-1]), dtype=torch.int32, device=self.device)
         self.cos_sin_cache = CosSinCache(self.max_model_len, self.device)
         self.ctas = target_ctas(self.device, *kv[0].keys.shape[2:])
-        self.block_m_tokens = prefill_block_m(graph, dtype, kv[0].keys, self.configs)
+        self.block_m_tokens = prefill_q_tokens(graph, dtype, kv_cache_dtype(kv[0].keys), self.configs)
         if self.use_graphs and not NOT_CAPTURABLE & {c.op for c in program.calls}:
-            self.graphs = GraphCache(self.device, self._make_buffers, self._run, self._sample, activation_bytes)
+            self.graphs = GraphCache(
+                self.device,
+                self._make_buffers,
+                self._run,
+                self._sample,
+                null_slot=self.null_block * self.block_size,
+                pool_bytes=activation_bytes,
+            )
         if self.device.type == "cuda":  # the interpreter compiles nothing, and takes minutes
             self._warm_up(max_num_batched_tokens)
 
@@ -136,6 +145,7 @@ class GPUModelRunner:
         sizes = len(self.slots.last_token), max_num_batched_tokens, self.block_m_tokens, self.ctas
         for shape in kernel_shapes(*sizes):
             buffers = self._make_buffers(shape, copies=1)
+            buffers.fill_null(self.null_block * self.block_size)
             logits = self._run(buffers, once=True)
             for filtered in (False, True) if shape.is_decode_only else ():
                 self._sample(logits, buffers, filtered)
@@ -145,11 +155,8 @@ class GPUModelRunner:
         gc.collect()  # now: a full collection takes 0.1 s, and the next is due when many more objects exist
 
     def _make_buffers(self, shape: StepShape, copies: int = NUM_HOST_COPIES) -> StepBuffers:
-        """Buffers of a step of padding only."""
         table_size = shape.num_seqs * -(-self.max_model_len // self.block_size)
-        buffers = StepBuffers(shape, table_size, self.device, copies)
-        buffers.fill_null(self.null_block * self.block_size)
-        return buffers
+        return StepBuffers(shape, table_size, self.device, copies)
 
     def _sampling_buffers(self, batch: Batch) -> StepBuffers:
         """Of a step that is only sampled, as in tests."""
@@ -158,15 +165,16 @@ class GPUModelRunner:
         return buffers
 
     def _run(self, buffers: StepBuffers, *, once: bool = False) -> torch.Tensor:
-        """Logits. `once`: equal calls of other layers are skipped, which loads every kernel; the values mean nothing."""
+        """Logits. `once`: skips equal calls of other layers: every kernel is loaded, the values mean nothing."""
         shape, f = buffers.shape, buffers.fields
         pdl = self.use_pdl and shape.num_tokens <= PDL_MAX_TOKENS
         context = KernelContext(
-            shape, f, self.slots.last_token, self.cos_sin_cache, self.block_m_tokens, self.configs, self.use_tma, pdl
+            shape, f, self.slots.last_token, self.cos_sin_cache, self.block_m_tokens, self.configs, self.use_tma
         )
         program = self._program(shape)
         run = program.run_once if once else program.run
-        logits: torch.Tensor = run(context, [f.input_ids, f.positions, *self.kv])[0]
+        with chaining(pdl):
+            logits: torch.Tensor = run(context, [f.input_ids, f.positions, *self.kv])[0]
         return logits
 
     def _program(self, shape: StepShape) -> Program:
@@ -181,10 +189,11 @@ class GPUModelRunner:
         n, f, thresholds = len(logits), buffers.fields, None
         temperature, last_tokens = f.temperature[:n], self.slots.last_token
         pdl, out = self.use_pdl and n <= PDL_MAX_TOKENS, self.tokens[:n] if self.copy_output else None
-        if filtered:
-            thresholds = find_thresholds(logits, temperature, f.top_k[:n], f.top_p[:n], f.min_p[:n], pdl=pdl)
-        rng_keys, slots = f.rng_keys[:n], f.req_slots[:n]
-        return sample_gumbel(logits, temperature, rng_keys, slots, last_tokens, thresholds, out=out, pdl=pdl)
+        with chaining(pdl):
+            if filtered:
+                thresholds = find_thresholds(logits, temperature, f.top_k[:n], f.top_p[:n], f.min_p[:n])
+            rng_keys, slots = f.rng_keys[:n], f.req_slots[:n]
+            return sample_gumbel(logits, temperature, rng_keys, slots, last_tokens, thresholds, out=out)
 
 
 def _filters(params: SamplingArrays) -> bool:

@@ -133,7 +133,7 @@ def _allowed(mask: np.ndarray, logits: torch.Tensor) -> torch.Tensor:
 
 
 def logprobs(logits: torch.Tensor, tokens: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
-    """chosen, top ids, top of logits float32 (R, V) and tokens int64 (R,), as backends/reference/sampling.py has them."""
+    """Chosen, top ids, top of logits float32 (R, V) and tokens int64 (R,); see backends/reference/sampling.py."""
     likely = logits.log_softmax(dim=-1)
     top = likely.sort(dim=-1, descending=True, stable=True) if count else None
     chosen = likely.gather(1, tokens[:, None])[:, 0]

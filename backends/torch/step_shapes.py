@@ -36,9 +36,7 @@ def decode_shapes(max_num_seqs: int, ctas: float) -> list[StepShape]:
     largest = _up_to(DECODE_BATCH_SIZES, max_num_seqs)
     even = [(n, kv_splits(n, ctas)) for n in reversed(DECODE_BATCH_SIZES) if n <= largest]
     return [
-        StepShape(n, n, n, 0, splits)
-        for n, most in even
-        for splits in sorted({most, min(most, SHORT_MAX_KV_SPLITS)})
+        StepShape(n, n, n, 0, splits) for n, most in even for splits in sorted({most, min(most, SHORT_MAX_KV_SPLITS)})
     ]
 
 

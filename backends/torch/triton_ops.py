@@ -9,20 +9,17 @@ from typing import Any
 
 import torch
 
-from llmrs.backends.torch.attn_metadata import Fields, Shape
-from llmrs.backends.torch.cpu_linear import Linear
-from llmrs.backends.torch.kernel_configs import Cuts, pool_type
+from llmrs.backends.torch.attn_metadata import InputBuffers, StepShape
+from llmrs.backends.torch.kernel_configs import ConfigKey, Device, attn_config, kv_cache_dtype
 from llmrs.backends.torch.kernels import embedding as embedding
 from llmrs.backends.torch.kernels import gemm as few
 from llmrs.backends.torch.kernels import paged_attention as paged
 from llmrs.backends.torch.kernels import rms_norm as norm
 from llmrs.backends.torch.kernels.act_and_mul import gated
-from llmrs.backends.torch.kernels.gather import gather
 from llmrs.backends.torch.kernels.gemm_tma import Tiles, loadable
-from llmrs.backends.torch.kernels.matvec import matvec
-from llmrs.backends.torch.kernels.prefill_attention_tma import fits, prompt_attention, prompt_tiling
+from llmrs.backends.torch.kernels.paged_attention import AttnConfig
+from llmrs.backends.torch.kernels.prefill_attention_tma import fits, prefill_config, prompt_attention
 from llmrs.backends.torch.kernels.qk_norm_rope_cache import qk_norm_rope_write_kv as turn_and_store
-from llmrs.backends.torch.library import Library, Parts
 from llmrs.backends.torch.ops import KV, OPS
 from llmrs.core.ir import RopeFrequencies
 
@@ -48,13 +45,12 @@ class Turns:
 class KernelContext:
     """What the rules need of a step."""
 
-    shape: Shape
-    fields: Fields
+    shape: StepShape
+    fields: InputBuffers
     last: Tensor  # int64 (slots,): the last token of each
     turns: Turns
     tile: int  # tokens of a prompt's tile
-    cuts: Cuts
-    library: tuple[Library, Parts] | None = None  # does the parts of prompts in the kernel's place
+    device: Device
     copies: bool = False  # whether the kernel for them loads keys by the copy engine, where that is possible
 
 
@@ -79,7 +75,7 @@ def rope(c: KernelContext, x: Tensor, positions: Tensor, *, frequencies: RopeFre
 
 
 def write_kv(c: KernelContext, k: Tensor, v: Tensor, kv: KV) -> KV:
-    cells = c.fields.cells.long()
+    cells = c.fields.slot_mapping.long()
     at = cells // kv.keys.shape[1], cells % kv.keys.shape[1]
     for cache, new in ((kv.keys, k), (kv.values, v)):
         cache[at] = new.to(cache.dtype)
@@ -90,7 +86,7 @@ def rope_write_kv(
     c: KernelContext, q: Tensor, positions: Tensor, k: Tensor, v: Tensor, kv: KV, *, frequencies: RopeFrequencies
 ) -> tuple[Tensor, KV]:
     turns = c.turns.of(frequencies)
-    return turn_and_store(q, k, v, None, positions, c.fields.cells, turns, kv.keys, kv.values), kv
+    return turn_and_store(q, k, v, None, positions, c.fields.slot_mapping, turns, kv.keys, kv.values), kv
 
 
 def qk_norm_rope_write_kv(
@@ -106,37 +102,35 @@ def qk_norm_rope_write_kv(
     eps: float,
     offset: float = 0.0,
 ) -> tuple[Tensor, KV]:
-    turns, cells = c.turns.of(frequencies), c.fields.cells
+    turns, cells = c.turns.of(frequencies), c.fields.slot_mapping
     return turn_and_store(q, k, v, norms, positions, cells, turns, kv.keys, kv.values, eps=eps, offset=offset), kv
 
 
 def attend(c: KernelContext, q: Tensor, kv: KV, *, scale: float, window: int = 0) -> Tensor:
-    """Single tokens in one launch, and parts of prompts in another, or by a library."""
+    """Decode tokens in one launch, prefill chunks in another."""
     tokens, heads, size = q.shape
-    group, shape, f = heads // kv.keys.shape[2], c.shape, c.fields
+    block_size, kv_heads = kv.keys.shape[1:3]
+    group, shape, f = heads // kv_heads, c.shape, c.fields
     y = torch.empty(tokens, heads * size, dtype=q.dtype, device=q.device)
-    if shape.singles:
-        cut = c.cuts.tiling(group, size, q.dtype, pool_type(kv.keys), prompt=False)
+
+    def config(prefill: bool) -> AttnConfig:
+        return attn_config(ConfigKey(prefill, group, size, q.dtype, kv_cache_dtype(kv.keys)), c.device)
+
+    if shape.num_decode_tiles:
         paged.attention(
-            q, kv.keys, kv.values, f.tables, f.singles, y, scale=scale, window=window, cut=cut, split=shape.split
+            q, kv.keys, kv.values, f.block_tables, f.decode_tiles, y,
+            scale=scale, window=window, config=config(False), split=shape.num_kv_splits,
+        )  # fmt: skip
+    if not shape.num_prefill_tiles:
+        return y
+    if c.copies and window == 0 and shape.is_long_prefill and fits(kv.keys, q.dtype) and fits(kv.values, q.dtype):
+        tma = replace(prefill_config(group, size, block_size), q_tokens=c.tile)
+        prompt_attention(q, kv.keys, kv.values, f.block_tables, f.prefill_tiles, y, scale=scale, config=tma)
+    else:
+        how = replace(config(True), q_tokens=c.tile)
+        paged.attention(
+            q, kv.keys, kv.values, f.block_tables, f.prefill_tiles, y, scale=scale, window=window, config=how
         )
-    if c.library:
-        run, parts = c.library
-        assert isinstance(kv.keys, Tensor), "a cache in fp8 is refused before"
-        assert isinstance(kv.values, Tensor)
-        k, v = gather(kv.keys, kv.values, parts.pieces, parts.keys, q.dtype)
-        found = run.attend(q[parts.rows], k, v, parts, scale, window).flatten(1)
-        if len(found) == tokens:
-            return found
-        y[parts.rows] = found
-    elif (
-        shape.chunks and c.copies and window == 0 and shape.long and fits(kv.keys, q.dtype) and fits(kv.values, q.dtype)
-    ):
-        cut = replace(prompt_tiling(group, size, kv.keys.shape[1]), tokens=c.tile)
-        prompt_attention(q, kv.keys, kv.values, f.tables, f.chunks, y, scale=scale, cut=cut)
-    elif shape.chunks:
-        cut = replace(c.cuts.tiling(group, size, q.dtype, pool_type(kv.keys), prompt=True), tokens=c.tile)
-        paged.attention(q, kv.keys, kv.values, f.tables, f.chunks, y, scale=scale, window=window, cut=cut)
     return y
 
 
@@ -149,25 +143,24 @@ def gelu_and_mul(_: KernelContext, gate: Tensor, up: Tensor) -> Tensor:
 
 
 def gather_logits_rows(c: KernelContext, x: Tensor) -> Tensor:
-    return x if c.shape.plain else x.index_select(0, c.fields.rows)
+    return x if c.shape.is_decode_only else x.index_select(0, c.fields.logits_indices)
 
 
-def lm_head(_: KernelContext, x: Tensor, matrix: Linear) -> Tensor:
+def lm_head(_: KernelContext, x: Tensor, matrix: "Linear") -> Tensor:
     """Logits as the matrix product gives them: sampling widens what it reads."""
     return matrix(x)
 
 
 @dataclass(frozen=True)
-class Matrix:
-    """y = x w^T (+ bias) for weight (N, K): our own kernel for one row, the library's matrix product for more."""
+class Linear:
+    """y = x w^T (+ bias), weight (N, K): our GEMV for M = 1, cuBLAS for more."""
 
     weight: Tensor
     bias: Tensor | None = None
-    cuts: Cuts | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         if len(x) == 1:
-            return matvec(x, self.weight, self.bias, self.cuts.rows(self.weight) if self.cuts else 0)
+            return few.product(x, self.weight, self.bias)
         return torch.nn.functional.linear(x, self.weight, self.bias)
 
 
@@ -181,8 +174,8 @@ def rows(
     """fusing.py's op, by as few launches as `cut_of` finds best: all in one, or a product with the gate and a norm that
     adds up its ranges; else the library's product, and what stands around it by itself."""
     *more, (matrix, before, after) = rest
-    weight, bias, device = matrix.weight, matrix.bias, c.cuts.device
-    cut = few.cut_of(len(x), weight, bool(gate), after is not None and bias is None, device.shared)
+    weight, bias = matrix.weight, matrix.bias
+    cut = few.cut_of(len(x), weight, bool(gate), after is not None and bias is None, c.device.smem_bytes)
     if isinstance(cut, few.Cut):
         norm, how = (before.weight, before.params) if before else (None, {})
         y = few.product(x, weight, bias, more[0] if more else None, norm, gate=gate, cut=cut, **how)

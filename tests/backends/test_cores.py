@@ -67,7 +67,7 @@ def test_backends_without_a_choice_refuse_the_option(name):
 
 def test_steps_on_a_gpu_have_no_threads():
     made = find("torch")("cpu", "f32", "f32")
-    made.at = torch.device("cuda:0")
+    made.torch_device = torch.device("cuda:0")
     with pytest.raises(ConfigError, match="threads: steps run on"):
         made.use_threads(2)
 

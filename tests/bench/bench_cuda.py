@@ -2,9 +2,9 @@
 
 Random weights in the shapes of the model that FOLDER is named after (qwen3-8b, llama-3.2-1b), else of Qwen3-0.6B; it is
 written if it is not there. Prints what the device can do, then how near the engine comes: correctness, device time of
-decode steps, the four workloads, arrivals, kernels against their floors, cuts of attention, tuning, the start of a
-process, a grid of steps, which it also draws into $OUT. All but correctness, cuts and tuning are those of `llmrs
-bench`. A part that fails says so, and the others go on. The last line is JSON.
+decode steps, the four workloads, arrivals, kernels against their floors, cuts of attention, the start of a process,
+a grid of steps, which it also draws into $OUT. All but correctness and cuts are those of `llmrs bench`. A part
+that fails says so, and the others go on. The last line is JSON.
 """
 
 import json
@@ -22,7 +22,6 @@ import bench_gemm
 import bench_gemm_in_step
 import bench_pdl
 import bench_prefill
-import bench_tuning
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
@@ -219,7 +218,7 @@ def profiles() -> None:
 def cuts() -> None:
     """Attention by itself in the model's shapes, with other tiles than the defaults: 256 sequences of 512; a prompt of
     4,096."""
-    from llmrs.backends.torch.kernels.paged_attention import Tiling, attention
+    from llmrs.backends.torch.kernels.paged_attention import AttnConfig, attention
 
     shape = random_checkpoint.SHAPES[model_shape()]
     heads, kv_heads, size = shape["num_attention_heads"], shape["num_key_value_heads"], shape["head_dim"]
@@ -231,14 +230,14 @@ def cuts() -> None:
         torch.randn(2048, 2, kv_heads, 64, size, device=GPU, dtype=torch.bfloat16) for _ in range(4)
     ]  # beyond the L2 cache
 
-    def launch(tiles: torch.Tensor, cut: Tiling) -> None:
+    def launch(tiles: torch.Tensor, cut: AttnConfig) -> None:
         for p in pools:
             k, v = p.transpose(2, 3).unbind(1)
-            attention(q, k, v, tables, tiles, y, scale=0.09, window=0, cut=cut)
+            attention(q, k, v, tables, tiles, y, scale=0.09, window=0, config=cut)
 
     read = 256 * 512 * 2 * kv_heads * size * 2 * len(pools)
     for keys, warps, stages in ((64, 2, 3), (64, 4, 3), (32, 2, 3), (32, 2, 4), (64, 2, 2), (64, 1, 3), (64, 2, 4)):
-        cut = Tiling(1, keys, warps, stages)
+        cut = AttnConfig(1, keys, warps, stages)
         seconds = timed(bench_gemm.recorded(partial(launch, singles, cut))[0])
         print(f"decode, {cut}: {read / seconds / 1e12:.2f} TB/s", flush=True)
     flops, group = 4 * 4096 * 4096 / 2 * heads * size * len(pools), heads // kv_heads
@@ -251,7 +250,7 @@ def cuts() -> None:
     ):
         tokens = rows // group
         tiles = torch.tensor([[0, t, tokens, t] for t in range(0, 4096, tokens)], dtype=torch.int32, device=GPU)
-        cut = Tiling(tokens, keys, warps, stages)
+        cut = AttnConfig(tokens, keys, warps, stages)
         seconds = timed(partial(launch, tiles, cut), 5)
         print(f"prompt, {cut}: {flops / seconds / 1e12:.0f} TFLOP/s", flush=True)
 
@@ -312,20 +311,15 @@ def products() -> None:
         on_its_thread(own, run)
 
 
-def prompt() -> None:
-    """What bench_prompt.py says."""
+def prefill() -> None:
+    """The parts of bench_prefill.py."""
 
     def measured(engine: Engine) -> float:
         asked = WORKLOADS["prefill"].requests_of(engine.model.config.vocab_size)
         return sum(len(a.prompt) for a in asked) / run_workload(engine, asked).seconds
 
-    FOUND["prompt"] = bench_prefill.kernels(timed)
-    FOUND["prompt prefill"] = bench_prefill.prefill(loaded, measured, timed)
-
-
-def tuning() -> None:
-    """The search for cuts that an unknown GPU gets at load."""
-    on_its_thread(engine(), lambda backend: bench_tuning.tuning(backend, FOUND))
+    FOUND["prefill"] = bench_prefill.kernels(timed)
+    FOUND["prefill workload"] = bench_prefill.prefill(loaded, measured, timed)
 
 
 PARTS = {
@@ -338,13 +332,12 @@ PARTS = {
         arrivals,
         profiles,
         cuts,
-        prompt,
+        prefill,
         sampling,
         pdl,
         fp8,
         rows,
         products,
-        tuning,
         more_correctness,
         start,
         grid,

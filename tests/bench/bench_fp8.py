@@ -51,13 +51,13 @@ def logits(backend: Any) -> np.ndarray:
 
 def attend(bench: Any) -> None:
     """Single tokens of 256 sequences: both kinds of pools with the cut of today, fp8 with others too."""
-    from llmrs.backends.torch.kernels.paged_attention import Tiling, tiling
+    from llmrs.backends.torch.kernels.paged_attention import AttnConfig, default_config
 
     others = ((64, 4, 3), (64, 2, 4), (32, 2, 4), (64, 2, 2), (64, 1, 3))
     for context in (512, 1000):
         for kv, more in (("bf16", ()), ("fp8", others)):
-            now = tiling(2, 128, torch.bfloat16, prompt=False, fp8=kv == "fp8")
-            cut_by_cut(bench, context, kv, [now, *(Tiling(1, *c) for c in more)])
+            now = default_config(2, 128, torch.bfloat16, prefill=False, fp8=kv == "fp8")
+            cut_by_cut(bench, context, kv, [now, *(AttnConfig(1, *c) for c in more)])
 
 
 def cut_by_cut(bench: Any, context: int, kv: str, cuts: list[Any]) -> None:
@@ -80,10 +80,10 @@ def cut_by_cut(bench: Any, context: int, kv: str, cuts: list[Any]) -> None:
     def launch(cut: Any) -> None:
         for p in pools:
             k, v = (side.transpose(1, 2) for side in p.unbind(1))
-            attention(q, k, v, tables, tiles, y, scale=0.09, window=0, cut=cut)
+            attention(q, k, v, tables, tiles, y, scale=0.09, window=0, config=cut)
 
     read = 256 * context * 2 * 8 * (128 * 2 if kv == "bf16" else 128 + 4)
     for cut in cuts:
         seconds = bench.timed(recorded(partial(launch, cut))[0]) / len(pools)
-        bench.FOUND[f"attention {kv} {context} {cut.keys} {cut.warps} {cut.stages}"] = seconds
+        bench.FOUND[f"attention {kv} {context} {cut.block_n} {cut.num_warps} {cut.num_stages}"] = seconds
         print(f"256 x {context:4} {kv:4} {cut}: {seconds * 1e6:6.1f} us, {read / seconds / 1e12:.2f} TB/s", flush=True)

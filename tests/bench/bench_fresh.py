@@ -41,19 +41,19 @@ def loaded(folder: str) -> Engine:
 
 def watch() -> dict[str, list[Any]]:
     """Milliseconds of every capture of a CUDA graph and of every Triton kernel that is compiled."""
-    from llmrs.backends.torch.cuda_graphs import Recorder
+    from llmrs.backends.torch.cuda_graphs import GraphCapturer
 
     seen: dict[str, list[Any]] = {"capture": [], "compile": []}
-    record = Recorder.record
+    record = GraphCapturer.record
 
-    def timed(self: Recorder, *args: Any, **options: Any) -> Any:
+    def timed(self: GraphCapturer, *args: Any, **options: Any) -> Any:
         begin = time.perf_counter()
         try:
             return record(self, *args, **options)
         finally:
             seen["capture"].append((time.perf_counter() - begin) * 1e3)
 
-    Recorder.record = timed  # type: ignore[method-assign]
+    GraphCapturer.record = timed  # type: ignore[method-assign]
     import triton
 
     def compiled(src: Any, metadata: Any, metadata_group: Any, times: Any, cache_hit: bool) -> None:

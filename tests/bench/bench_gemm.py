@@ -95,13 +95,13 @@ def cuts(of: Linear, rows: int) -> Iterator[tuple[str, Cut | Tiles]]:
     """The kernels by name, and their cuts: the default, and others near it."""
     gate = bool(of.gate)
     if vectors(rows, of.width, gate) and (rows == 1 or of.name != "head"):
-        first = cut_few(rows, of.width, 2, gate)
+        first = cut_few(rows, of.count, of.width, 2, gate)
         yield from (("few", c) for c in (first, replace(first, each=2 * first.each), replace(first, part=512)))
     yield from (("many", t) for t in tiles(of, rows) if possible(t, of, rows))
 
 
 def tiles(of: Linear, rows: int) -> Iterator[Tiles]:
-    first = cut_many(rows, of.count, of.width, bool(of.gate), of.more, Device.of(torch.device(GPU)).shared)
+    first = cut_many(rows, of.count, of.width, bool(of.gate), of.more, Device.of(torch.device(GPU)).smem_bytes)
     yield first
     for near in (first, replace(first, part=64, stages=8 if first.part == 128 else first.stages)):
         yield from (replace(near, split=n) for n in (1, 2, 4, 6))
@@ -186,8 +186,8 @@ def attempt(
 
 def restart(backend: Any) -> None:
     """Takes in what was set; each shape gets a graph of its own when it comes again."""
-    kernels = backend.kernels
-    kernels.begin(backend.graph, backend.program, backend.kv, backend.slots, backend.type)
+    kernels = backend.runner
+    kernels.begin(backend.graph, backend.program, backend.kv, backend.slots, backend.torch_dtype)
     kernels.recorded, kernels.uncaptured = {}, []
 
 
@@ -195,7 +195,7 @@ def whole_steps(
     timed: Timed, found: dict[str, Any], backend: Any, batch: Callable[[Any, int, int], Any], context: int = 384
 ) -> None:
     """The forward part of decode steps: without the program for few rows, with it, and with its kernels chained."""
-    kernels = backend.kernels
+    kernels = backend.runner
     for name, fused, chained in (("library", False, False), ("fused", True, False), ("fused, chained", True, True)):
         kernels.chain, kernels.fused = chained, fused
         restart(backend)

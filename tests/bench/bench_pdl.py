@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from bench_gemm import recorded
 
-from llmrs.backends.torch.cuda_graphs import Recorder
+from llmrs.backends.torch.cuda_graphs import GraphCapturer
 from llmrs.backends.torch.kernels.gumbel_argmax import draw
 from llmrs.backends.torch.kernels.launch import chaining
 from llmrs.core.batch import Batch
@@ -62,9 +62,9 @@ def cuts_of(rows: int, warmth: float) -> dict[str, dict[str, int]]:
 @contextmanager
 def way_of(backend: Any, chain: bool) -> Iterator[None]:
     """The backend with kernels chained or not, and graphs of its own; and as it was."""
-    k = backend.kernels
+    k = backend.runner
     before = k.chain, k.recorded, k.recorders
-    k.chain, k.recorded, k.recorders = chain, {}, (Recorder(torch.device(GPU)), Recorder(torch.device(GPU)))
+    k.chain, k.recorded, k.recorders = chain, {}, (GraphCapturer(torch.device(GPU)), GraphCapturer(torch.device(GPU)))
     k.step = None
     try:
         yield
@@ -85,7 +85,7 @@ def pdl(backend: Any, decode_batch: Callable[[int, int], Batch], timed: Timed, f
                 expected = tokens if expected is None else expected
                 forward = timed(lambda b=batch: backend.forward(b))
                 logits = backend.forward(batch)
-                sample = timed(torch.inference_mode()(lambda b=batch, x=logits: backend.kernels.sample(x, b, None)))
+                sample = timed(torch.inference_mode()(lambda b=batch, x=logits: backend.runner.sample(x, b, None)))
                 step = timed(in_turn(backend, batch))
             same = bool((tokens == expected).all())
             found.setdefault(f"pdl {count}x{context} {name}", []).append([forward, sample, step, same])

@@ -10,8 +10,8 @@ from llmrs.backends.torch.kv_fp8 import Scaled
 from llmrs.core.batch import Batch
 
 pytest.importorskip("triton")
-from llmrs.backends.torch.attn_metadata import chunk_tiles, single_tiles
-from llmrs.backends.torch.kernels.paged_attention import Tiling, attention
+from llmrs.backends.torch.attn_metadata import decode_tiles, prefill_tiles
+from llmrs.backends.torch.kernels.paged_attention import AttnConfig, attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
@@ -39,17 +39,17 @@ def pool(rng: np.random.Generator, batch: Batch, block_size: int, kv_heads: int,
     return kv
 
 
-def run(q, kv, batch: Batch, scale: float, window: int, cut: Tiling, split: int) -> torch.Tensor:
+def run(q, kv, batch: Batch, scale: float, window: int, cut: AttnConfig, split: int) -> torch.Tensor:
     y = torch.full((len(q), q.shape[1] * q.shape[2]), 77.0, dtype=q.dtype)
     q, tables, y = (x.to(DEVICE) for x in (q, torch.from_numpy(batch.block_tables), y))
     keys, values = (x if isinstance(x, Scaled) else x.to(DEVICE) for x in kv)
     counts, width = np.diff(batch.query_start_loc), batch.block_tables.shape[1]
-    singles = single_tiles(batch, counts, width)
+    singles = decode_tiles(batch, counts, width)
     empty = np.zeros((1, 4), np.int32)
-    chunks = chunk_tiles(batch, counts, width, cut.tokens)
-    for tiles, how, n in ((singles, Tiling(1, cut.keys, 4, 1), split), (chunks, cut, 1)):
+    chunks = prefill_tiles(batch, counts, width, cut.q_tokens)
+    for tiles, how, n in ((singles, AttnConfig(1, cut.block_n, 4, 1), split), (chunks, cut, 1)):
         tiles = torch.from_numpy(np.concatenate([empty, tiles])).to(DEVICE)  # an empty tile does nothing
-        attention(q, keys, values, tables, tiles, y, scale=scale, window=window, cut=how, split=n)
+        attention(q, keys, values, tables, tiles, y, scale=scale, window=window, config=how, split=n)
     return y.cpu()
 
 

@@ -5,9 +5,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from llmrs.backends.torch.kernels.gemm import (
-    product,
-)
+from llmrs.backends.torch.kernels.gemm import product
+from llmrs.backends.torch.triton_ops import Linear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
@@ -62,3 +61,13 @@ def check(rows: int, count: int, width: int, dtype: torch.dtype, gate: str, more
     assert y.shape == (rows, count)
     assert y.dtype == dtype
     assert (np.abs(y.double().cpu().numpy() - wanted) < LEFT[dtype] * np.maximum(np.abs(wanted), 1)).all()
+
+
+def check_linear(count: int, width: int, dtype: torch.dtype) -> None:
+    """One row through a matrix, as every linear without a neighbour does it."""
+    rng = np.random.default_rng(width)
+    x, w, bias = (random(rng, *shape, dtype=dtype) for shape in ((1, width), (count, width), (count,)))
+    w = w / width**0.5
+    for b in (None, bias):
+        found, wanted = Linear(w, b)(x).double().cpu().numpy(), expected(x, w, b, None, None, "")
+        assert (np.abs(found - wanted) < LEFT[dtype] * np.maximum(np.abs(wanted), 1)).all()

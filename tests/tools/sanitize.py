@@ -53,7 +53,7 @@ def by_row() -> None:
         elementwise.test_gated(4, 1100, dtype)
         elementwise.check_qk_norm_rope_write_kv(3, 1, 24, dtype)
         elementwise.check_qk_norm_rope_write_kv(5, 5, 80, dtype)
-        elementwise.test_matvec(9, 1100, dtype)
+        gemm_cases.check_linear(9, 1100, dtype)
     elementwise.test_embed()
 
 

@@ -2,8 +2,8 @@
 
     python tests/tools/triton_compile.py [few | all] [sm_80 sm_89 sm_90 sm_100]    (all, sm_90)
 
-`few` are two shapes, cut as they are without tuning; `all` are awkward shapes too, and all that tuning tries. Each
-must fit into the shared memory of the target. Run by test_triton_compile.py and `make compile` in a process of its own,
+`few` are two shapes, `all` are awkward ones too. Each must fit into the shared memory of the
+target. Run by test_triton_compile.py and `make compile` in a process of its own,
 where Triton's interpreter is off.
 """
 
@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import astuple
 from pathlib import Path
 from typing import ClassVar
 
@@ -19,23 +20,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from llmrs.backends.torch.kernel_configs import (
-    STORED,
-    Cut,
-    Device,
-    Key,
-    attention_key,
-    candidates,
-    default,
-    shared_memory,
-)
+from llmrs.backends.torch.kernel_configs import SM90_CONFIGS, ConfigKey, Device, attn_config, smem_bytes
 from llmrs.backends.torch.kernels import (
     act_and_mul,
     embedding,
-    gather,
     gumbel,
     gumbel_argmax,
-    matvec,
     paged_attention,
     qk_norm_rope_cache,
     rms_norm,
@@ -45,6 +35,7 @@ from llmrs.backends.torch.kernels import prefill_attention_tma as prompt_of
 from llmrs.backends.torch.kernels import top_k_top_p as edges_of
 from llmrs.backends.torch.kernels.gemm_tma import LINES, Tiles, many
 from llmrs.backends.torch.kernels.launch import power, precision
+from llmrs.backends.torch.kernels.paged_attention import AttnConfig
 from llmrs.backends.torch.kv_fp8 import CODES, LEAST_CAPABILITY
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -59,19 +50,15 @@ class Run:
 
     device = TARGETS["sm_90"]
     few = True
-    stored = STORED["NVIDIA H200"] | STORED["NVIDIA H100"]  # all there is as yet is for sm_90
-    done: ClassVar[set[str]] = set()
+    done: ClassVar[set[ConfigKey]] = set()
     tiles: ClassVar[set[tuple]] = set()
 
 
-def cuts(key: Key) -> list[Cut]:
-    """Those of a key that may run on the device; what tuning tries, in bfloat16 only."""
-    all_of_them = not Run.few and key.types[0] == torch.bfloat16
-    found = candidates(key, Run.device) if all_of_them else [default(key, Run.device)]
-    Run.done.add(str(key))
-    if Run.device.capability == (9, 0) and str(key) in Run.stored:
-        found.insert(0, Run.stored[str(key)])
-    return [*dict.fromkeys(found)]
+def configs(key: ConfigKey) -> list[AttnConfig]:
+    """The default for the device, and on sm_90 the measured one first."""
+    Run.done.add(key)
+    measured = [SM90_CONFIGS[key]] if Run.device.capability == (9, 0) and key in SM90_CONFIGS else []
+    return [*dict.fromkeys([*measured, attn_config(key, Run.device)])]
 
 
 def compiled(
@@ -98,7 +85,7 @@ def compiled(
     for chained in (False, True) if chain and major >= 9 else (False,):
         source = ASTSource(kernel, signature, constants | {"PDL": chained}, attributes)
         found = triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
-        assert found.metadata.shared <= Run.device.shared, (kernel.__name__, constants, found.metadata.shared)
+        assert found.metadata.shared <= Run.device.smem_bytes, (kernel.__name__, constants, found.metadata.shared)
         check_chain(found, chained)
         spills = " LOCAL MEMORY" if ".local " in found.asm["ptx"] else ""
         how = " chained" if chained else ""
@@ -149,10 +136,10 @@ def attentions(dtype: torch.dtype, group: int, size: int, block: int, window: in
     parts = dict.fromkeys(("part_sum", "part_most", "part_weight"), "fp32")
     cache, absent = pools(dtype, fp8=fp8)
     for prompt in (False, True):
-        key = attention_key(group, size, dtype, CODES if fp8 else dtype, prompt=prompt)
-        first, *others = cuts(key)
+        key = ConfigKey(prompt, group, size, dtype, CODES if fp8 else dtype)
+        first, *others = configs(key)
         for cut, split in [(first, 1), *([] if prompt else [(first, 8)]), *((cut, 1) for cut in others)]:
-            tokens, keys, warps, stages = cut
+            tokens, keys, warps, stages = astuple(cut)
             constants = {
                 "G": group, "D": size, "DP": padded, "BLOCK": block, "R": power(tokens * power(group), 16),
                 "TILE": keys, "SPLITS": split, "WINDOW": window, "PROMPT": prompt, "PRECISION": precision(dtype),
@@ -160,7 +147,7 @@ def attentions(dtype: torch.dtype, group: int, size: int, block: int, window: in
             constants |= absent
             tensors = dict.fromkeys(("q", "y"), t) | cache | ints | parts
             found = compiled(paged_attention._attend, tensors, constants, ("scale",), (), warps, stages, cut == first)
-            assert found.metadata.shared <= shared_memory(key, cut, Run.device), (key, cut, found.metadata.shared)
+            assert found.metadata.shared <= smem_bytes(key, cut, Run.device), (key, cut, found.metadata.shared)
     compiled(
         paged_attention._combine, {"tiles": "i32", "y": t, **parts}, {"D": size, "DP": padded, "SPLITS": 8}, warps=1
     )
@@ -168,14 +155,14 @@ def attentions(dtype: torch.dtype, group: int, size: int, block: int, window: in
 
 def prompts(dtype: torch.dtype, group: int, size: int, block: int) -> None:
     """With its registers; matrix products of Hopper's kind, copies by the copy engine, and nothing spilled."""
-    t, padded, cut = NAMES[dtype], power(size, 16), prompt_of.prompt_tiling(group, size, block)
+    t, padded, cut = NAMES[dtype], power(size, 16), prompt_of.prefill_config(group, size, block)
     constants = {
-        "G": group, "D": size, "DP": padded, "BLOCK": block, "R": power(cut.tokens * power(group), 16),
-        "KEYS": cut.keys,
+        "G": group, "D": size, "DP": padded, "BLOCK": block, "R": power(cut.q_tokens * power(group), 16),
+        "KEYS": cut.block_n,
     }  # fmt: skip
-    pool = f"tensordesc<{t}[{cut.keys},{padded}]>"
+    pool = f"tensordesc<{t}[{cut.block_n},{padded}]>"
     tensors = {"q": t, "y": t, "keys": pool, "values": pool, "tables": "i32", "tiles": "i32"}
-    found = compiled(prompt_of._prompt, tensors, constants, ("scale",), (), cut.warps, cut.stages)
+    found = compiled(prompt_of._prompt, tensors, constants, ("scale",), (), cut.num_warps, cut.num_stages)
     if Run.device.capability == (9, 0):
         assert "wgmma.mma_async" in found.asm["ptx"]
     assert "cp.async.bulk.tensor" in found.asm["ptx"]
@@ -197,26 +184,13 @@ def rows(dtype: torch.dtype, width: int) -> None:
     compiled(embedding._embed, {"tokens": "i32", "last": "i64", "table": t, "y": t}, constants, warps=2)
 
 
-def gathers(dtype: torch.dtype, size: int, block: int) -> None:
-    tensors = dict.fromkeys(("keys", "values", "k", "v"), NAMES[dtype]) | {"pieces": "i32"}
-    compiled(gather._gather, tensors, {"HK": 8, "D": size, "DP": power(size), "BLOCK_P": block})
-
-
-def matvecs(dtype: torch.dtype, count: int, width: int) -> None:
-    t, part = NAMES[dtype], min(matvec.PART, power(width))
-    for (together,) in cuts(Key("matvec", (count, width), (dtype,))):
-        constants = {"K": width, "PARTS": -(-width // part), "PART": part, "ROWS": together}
-        for bias in (False, True):
-            compiled(matvec._matvec, dict.fromkeys(("x", "w", "bias", "y"), t), constants | {"BIAS": bias})
-
-
 def products(dtype: torch.dtype, count: int, width: int, gate: str, norm: bool, add: bool, counts: tuple) -> None:
     """For numbers of rows; and what ptxas says."""
     w = torch.empty(count * (2 if gate else 1), width, dtype=dtype, device="meta")
     tensors = dict.fromkeys(("x", "norm", "w", "bias", "more", "y"), NAMES[dtype])
     bound = {"K": width, "GATE": rows_of.GATES[gate], "BIAS": False, "ADD": add}
     for rows in counts:
-        cut = rows_of.cut_of(rows, w, bool(gate), add, Run.device.shared)
+        cut = rows_of.cut_of(rows, w, bool(gate), add, Run.device.smem_bytes)
         if isinstance(cut, Tiles):
             tiles(cut, dtype, count, width, bound["GATE"])
         if not isinstance(cut, rows_of.Cut):
@@ -313,7 +287,7 @@ def samplings(dtype: torch.dtype) -> None:
 # Of Qwen3-0.6B's layer and head; then Llama-3.2-1B's and Qwen3-8B's, and awkward ones. A norm only of one row.
 FEW = [
     (4096, 1024, "", True, False), (1024, 2048, "", False, True), (3072, 1024, "silu_and_mul", True, False),
-    (1024, 3072, "", False, True), (151936, 1024, "", False, False),
+    (1024, 3072, "", False, True), (151936, 1024, "", False, False), (151936, 4096, "", False, False),
     (3072, 2048, "", True, False), (2048, 2048, "", False, True), (8192, 2048, "silu_and_mul", True, False),
     (2048, 8192, "", False, True),
     (6144, 4096, "", True, False), (4096, 4096, "", False, True), (12288, 4096, "silu_and_mul", True, False),
@@ -343,13 +317,8 @@ def main(few: bool, device: Device) -> None:
         for group, size, block, window in (*every, (2, 128, 128, 0)) if copies else ():
             if window == 0 and (not few or size == 128):
                 prompts(dtype, group, size, block)
-                gathers(dtype, size, block)
         for width in (1024,) if few else (1024, 80, 5376):
             rows(dtype, width)
-            matvecs(dtype, 1024, 3 * width)
-            matvecs(dtype, 4096, width)
-        for count, width in ((1024, 2048), (6144, 1024), (151936, 1024)):
-            matvecs(dtype, count, width)
         for sizes in FEW[:4] if few else FEW:
             products(dtype, *sizes, (1, 2, 16, 256) if few else (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512))
         for shape in ((16, 8, 128),) if few else ((16, 8, 128), (3, 1, 24), (4, 1, 256)):
@@ -357,11 +326,11 @@ def main(few: bool, device: Device) -> None:
                 for fp8 in caches:
                     ropes(dtype, *shape, norms, fp8=fp8)
         samplings(dtype)
-    stored = {key for key in Run.stored if True in caches or "float8" not in key}
+    stored = {key for key in SM90_CONFIGS if True in caches or key.kv_dtype != CODES}
     assert stored <= Run.done, stored - Run.done
 
 
 if __name__ == "__main__":
     for name in [a for a in sys.argv[1:] if a in TARGETS] or ["sm_90"]:
-        print(f"-- {name}, {TARGETS[name].shared // 1024} KB", flush=True)
+        print(f"-- {name}, {TARGETS[name].smem_bytes // 1024} KB", flush=True)
         main("few" in sys.argv, TARGETS[name])

@@ -46,12 +46,14 @@ class Cut:
     stages: int = 1
 
 
-def cut_few(rows: int, width: int, size: int, gate: bool) -> Cut:
+def cut_few(rows: int, count: int, width: int, size: int, gate: bool) -> Cut:
     """For w of `width` columns of `size` bytes: about 16 KB a program, of which a multiprocessor holds a few.
 
     More than one result of a warp only where they are short: Triton 3.6 would move parts of w between warps. For one
     row that is better even so, up to 4 KB a result.
     """
+    if rows == 1 and not gate and (count >= HEAD or 3072 < width <= 4096) and width >= 1024:  # measured on an H200
+        return Cut(1 if count >= HEAD else 2, 1024 * 2 // size)
     part = min((256 if width <= 1024 else 512 if width <= 4096 or gate else 1024) * 2 // size, power(width))
     short = power(width) * size * (1 + gate) * (1 + (rows > 2)) <= 2048
     each = min(1024 // power(width), 16) // (power(rows) * (1 + gate))
@@ -73,14 +75,16 @@ def cut_of(rows: int, w: torch.Tensor, gate: bool, summed: bool, shared: int) ->
     """
     count, width, size = len(w) // (1 + gate), w.shape[1], w.element_size()
     if rows == 1:
-        return cut_few(rows, width, size, gate)
+        return cut_few(rows, count, width, size, gate)
     if hopper(w.device) and loadable(w):
         if rows == 2 and not summed and w.nbytes <= LARGE // 2 and vectors(rows, width, gate):
-            return cut_few(rows, width, size, gate)
+            return cut_few(rows, count, width, size, gate)
         return cut_many(rows, count, width, gate, summed, shared) if worthwhile(rows, w, summed) else None
     if rows > SOME or count > NARROW or w.nbytes > LARGE:
         return None
-    return (cut_few if vectors(rows, width, gate) else cut_some)(rows, width, size, gate)
+    if vectors(rows, width, gate):
+        return cut_few(rows, count, width, size, gate)
+    return cut_some(rows, width, size, gate)
 
 
 def worthwhile(rows: int, w: torch.Tensor, summed: bool) -> bool:
@@ -125,7 +129,9 @@ def product(
         require(NAME, more is None and norm is None, "tiles with a sum or a norm")
         return launch_many(x, w, bias, GATES[gate], cut)
     in_registers = vectors(rows, width, bool(gate))
-    cut = cut or (cut_few if in_registers else cut_some)(rows, width, x.element_size(), bool(gate))
+    if cut is None:
+        size = x.element_size()
+        cut = cut_few(rows, count, width, size, bool(gate)) if in_registers else cut_some(rows, width, size, bool(gate))
     pdl, y = chained(x.device), torch.empty(rows, count, dtype=x.dtype, device=x.device)
     tensors = [x, w, _or(bias, x), _or(more, y), y]  # what is not there is not read
     sizes = [rows, count, x.stride(0), w.stride(0), _or(more, y).stride(0), y.stride(0)]

@@ -193,25 +193,25 @@ def _combine(
 
 
 @dataclass(frozen=True)
-class Tiling:
-    """How a launch is cut: tokens of a tile, keys at a time, and what Triton is told."""
+class AttnConfig:
+    """Query tokens and keys per tile, and Triton's launch options."""
 
-    tokens: int
-    keys: int
-    warps: int
-    stages: int
+    q_tokens: int
+    block_n: int
+    num_warps: int
+    num_stages: int
 
 
-def tiling(group: int, size: int, dtype: torch.dtype, *, prompt: bool, fp8: bool = False) -> Tiling:
+def default_config(group: int, size: int, dtype: torch.dtype, *, prefill: bool, fp8: bool = False) -> AttnConfig:
     """For single tokens, or parts of prompts. `fp8`: the KV cache is in it; float32 is for tests and small models."""
     if dtype == torch.float32:
-        return Tiling(max(32 // power(group), 1) if prompt else 1, 32 if size <= 128 else 16, 4, 1)
-    if not prompt:
+        return AttnConfig(max(32 // power(group), 1) if prefill else 1, 32 if size <= 128 else 16, 4, 1)
+    if not prefill:
         small = size <= 64
         warps = 2 if (small or fp8) and group <= 16 else 4
-        return Tiling(1, 64 if size <= 128 else 32, warps, 2 if small else 3)
+        return AttnConfig(1, 64 if size <= 128 else 32, warps, 2 if small else 3)
     rows = 128 if size <= 128 else 64
-    return Tiling(max(rows // power(group), 1), 64 if size <= 128 else 32, 8 if rows == 128 else 4, 3)
+    return AttnConfig(max(rows // power(group), 1), 64 if size <= 128 else 32, 8 if rows == 128 else 4, 3)
 
 
 def attention(
@@ -224,7 +224,7 @@ def attention(
     *,
     scale: float,
     window: int,
-    cut: Tiling,
+    config: AttnConfig,
     split: int = 1,
 ) -> None:
     """Writes the rows of y (T, Hq * d) that `tiles` name; the module says what is what.
@@ -236,15 +236,15 @@ def attention(
     group = checked(q, keys, values, tables, tiles, y)
     for codes, scales in ((keys, key_scales), (values, value_scales)):
         check_scales(NAME, codes, scales)
-    require(NAME, split == 1 or cut.tokens == 1, "only tiles of one token are split")
-    rows, padded, pdl = power(cut.tokens * power(group), 16), power(size, 16), chained(q.device)
+    require(NAME, split == 1 or config.q_tokens == 1, "only tiles of one token are split")
+    rows, padded, pdl = power(config.q_tokens * power(group), 16), power(size, 16), chained(q.device)
     found = _workspace(len(tiles) * heads if split > 1 else 0, split, size, q.device)
     _attend[(kv_heads, len(tiles), split)](
         q, keys, values, key_scales, value_scales, tables, tiles, y, *found, scale * LOG2E,
         q.stride(0), q.stride(1), keys.stride(0), keys.stride(1), keys.stride(2), y.stride(0),
-        G=group, D=size, DP=padded, BLOCK=block_size, R=rows, TILE=cut.keys, SPLITS=split, WINDOW=window,
-        PROMPT=cut.tokens > 1, PRECISION=precision(q.dtype), PDL=pdl, num_warps=cut.warps, num_stages=cut.stages,
-        launch_pdl=pdl,
+        G=group, D=size, DP=padded, BLOCK=block_size, R=rows, TILE=config.block_n, SPLITS=split, WINDOW=window,
+        PROMPT=config.q_tokens > 1, PRECISION=precision(q.dtype), PDL=pdl, num_warps=config.num_warps,
+        num_stages=config.num_stages, launch_pdl=pdl,
     )  # fmt: skip
     if split > 1:
         _combine[(heads, len(tiles))](

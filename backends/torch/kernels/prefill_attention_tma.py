@@ -23,7 +23,7 @@ from llmrs.backends.torch.kernels.launch import chained, power, require
 from llmrs.backends.torch.kernels.paged_attention import (
     LEAST,
     LOG2E,
-    Tiling,
+    AttnConfig,
     checked,
     queries,
     seen,
@@ -101,14 +101,14 @@ def _prompt(
     store_rows(y, state[0], state[2], row, r, heads, d, y_row, mine, G, D)
 
 
-def prompt_tiling(group: int, size: int, block_size: int) -> Tiling:
+def prefill_config(group: int, size: int, block_size: int) -> AttnConfig:
     """Chosen by what fits into shared memory and registers: 128 rows x 128 keys of 128 take 245 of 255.
 
     128 keys at a time need blocks of 128 tokens (`block_size: 128`).
     """
     rows = 128 if size <= 128 else 64
     keys = min(block_size & -block_size, 128 if size <= 128 else 32)
-    return Tiling(max(rows // power(group), 1), keys, 8, 2 if keys == 128 else 3)
+    return AttnConfig(max(rows // power(group), 1), keys, 8, 2 if keys == 128 else 3)
 
 
 def prompt_attention(
@@ -120,20 +120,22 @@ def prompt_attention(
     y: torch.Tensor,
     *,
     scale: float,
-    cut: Tiling,
+    config: AttnConfig,
 ) -> None:
     """Writes the rows of y (T, Hq * d) that `tiles` name. Raises BackendError for shapes and types it can't do."""
     block_size, kv_heads, size = keys.shape[1:]
     group = checked(q, keys, values, tables, tiles, y)
-    require(NAME, fits(keys, q.dtype) and block_size % cut.keys == 0, f"keys {keys.shape}, {keys.stride()}, {cut}")
-    rows, padded = power(cut.tokens * power(group), 16), power(size, 16)
+    require(
+        NAME, fits(keys, q.dtype) and block_size % config.block_n == 0, f"keys {keys.shape}, {keys.stride()}, {config}"
+    )
+    rows, padded = power(config.q_tokens * power(group), 16), power(size, 16)
     pdl = chained(q.device)
-    pools = (_tiles_of(x, cut.keys, padded) for x in (keys, values))
+    pools = (_tiles_of(x, config.block_n, padded) for x in (keys, values))
     _prompt[(kv_heads, len(tiles))](
         q, *pools, tables, tiles, y, scale * LOG2E, q.stride(0), q.stride(1), y.stride(0),
         keys.stride(0) // size, keys.stride(2) // size,
-        G=group, D=size, DP=padded, BLOCK=block_size, R=rows, KEYS=cut.keys, PDL=pdl,
-        num_warps=cut.warps, num_stages=cut.stages, launch_pdl=pdl,
+        G=group, D=size, DP=padded, BLOCK=block_size, R=rows, KEYS=config.block_n, PDL=pdl,
+        num_warps=config.num_warps, num_stages=config.num_stages, launch_pdl=pdl,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Recorded steps: shapes, padding, the arrays that are sent; a stand-in for a CUDA graph runs them on the CPU."""
+"""CapturedStep steps: shapes, padding, the arrays that are sent; a stand-in for a CUDA graph runs them on the CPU."""
 
 import dataclasses
 import sys
@@ -17,30 +17,33 @@ from llmrs.core.sampling import SamplingArrays
 
 pytest.importorskip("triton")
 from llmrs.backends.torch.attn_metadata import (
-    LESS,
-    MOST,
-    SHORT,
-    Shape,
-    StepInputs,
-    programs,
+    MAX_KV_SPLITS,
+    SHORT_CONTEXT,
+    SHORT_MAX_KV_SPLITS,
+    StepBuffers,
+    StepShape,
+    kv_splits,
+    kv_splits_of,
     shape_of,
-    split_of,
-    splits,
-)
+    target_ctas,
+)  # fmt: skip
 from llmrs.backends.torch.cuda_graphs import (
-    DECODE,
-    MIXED,
-    ROWS,
-    Recorded,
-    Recorder,
-    Recording,
+    CAPTURE_AFTER,
+    CAPTURE_TIME_SHARE,
+    CapturedGraph,
+    CapturedStep,
+    GraphCapturer,
+)  # fmt: skip
+from llmrs.backends.torch.step_shapes import (
+    DECODE_BATCH_SIZES,
+    SEQ_BUCKETS,
+    TOKEN_BUCKETS,
     bucket,
     covering_shapes,
     decode_shapes,
     kernel_shapes,
 )  # fmt: skip
-from llmrs.backends.torch.model_runner import CAPTURE_SHARE, COMMON
-from llmrs.backends.torch.workspace import LIBRARIES
+from llmrs.backends.torch.workspace import LIBRARY_BYTES
 
 DEVICE = "cuda:0" if torch.cuda.is_available() else "cpu"
 
@@ -58,63 +61,70 @@ def test_every_step_fits_into_its_bucket():
         exact = shape_of(prefill_batch([[0] * n for n in counts]), 64, 8)
         found = bucket(exact, 64, 8)
         if found is None:
-            assert exact.tokens > MIXED[-1]
+            assert exact.num_tokens > TOKEN_BUCKETS[-1]
         else:
-            room = {f.name for f in dataclasses.fields(Shape)} - {"split"}
+            room = {f.name for f in dataclasses.fields(StepShape)} - {"num_kv_splits"}
             assert all(getattr(found, name) >= getattr(exact, name) for name in room)
-            assert found.plain == exact.plain
+            assert found.is_decode_only == exact.is_decode_only
 
 
 def test_buckets_are_the_next_larger():
-    assert [bucket(Shape(n, n, n, 0), 64, 8).tokens for n in (1, 3, 4, 9, 250, 257)] == [1, 4, 4, 16, 256, 288]
-    assert bucket(Shape(513, 513, 513, 0), 64, 8) is None
-    assert bucket(Shape(100, 9, 5, 4, 4), 64, 32) == Shape(128, 16, 16, 2 + 16, 2)  # by rows alone
-    assert bucket(Shape(8190, 2, 0, 128), 64, 8) == Shape(8192, 4, 0, 128 + 4, 1)
-    assert bucket(Shape(9, 9, 9, 0, 4), 64, 8) == Shape(16, 16, 16, 0, 4)
-    assert list(DECODE) == sorted(set(DECODE))
-    assert list(ROWS) == sorted(set(ROWS))
+    assert [bucket(StepShape(n, n, n, 0), 64, 8).num_tokens for n in (1, 3, 4, 9, 250, 257)] == [1, 4, 4, 16, 256, 288]
+    assert bucket(StepShape(513, 513, 513, 0), 64, 8) is None
+    assert bucket(StepShape(100, 9, 5, 4, 4), 64, 32) == StepShape(128, 16, 16, 2 + 16, 2)  # by rows alone
+    assert bucket(StepShape(8190, 2, 0, 128), 64, 8) == StepShape(8192, 4, 0, 128 + 4, 1)
+    assert bucket(StepShape(9, 9, 9, 0, 4), 64, 8) == StepShape(16, 16, 16, 0, 4)
+    assert list(DECODE_BATCH_SIZES) == sorted(set(DECODE_BATCH_SIZES))
+    assert list(SEQ_BUCKETS) == sorted(set(SEQ_BUCKETS))
 
 
 def test_programs_that_share_the_keys_of_a_token():
     same = [np.full(n, 999) for n in (1, 2, 4, 16, 31, 32, 256)]
-    assert [split_of(p, 62.7) for p in same] == [32, 16, 8, 2, 2, 1, 1]
-    assert [splits(n, 62.7) for n in (0, 1, 16, 32)] == [1, 32, 2, 1]
-    assert split_of(np.array([SHORT - 1]), 62.7) == LESS
-    assert split_of(np.array([SHORT]), 62.7) == MOST
+    assert [kv_splits_of(p, 62.7) for p in same] == [32, 16, 8, 2, 2, 1, 1]
+    assert [kv_splits(n, 62.7) for n in (0, 1, 16, 32)] == [1, 32, 2, 1]
+    assert kv_splits_of(np.array([SHORT_CONTEXT - 1]), 62.7) == SHORT_MAX_KV_SPLITS
+    assert kv_splits_of(np.array([SHORT_CONTEXT]), 62.7) == MAX_KV_SPLITS
     uneven = [np.arange(300, 2000, 1700 / n) for n in (40, 56, 72)]
-    assert [split_of(p.astype(int), 62.7) for p in uneven] == [2, 2, 1]
-    assert split_of(np.zeros(1), 0.5) == 1
+    assert [kv_splits_of(p.astype(int), 62.7) for p in uneven] == [2, 2, 1]
+    assert kv_splits_of(np.zeros(1), 0.5) == 1
 
 
 def test_smaller_heads_need_more_programs():
-    one = programs(torch.device("cpu"), 8, 128)
-    assert programs(torch.device("cpu"), 8, 64) == 2 * one == programs(torch.device("cpu"), 4, 128)
+    one = target_ctas(torch.device("cpu"), 8, 128)
+    assert target_ctas(torch.device("cpu"), 8, 64) == 2 * one == target_ctas(torch.device("cpu"), 4, 128)
 
 
 def test_what_is_sent():
     """Fields of a padded step; what is padded belongs to nobody."""
     batch = prefill_batch([[7] * 3, [9], [8] * 5], 4)
     batch = dataclasses.replace(batch, req_slots=np.array([2, 0, 5], np.int32), do_sample=np.array([True, False, True]))
-    inputs = StepInputs(Shape(16, 4, 4, 8), 40, torch.device(DEVICE), copies=2)
+    buffers = StepBuffers(StepShape(16, 4, 4, 8), 40, torch.device(DEVICE), copies=2)
     for _ in range(3):
-        inputs.fill(batch, 4, spare=50, tile=2)
-        f = {k: v.tolist() for k, v in vars(inputs.fields).items()}
-        assert f["tokens"] == [7] * 3 + [9] + [8] * 5 + [0] * 7
-        assert f["cells"] == [0, 1, 2, 8, 16, 17, 18, 19, 20, *(200 + n % 4 for n in range(7))]
-        assert f["singles"] == [[2, 3, 1, 0], *[[0] * 4] * 3]
-        assert f["chunks"] == [[4, 8, 1, 4], [0, 2, 1, 2], [4, 6, 2, 2], [0, 0, 2, 0], [4, 4, 2, 0], *[[0] * 4] * 3]
-        assert f["rows"] == [2, 3, 8, 0]
-        assert f["slots"] == [2, -1, 5, -1]
+        buffers.fill(batch, 4, null_block=50, block_m_tokens=2)
+        f = {k: v.tolist() for k, v in vars(buffers.fields).items()}
+        assert f["input_ids"] == [7] * 3 + [9] + [8] * 5 + [0] * 7
+        assert f["slot_mapping"] == [0, 1, 2, 8, 16, 17, 18, 19, 20, *(200 + n % 4 for n in range(7))]
+        assert f["decode_tiles"] == [[2, 3, 1, 0], *[[0] * 4] * 3]
+        assert f["prefill_tiles"] == [
+            [4, 8, 1, 4],
+            [0, 2, 1, 2],
+            [4, 6, 2, 2],
+            [0, 0, 2, 0],
+            [4, 4, 2, 0],
+            *[[0] * 4] * 3,
+        ]
+        assert f["logits_indices"] == [2, 3, 8, 0]
+        assert f["req_slots"] == [2, -1, 5, -1]
         assert f["top_p"] == [1, 1, 1, 0]
-        assert f["tables"][:6] == [0, 1, 2, 3, 4, 5]
+        assert f["block_tables"][:6] == [0, 1, 2, 3, 4, 5]
 
 
 @pytest.fixture
 def captured(monkeypatch):
     """What was captured so far."""
     found = []
-    record = Recorder.record
-    monkeypatch.setattr(Recorder, "record", lambda self, run: (found.append(run), record(self, run))[1])
+    capture = GraphCapturer.capture
+    monkeypatch.setattr(GraphCapturer, "capture", lambda self, run: (found.append(run), capture(self, run))[1])
     return found
 
 
@@ -125,7 +135,7 @@ def ask():
 def core_without_graphs_yet(ours, captured):
     """On a GPU some are captured at load."""
     core = core_on(ours, prefix_cache=False)  # which would make a prompt a single token
-    ours.kernels.recorded, ours.kernels.uncaptured = {}, []
+    ours.runner.graphs.steps, ours.runner.graphs.uncaptured = {}, []
     captured.clear()
     return core
 
@@ -139,51 +149,52 @@ def answers():
 def test_a_shape_is_captured_when_it_comes_again(captured, answers):
     """Three shapes: two prompts, two tokens, and one, which the graph of two can run; each has two graphs."""
     ours = backend()
-    ours.kernels.clock = lambda: 0.0
     core = core_without_graphs_yet(ours, captured)
+    ours.runner.graphs.clock = lambda: 0.0
     counts = []
     for _ in range(2):
         assert run(core, ask()) == answers
         counts.append(len(captured))
-    assert counts == [2, 6]  # two tokens; then the prompts, and one token, which has come COMMON times
+    assert counts == [2, 6]  # two tokens; then the prompts, and one token, which has come CAPTURE_AFTER times
 
 
 def test_captures_of_shapes_that_a_graph_holds_take_a_share_of_the_time(captured):
     ours = backend()
     core_without_graphs_yet(ours, captured)
-    k, now = ours.kernels, iter(range(1000))
-    small, large = Shape(1, 1, 1, 0, 1), Shape(8, 8, 8, 0, 1)
+    k, now = ours.runner.graphs, iter(range(1000))
+    small, large = StepShape(1, 1, 1, 0, 1), StepShape(8, 8, 8, 0, 1)
     k.clock = lambda: next(now)  # whatever is done takes a second
-    k._capture(k._static(large))
-    assert [k._ready(small).inputs.shape for _ in range(COMMON)] == [large] * (COMMON - 1) + [small]
-    assert k.next_capture == COMMON + 1 / CAPTURE_SHARE
-    other = Shape(2, 2, 2, 0, 1)
-    assert {k._ready(other).inputs.shape for _ in range(2 * COMMON)} == {large}  # it must wait
+    k.capture(k.step(large))
+    assert [k.find(small).buffers.shape for _ in range(CAPTURE_AFTER)] == [large] * (CAPTURE_AFTER - 1) + [small]
+    assert k.next_capture == CAPTURE_AFTER + 1 / CAPTURE_TIME_SHARE
+    other = StepShape(2, 2, 2, 0, 1)
+    assert {k.find(other).buffers.shape for _ in range(2 * CAPTURE_AFTER)} == {large}  # it must wait
     k.next_capture = 0
-    assert k._ready(other).inputs.shape == other
+    assert k.find(other).buffers.shape == other
 
 
 def test_a_step_runs_in_the_graph_of_a_larger_shape_until_its_own_is_captured(captured, answers):
     ours = backend()
     core = core_without_graphs_yet(ours, captured)
-    ours.kernels.next_capture = float("inf")
-    for shape in covering_shapes(4, 64, ours.kernels.tile, ours.kernels.programs):
-        ours.kernels._capture(ours.kernels._static(shape))
-    ours.kernels._capture(ours.kernels._static(Shape(128, 16, 16, 18, 1)))
+    ours.runner.graphs.next_capture = float("inf")
+    for shape in covering_shapes(4, 64, ours.runner.block_m_tokens, ours.runner.ctas):
+        ours.runner.graphs.capture(ours.runner.graphs.step(shape))
+    ours.runner.graphs.capture(ours.runner.graphs.step(StepShape(128, 16, 16, 18, 1)))
     count = len(captured)
-    ready, found = ours.kernels._ready, []
-    ours.kernels._ready = lambda shape: (found.append((shape, ready(shape))), found[-1][1])[1]
+    graphs, found = ours.runner.graphs, []
+    find_step = graphs.find
+    graphs.find = lambda shape: (found.append((shape, find_step(shape))), found[-1][1])[1]
     assert run(core, ask()) == answers
-    assert all(graph.forward and graph.inputs.shape != shape for shape, graph in found[:2])
+    assert all(graph.forward and graph.buffers.shape != shape for shape, graph in found[:2])
     assert len(captured) == count
 
 
 def test_idle_time_captures_what_came(captured, answers):
     ours = backend()
     core = core_without_graphs_yet(ours, captured)
-    ours.kernels.next_capture = float("inf")
-    for shape in Shape(128, 16, 16, 18), Shape(4, 4, 4, 0):
-        ours.kernels._capture(ours.kernels._static(shape))
+    ours.runner.graphs.next_capture = float("inf")
+    for shape in StepShape(128, 16, 16, 18), StepShape(4, 4, 4, 0):
+        ours.runner.graphs.capture(ours.runner.graphs.step(shape))
     count = len(captured)
     assert run(core, ask()) == answers
     assert len(captured) == count
@@ -201,25 +212,25 @@ def test_a_backend_without_graphs_has_nothing_to_do_in_idle_time():
 
 
 def test_shapes_that_are_run_and_captured_at_load():
-    """Every kernel: the numbers of splits and rows, and the sizes, that steps may have. Graphs: one for every step."""
+    """Every kernel: all KV splits, batch sizes and token buckets. Graphs: one for every step."""
     shapes = kernel_shapes(256, 8192, 64, 62.7)
-    assert {s.split for s in shapes if s.plain} == {1 << n for n in range(MOST.bit_length())}
-    assert {s.sequences for s in shapes if s.plain} == {n for n in DECODE if n <= 256}
-    mixed = [s for s in shapes if not s.plain]
-    assert {s.sequences for s in mixed} == {n for n in ROWS if n <= 256}
-    assert {s.singles > 0 for s in mixed} == {True, False}
-    assert any(s.long for s in mixed)
-    assert max(s.tokens for s in kernel_shapes(4, 300, 64, 62.7)) <= 300
-    assert decode_shapes(9, 62.7)[-1] == Shape(1, 1, 1, 0, MOST)  # the smallest is captured first
+    assert {s.num_kv_splits for s in shapes if s.is_decode_only} == {1 << n for n in range(MAX_KV_SPLITS.bit_length())}
+    assert {s.num_seqs for s in shapes if s.is_decode_only} == {n for n in DECODE_BATCH_SIZES if n <= 256}
+    mixed = [s for s in shapes if not s.is_decode_only]
+    assert {s.num_seqs for s in mixed} == {n for n in SEQ_BUCKETS if n <= 256}
+    assert {s.num_decode_tiles > 0 for s in mixed} == {True, False}
+    assert any(s.is_long_prefill for s in mixed)
+    assert max(s.num_tokens for s in kernel_shapes(4, 300, 64, 62.7)) <= 300
+    assert decode_shapes(9, 62.7)[-1] == StepShape(1, 1, 1, 0, MAX_KV_SPLITS)  # the smallest is captured first
     rng = np.random.default_rng(0)
-    cover = [Recorded(StepInputs(s, 0, torch.device("cpu")), forward=Recording(int, torch.zeros(0)))
+    cover = [CapturedStep(StepBuffers(s, 0, torch.device("cpu")), forward=CapturedGraph(int, torch.zeros(0)))
              for s in covering_shapes(200, 8192, 64, 62.7)]  # fmt: skip
     assert len(cover) < 12
     for _ in range(200):
         counts = rng.choice([1, 1, 1, 2, 7, 64, 65, 200], rng.integers(1, 40))
         shape = bucket(shape_of(prefill_batch([[0] * n for n in counts]), 64, 8), 64, 8)
-        assert any(c.holds(shape) for c in cover) or shape.tokens > 2048
-        assert any(c.holds(Shape(n := rng.integers(1, 201), n, n, 0)) for c in cover)
+        assert any(c.holds(shape) for c in cover) or shape.num_tokens > 2048
+        assert any(c.holds(StepShape(n := rng.integers(1, 201), n, n, 0)) for c in cover)
 
 
 def test_calls_that_are_alike_are_made_once():
@@ -233,17 +244,17 @@ def test_calls_that_are_alike_are_made_once():
     def counted(rule, op):
         return lambda *inputs, **params: (calls.append(op), rule(*inputs, **params))[1]
 
-    for name in ("program", "few", "one"):
-        program = getattr(ours.kernels, name)
+    for name in ("program", "small_batch_program", "one_row_program"):
+        program = getattr(ours.runner, name)
         rules = {c.rule: counted(c.rule, c.op) for c in program.calls}
         alike = [dataclasses.replace(c, rule=rules[c.rule]) for c in program.calls]
-        setattr(ours.kernels, name, Program(alike, program.count, program.results))
-    inputs = StepInputs(Shape(4, 4, 4, 0), 4, ours.at)
-    inputs.rest(0)
-    logits = ours.kernels._run(inputs, once=True)
+        setattr(ours.runner, name, Program(alike, program.count, program.results))
+    buffers = StepBuffers(StepShape(4, 4, 4, 0), 4, ours.torch_device)
+    buffers.fill_null(0)
+    logits = ours.runner._run(buffers, once=True)
     once = len(calls)
     calls.clear()
-    assert ours.kernels._run(inputs).shape == logits.shape
+    assert ours.runner._run(buffers).shape == logits.shape
     assert once < len(calls) / 2
     assert len(set(calls)) <= once
 
@@ -265,7 +276,7 @@ def test_slots_beyond_the_step_keep_their_tokens():
     ours = backend()
     ours.allocate(40, BLOCK, 8, 64)
     ours.slots.last_token.fill_(123)
-    ours.kernels._capture(ours.kernels._static(Shape(4, 4, 4, 0)))
+    ours.runner.graphs.capture(ours.runner.graphs.step(StepShape(4, 4, 4, 0)))
     assert ours.slots.last_token.tolist() == [123] * 8
     step = sampling_batch(SamplingArrays.zeros(3))
     step = dataclasses.replace(step, req_slots=np.array([6, 1, 3], np.int32), do_sample=np.array([True, False, True]))
@@ -276,8 +287,8 @@ def test_slots_beyond_the_step_keep_their_tokens():
 def test_models_whose_rules_ask_the_device_are_not_recorded():
     moe = backend(name="qwen3-moe")
     moe.allocate(10, BLOCK, 2, 40)
-    assert moe.kernels.recorders is None
-    assert backend().kernels is not None
+    assert moe.runner.graphs is None
+    assert backend().runner is not None
 
 
 def test_without_triton_auto_warns_and_triton_is_an_error(monkeypatch):
@@ -286,12 +297,10 @@ def test_without_triton_auto_warns_and_triton_is_an_error(monkeypatch):
     made = find("torch")("cpu", "f32", "f32")
     with pytest.raises(BackendError, match="Triton can't be loaded"):
         made.use_kernels("triton")
-    made.at = torch.device("cuda:0")
-    with pytest.raises(BackendError, match="Triton can't be loaded"):
-        made.use_kernels("auto", attention="flash")
+    made.torch_device = torch.device("cuda:0")
     with pytest.warns(UserWarning, match="plain torch"):
         made.use_kernels("auto")
-    assert made.kernels is None
+    assert made.runner is None
 
 
 def test_a_backend_without_a_choice_refuses_one():
@@ -302,11 +311,11 @@ def test_a_backend_without_a_choice_refuses_one():
 def test_memory_for_steps_is_reserved_before_the_cache():
     graph = RandomModel.of("qwen3").graph
     made = find("torch")("cpu", "f32", "f32")
-    assert made.reserve(graph, 256, 2048) == 0
-    made.at = torch.device("cuda:0")
-    small, large = made.reserve(graph, 8, 64), made.reserve(graph, 256, 2048)
+    assert made.workspace_bytes(graph, 256, 2048) == 0
+    made.torch_device = torch.device("cuda:0")
+    small, large = made.workspace_bytes(graph, 8, 64), made.workspace_bytes(graph, 256, 2048)
     assert 256 * 211 * 4 < large - small < 2**30
-    assert large > LIBRARIES
+    assert large > LIBRARY_BYTES
 
 
 @pytest.mark.parametrize(
@@ -315,7 +324,7 @@ def test_memory_for_steps_is_reserved_before_the_cache():
 def test_a_gpu_without_bf16(monkeypatch, dtype, kv_dtype, option):
     """Older than Ampere: its kernels can't be compiled for bf16."""
     made = find("torch")("cpu", dtype, kv_dtype)
-    made.at = torch.device("cuda:0")
+    made.torch_device = torch.device("cuda:0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda at: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda at: "Tesla T4")
     monkeypatch.setattr(torch.cuda, "set_device", lambda at: None)
@@ -326,6 +335,6 @@ def test_a_gpu_without_bf16(monkeypatch, dtype, kv_dtype, option):
     with pytest.raises(BackendError, match=rf"^{option}: bf16 needs .* 8\.0 .* Tesla T4, .* 7\.5") as caught:
         made.use_kernels("auto")
     assert caught.value.hint.startswith(f"{option}: f16 or f32")
-    assert made.kernels is None
+    assert made.runner is None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda at: (8, 0))
     made._check_bf16()

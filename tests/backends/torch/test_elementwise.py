@@ -11,7 +11,6 @@ pytest.importorskip("triton")
 from llmrs.backends.torch.kernels import qk_norm_rope_cache
 from llmrs.backends.torch.kernels.act_and_mul import gated
 from llmrs.backends.torch.kernels.embedding import embed
-from llmrs.backends.torch.kernels.matvec import matvec
 from llmrs.backends.torch.kernels.qk_norm_rope_cache import qk_norm_rope_write_kv
 from llmrs.backends.torch.kernels.rms_norm import fused_add_rms_norm, rms_norm
 from llmrs.core.errors import BackendError
@@ -90,18 +89,6 @@ def check_qk_norm_rope_write_kv(heads: int, kv_heads: int, size: int, dtype: tor
         assert torch.equal(stored[1, cells], v)
         rest = np.setdiff1d(np.arange(24), cells)
         assert (stored[:, rest] == 77).all()
-
-
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize(("count", "width"), [(3, 8), (211, 64), (9, 1100), (33, 3072)])
-def test_matvec(count: int, width: int, dtype: torch.dtype):
-    rng = np.random.default_rng(width)
-    x, w, bias = (random(rng, *shape, dtype=dtype) for shape in ((1, width), (count, width), (count,)))
-    w = w / width**0.5
-    for b in (None, bias):
-        assert near(
-            matvec(x, w, b), ops.linear(None, *map(numpy, (x, w)), None if b is None else numpy(b), shard="none")
-        )
 
 
 def test_embed():

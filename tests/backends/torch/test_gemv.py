@@ -8,22 +8,23 @@ from llmrs.backends.base import find
 from llmrs.backends.testing import BLOCK, RandomModel, core_on, prefill_batch, prompts, request, run
 
 pytest.importorskip("triton")
-from gemm_cases import DEVICE, TYPES, check
+from gemm_cases import DEVICE, TYPES, check, check_linear
 
-from llmrs.backends.torch.attn_metadata import Shape
+from llmrs.backends.torch.attn_metadata import StepShape
 from llmrs.backends.torch.kernels import gemm
 from llmrs.backends.torch.kernels.gemm import (
     NARROW,
     NORMED,
     SOME,
     Cut,
+    cut_few,
     cut_of,
     most_rows,
     product,
 )
 from llmrs.backends.torch.kernels.gemm_tma import MANY, Tiles
 from llmrs.backends.torch.lowering import Call
-from llmrs.backends.torch.triton_ops import Matrix
+from llmrs.backends.torch.triton_ops import Linear
 from llmrs.core.errors import BackendError
 
 SHAPES = [(1, 3, 8), (1, 37, 264), (2, 211, 64), (3, 9, 1100), (4, 33, 3072), (5, 70, 80), (16, 33, 520)]
@@ -45,6 +46,21 @@ def test_other_cuts(rows: int):
     for each, part, warps in ((1, 64, 1), (2, 128, 4), (4, 1024, 2)):
         cut = Cut(each, part, warps) if rows < 5 else Cut(16 * each, 16, warps)
         check(rows, 19, 1300, torch.float32, "silu_and_mul", True, rows <= NORMED, True, cut=cut)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("count", "width"), [(3, 8), (211, 64), (9, 1100), (33, 3072), (9, 4096)])
+def test_linear(count: int, width: int, dtype: torch.dtype):
+    check_linear(count, width, dtype)
+
+
+def test_lm_head_and_wide_matrices_have_configs_of_their_own():
+    assert cut_few(1, 151936, 1024, 2, False) == Cut(1, 1024)
+    assert cut_few(1, 128256, 2048, 2, False) == Cut(1, 1024)
+    assert cut_few(1, 6144, 4096, 2, False) == Cut(2, 1024)
+    assert cut_few(1, 4096, 4096, 4, False) == Cut(2, 512)
+    assert cut_few(1, 12288, 4096, 2, True) == Cut(1, 512)
+    assert cut_few(1, 4096, 1024, 2, False) == Cut(2, 256, 8)
 
 
 def test_many_results():
@@ -77,12 +93,12 @@ def test_only_few_rows_take_it():
     """Where it is asked for; float32 has no use for as many."""
     made = backend("qwen3")
     made.allocate(4, BLOCK, 1, 16)
-    device = made.kernels.device
-    assert made.kernels.few_rows == most_rows(torch.float32, device) == SOME
+    device = made.runner.device
+    assert made.runner.small_batch_max_m == most_rows(torch.float32, device) == SOME
     assert most_rows(torch.float16, device) == MANY
-    made.kernels.fused = False
+    made.runner.fuse_small_batches = False
     made.allocate(4, BLOCK, 1, 16)
-    assert made.kernels.few_rows == 0
+    assert made.runner.small_batch_max_m == 0
 
 
 def kinds(rows: tuple[int, ...], w: torch.Tensor, gate: bool = False, summed: bool = False) -> list[type]:
@@ -120,13 +136,13 @@ def ops(
     """What steps of so many rows run, but for what launches nothing or once only."""
     made = backend(name, **changes)
     made.allocate(4, BLOCK, 1, 16)
-    calls = [c for c in made.kernels._program(Shape(rows, rows, rows, 0)).calls if c.op not in rest]
+    calls = [c for c in made.runner._program(StepShape(rows, rows, rows, 0)).calls if c.op not in rest]
     return [described(c) if c.op == "rows" else c.op for c in calls]
 
 
 def described(call: Call) -> str:
     ((matrix, before, after),) = call.weights
-    assert isinstance(matrix, Matrix)
+    assert isinstance(matrix, Linear)
     words = ("norm" if before else "", "rows", call.params.get("gate") or "", "add" if len(call.inputs) > 1 else "")
     return " ".join(w for w in (*words, "norm" if after else "") if w)
 
@@ -179,8 +195,8 @@ def test_the_fused_program_is_the_unfused_one(name: str, dtype: str, way: str, m
     made, found = backend(name, dtype), []
     made.allocate(40, BLOCK, 8, 64)
     batches = [prefill_batch(prompts(*lengths)) for lengths in ((1,), (3,), (5, 1), (9, 20, 25))]
-    for most in (most_rows(made.type, made.kernels.device), 0):
-        made.kernels.few_rows = most
+    for most in (most_rows(made.torch_dtype, made.runner.device), 0):
+        made.runner.small_batch_max_m = most
         found.append([made.to_host(made.forward(b)).copy() for b in batches])
     for ours, expected in zip(*found, strict=True):
         assert np.abs(ours - expected).max() < (1e-4 if dtype == "f32" else 0.02) * np.abs(expected).max()

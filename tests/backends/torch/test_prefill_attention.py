@@ -12,21 +12,21 @@ pytest.importorskip("triton")
 from attention_cases import LEFT, TYPES, expected, pool, step
 
 from llmrs.backends.torch import triton_ops
-from llmrs.backends.torch.attn_metadata import chunk_tiles
-from llmrs.backends.torch.kernels.paged_attention import Tiling
-from llmrs.backends.torch.kernels.prefill_attention_tma import fits, prompt_attention, prompt_tiling
+from llmrs.backends.torch.attn_metadata import prefill_tiles
+from llmrs.backends.torch.kernels.paged_attention import AttnConfig
+from llmrs.backends.torch.kernels.prefill_attention_tma import fits, prefill_config, prompt_attention
 from llmrs.backends.torch.kv_fp8 import CODES, Scaled
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALVES = [t for t in TYPES if t != torch.float32]
 
 
-def run(q, kv, batch, scale: float, cut: Tiling) -> torch.Tensor:
+def run(q, kv, batch, scale: float, cut: AttnConfig) -> torch.Tensor:
     y = torch.full((len(q), q.shape[1] * q.shape[2]), 77.0, dtype=q.dtype)
     q, kv, tables, y = (x.to(DEVICE) for x in (q, kv, torch.from_numpy(batch.block_tables), y))
-    tiles = chunk_tiles(batch, np.diff(batch.query_start_loc), batch.block_tables.shape[1], cut.tokens)
+    tiles = prefill_tiles(batch, np.diff(batch.query_start_loc), batch.block_tables.shape[1], cut.q_tokens)
     tiles = torch.from_numpy(np.concatenate([np.zeros((1, 4), np.int32), tiles])).to(DEVICE)  # an empty one too
-    prompt_attention(q, *kv, tables, tiles, y, scale=scale, cut=cut)
+    prompt_attention(q, *kv, tables, tiles, y, scale=scale, config=cut)
     return y.cpu()
 
 
@@ -40,7 +40,7 @@ def test_ragged_steps(heads: int, kv_heads: int, size: int, dtype: torch.dtype):
         kv = pool(rng, batch, block_size, kv_heads, size, dtype)
         wide = torch.from_numpy(rng.normal(size=(len(batch.input_ids), heads + 2, size))).to(dtype)
         q = wide[:, 1 : heads + 1]  # not contiguous, as a part of a merged product is
-        y = run(q, kv, batch, size**-0.5, Tiling(8, keys, 4, 2))
+        y = run(q, kv, batch, size**-0.5, AttnConfig(8, keys, 4, 2))
         wanted = expected(q, kv, batch, block_size, size**-0.5, 0)
         assert np.abs(y[1:].float().numpy() - wanted[1:]).max() < LEFT[dtype], block_size
         assert (y[0] == 77).all()
@@ -52,7 +52,7 @@ def test_the_cut_that_the_gpu_gets(size: int, block_size: int):
     batch = step(rng, [150, 0], [90, 200], block_size)
     kv = pool(rng, batch, block_size, 1, size, torch.float16)
     q = torch.from_numpy(rng.normal(size=(290, 2, size))).to(torch.float16)
-    y = run(q, kv, batch, 0.1, prompt_tiling(2, size, block_size))
+    y = run(q, kv, batch, 0.1, prefill_config(2, size, block_size))
     assert np.abs(y.float().numpy() - expected(q, kv, batch, block_size, 0.1, 0)).max() < 4e-3
 
 
@@ -69,7 +69,7 @@ def test_what_a_copy_engine_cannot_load():
     batch = step(rng, [0], [5], 16)
     kv, q = pool(rng, batch, 16, 1, 16, torch.float16), torch.ones(5, 2, 16, dtype=torch.float16)
     with pytest.raises(BackendError, match="prompt attention"):
-        run(q, kv, batch, 1.0, Tiling(8, 32, 4, 2))  # tiles that are larger than blocks
+        run(q, kv, batch, 1.0, AttnConfig(8, 32, 4, 2))  # tiles that are larger than blocks
 
 
 def test_a_model_with_it(monkeypatch):

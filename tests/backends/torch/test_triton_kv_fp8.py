@@ -15,11 +15,11 @@ from attention_cases import DEVICE, TYPES, run, step
 from kv_fp8_cases import awkward, heads, zeros_in_torch
 
 from llmrs.backends.torch.kernels.kv_fp8 import rounded
-from llmrs.backends.torch.kernels.paged_attention import Tiling, attention, tiling
+from llmrs.backends.torch.kernels.paged_attention import AttnConfig, attention, default_config
 from llmrs.backends.torch.kernels.qk_norm_rope_cache import qk_norm_rope_write_kv
 
 LEFT = {torch.float32: 2e-5, torch.float16: 6e-3, torch.bfloat16: 4e-2}  # what may differ
-IN_TURN = Tiling(4, 16, 4, 1)
+IN_TURN = AttnConfig(4, 16, 4, 1)
 
 
 @triton.jit
@@ -123,7 +123,7 @@ def test_the_cut_that_the_gpu_gets():
     batch = step(rng, [150, 70], [90, 1], 64)
     ours, theirs = filled(rng, batch, 64, 1, 128)
     q = torch.from_numpy(rng.normal(size=(91, 2, 128))).to(torch.float16)
-    y = run(q, ours, batch, 0.1, 0, tiling(2, 128, torch.float16, prompt=True), 4)
+    y = run(q, ours, batch, 0.1, 0, default_config(2, 128, torch.float16, prefill=True), 4)
     wanted = ops.attend(ops.Context(batch, 64), q.float().numpy(), ops.KV(*theirs), scale=0.1)
     assert np.abs(y.float().numpy() - wanted).max() < 6e-3
 
@@ -147,4 +147,4 @@ def test_scales_that_lie_elsewhere_are_refused():
     wrong = Scaled(keys.codes, torch.zeros(keys.scales.shape))
     ints = torch.zeros(1, 4, dtype=torch.int32)
     with pytest.raises(BackendError, match="scales at"):
-        attention(q, wrong, values, ints, ints, y, scale=1.0, window=0, cut=Tiling(1, 16, 4, 1))
+        attention(q, wrong, values, ints, ints, y, scale=1.0, window=0, config=AttnConfig(1, 16, 4, 1))
