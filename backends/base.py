@@ -13,7 +13,7 @@ import numpy as np
 
 from llmrs.backends.fusion import fuse
 from llmrs.core.batch import Batch
-from llmrs.core.engine import Ticket
+from llmrs.core.engine import AsyncOutput
 from llmrs.core.errors import BackendError, ConfigError, GraphError, did_you_mean
 from llmrs.core.ir import Graph
 from llmrs.core.options import Checked, option
@@ -134,7 +134,7 @@ class Backend(ABC):
         """Allocates the KV cache and the state of each slot, and prepares steps of up to `max_num_batched_tokens`
         tokens: kernels are loaded, graphs captured."""
 
-    def launch(self, batch: Batch) -> Ticket:
+    def launch(self, batch: Batch) -> AsyncOutput:
         """Starts a step, forward and sample, and returns at once where the device allows it."""
         return self.sample(self.forward(batch), batch)
 
@@ -143,7 +143,7 @@ class Backend(ABC):
         """Starts the first part of a step: logits float32 (R, V) of `batch.rows`, as the device holds them."""
 
     @abstractmethod
-    def sample(self, logits: Any, batch: Batch, mask: np.ndarray | None = None) -> Ticket:
+    def sample(self, logits: Any, batch: Batch, mask: np.ndarray | None = None) -> AsyncOutput:
         """Starts the second part, as `llmrs.core.sampling` defines it, and keeps the tokens for the next step.
 
         `mask` are the tokens that may be sampled, bits uint32 (S, ceil(V / 32)), the lowest bit of a word first.

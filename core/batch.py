@@ -1,4 +1,4 @@
-"""The contract between core and backends: the arrays of one step, and the slots that they are made from."""
+"""The contract between core and backends: the arrays of one step, and the slots that they are built from."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,53 +9,53 @@ import numpy as np
 from llmrs.core.request import Request
 from llmrs.core.sampling import SamplingArrays, noise_keys
 
-MAX_STOPS = 32  # token ids that end one request's answer
+MAX_STOPS = 32  # stop token ids of one request
 
 
 @dataclass(frozen=True)
 class NewRequest:
-    """A slot whose request begins in this step, where its sampling has biases or looks at the tokens so far.
+    """Sampling state of a request that starts in this step, if it has biases or penalties.
 
-    The device keeps them until the slot begins anew, and appends to a slot's tokens what it samples for it.
+    The device keeps it until the slot's next request, and appends each sampled token.
     """
 
     slot: int
-    tokens: np.ndarray  # int32 (n,): all that are known, those in the KV cache already too
+    tokens: np.ndarray  # int32 (n,): all known tokens, those in the KV cache included
     bias_ids: np.ndarray  # int32 (b,): token ids
     bias: np.ndarray  # float32 (b,): added to their logits
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One step: T tokens of S sequences, each sequence's tokens in a row. All arrays belong to the backend.
+    """One step: T tokens of S sequences, each sequence's tokens contiguous. The backend owns all arrays.
 
-    The device holds the last token of every slot, because the host may not have read it yet when it schedules:
-    a negative entry in `tokens`, -1 - slot, stands for it. After the step the token sampled for sequence s becomes
-    slots[s]'s last token where `sampled[s]`; elsewhere (a part of a prompt) it means nothing.
-    Logits are computed for R rows: the last one of each sequence, from which its token is sampled, and those of
-    prompts whose log probabilities are asked for.
+    The device holds the last token of every slot, since the host may not have read it when it schedules: a negative
+    entry of `input_ids`, -1 - slot, stands for it. After the step the token sampled for sequence s becomes the last
+    token of req_slots[s] if do_sample[s]; otherwise (a prefill chunk with more to come) it is discarded.
+    R rows get logits: the last of each sequence, which its token is sampled from, and those of prompt tokens whose log
+    probabilities are requested.
     """
 
     input_ids: np.ndarray  # int32 (T,): token id, or -1 - slot
-    positions: np.ndarray  # int32 (T,): position in its own sequence
-    query_start_loc: np.ndarray  # int32 (S + 1,): sequence s has the tokens starts[s] .. starts[s + 1] - 1
+    positions: np.ndarray  # int32 (T,): position in its sequence
+    query_start_loc: np.ndarray  # int32 (S + 1,): sequence s has rows query_start_loc[s] .. [s + 1] - 1
     seq_lens: np.ndarray  # int32 (S,): tokens in the KV cache after this step
-    block_tables: np.ndarray  # int32 (S, B): block of position p is blocks[s, p // block_size]; padded with 0
+    block_tables: np.ndarray  # int32 (S, B): position p is in block block_tables[s, p // block_size]; padded with 0
     req_slots: np.ndarray  # int32 (S,)
     do_sample: np.ndarray  # bool (S,)
     sampling: SamplingArrays  # (S,) each
-    logits_indices: np.ndarray  # int32 (R,): starts[1:] - 1, then rows of prompts
-    prompt_logprob_ids: np.ndarray  # int32 (R - S,): the prompt's token that follows each of the latter
-    logprobs: int = -1  # how many likeliest tokens of each row are asked for; -1: no log probabilities at all
-    banned_ids: np.ndarray | None = None  # int32 (S, MAX_STOPS): token ids that may not be sampled; padded with -1
+    logits_indices: np.ndarray  # int32 (R,): query_start_loc[1:] - 1, then prompt rows
+    prompt_logprob_ids: np.ndarray  # int32 (R - S,): the prompt token after each prompt row
+    logprobs: int = -1  # likeliest tokens to return per row; -1: no log probabilities
+    banned_ids: np.ndarray | None = None  # int32 (S, MAX_STOPS): not to be sampled (min_tokens); padded with -1
     new_requests: Sequence[NewRequest] = field(default_factory=list)
 
 
 class Slots:
-    """Arrays with one row per running request, updated by difference from step to step.
+    """Arrays with one row per running request, updated incrementally. The scheduler writes them, `batch` reads them.
 
-    The scheduler writes them; `batch` reads them. `length` counts the tokens that the host knows, `pending` those
-    that are sampled but not read yet, `computed` those whose KV is stored once the steps launched so far are done.
+    `num_tokens` counts tokens known to the host, `num_inflight` those sampled but not read yet, `num_computed_tokens`
+    those whose KV is stored once all launched steps are done.
     """
 
     def __init__(self, count: int, max_tokens: int, max_blocks: int) -> None:
@@ -70,18 +70,18 @@ class Slots:
             self.max_tokens,
             self.num_cached_blocks,
         ) = np.zeros((6, count), np.int32)
-        self.generation = np.full(count, -1, np.int64)  # number of the admission that holds the row, -1: nobody
+        self.generation = np.full(count, -1, np.int64)  # admission that holds the row; -1: free
         self.sampling = SamplingArrays.zeros(count)
-        self._last_rows: tuple[bytes, SamplingArrays] | None = None  # slots of the last step, and their rows
-        self.min_tokens = np.zeros(count, np.int32)  # length before which no stop is sampled
+        self._last_rows: tuple[bytes, SamplingArrays] | None = None  # of the last step: slots, sampling
+        self.min_tokens = np.zeros(count, np.int32)  # tokens before which no stop token is sampled
         self.logprobs, self.prompt_logprobs = np.full((2, count), -1, np.int32)
-        self.needs_extras: set[int] = set()  # rows that use one of the latter three
-        self.masked: set[int] = set()  # rows whose request has a mask
-        self.biased: set[int] = set()  # rows for which the device may keep biases
+        self.needs_extras: set[int] = set()  # rows that use one of the last three
+        self.masked: set[int] = set()  # rows whose request has a token mask
+        self.biased: set[int] = set()  # rows that the device may hold biases of
         self.new_requests: list[NewRequest] = []  # of the next batch
 
     def write_params(self, slot: int, request: Request) -> None:
-        """Fills a row with how its request is sampled."""
+        """Writes a request's sampling parameters to its row."""
         p = request.params
         self.sampling.write(slot, p, len(request.prompt), request.seed)
         self._last_rows = None
@@ -101,7 +101,7 @@ class Slots:
             self.biased.add(slot)
 
     def batch(self, slots: np.ndarray, counts: np.ndarray) -> Batch:
-        """The step that feeds the next counts[s] >= 1 tokens of each slot; `computed` and `pending` move on."""
+        """The step of the next counts[s] >= 1 tokens of each slot; advances num_computed_tokens and num_inflight."""
         begin = self.num_computed_tokens[slots]
         end = begin + counts
         known = self.num_tokens[slots]
@@ -141,7 +141,7 @@ class Slots:
         )
 
     def _sampling(self, slots: np.ndarray, end: np.ndarray) -> SamplingArrays:
-        """The rows of `slots`, which are those of the last step while the same requests run."""
+        """Sampling arrays of `slots`; reused while the same requests run."""
         held = slots.tobytes()
         if self._last_rows is None or self._last_rows[0] != held:
             self._last_rows = held, self.sampling.take(slots)
@@ -151,7 +151,7 @@ class Slots:
     def _with_prompt_rows(
         self, slots: np.ndarray, row: np.ndarray, positions: np.ndarray, ends: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Rows and targets: also the rows whose next token is the prompt's, where its log probabilities are wanted."""
+        """Logits rows with those of prompt tokens whose log probabilities are requested, and the tokens after them."""
         within = positions + 1 < self.sampling.prompt_len[slots][row]
         extra = np.flatnonzero(within & (self.prompt_logprobs[slots] >= 0)[row]).astype(np.int32)
         return np.concatenate([ends, extra]), self.tokens[slots[row[extra]], positions[extra] + 1]

@@ -1,10 +1,10 @@
-"""The engine's core: requests in, tokens out, one step after the other. It knows no text, no files, no threads.
+"""The engine's core: requests in, tokens out, step by step. It knows no text, no files, no threads.
 
     submit -> waiting -> schedule -> launch -> (one step ahead) -> tokens -> commit -> on_update
 
 Up to `backend.max_in_flight` steps are launched before the oldest one's tokens are read, so that the host prepares
-step N + 1 while the device computes step N. That a request has ended is then found out one step late; what that
-step gives it is dropped.
+step N + 1 while the device computes step N. A finished request is therefore detected one step late, and the extra
+token is discarded. Next: `backend.launch`, for CUDA in backends/torch/backend.py.
 """
 
 from collections import deque
@@ -22,29 +22,29 @@ from llmrs.core.sampling import Logprobs
 from llmrs.core.scheduler import Scheduler, Step
 
 
-class Ticket(Protocol):
-    """A launched step."""
+class AsyncOutput(Protocol):
+    """The output of a launched step."""
 
     def tokens(self) -> np.ndarray:
-        """Waits; the sampled tokens, int32 (S,). Raises what went wrong on the device."""
+        """Waits for the sampled tokens, int32 (S,). Raises errors of the device."""
 
     def logprobs(self) -> Logprobs | None:
-        """After `tokens`: of the batch's R rows, for the tokens that came and `targets`; None: not asked for."""
+        """After `tokens`: of the R logits rows, for the sampled tokens and prompt_logprob_ids; None: not requested."""
 
 
 class ModelRunner(Protocol):
-    """What the engine needs of a backend."""
+    """What the engine requires of a backend."""
 
     max_in_flight: int  # steps launched before the first one's tokens are read
 
-    def launch(self, batch: Batch) -> Ticket:
-        """Starts a step and returns at once; steps run in the order of their launch."""
+    def launch(self, batch: Batch) -> AsyncOutput:
+        """Starts a step and returns at once. Steps run in launch order."""
 
     def forward(self, batch: Batch) -> Any:
-        """Starts the first part of a step alone: its logits, as the backend holds them."""
+        """Starts a step's forward pass alone; the result is for `sample`."""
 
-    def sample(self, logits: Any, batch: Batch, mask: np.ndarray | None) -> Ticket:
-        """Starts the other part; `mask` are the tokens that may be sampled, bits uint32 (S, ceil(V / 32))."""
+    def sample(self, logits: Any, batch: Batch, mask: np.ndarray | None) -> AsyncOutput:
+        """Starts its sampling. `mask`: tokens that may be sampled, bits uint32 (S, ceil(V / 32))."""
 
 
 class EngineCore:
@@ -67,7 +67,7 @@ class EngineCore:
             )
         self.backend, self.vocab_size, self.max_model_len = backend, vocab_size, max_model_len
         self.scheduler = Scheduler(max_num_seqs, max_num_batched_tokens, max_model_len, pool)
-        self.in_flight: deque[tuple[Step, Ticket]] = deque()
+        self.in_flight: deque[tuple[Step, AsyncOutput]] = deque()
         self.span: Callable[[str], AbstractContextManager[object]] = lambda name: nullcontext()  # for traces
 
     @property
@@ -75,7 +75,7 @@ class EngineCore:
         return not (self.in_flight or self.scheduler.running or self.scheduler.waiting)
 
     def submit(self, request: Request) -> None:
-        """Queues a request, unless it was cancelled before. Checked by the caller: params, token ids, length."""
+        """Queues a request, unless it was cancelled before. The caller has checked params, token ids and length."""
         assert request.params.max_tokens is not None
         if request.finish_reason is not None:
             return
@@ -83,11 +83,11 @@ class EngineCore:
         self.scheduler.submit(request)
 
     def cancel(self, request: Request, reason: str = "cancelled") -> None:
-        """Ends a request at once; its blocks are free for the next step. Does nothing when it has ended."""
+        """Ends a request at once and frees its blocks. Does nothing if it has ended."""
         self.finish([request], reason)
 
     def step(self) -> None:
-        """Launches the next step if there is one, and commits the oldest when enough are in flight."""
+        """Launches the next step, if any, and commits the oldest if enough are in flight."""
         step = None
         try:
             with self.span("schedule"):
@@ -99,18 +99,18 @@ class EngineCore:
         except LlmrsError as error:
             self._fail(step, error)
         except (RuntimeError, MemoryError, ValueError, ArithmeticError, LookupError, TypeError) as error:
-            cause = BackendError(f"a step failed: {error}", "the requests in it ended; others can go on")
+            cause = BackendError(f"a step failed: {error}", "its requests ended; others go on")
             cause.__cause__ = error
             self._fail(step, cause)
 
-    def _launch(self, step: Step) -> Ticket:
+    def _launch(self, step: Step) -> AsyncOutput:
         masked = self.scheduler.slots.masked
         if not masked or masked.isdisjoint(step.batch.req_slots.tolist()):
             with self.span("launch"):
                 return self.backend.launch(step.batch)
         with self.span("launch"):
             logits = self.backend.forward(step.batch)
-        while self.in_flight:  # a mask may depend on every token before; only the sampling waits for them
+        while self.in_flight:  # a mask may depend on all earlier tokens; the forward pass does not
             self._commit()
         mask = np.full((len(step.requests), -(-self.vocab_size // 32)), 2**32 - 1, np.uint32)
         for row, request in enumerate(step.requests):
@@ -119,7 +119,7 @@ class EngineCore:
         return self.backend.sample(logits, step.batch, mask)
 
     def _fail(self, step: Step | None, error: Exception) -> None:
-        """Ends the requests of the steps that are lost; all of them when it is not known which those are."""
+        """Ends the requests of the lost steps, or all if those are unknown."""
         lost = [*([step] if step else []), *(s for s, _ in self.in_flight)]
         if step is None and not self.in_flight:
             self.close(error)
@@ -134,15 +134,15 @@ class EngineCore:
                 request.on_update(request, [])
 
     def close(self, error: Exception) -> None:
-        """Ends everything with `error`."""
+        """Ends every request with `error`."""
         self.in_flight.clear()
         while rest := [*self.scheduler.running, *self.scheduler.waiting]:  # on_update may submit others
             self.finish(rest, "error", error)
 
     def _commit(self) -> None:
-        step, ticket = self.in_flight[0]
+        step, output = self.in_flight[0]
         with self.span("wait"):
-            tokens, logprobs = ticket.tokens(), ticket.logprobs() if step.batch.logprobs >= 0 else None
+            tokens, logprobs = output.tokens(), output.logprobs() if step.batch.logprobs >= 0 else None
         self.in_flight.popleft()
         with self.span("commit"):
             for request, new in self.scheduler.commit(step, tokens, logprobs):

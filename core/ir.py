@@ -1,14 +1,14 @@
-"""The model graph: what a model computes in one step, described once and lowered by every backend.
+"""The IR: what a model computes in one step, described once and lowered by every backend.
 
     graph    ::= function* main
     function ::= name(value, ...) -> (value, ...) { equation* }     a kind of layer, called once per layer
     equation ::= value, ... = op[params](operand, ...)              single assignment
     operand  ::= value | weight                                     a weight is a list of row segments
     type     ::= dtype[dim, ...]     dtype ::= act | f32 | i32 | kv | weight
-    dim      ::= int | T | S         T: tokens of the step, S: those whose logits are wanted, one a sequence or more
+    dim      ::= int | T | S         T: tokens of the step, S: its logits rows, at least one per sequence
 
-`act` is the type of computation that the user chose. The KV cache of a layer is a value: `write_kv` takes one and
-gives the next, so order and effects are visible in single assignment. `write_kv`, `attend` and `gather_logits_rows`
+`act` is the dtype of computation. The KV cache of a layer is a value: `write_kv` takes one and
+gives the next, so that order and effects are explicit. `write_kv`, `attend` and `gather_logits_rows`
 also read the step's Batch (block tables, lengths). `backends/reference` defines what each op computes.
 """
 
@@ -25,14 +25,14 @@ T, S = "T", "S"
 
 @dataclass(frozen=True)
 class Type:
-    """An element type and a shape. For `kv` the shape is (kv heads, head size); how it is paged is the backend's."""
+    """A dtype and a shape. For `kv` the shape is (KV heads, head_dim); paging is up to the backend."""
 
     dtype: str
     shape: tuple[Dim, ...]
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """The shape without the step's own dimensions T and S."""
+        """The shape without T and S."""
         return tuple(d for d in self.shape if isinstance(d, int))
 
     def __str__(self) -> str:
@@ -41,7 +41,7 @@ class Type:
 
 @dataclass(frozen=True)
 class Value:
-    """A name that one equation, or the function's signature, assigns once."""
+    """A named value, assigned once by an equation or the function's signature."""
 
     name: str
     type: Type
@@ -52,7 +52,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Segment:
-    """Rows of a weight that come from one tensor of the file; each may have a format of its own there."""
+    """Rows of a weight that come from one tensor of the file."""
 
     tensor: str  # canonical name; "{i}" stands for the layer's index
     rows: int
@@ -80,7 +80,7 @@ Operand = Value | Weight
 
 @dataclass(frozen=True)
 class Equation:
-    """`outs = op[params](inputs)`. A fused op carries the equations that it replaces, which define it."""
+    """`outs = op[params](inputs)`. The `body` of a fused op is the equations that it replaces: its definition."""
 
     op: str
     inputs: tuple[Operand, ...]
@@ -110,14 +110,14 @@ class Function:
 
 @dataclass(frozen=True)
 class Graph:
-    """A model: `main` calls each layer's function once per layer, with `index` and that layer's KV."""
+    """A model: `main` calls a layer's function once per layer, with `index` and that layer's KV cache."""
 
     name: str
     functions: dict[str, Function]
     main: Function
 
     def weights(self) -> Iterator[Weight]:
-        """Every weight with its layer index filled in, in order of use; a weight used twice comes twice."""
+        """Every weight with its layer index, in order of use; tied weights come twice."""
         for e in self.main.equations:
             body = self.functions[e.params["function"]].equations if e.op == "call" else (e,)
             for operand in (o for b in body for o in b.inputs if isinstance(o, Weight)):
@@ -137,7 +137,7 @@ class Graph:
 
 
 def _call_line(first: Equation, last: Equation) -> str:
-    """One line for a run of calls of the same function."""
+    """One line for consecutive calls of one function."""
     indices = f"{first.params['index']}..{last.params['index']}"
     inputs = ", ".join(map(str, first.inputs[:-1]))
     return f"{first.outs[0]} .. {last.outs[0]}, kv = {first.params['function']}[{indices}]({inputs}, kv)"
@@ -148,7 +148,7 @@ def at_layer(weight: Weight, index: int) -> Weight:
     return Weight(tuple(Segment(s.tensor.replace("{i}", str(index)), s.rows) for s in weight.segments), weight.columns)
 
 
-# The type rules: from the types of the inputs and the params to the types of the results.
+# Type rules: from input types and params to result types.
 
 Rule = Callable[..., tuple[Type, ...]]
 RULES: dict[str, Rule] = {}
@@ -178,7 +178,7 @@ def _linear(x: Type, w: Type, bias: Type | None = None, *, shard: str) -> tuple[
     return (Type("act", (x.shape[0], w.shape[0])),)
 
 
-@rule("mul_scalar")  # x * by, with `by` rounded to x's own precision
+@rule("mul_scalar")  # x * by, with `by` rounded to the dtype of x
 def _mul_scalar(x: Type, *, by: float) -> tuple[Type, ...]:
     _expect(by > 0, f"by={by}")
     return (x,)
@@ -224,7 +224,7 @@ def _gated(gate: Type, up: Type) -> tuple[Type, ...]:
     return (gate,)
 
 
-@rule("moe")  # each token through its `top_k` likeliest experts: router (E, D), gate, up (E*I, D), down (E*D, I)
+@rule("moe")  # each token through its top_k experts: router (E, D), gate, up (E*I, D), down (E*D, I)
 def _moe(
     x: Type, router: Type, gate: Type, up: Type, down: Type, *, top_k: int, norm_topk_prob: bool
 ) -> tuple[Type, ...]:
@@ -241,7 +241,7 @@ def _add(x: Type, y: Type) -> tuple[Type, ...]:
     return (x,)
 
 
-@rule("gather_logits_rows")  # the rows whose logits are wanted, which are those of Batch.rows: act[T, D] -> act[S, D]
+@rule("gather_logits_rows")  # rows Batch.logits_indices: act[T, D] -> act[S, D]
 def _gather_logits_rows(x: Type) -> tuple[Type, ...]:
     _expect(len(x.shape) == 2 and x.shape[0] == T, f"{x} is not act[T, D]")
     return (Type("act", (S, x.shape[1])),)
@@ -255,7 +255,7 @@ def _lm_head(x: Type, w: Type) -> tuple[Type, ...]:
 
 @dataclass(frozen=True)
 class RopeFrequencies:
-    """Rotary frequencies in radians per position, one per pair of a head's elements; `scale` multiplies cos and sin."""
+    """RoPE frequencies in radians per position, one per pair of a head's elements; `scale` multiplies cos and sin."""
 
     label: str
     values: tuple[float, ...]
@@ -267,7 +267,7 @@ class RopeFrequencies:
 
 def infer(e: Equation) -> tuple[Type, ...]:
     """The types of an equation's results. Raises GraphError for an unknown op or inputs that do not fit."""
-    if e.body:  # a fused op: the types of the values that its definition assigns
+    if e.body:  # a fused op: types of the values that its body assigns
         assigned = {v: t for b in e.body for v, t in zip(b.outs, infer(b), strict=True)}
         return tuple(assigned[v] for v in e.outs)
     _expect(e.op in RULES, f"unknown op {e.op!r}")

@@ -25,8 +25,8 @@ CASTS: tuple[tuple[Callable[[Any], Any], Any], ...] = (
 @dataclass(frozen=True)
 class Option:
     """One option. `kind` is its Python type: bool, int, float, str, a list of `element`, or a dict from token ids to
-    `element`. `optional` allows None; `most` is how many entries a list or dict may have. A list may be given as a
-    tuple, set, range, NumPy array or one `element`; NumPy scalars stand for Python's own values.
+    `element`. `optional` allows None; `most` limits the entries of a list or dict. Tuples, sets, ranges, NumPy arrays
+    and single elements are accepted as lists, NumPy scalars as Python's.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Option:
     most: int
 
     def check(self, value: Any) -> Any:
-        """The value as `kind`; lists and dicts are copied. Raises ConfigError with the value and what is allowed."""
+        """The value as `kind`; lists and dicts are copied. Raises ConfigError with the value and the allowed ones."""
         if value is None and self.optional:
             return None
         value = self._cast(value)
@@ -61,7 +61,7 @@ class Option:
         return value
 
     def _cast(self, value: Any) -> Any:
-        """NumPy values as Python's own, one value as a list of it where a list is wanted, whole numbers as floats."""
+        """NumPy values as Python's, one value as a list for list options, ints as floats for float options."""
         value = value.tolist() if isinstance(value, np.ndarray) else value
         if self.kind is list:
             many = isinstance(value, list | tuple | range | set | frozenset)
@@ -71,7 +71,7 @@ class Option:
         return self._number(value)
 
     def _number(self, value: Any) -> Any:
-        """A whole number where a float is wanted, as a float."""
+        """Ints as floats for float options."""
         value = plain(value)
         if self.element is float and type(value) is int:
             return float(value) if abs(value) < 2**1000 else math.inf
@@ -82,7 +82,7 @@ class Option:
         return ConfigError(f"{self.name}: {shown} is not allowed; it must be {self.allowed()}", hint or self.help)
 
     def allowed(self) -> str:
-        """What the option accepts, in words."""
+        """The accepted values, in words."""
         if self.choices:
             return "one of " + ", ".join(self.choices)
         words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
@@ -91,11 +91,11 @@ class Option:
             text += f" from {self.low} to {self.high}"
         elif self.low > -math.inf:
             text += f" of at least {self.low}"
-        return f"{text}, or a list of such, none empty" if self.kind is list else text
+        return f"{text}, or a list of these, none empty" if self.kind is list else text
 
 
 def plain(value: Any) -> Any:
-    """NumPy scalars, and subclasses of Python's numbers and text (enums, ...), as bool, int, float or str."""
+    """NumPy scalars and subclasses (enums, ...) as bool, int, float or str."""
     if type(value) in (bool, int, float, str):
         return value
     return next((cast(value) for cast, kinds in CASTS if isinstance(value, kinds)), value)
@@ -128,7 +128,7 @@ def options(cls: type) -> list[Option]:
 
 
 class Checked:
-    """Base of the option classes: every field is checked when an instance is made."""
+    """Base of the option classes: checks every field of a new instance."""
 
     def __post_init__(self) -> None:
         cls: type = type(self)
@@ -138,10 +138,10 @@ class Checked:
 
 @dataclass(frozen=True)
 class SamplingParams(Checked):
-    """How one request's tokens are chosen, and when it ends.
+    """How a request's tokens are sampled, and when it ends.
 
-    A value left at None comes from the engine's defaults (the YAML file), else from the model's
-    generation_config, else from BUILT_IN.
+    A value of None is taken from the engine's defaults (the YAML file), else from the model's generation_config.json,
+    else from BUILT_IN.
     """
 
     temperature: float | None = option(

@@ -1,19 +1,18 @@
-"""What sampling means: the order of the transforms, the noise and its keys. Every backend computes the same;
-`backends/reference/sampling.py` defines it in NumPy.
+"""Sampling: the order of the logits processors, and the keys of the noise. `backends/reference/sampling.py` defines the
+rest in NumPy; every backend computes the same.
 
     logits -> penalties -> bias -> banned and masked out -> / temperature -> top-k -> top-p -> min-p
            -> argmax(logits + Gumbel noise)
 
-The noise depends on (seed, position, token id) and on nothing else, so neither the rest of the batch nor chunking
-nor preemption changes what a seed draws. Temperature 0 is argmax without noise; of equal logits the lowest id wins.
-Log probabilities are those of the model: of the logits before any of this.
+The noise depends on (seed, position, token id) only, so that neither the rest of the batch nor chunking nor preemption
+changes the tokens of a seed. Temperature 0 is argmax without noise; of equal logits the lowest id wins. Log
+probabilities are those of the unprocessed logits.
 
-    seed_key = hash32(hash32(low + SEED) ^ high)              once a request, on the host
-    noise_key = hash32(seed_key ^ hash32(position + POSITION)) ^ TOKEN    once a token, on the host
-    h = hash32(hash32(token) ^ noise_key)                     once a logit, on the device
+    seed_key = hash32(hash32(low + SEED) ^ high)                        per request, on the host
+    noise_key = hash32(seed_key ^ hash32(position + POSITION)) ^ TOKEN  per token, on the host
+    h = hash32(hash32(token) ^ noise_key)                               per logit, on the device
 
-Without the constants the stages are the same function of seed, position and token, and cancel: h was 0, the largest
-noise, wherever token id = seed_key ^ position, so such a seed drew ids that count up with the position.
+Without the constants the stages would cancel: h is 0, the largest noise, wherever token id = seed_key ^ position.
 """
 
 from dataclasses import dataclass, fields
@@ -22,7 +21,7 @@ import numpy as np
 
 from llmrs.core.options import SamplingParams
 
-GREEDY_BELOW = 1e-5  # of a temperature: float32 logits divided by less may overflow
+GREEDY_BELOW = 1e-5  # temperatures: float32 logits divided by less may overflow
 SEED, POSITION, TOKEN = np.array([0x9E3779B9, 0xB5297A4D, 0x68E31DA5], np.uint32)  # odd, without a pattern
 
 
@@ -37,7 +36,7 @@ class SamplingArrays:
     repetition_penalty: np.ndarray  # float32, 1: none
     presence_penalty: np.ndarray  # float32, 0: none
     frequency_penalty: np.ndarray  # float32, 0: none
-    prompt_len: np.ndarray  # int32: tokens of the prompt; those that follow are the answer's
+    prompt_len: np.ndarray  # int32: prompt tokens; the rest is output
     rng_key: np.ndarray  # uint32: seed_key, in a step noise_keys
 
     @staticmethod
@@ -59,14 +58,14 @@ class SamplingArrays:
         return SamplingArrays(*(getattr(self, f.name)[rows] for f in fields(self)))
 
     def needs_history(self, row: int | slice = slice(None)) -> np.ndarray:
-        """bool: whose sampling depends on the tokens so far."""
+        """bool: which sequences have a penalty, and so need their tokens so far."""
         penalty = (self.presence_penalty[row] != 0) | (self.frequency_penalty[row] != 0)
         return penalty | (self.repetition_penalty[row] != 1)
 
 
 @dataclass(frozen=True)
 class Logprobs:
-    """Log probabilities of R rows: of the token that came, and of the k likeliest, in order."""
+    """Log probabilities of R rows: of the sampled token, and of the k likeliest, in order."""
 
     chosen: np.ndarray  # float32 (R,)
     top_ids: np.ndarray  # int32 (R, k)

@@ -1,9 +1,9 @@
-"""Who runs in the next step.
+"""The scheduler: which requests run in the next step, with how many tokens.
 
-A step is one ragged batch: a token for every running answer first, then parts of prompts up to the token budget,
-so a long prompt stalls nobody. Requests are ranked by arrival and priority. The first is admitted when blocks for
-all its tokens are free; an answer that needs a block when none is left preempts the last, which keeps its tokens and
-is computed again later.
+A step is one ragged batch: first a decode token of every running request, then prefill chunks up to the token budget,
+so that a long prompt stalls no decoding. Requests are ordered by arrival and priority. The first is admitted when
+blocks for all its tokens are free. A decode that finds no free block preempts the last request, which keeps its tokens
+and is recomputed later.
 """
 
 import bisect
@@ -30,7 +30,7 @@ class Step:
 
     batch: Batch
     requests: list[Request]
-    generation: np.ndarray  # int64 (S,): the admissions that held the slots when the step was launched
+    generation: np.ndarray  # int64 (S,): admissions that held the slots at launch
 
 
 class Scheduler:
@@ -39,8 +39,8 @@ class Scheduler:
     def __init__(self, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, pool: BlockPool) -> None:
         self.token_budget, self.pool = max_num_batched_tokens, pool
         self.slots = Slots(max_num_seqs, max_model_len, pool.blocks_for(max_model_len))
-        self.stats: Counter[str] = Counter()  # what has happened since the start; finished_* by reason
-        self.waiting: list[Request] = []  # by rank
+        self.stats: Counter[str] = Counter()  # since the start; finished_* by reason
+        self.waiting: list[Request] = []  # by sort_key
         self.running: list[Request] = []  # in order of admission
         self.free_slots = list(range(max_num_seqs))[::-1]
         self.by_slot: dict[int, Request] = {}
@@ -57,18 +57,18 @@ class Scheduler:
         bisect.insort(self.waiting, request, key=sort_key)
 
     def schedule(self) -> Step | None:
-        """The next step, or None when nothing can run before a launched one is committed."""
-        # answers: one token each
-        todo, order = self._num_new_tokens(), self._running_slots
-        decodes = self._allocate_decode_blocks(order[todo == 1])
+        """The next step; None if nothing can run before a launched step is committed."""
+        # decode: one token each
+        new_tokens, running = self._num_new_tokens(), self._running_slots
+        decodes = self._allocate_decode_blocks(running[new_tokens == 1])
         counts = [1] * len(decodes)
         slots, budget = decodes.tolist(), self.token_budget - len(decodes)
 
-        # prompts: those begun, then those waiting
-        begun = [slot for slot in order[todo > 1].tolist() if slot in self.by_slot]
+        # prefill: partial prefills first, then waiting requests
+        partial_prefills = [slot for slot in running[new_tokens > 1].tolist() if slot in self.by_slot]
         prompt_rows = MAX_PROMPT_LOGPROB_ROWS
-        while budget > 0 and (begun or self._can_admit()):
-            slot = begun.pop(0) if begun else self._admit()
+        while budget > 0 and (partial_prefills or self._can_admit()):
+            slot = partial_prefills.pop(0) if partial_prefills else self._admit()
             count = min(budget, int(self.slots.num_tokens[slot] - self.slots.num_computed_tokens[slot]))
             if self.slots.prompt_logprobs[slot] >= 0:
                 count = min(count, prompt_rows)
@@ -81,28 +81,28 @@ class Scheduler:
             return None
         self.stats["steps"] += 1
         self.stats["prompt_tokens"] += sum(counts) - len(decodes)
-        rows = np.array(slots, np.int32)
-        owner = self.slots.generation[rows]
-        batch = self.slots.batch(rows, np.array(counts, np.int32))
-        return Step(batch, [self.by_slot[slot] for slot in slots], owner)
+        req_slots = np.array(slots, np.int32)
+        generation = self.slots.generation[req_slots]
+        batch = self.slots.batch(req_slots, np.array(counts, np.int32))
+        return Step(batch, [self.by_slot[slot] for slot in slots], generation)
 
     def commit(
         self, step: Step, tokens: np.ndarray, logprobs: Logprobs | None = None
     ) -> list[tuple[Request, list[int]]]:
-        """Takes in a step's tokens int32 (S,); returns the requests that moved on, with their new token or none.
+        """Records a step's tokens int32 (S,); returns the requests that advanced, with their new token or none.
 
-        What a request that has ended or was preempted in the meantime is given is dropped.
+        Tokens of requests that ended or were preempted since the launch are discarded.
         """
         s, slots = self.slots, step.batch.req_slots
         alive = s.generation[slots] == step.generation
         self._cache_full_blocks(step, alive)
         if logprobs is not None:
             self._record(step, alive, tokens, logprobs)
-        news: list[tuple[Request, list[int]]] = []
+        updates: list[tuple[Request, list[int]]] = []
         for row in (alive & ~step.batch.do_sample).nonzero()[0].tolist():
             request = step.requests[row]
             request.computed_tokens = min(int(step.batch.seq_lens[row]), len(request.prompt))
-            news.append((request, []))
+            updates.append((request, []))
         rows = (alive & step.batch.do_sample).nonzero()[0]
         slots, tokens = slots[rows], tokens[rows]
         s.tokens[slots, s.num_tokens[slots]] = tokens
@@ -110,19 +110,19 @@ class Scheduler:
         s.num_inflight[slots] -= 1
         self.stats["generated_tokens"] += len(rows)
         stopped = (s.stop_ids[slots] == tokens[:, None]).any(axis=1)
-        full = s.num_tokens[slots] >= s.max_tokens[slots]
+        hit_limit = s.num_tokens[slots] >= s.max_tokens[slots]
         requests = [step.requests[row] for row in rows.tolist()]
         for request, token in zip(requests, tokens.tolist(), strict=True):
             request.output.append(token)
-            news.append((request, [token]))
+            updates.append((request, [token]))
             if not request.first_token:
                 request.first_token, request.computed_tokens = time.monotonic(), len(request.prompt)
-        for at in (stopped | full).nonzero()[0].tolist():
+        for at in (stopped | hit_limit).nonzero()[0].tolist():
             self.finish(requests[at], "stop" if stopped[at] else "length")
-        return news
+        return updates
 
     def finish(self, request: Request, reason: str, error: Exception | None = None) -> None:
-        """Ends a request, waiting or running, and frees what it holds. A second call changes nothing."""
+        """Ends a request, waiting or running, and frees its slot and blocks. A second call changes nothing."""
         if request.finish_reason is None:
             request.finish_reason, request.error, request.finished = reason, error, time.monotonic()
             self.stats[f"finished_{reason}"] += 1
@@ -132,7 +132,7 @@ class Scheduler:
                 self.waiting.remove(request)
 
     def _record(self, step: Step, alive: np.ndarray, tokens: np.ndarray, logprobs: Logprobs) -> None:
-        """Keeps the log probabilities that were asked for: of sampled tokens, and of prompts by their position."""
+        """Stores the requested log probabilities of sampled tokens, and of prompt tokens by position."""
         b, s = step.batch, self.slots
 
         def entry(row: int, token: int, count: int) -> TokenLogprobs:
@@ -146,20 +146,20 @@ class Scheduler:
         ):
             at = int(np.searchsorted(b.query_start_loc, row, side="right")) - 1
             if alive[at]:
-                found = entry(len(b.req_slots) + n, target, int(s.prompt_logprobs[b.req_slots[at]]))
-                step.requests[at].prompt_logprobs[int(b.positions[row]) + 1] = found
+                likely = entry(len(b.req_slots) + n, target, int(s.prompt_logprobs[b.req_slots[at]]))
+                step.requests[at].prompt_logprobs[int(b.positions[row]) + 1] = likely
 
     def _num_new_tokens(self) -> np.ndarray:
-        """Tokens to be fed, (running,); 0 where the last token that may be sampled is already on its way."""
-        s, order = self.slots, self._running_slots
-        known = s.num_tokens[order] + s.num_inflight[order]
-        return np.where(known < s.max_tokens[order], known - s.num_computed_tokens[order], 0)
+        """Tokens to compute, (running,); 0 where the last allowed token is already in flight."""
+        s, slots = self.slots, self._running_slots
+        known = s.num_tokens[slots] + s.num_inflight[slots]
+        return np.where(known < s.max_tokens[slots], known - s.num_computed_tokens[slots], 0)
 
     def _allocate_decode_blocks(self, decodes: np.ndarray) -> np.ndarray:
-        """The slots among `decodes` that have a block for their next token, after preempting what must yield."""
+        """The slots of `decodes` that have a block for their next token, after preemption."""
         s = self.slots
-        short = decodes[s.num_computed_tokens[decodes] >= s.num_blocks[decodes] * self.pool.size]
-        for slot in short.tolist():
+        full = decodes[s.num_computed_tokens[decodes] >= s.num_blocks[decodes] * self.pool.size]
+        for slot in full.tolist():
             while slot in self.by_slot and not self.pool.num_free:
                 self._preempt(max(self.running, key=sort_key))
             if slot in self.by_slot:
@@ -167,7 +167,7 @@ class Scheduler:
         return decodes[s.generation[decodes] >= 0]
 
     def _can_admit(self) -> bool:
-        """Whether blocks for all tokens of the first waiting request are free, and one to spare if others run."""
+        """Whether blocks for all tokens of the first waiting request are free, plus one if others run."""
         if not self.waiting or not self.free_slots:
             return False
         hit, _ = self._cached(self.waiting[0])
@@ -175,7 +175,7 @@ class Scheduler:
         return needed + bool(self.running) <= self.pool.num_free
 
     def _cached(self, request: Request) -> tuple[list[int], int]:
-        """The cached blocks that its tokens begin with, and their chain id; never the last token: it must be fed."""
+        """Cached blocks of its prefix, and the last one's id. The last token is always computed: it gives the logits."""
         return self.pool.match_prefix(request.tokens[: 0 if request.prompt_logprobs else -1])
 
     def _admit(self) -> int:
@@ -209,7 +209,7 @@ class Scheduler:
         s.num_blocks[slot] += len(blocks)
 
     def _preempt(self, request: Request) -> None:
-        """Takes a request's slot and blocks; a token of it that is on its way is dropped and drawn again."""
+        """Takes a request's slot and blocks. Its token in flight is discarded and sampled again."""
         request.tokens = self.slots.tokens[request.slot, : self.slots.num_tokens[request.slot]].copy()
         self._free(request)
         self._enqueue(request)
@@ -226,14 +226,14 @@ class Scheduler:
         self._running_slots = self._running_slots[self._running_slots != slot]
 
     def _cache_full_blocks(self, step: Step, alive: np.ndarray) -> None:
-        """Registers the blocks that this step filled; only now are their contents certain."""
+        """Caches the blocks that this step filled: their contents are certain only now."""
         s, size = self.slots, self.pool.size
-        full = step.batch.seq_lens // size
-        for row in (alive & (full > s.num_cached_blocks[step.batch.req_slots])).nonzero()[0].tolist():
+        full_blocks = step.batch.seq_lens // size
+        for row in (alive & (full_blocks > s.num_cached_blocks[step.batch.req_slots])).nonzero()[0].tolist():
             request, slot = step.requests[row], int(step.batch.req_slots[row])
-            for n in range(s.num_cached_blocks[slot], full[row]):
+            for n in range(s.num_cached_blocks[slot], full_blocks[row]):
                 tokens = s.tokens[slot, n * size : (n + 1) * size]
                 request.last_block_id = self.pool.cache_block(
                     int(s.block_tables[slot, n]), request.last_block_id, tokens
                 )
-            s.num_cached_blocks[slot] = full[row]
+            s.num_cached_blocks[slot] = full_blocks[row]

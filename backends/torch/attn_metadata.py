@@ -101,8 +101,8 @@ class StepBuffers:
 
 
 def target_ctas(device: torch.device, num_kv_heads: int, head_dim: int) -> float:
-    """CTAs of decode attention per KV head that fill the GPU in one wave: more for small heads, which keep fewer bytes in
-    flight each."""
+    """CTAs of decode attention per KV head that fill the GPU in one wave. Small heads need more: each CTA keeps fewer
+    bytes in flight."""
     return CTAS_PER_SM * num_sms(device) / num_kv_heads * 128 / head_dim
 
 

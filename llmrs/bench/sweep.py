@@ -13,7 +13,7 @@ import numpy as np
 from llmrs.backends.base import Backend, Profiler, Ran
 from llmrs.bench.roofline import Device, Work
 from llmrs.core.batch import Batch
-from llmrs.core.engine import Ticket
+from llmrs.core.engine import AsyncOutput
 from llmrs.core.errors import BackendError
 from llmrs.core.sampling import SamplingArrays
 from llmrs.engine import Engine
@@ -100,13 +100,13 @@ def decode_batch(block_size: int, count: int, context: int) -> Batch:
 
 def run_steps(backend: Backend, batch: Batch, count: int) -> None:
     """Runs a step again and again, as far ahead as the engine does."""
-    tickets: deque[Ticket] = deque()
+    outputs: deque[AsyncOutput] = deque()
     for _ in range(count):
-        tickets.append(backend.launch(batch))
-        if len(tickets) >= backend.max_in_flight:
-            tickets.popleft().tokens()
-    while tickets:
-        tickets.popleft().tokens()
+        outputs.append(backend.launch(batch))
+        if len(outputs) >= backend.max_in_flight:
+            outputs.popleft().tokens()
+    while outputs:
+        outputs.popleft().tokens()
 
 
 def measured(

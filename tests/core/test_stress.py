@@ -141,7 +141,7 @@ class Machine(RuleBasedStateMachine):
         assert len(scheduler.free_slots) + len(scheduler.running) == SLOTS
         assert set(pool.free_queue) == set(np.flatnonzero(held == 0).tolist())
         assert {pool.cached_blocks[k][0] for k in pool.block_keys.values()} == set(pool.block_keys)
-        assert [r.rank for r in scheduler.waiting] == sorted(r.rank for r in scheduler.waiting)
+        assert [r.sort_key for r in scheduler.waiting] == sorted(r.sort_key for r in scheduler.waiting)
         assert all(r.slot < 0 and r.finish_reason is None for r in scheduler.waiting)
         assert (s.generation >= 0).sum() == len(scheduler.running)
 
