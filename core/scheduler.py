@@ -175,7 +175,7 @@ class Scheduler:
         return needed + bool(self.running) <= self.pool.num_free
 
     def _cached(self, request: Request) -> tuple[list[int], int]:
-        """Cached blocks of its prefix, and the last one's id. The last token is always computed: it gives the logits."""
+        """Cached blocks of its prefix, and the last one's id. The last token is always computed, for its logits."""
         return self.pool.match_prefix(request.tokens[: 0 if request.prompt_logprobs else -1])
 
     def _admit(self) -> int:

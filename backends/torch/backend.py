@@ -17,13 +17,13 @@ from llmrs.backends.cores import usable_cores
 from llmrs.backends.fusion import FUSED_OPS
 from llmrs.backends.host_memory import free_host_memory, keep_freed_memory, trim_host_memory, use_huge_pages
 from llmrs.backends.torch.async_output import CopiedOutput, OutputCopier, TorchOutput
-from llmrs.backends.torch.cpu_linear import Linear, prepare
+from llmrs.backends.torch.cpu_linear import Linear, make_linear
 from llmrs.backends.torch.kv_fp8 import CODES, Scaled, check_device
 from llmrs.backends.torch.lowering import Lowering, Program, join_layers, last_early
 from llmrs.backends.torch.ops import FUSED, KV, OPS
 from llmrs.backends.torch.profiler import TorchProfiler
 from llmrs.backends.torch.sampling import Logits, SlotState, logprobs, sample
-from llmrs.backends.torch.sdpa_attention import context, on_device
+from llmrs.backends.torch.sdpa_attention import attn_metadata, on_device
 from llmrs.backends.torch.workspace import activation_bytes, workspace_bytes
 from llmrs.core.batch import Batch
 from llmrs.core.errors import BackendError, ConfigError, MemoryLimitError
@@ -55,7 +55,7 @@ class TorchBackend(Backend):
             keep_freed_memory()
             self.step_tokens = 256  # as fast as more, with temporaries that the caches hold; and nobody waits long
         self.ops_table: Mapping[str, Callable[..., object]] = OPS
-        self.make_linear: Callable[..., Linear] = prepare
+        self.make_linear: Callable[..., Linear] = make_linear
         self.program = Program([], 0, [])
         self.kv: list[KV] = []
         self.slots = SlotState(0, 0, self.torch_device)
@@ -189,7 +189,7 @@ class TorchBackend(Backend):
         if self.runner:
             return self.runner.forward(batch)
         inputs = [self._input_ids(batch), on_device(batch.positions, self.torch_device), *self.kv]
-        return Logits(self.program.run(context(batch, self.block_size, self.torch_device), inputs)[0])
+        return Logits(self.program.run(attn_metadata(batch, self.block_size, self.torch_device), inputs)[0])
 
     @torch.inference_mode()
     def sample(self, logits: Logits, batch: Batch, mask: np.ndarray | None = None) -> TorchOutput | CopiedOutput:

@@ -10,7 +10,7 @@ import torch
 
 from llmrs.backends.linearize import Flat, Placed
 from llmrs.backends.torch import ops
-from llmrs.backends.torch.cpu_linear import Linear, prepare
+from llmrs.backends.torch.cpu_linear import Linear, make_linear
 from llmrs.core.ir import Equation, Graph, Weight
 from llmrs.quant.tensor import Tensor
 
@@ -163,7 +163,7 @@ class Lowering:
         dtype: torch.dtype,
         weights: Mapping[str, Tensor],
         progress: Callable[[int], None],
-        prepare: Callable[..., Linear] = prepare,
+        prepare: Callable[..., Linear] = make_linear,
     ) -> None:
         """`prepare` makes what computes a linear map from its weight and bias."""
         self.graph, self.rules, self.device, self.dtype = graph, rules, device, dtype
@@ -218,7 +218,8 @@ class Lowering:
         count = router.type.sizes[0]
         split = [[m for w in _segments(s) for m in self._tensor(w).split(s.type.sizes[0] // count)] for s in stacks]
         return ops.Experts(
-            self._tensor(router), [(prepare(g), prepare(u), prepare(d)) for g, u, d in zip(*split, strict=True)]
+            self._tensor(router),
+            [(make_linear(g), make_linear(u), make_linear(d)) for g, u, d in zip(*split, strict=True)],
         )
 
     def _tensor(self, weight: Weight) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 from llmrs.backends.torch import sdpa_attention
 from llmrs.backends.torch.cpu_linear import Linear
 from llmrs.backends.torch.kv_fp8 import Scaled
-from llmrs.backends.torch.sdpa_attention import Context
+from llmrs.backends.torch.sdpa_attention import AttnMetadata
 from llmrs.core.ir import RopeFrequencies
 
 Tensor = torch.Tensor
@@ -24,19 +24,19 @@ class KV:
     values: Tensor | Scaled
 
 
-def embed(_: Context, tokens: Tensor, table: Callable[[Tensor], Tensor]) -> Tensor:
+def embed(_: AttnMetadata, tokens: Tensor, table: Callable[[Tensor], Tensor]) -> Tensor:
     return table(tokens)
 
 
-def linear(_: Context, x: Tensor, matrix: Linear) -> Tensor:
+def linear(_: AttnMetadata, x: Tensor, matrix: Linear) -> Tensor:
     return matrix(x)
 
 
-def merged_linear(_: Context, x: Tensor, matrix: Linear, *, rows: list[int]) -> tuple[Tensor, ...]:
+def merged_linear(_: AttnMetadata, x: Tensor, matrix: Linear, *, rows: list[int]) -> tuple[Tensor, ...]:
     return matrix(x).split(rows, dim=-1)
 
 
-def mul_scalar(_: Context, x: Tensor, *, by: float) -> Tensor:
+def mul_scalar(_: AttnMetadata, x: Tensor, *, by: float) -> Tensor:
     return x * torch.tensor(by, dtype=x.dtype).item()
 
 
@@ -53,7 +53,7 @@ class Norm:
         return Norm(weight, torch.cat([weight, weight]) if half_on_cpu else None)
 
 
-def rms_norm(_: Context, x: Tensor, norm: Norm, *, eps: float, offset: float = 0.0) -> Tensor:
+def rms_norm(_: AttnMetadata, x: Tensor, norm: Norm, *, eps: float, offset: float = 0.0) -> Tensor:
     w = norm.weight
     if offset:  # 1 + w would lose w's last bits in bf16
         return torch.nn.functional.rms_norm(x.float(), w.shape, w.float() + offset, eps).to(x.dtype)
@@ -64,16 +64,16 @@ def rms_norm(_: Context, x: Tensor, norm: Norm, *, eps: float, offset: float = 0
     return torch.nn.functional.rms_norm(x, w.shape, w, eps)
 
 
-def heads(_: Context, x: Tensor, *, size: int) -> Tensor:  # (T, H * d) -> (T, H, d)
+def heads(_: AttnMetadata, x: Tensor, *, size: int) -> Tensor:  # (T, H * d) -> (T, H, d)
     return x.unflatten(-1, (-1, size))
 
 
-def rope(c: Context, x: Tensor, positions: Tensor, *, frequencies: RopeFrequencies) -> Tensor:  # (T, H, d), (T,)
-    return _rotated(x, *_turns(c, positions, frequencies)).to(x.dtype)
+def rope(c: AttnMetadata, x: Tensor, positions: Tensor, *, frequencies: RopeFrequencies) -> Tensor:  # (T, H, d), (T,)
+    return _rotated(x, *_cos_sin(c, positions, frequencies)).to(x.dtype)
 
 
 def qk_norm_rope_write_kv(
-    c: Context,
+    c: AttnMetadata,
     q: Tensor,
     positions: Tensor,
     k: Tensor,
@@ -88,7 +88,7 @@ def qk_norm_rope_write_kv(
     """All heads of q and k at once; `norms` (H + Hk, d) hold the offset already."""
     x = _joined(q, k)  # (T, H + Hk, d)
     normal = torch.nn.functional.rms_norm(x.float() if offset else x, x.shape[-1:], None, eps) * norms
-    x = _rotated(normal, *_turns(c, positions, frequencies)).to(q.dtype)
+    x = _rotated(normal, *_cos_sin(c, positions, frequencies)).to(q.dtype)
     return x[:, : q.shape[1]], write_kv(c, x[:, q.shape[1] :], v, kv)
 
 
@@ -107,13 +107,13 @@ def _joined(q: Tensor, k: Tensor) -> Tensor:
     return torch.cat([q, k], dim=1)
 
 
-def _turns(c: Context, positions: Tensor, frequencies: RopeFrequencies) -> tuple[Tensor, Tensor]:
+def _cos_sin(c: AttnMetadata, positions: Tensor, frequencies: RopeFrequencies) -> tuple[Tensor, Tensor]:
     """cos and sin, float32 (T, 1, d/2); once for all layers of a step."""
-    if id(frequencies) not in c.turns:
+    if id(frequencies) not in c.cos_sin:
         angles = positions[:, None].float() * _on_device(frequencies, positions.device)
         cos, sin = (f(angles)[:, None, :] * frequencies.scale for f in (torch.cos, torch.sin))
-        c.turns[id(frequencies)] = cos, sin
-    return c.turns[id(frequencies)]
+        c.cos_sin[id(frequencies)] = cos, sin
+    return c.cos_sin[id(frequencies)]
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -130,21 +130,21 @@ def _on_device(frequencies: RopeFrequencies, device: torch.device) -> Tensor:
     return torch.tensor(frequencies.values, dtype=torch.float32, device=device)
 
 
-def write_kv(c: Context, k: Tensor, v: Tensor, kv: KV) -> KV:  # (T, Hk, d) each
+def write_kv(c: AttnMetadata, k: Tensor, v: Tensor, kv: KV) -> KV:  # (T, Hk, d) each
     for cache_, new in ((kv.keys, k), (kv.values, v)):
-        cache_.flatten(0, 1)[c.cells] = new.to(cache_.dtype)
+        cache_.flatten(0, 1)[c.slot_mapping] = new.to(cache_.dtype)
     return kv
 
 
-def attend(c: Context, q: Tensor, kv: KV, *, scale: float, window: int = 0) -> Tensor:
+def attend(c: AttnMetadata, q: Tensor, kv: KV, *, scale: float, window: int = 0) -> Tensor:
     return sdpa_attention.attend(c, q, kv.keys, kv.values, scale, window)
 
 
-def silu_and_mul(_: Context, gate: Tensor, up: Tensor) -> Tensor:
+def silu_and_mul(_: AttnMetadata, gate: Tensor, up: Tensor) -> Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
-def gelu_and_mul(_: Context, gate: Tensor, up: Tensor) -> Tensor:
+def gelu_and_mul(_: AttnMetadata, gate: Tensor, up: Tensor) -> Tensor:
     return torch.nn.functional.gelu(gate, approximate="tanh") * up
 
 
@@ -156,7 +156,7 @@ class Experts:
     each: list[tuple[Linear, Linear, Linear]]
 
 
-def moe(c: Context, x: Tensor, experts: Experts, *, top_k: int, norm_topk_prob: bool) -> Tensor:
+def moe(c: AttnMetadata, x: Tensor, experts: Experts, *, top_k: int, norm_topk_prob: bool) -> Tensor:
     """Expert by expert, each with the rows of the tokens that chose it."""
     p = torch.nn.functional.linear(x, experts.router).softmax(dim=-1, dtype=torch.float32)
     weights, chosen = p.topk(top_k, dim=-1)  # (T, top_k)
@@ -171,15 +171,15 @@ def moe(c: Context, x: Tensor, experts: Experts, *, top_k: int, norm_topk_prob: 
     return y
 
 
-def add(_: Context, x: Tensor, y: Tensor) -> Tensor:
+def add(_: AttnMetadata, x: Tensor, y: Tensor) -> Tensor:
     return x + y
 
 
-def gather_logits_rows(c: Context, x: Tensor) -> Tensor:
-    return x[c.rows]
+def gather_logits_rows(c: AttnMetadata, x: Tensor) -> Tensor:
+    return x[c.logits_indices]
 
 
-def lm_head(_: Context, x: Tensor, matrix: Linear) -> Tensor:
+def lm_head(_: AttnMetadata, x: Tensor, matrix: Linear) -> Tensor:
     return matrix(x).float()
 
 

@@ -1,4 +1,4 @@
-"""What runs on the device and when, from torch's profiler: kernels and copies of a GPU, ops of a CPU."""
+"""Kernels and copies of a GPU, or ops of a CPU, with their times, from torch's profiler."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from llmrs.backends.base import Ran
 
 
 class TorchProfiler:
-    """On a CPU, where a launch computes, an op stands for all that it calls."""
+    """On a CPU an op includes the ops that it calls."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.asynchronous = device, device.type == "cuda"
@@ -25,7 +25,7 @@ class TorchProfiler:
     def stop(self) -> list[Ran]:
         self._wait()
         self.running.stop()
-        # the raw events: torch's own tables take seconds for the steps of a workload
+        # raw events: torch's own tables take seconds for a workload
         events = self.running.profiler.kineto_results.events()
         kind = "CUDA" if self.asynchronous else "CPU"
         found = ran([(e.name(), e.start_ns(), e.duration_ns()) for e in events if e.device_type().name == kind])
@@ -38,14 +38,14 @@ class TorchProfiler:
 
 
 def ran(events: Sequence[tuple[str, int, int]]) -> list[Ran]:
-    """From names, beginnings and durations in nanoseconds; seconds count from the first one's beginning."""
+    """From names, start times and durations in nanoseconds; seconds count from the first start."""
     first = min((begin for _, begin, _ in events), default=0)
     found = [Ran(name, (at - first) * 1e-9, (at - first + lasts) * 1e-9) for name, at, lasts in events]
     return sorted(found, key=lambda r: (r.begin, -r.end))
 
 
 def outermost(found: list[Ran]) -> list[Ran]:
-    """Those that do not run within another one, of a list in order of their beginnings."""
+    """Events that are not inside another one; the list is ordered by start."""
     kept: list[Ran] = []
     for r in found:
         if not kept or r.begin >= kept[-1].end:

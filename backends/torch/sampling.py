@@ -1,7 +1,7 @@
 """Sampling on the device, as `llmrs.core.sampling` defines it.
 
-top-k, top-p and min-p each keep the m likeliest tokens for some m, so one pass finds the smallest m and the value
-of the m-th logit, and keeps what lies above it; of equal logits the lower ids stay.
+top-k, top-p and min-p each keep the m likeliest tokens for some m: one pass finds the smallest m and the m-th logit,
+the threshold. Of equal logits the lower ids stay.
 """
 
 from collections.abc import Sequence
@@ -19,17 +19,17 @@ if TYPE_CHECKING:  # Triton is not installed on every system
     from llmrs.backends.torch.attn_metadata import StepBuffers
     from llmrs.backends.torch.cuda_graphs import CapturedStep
 
-SIGNED = {0x7FEB352D: 0x7FEB352D, 0x846CA68B: 0x846CA68B - 2**32}  # torch has no uint32 arithmetic
+AS_INT32 = {0x7FEB352D: 0x7FEB352D, 0x846CA68B: 0x846CA68B - 2**32}  # as int32: torch has no uint32 arithmetic
 
 
 class SlotState:
-    """What the device keeps for each slot."""
+    """Per-slot state on the device."""
 
     def __init__(self, count: int, max_tokens: int, device: torch.device) -> None:
         self.device = device
         self.last_token = torch.zeros(count, dtype=torch.int64, device=device)
-        self.tokens = torch.zeros(count, max_tokens + 1, dtype=torch.int32, device=device)  # where sampling looks back
-        self.bias: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # token ids int64, what is added to their logits
+        self.tokens = torch.zeros(count, max_tokens + 1, dtype=torch.int32, device=device)  # for penalties
+        self.bias: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # token ids int64, biases
 
     def begin(self, begun: Sequence[NewRequest]) -> None:
         for b in begun:
@@ -39,7 +39,7 @@ class SlotState:
                 self.bias[b.slot] = on_device(b.bias_ids.astype(np.int64), self.device), on_device(b.bias, self.device)
 
     def append(self, batch: Batch, tokens: torch.Tensor) -> None:
-        """Keeps the tokens int64 (S,) that were sampled."""
+        """Records sampled tokens int64 (S,)."""
         kept = np.flatnonzero(batch.do_sample)
         slots = on_device(batch.req_slots[kept].astype(np.int64), self.device)
         new = tokens if len(kept) == len(tokens) else tokens[on_device(kept, self.device)]
@@ -62,13 +62,13 @@ def sample(logits: torch.Tensor, batch: Batch, slots: SlotState, mask: np.ndarra
     if needs_logits_processors(batch, slots, mask):
         logits = apply_logits_processors(logits, batch, slots, mask)
     tokens = logits.argmax(dim=-1)
-    drawn = np.flatnonzero(batch.sampling.temperature > 0)
-    if not len(drawn):
+    sampled = np.flatnonzero(batch.sampling.temperature > 0)
+    if not len(sampled):
         return tokens
-    if len(drawn) == len(tokens):
-        return draw(logits, batch.sampling)
-    rows = on_device(drawn, logits.device)
-    tokens[rows] = draw(logits[rows], batch.sampling.take(drawn))
+    if len(sampled) == len(tokens):
+        return sample_gumbel(logits, batch.sampling)
+    rows = on_device(sampled, logits.device)
+    tokens[rows] = sample_gumbel(logits[rows], batch.sampling.take(sampled))
     return tokens
 
 
@@ -91,7 +91,7 @@ def apply_logits_processors(
     logits = logits.float().clone()
     if len(back):
         rows = on_device(back, logits.device)
-        logits[rows] = _penalized(logits[rows], batch, back, slots)
+        logits[rows] = _apply_penalties(logits[rows], batch, back, slots)
     for s in biased:
         at, values = slots.bias[int(batch.req_slots[s])]
         logits[s, at] += values
@@ -102,7 +102,7 @@ def apply_logits_processors(
     return logits if mask is None else logits.masked_fill(~_allowed(mask, logits), -torch.inf)
 
 
-def _penalized(logits: torch.Tensor, batch: Batch, rows: np.ndarray, slots: SlotState) -> torch.Tensor:
+def _apply_penalties(logits: torch.Tensor, batch: Batch, rows: np.ndarray, slots: SlotState) -> torch.Tensor:
     """Logits (n, V) of the sequences `rows` after `llmrs.backends.reference.sampling.apply_penalties`."""
     device, (n, vocabulary) = logits.device, logits.shape
     longest = int(batch.seq_lens[rows].max())
@@ -114,7 +114,7 @@ def _penalized(logits: torch.Tensor, batch: Batch, rows: np.ndarray, slots: Slot
     )
     tokens = slots.tokens[on_device(batch.req_slots[rows].astype(np.int64), device), :longest].long()
     at = torch.arange(longest, device=device)
-    nothing = torch.full_like(tokens, vocabulary)  # a column of its own for what does not count
+    nothing = torch.full_like(tokens, vocabulary)  # a column of its own for positions that don't count
     counts = torch.zeros(2, n, vocabulary + 1, device=device)
     counts[0].scatter_(1, torch.where(at < lengths, tokens, nothing), 1.0)
     answer = torch.where((at >= prompts) & (at < lengths), tokens, nothing)
@@ -142,19 +142,19 @@ def logprobs(logits: torch.Tensor, tokens: torch.Tensor, count: int) -> tuple[to
     return chosen, top.indices[:, :count], top.values[:, :count]
 
 
-def draw(logits: torch.Tensor, params: SamplingArrays) -> torch.Tensor:
+def sample_gumbel(logits: torch.Tensor, params: SamplingArrays) -> torch.Tensor:
     """Token ids int64 (S,) from adjusted logits float32 (S, V); no temperature is 0."""
     device = logits.device
     logits = logits / on_device(params.temperature, device)[:, None]
-    counts = _kept_counts(logits, params)
+    counts = _num_kept(logits, params)
     if counts is not None:
-        logits = _keep(logits, counts)
+        logits = _mask_below(logits, counts)
     keys = on_device(params.rng_key.view(np.int32), device)
     return (logits + gumbel(keys, logits.shape[1])).argmax(dim=-1)
 
 
-def _kept_counts(logits: torch.Tensor, params: SamplingArrays) -> torch.Tensor | None:
-    """How many of the likeliest tokens each row keeps, int64 (S,); None when every row keeps all."""
+def _num_kept(logits: torch.Tensor, params: SamplingArrays) -> torch.Tensor | None:
+    """How many of the likeliest tokens each row keeps, int64 (S,); None: all rows keep all."""
     device, (_, vocabulary) = logits.device, logits.shape
     top_k = np.where(params.top_k > 0, np.minimum(params.top_k, vocabulary), vocabulary).astype(np.int64)
     if (top_k == vocabulary).all() and (params.top_p >= 1).all() and (params.min_p <= 0).all():
@@ -169,29 +169,29 @@ def _kept_counts(logits: torch.Tensor, params: SamplingArrays) -> torch.Tensor |
     return good.sum(dim=-1).clamp(min=1)
 
 
-def _keep(logits: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Logits with -inf for all but each row's `counts` likeliest."""
+def _mask_below(logits: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Logits with -inf for all but each row's `counts` likeliest tokens."""
     ranked = logits.topk(int(counts.max()), dim=-1).values
-    edge = ranked.gather(1, counts[:, None] - 1)  # the last value that stays
-    above, equal = logits > edge, logits == edge
-    room = counts[:, None] - above.sum(dim=-1, keepdim=True)
-    return logits.masked_fill(~(above | (equal & (equal.cumsum(dim=-1) <= room))), -torch.inf)
+    threshold = ranked.gather(1, counts[:, None] - 1)
+    above, equal = logits > threshold, logits == threshold
+    ties_kept = counts[:, None] - above.sum(dim=-1, keepdim=True)
+    return logits.masked_fill(~(above | (equal & (equal.cumsum(dim=-1) <= ties_kept))), -torch.inf)
 
 
 def gumbel(keys: torch.Tensor, vocabulary: int) -> torch.Tensor:
-    """Noise float32 (S, V) for keys int32 (S,), the bits of the uint32 ones."""
+    """Noise float32 (S, V) for keys int32 (S,), the bits of uint32."""
     tokens = torch.arange(vocabulary, dtype=torch.int32, device=keys.device)
-    h = _mix(_mix(tokens)[None, :] ^ keys[:, None])
+    h = _hash32(_hash32(tokens)[None, :] ^ keys[:, None])
     v = ((h.to(torch.int64) & 0xFFFFFFFF).to(torch.float32) + 0.5) * 2.0**-32
     return -torch.log(-torch.log1p(-v.clamp(max=1 - 2.0**-24)))
 
 
-def _mix(x: torch.Tensor) -> torch.Tensor:
+def _hash32(x: torch.Tensor) -> torch.Tensor:
     """`llmrs.core.sampling.hash32` on int32 that hold the bits of uint32."""
     x = x ^ _shift(x, 16)
-    x = x * SIGNED[0x7FEB352D]
+    x = x * AS_INT32[0x7FEB352D]
     x = x ^ _shift(x, 15)
-    x = x * SIGNED[0x846CA68B]
+    x = x * AS_INT32[0x846CA68B]
     return x ^ _shift(x, 16)
 
 

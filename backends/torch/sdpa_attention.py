@@ -1,7 +1,7 @@
-"""Paged attention in plain torch ops, for one ragged batch.
+"""Paged attention in plain torch ops (SDPA), for one ragged batch. `kernels/paged_attention.py` is the fast one.
 
-Sequences that feed one token are padded to the longest of them and run at once; a part of a prompt runs alone.
-Letters: n rows, Hk KV heads, G query heads per KV head, d head size, L keys.
+Sequences with one token are padded to the longest and run as one group; each prefill chunk is a group of its own.
+Letters: n tokens of a sequence, Hk KV heads, G query heads per KV head, d head_dim, L keys.
 """
 
 from dataclasses import dataclass
@@ -16,93 +16,94 @@ Pool = torch.Tensor | Scaled  # (blocks, block_size, Hk, d)
 
 
 @dataclass(frozen=True)
-class Part:
-    """Sequences that run in one call of the attention function, each with `n` rows."""
+class AttnGroup:
+    """s sequences with n tokens each, in one SDPA call."""
 
-    rows: torch.Tensor  # int64 (s * n,): where their rows lie in the batch
-    blocks: torch.Tensor  # int64 (s, b)
-    distance: torch.Tensor  # int32 (s, 1, n, L): how far before a row's position a key lies
-    masks: dict[int, torch.Tensor]  # by window, as they are asked for
-    cells: slice | None  # of one sequence whose blocks lie in a row: where in the cache its keys are
+    token_rows: torch.Tensor  # int64 (s * n,): their tokens in the batch
+    block_tables: torch.Tensor  # int64 (s, b)
+    relative_pos: torch.Tensor  # int32 (s, 1, n, L): query position - key position
+    masks: dict[int, torch.Tensor]  # by window, made on demand
+    kv_slice: slice | None  # KV slots of one sequence whose blocks are contiguous
 
     def mask(self, window: int) -> torch.Tensor:
-        """bool (s, 1, n, L): True where a row sees a key, which is one of the last `window` (0: any) up to its own."""
+        """bool (s, 1, n, L): causal, and with a window only the last `window` keys."""
         if window not in self.masks:
-            seen = self.distance >= 0
-            self.masks[window] = seen & (self.distance < window) if window else seen
+            causal = self.relative_pos >= 0
+            self.masks[window] = causal & (self.relative_pos < window) if window else causal
         return self.masks[window]
 
 
 @dataclass(frozen=True)
-class Context:
-    """What `store`, `attend` and `last` need of a step, on the device and made once for all layers."""
+class AttnMetadata:
+    """What the ops need of a step, on the device, made once for all layers."""
 
-    cells: torch.Tensor  # int64 (T,): where each token's KV goes: block * block_size + offset
-    parts: list[Part]
-    rows: torch.Tensor  # int64 (R,): those whose logits are wanted
-    turns: dict[int, tuple[torch.Tensor, torch.Tensor]]  # rope's cos and sin, as they are asked for
+    slot_mapping: torch.Tensor  # int64 (T,): where each token's KV goes, block * block_size + offset
+    groups: list[AttnGroup]
+    logits_indices: torch.Tensor  # int64 (R,)
+    cos_sin: dict[int, tuple[torch.Tensor, torch.Tensor]]  # of RoPE, made on demand
 
 
-def context(batch: Batch, block_size: int, device: torch.device) -> Context:
-    counts = np.diff(batch.query_start_loc)
-    row_of = np.repeat(np.arange(len(counts)), counts)
-    blocks = batch.block_tables[row_of, batch.positions // block_size].astype(np.int64)
-    singles = np.flatnonzero(counts == 1)
-    groups = ([singles] if len(singles) else []) + [np.array([s]) for s in np.flatnonzero(counts > 1)]
-    return Context(
+def attn_metadata(batch: Batch, block_size: int, device: torch.device) -> AttnMetadata:
+    query_lens = np.diff(batch.query_start_loc)
+    seq_of_token = np.repeat(np.arange(len(query_lens)), query_lens)
+    blocks = batch.block_tables[seq_of_token, batch.positions // block_size].astype(np.int64)
+    decodes = np.flatnonzero(query_lens == 1)
+    groups = ([decodes] if len(decodes) else []) + [np.array([s]) for s in np.flatnonzero(query_lens > 1)]
+    return AttnMetadata(
         on_device(blocks * block_size + batch.positions % block_size, device),
-        [_part(batch, group, block_size, device) for group in groups],
+        [_group(batch, group, block_size, device) for group in groups],
         on_device(batch.logits_indices.astype(np.int64), device),
         {},
     )
 
 
-def _part(batch: Batch, group: np.ndarray, block_size: int, device: torch.device) -> Part:
-    rows = np.concatenate([np.arange(batch.query_start_loc[s], batch.query_start_loc[s + 1]) for s in group])
-    length = int(batch.seq_lens[group].max())
-    blocks = batch.block_tables[group, : -(-length // block_size)].astype(np.int64)
-    cells, keys = None, blocks.shape[1] * block_size
-    if len(group) == 1 and (np.diff(blocks[0]) == 1).all():
-        first, keys = int(blocks[0, 0]) * block_size, length
-        cells = slice(first, first + length)
-    positions = on_device(batch.positions[rows].reshape(len(group), 1, -1, 1), device)
-    distance = positions - torch.arange(keys, device=device, dtype=torch.int32)
-    return Part(on_device(rows, device), on_device(blocks, device), distance, {}, cells)
+def _group(batch: Batch, seqs: np.ndarray, block_size: int, device: torch.device) -> AttnGroup:
+    starts = batch.query_start_loc
+    rows = np.concatenate([np.arange(starts[s], starts[s + 1]) for s in seqs])
+    max_seq_len = int(batch.seq_lens[seqs].max())
+    blocks = batch.block_tables[seqs, : -(-max_seq_len // block_size)].astype(np.int64)
+    kv_slice, num_keys = None, blocks.shape[1] * block_size
+    if len(seqs) == 1 and (np.diff(blocks[0]) == 1).all():
+        first, num_keys = int(blocks[0, 0]) * block_size, max_seq_len
+        kv_slice = slice(first, first + max_seq_len)
+    positions = on_device(batch.positions[rows].reshape(len(seqs), 1, -1, 1), device)
+    relative_pos = positions - torch.arange(num_keys, device=device, dtype=torch.int32)
+    return AttnGroup(on_device(rows, device), on_device(blocks, device), relative_pos, {}, kv_slice)
 
 
 def on_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """A copy on the device; from pinned memory to a GPU, so that the host need not wait for it."""
+    """A copy on the device; to a GPU from pinned memory, so that the host does not wait."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def attend(c: Context, q: torch.Tensor, keys: Pool, values: Pool, scale: float, window: int) -> torch.Tensor:
+def attend(c: AttnMetadata, q: torch.Tensor, keys: Pool, values: Pool, scale: float, window: int) -> torch.Tensor:
     """q (T, H, d), keys and values (blocks, block_size, Hk, d) -> (T, H * d)."""
-    if len(c.parts) == 1:
-        return _attend_part(c.parts[0], q, keys, values, scale, window)
+    if len(c.groups) == 1:
+        return _attend_group(c.groups[0], q, keys, values, scale, window)
     y = torch.empty(len(q), q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
-    for part in c.parts:
-        y[part.rows] = _attend_part(part, q[part.rows], keys, values, scale, window)
+    for group in c.groups:
+        y[group.token_rows] = _attend_group(group, q[group.token_rows], keys, values, scale, window)
     return y
 
 
-def _attend_part(p: Part, q: torch.Tensor, keys: Pool, values: Pool, scale: float, window: int) -> torch.Tensor:
-    s, n, kv_heads, size = len(p.blocks), p.distance.shape[2], keys.shape[2], keys.shape[3]
-    k, v = (_gathered(p, x).transpose(1, 2).to(q.dtype) for x in (keys, values))  # (s, Hk, L, d)
-    rows = q.view(s, n, kv_heads, -1, size).permute(0, 2, 3, 1, 4)  # (s, Hk, G, n, d)
-    group = rows.shape[2]  # query heads of one KV head become rows of one attention
-    if n == 1 and p.cells is not None and not window:
-        mask = None  # the last token of a sequence sees all of it
+def _attend_group(g: AttnGroup, q: torch.Tensor, keys: Pool, values: Pool, scale: float, window: int) -> torch.Tensor:
+    s, n, num_kv_heads, head_dim = len(g.block_tables), g.relative_pos.shape[2], keys.shape[2], keys.shape[3]
+    k, v = (_gather_kv(g, x).transpose(1, 2).to(q.dtype) for x in (keys, values))  # (s, Hk, L, d)
+    q = q.view(s, n, num_kv_heads, -1, head_dim).permute(0, 2, 3, 1, 4)  # (s, Hk, G, n, d)
+    group_size = q.shape[2]  # query heads of one KV head become rows of one attention
+    if n == 1 and g.kv_slice is not None and not window:
+        mask = None  # the last token sees the whole sequence
     else:
-        mask = p.mask(window).repeat(1, 1, 1 if n == 1 else group, 1)
+        mask = g.mask(window).repeat(1, 1, 1 if n == 1 else group_size, 1)
     y = torch.nn.functional.scaled_dot_product_attention(
-        rows.reshape(s, kv_heads, group * n, size), k, v, attn_mask=mask, scale=scale
+        q.reshape(s, num_kv_heads, group_size * n, head_dim), k, v, attn_mask=mask, scale=scale
     )
-    return y.view(s, kv_heads, group, n, size).permute(0, 3, 1, 2, 4).reshape(s * n, -1)
+    return y.view(s, num_kv_heads, group_size, n, head_dim).permute(0, 3, 1, 2, 4).reshape(s * n, -1)
 
 
-def _gathered(p: Part, x: Pool) -> torch.Tensor:
-    """(s, L, Hk, d) from (blocks, block_size, Hk, d); a view where the blocks lie in a row."""
-    if p.cells is not None:
-        return x.flatten(0, 1)[None, p.cells]
-    return x[p.blocks].flatten(1, 2)
+def _gather_kv(g: AttnGroup, x: Pool) -> torch.Tensor:
+    """(s, L, Hk, d) from (blocks, block_size, Hk, d); a view if the blocks are contiguous."""
+    if g.kv_slice is not None:
+        return x.flatten(0, 1)[None, g.kv_slice]
+    return x[g.block_tables].flatten(1, 2)

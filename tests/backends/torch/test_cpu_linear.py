@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from llmrs.backends.torch import cpu_linear
-from llmrs.backends.torch.cpu_linear import EVERY, MANY, Forms, fastest, measured, packed, prepare, unpacked
+from llmrs.backends.torch.cpu_linear import ALL_ROWS, PREFILL_M, Forms, fastest, make_linear, measured, packed, unpacked
 
 TYPES = (torch.bfloat16, torch.float16)
 FORMS = {
-    "plain": lambda w, b: unpacked(w, b, EVERY),
+    "plain": lambda w, b: unpacked(w, b, ALL_ROWS),
     "upcast": lambda w, b: unpacked(w, b, 0),
     "packed": packed,
-    "chosen": prepare,
+    "chosen": make_linear,
 }
 
 
@@ -53,22 +53,22 @@ def choice(**seconds):
 
 def test_a_cpu_without_instructions_for_the_type():
     """AVX2: oneDNN packs nothing, and torch's own product takes rows one by one."""
-    assert choice(plain=lambda n: n, upcast=lambda n: 5 + n / 20) == Forms(packed=False, plain_rows=4)
+    assert choice(plain=lambda n: n, upcast=lambda n: 5 + n / 20) == Forms(packed=False, plain_max_m=4)
 
 
 def test_a_cpu_whose_packed_product_is_emulated():
     """AVX512 without AVX512-BF16: slower than plain for one row, and than float32 for many."""
     times = {"plain": lambda n: n, "upcast": lambda n: 5 + n / 20, "packed": lambda n: 2 + n / 4}
-    assert choice(**times) == Forms(packed=False, plain_rows=4)
+    assert choice(**times) == Forms(packed=False, plain_max_m=4)
 
 
 def test_a_cpu_with_instructions_for_the_type():
     times = {"plain": lambda n: 1.5 + n / 30, "upcast": lambda n: 5 + n / 20, "packed": lambda n: 1 + n / 60}
-    assert choice(**times) == Forms(packed=True, plain_rows=EVERY)
+    assert choice(**times) == Forms(packed=True, plain_max_m=ALL_ROWS)
 
 
 def test_one_row_is_never_upcast():
-    assert choice(plain=lambda n: 10, upcast=lambda n: 1) == Forms(packed=False, plain_rows=1)
+    assert choice(plain=lambda n: 10, upcast=lambda n: 1) == Forms(packed=False, plain_max_m=1)
 
 
 def test_decode_and_prefill_both_count():
@@ -81,7 +81,7 @@ def test_decode_and_prefill_both_count():
 @pytest.mark.parametrize("dtype", TYPES)
 def test_what_is_measured_is_a_choice_and_measured_once(dtype, monkeypatch):
     forms = measured(dtype, torch.get_num_threads())
-    assert forms.plain_rows in {1, *(2**n for n in range(1, MANY.bit_length())), EVERY}
+    assert forms.plain_max_m in {1, *(2**n for n in range(1, PREFILL_M.bit_length())), ALL_ROWS}
     monkeypatch.setattr(cpu_linear, "best_time", None)
     assert measured(dtype, torch.get_num_threads()) is forms
 
@@ -91,4 +91,4 @@ def test_trials_are_few():
     calls = []
     clock = itertools.count()
     fastest(lambda form, rows: (calls.append((form, rows)), float(next(clock)))[1])
-    assert len(calls) <= 2 * MANY.bit_length() + 4
+    assert len(calls) <= 2 * PREFILL_M.bit_length() + 4
