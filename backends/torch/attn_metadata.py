@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
-from llmrs.backends.torch.kernels.launch import multiprocessors
+from llmrs.backends.torch.kernels.launch import num_sms
 from llmrs.core.batch import Batch
 
 LONG = 1536  # tokens
@@ -105,7 +105,7 @@ class StepInputs:
 def programs(device: torch.device, kv_heads: int, size: int) -> float:
     """Of attention, for each KV head, that fill the device and leave no second round to begin. With smaller heads more
     fit, and more are needed, since each asks for less at a time."""
-    return SHARING * multiprocessors(device) / kv_heads * 128 / size
+    return SHARING * num_sms(device) / kv_heads * 128 / size
 
 
 def splits(tokens: float, programs: float) -> int:

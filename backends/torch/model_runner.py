@@ -24,21 +24,21 @@ from llmrs.backends.torch.cuda_graphs import (
 )
 from llmrs.backends.torch.fusion import fuse
 from llmrs.backends.torch.kernel_configs import Device, kv_cache_dtype, prefill_q_tokens
-from llmrs.backends.torch.kernels.gemm import NORMED, most_rows, normed
-from llmrs.backends.torch.kernels.gumbel_argmax import draw
-from llmrs.backends.torch.kernels.launch import chaining, hopper, interpreted
-from llmrs.backends.torch.kernels.top_k_top_p import find_edges
+from llmrs.backends.torch.kernels.gemm import MAX_FUSED_NORM_M, can_fuse_norm, max_fused_m
+from llmrs.backends.torch.kernels.gumbel_argmax import sample_gumbel
+from llmrs.backends.torch.kernels.launch import has_tma, interpreted, supports_pdl
+from llmrs.backends.torch.kernels.top_k_top_p import find_thresholds
 from llmrs.backends.torch.lowering import Program
 from llmrs.backends.torch.ops import KV
 from llmrs.backends.torch.sampling import SlotState, adjusted
-from llmrs.backends.torch.triton_ops import TRITON, KernelContext, Turns, rows
+from llmrs.backends.torch.triton_ops import TRITON, CosSinCache, KernelContext, fused_linear
 from llmrs.core.batch import Batch
 from llmrs.core.errors import BackendError
 from llmrs.core.ir import Graph
 from llmrs.core.sampling import SamplingArrays
 
 BLOCK_SIZE = 64  # tokens of a KV block: a tile of keys lies in one
-CHAINED = 512  # tokens of a step up to which kernels are chained; of more, their gaps do not matter
+PDL_MAX_TOKENS = 512  # of a step; beyond, the gaps between kernels do not matter
 UNRECORDED = {"moe"}  # ops whose rules ask the device what to do
 COMMON = 4  # steps of a shape before it is captured though a larger one holds it
 CAPTURE_SHARE = 0.02  # of the time, at most, goes to such captures while requests run
@@ -55,7 +55,7 @@ class KernelRunner:
         self.fused = True  # steps of few rows run a program of their own; see fusing.py
         self.chain = True  # programmatic dependent launch, where the GPU has it; see kernels/launch.py
         self.aside = device.type == "cuda"  # tokens are copied on a stream of their own; see tickets.py
-        self.copies = hopper(device)  # which loads the keys of prompts; see kernels/prompt.py
+        self.copies = has_tma(device)  # which loads the keys of prompts; see kernels/prompt.py
         self.kernel_device = Device.of(device)
         self.clock: Callable[[], float] = time.monotonic
         self.end()
@@ -88,15 +88,15 @@ class KernelRunner:
         self.end()
         self.program, self.kv, self.slots = program, list(kv), slots
         if self.fused:
-            rules, self.few_rows = {**TRITON, "rows": rows}, most_rows(dtype, self.device)
-            self.one, self.few = fuse(program, rules, lambda matrix: normed(matrix.weight)), fuse(program, rules)
+            rules, self.few_rows = {**TRITON, "rows": fused_linear}, max_fused_m(dtype, self.device)
+            self.one, self.few = fuse(program, rules, lambda matrix: can_fuse_norm(matrix.weight)), fuse(program, rules)
         blocks, self.block_size = kv[0].keys.shape[:2]
         self.spare = blocks - 1
         if blocks * self.block_size >= 2**31:
             raise BackendError(f"{blocks} KV blocks of {self.block_size} tokens are too many", "lower kv_cache_memory")
         self.longest = slots.tokens.shape[1]
         self.tokens = torch.empty(max(len(slots.tokens), DECODE[-1]), dtype=torch.int32, device=self.device)
-        self.turns = Turns(self.longest, self.device)
+        self.turns = CosSinCache(self.longest, self.device)
         self.programs = programs(self.device, *kv[0].keys.shape[2:])
         self.tile = prefill_q_tokens(graph, dtype, kv_cache_dtype(kv[0].keys), self.kernel_device)
         if self.wanted and not UNRECORDED & {c.op for c in program.calls}:
@@ -218,28 +218,31 @@ class KernelRunner:
     def _run(self, inputs: StepInputs, *, once: bool = False) -> torch.Tensor:
         """Logits. `once`: no kernel is launched again for another layer, so that the values mean nothing."""
         f, last = inputs.fields, self.slots.last_token
-        context = KernelContext(inputs.shape, f, last, self.turns, self.tile, self.kernel_device, self.copies)
-        with chaining(self.chain and inputs.shape.tokens <= CHAINED):
-            program = self._program(inputs.shape)
-            run = program.run_once if once else program.run
-            logits: torch.Tensor = run(context, [f.tokens, f.positions, *self.kv])[0]
+        pdl = self._use_pdl(inputs.shape.tokens)
+        context = KernelContext(inputs.shape, f, last, self.turns, self.tile, self.kernel_device, self.copies, pdl)
+        program = self._program(inputs.shape)
+        run = program.run_once if once else program.run
+        logits: torch.Tensor = run(context, [f.tokens, f.positions, *self.kv])[0]
         return logits
+
+    def _use_pdl(self, tokens: int) -> bool:
+        return self.chain and tokens <= PDL_MAX_TOKENS and supports_pdl(self.device)
 
     def _program(self, shape: Shape) -> Program:
         """By tokens, and by wanted rows, of which one token of a prompt can have two."""
         if shape.tokens > self.few_rows:
             return self.program
-        return self.one if max(shape.tokens, shape.sequences) <= NORMED else self.few
+        return self.one if max(shape.tokens, shape.sequences) <= MAX_FUSED_NORM_M else self.few
 
     def _draw(self, logits: torch.Tensor, inputs: StepInputs, filtered: bool) -> torch.Tensor:
         """Token ids int32 (n,) of the step's first n sequences."""
-        n, f, edges = len(logits), inputs.fields, None
+        n, f, thresholds = len(logits), inputs.fields, None
         temperature, last = f.temperature[:n], self.slots.last_token
         out = self.tokens[:n] if self.aside else None
-        with chaining(self.chain and n <= CHAINED):
-            if filtered:
-                edges = find_edges(logits, temperature, f.top_k[:n], f.top_p[:n], f.min_p[:n])
-            return draw(logits, temperature, f.keys[:n], f.slots[:n], last, edges, out=out)
+        pdl = self._use_pdl(n)
+        if filtered:
+            thresholds = find_thresholds(logits, temperature, f.top_k[:n], f.top_p[:n], f.min_p[:n], pdl=pdl)
+        return sample_gumbel(logits, temperature, f.keys[:n], f.slots[:n], last, thresholds, out=out, pdl=pdl)
 
 
 def _filters(params: SamplingArrays) -> bool:
