@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
-from llmrs.backends.torch.kernels.launch import multiprocessors as num_sms
+from llmrs.backends.torch.kernels.launch import num_sms
 from llmrs.core.batch import Batch
 
 TMA_MIN_PREFILL = 1536  # tokens a sequence from which prefill attention with TMA is faster

@@ -8,7 +8,7 @@ from functools import cache
 
 import torch
 
-from llmrs.backends.torch.kernels.launch import power
+from llmrs.backends.torch.kernels.launch import next_power_of_2
 from llmrs.backends.torch.kernels.paged_attention import AttnConfig, default_config
 from llmrs.backends.torch.kv_fp8 import Scaled
 from llmrs.core.ir import Graph
@@ -85,7 +85,7 @@ def smem_bytes(key: ConfigKey, c: AttnConfig, device: Device) -> int:
     are (sm_90 to sm_110); a tile of another dtype is converted to a copy there. tests/tools/triton_compile.py compares
     the bound with the compiler's number.
     """
-    block_m, padded = power(c.q_tokens * power(key.group), 16), power(key.head_dim, 16)
+    block_m, padded = next_power_of_2(c.q_tokens * next_power_of_2(key.group), 16), next_power_of_2(key.head_dim, 16)
     itemsize, kv_itemsize = key.dtype.itemsize, key.kv_dtype.itemsize
     dot_reads_smem, converted = 9 <= device.capability[0] < 12, key.dtype != key.kv_dtype
     in_flight = 2 * c.num_stages if dot_reads_smem and not converted else max(2 * c.num_stages - 2, 1)

@@ -17,19 +17,15 @@ from llmrs.backends.torch.attn_metadata import StepBuffers, StepShape, shape_of,
 from llmrs.backends.torch.cuda_graphs import GraphCache
 from llmrs.backends.torch.fusion import fuse
 from llmrs.backends.torch.kernel_configs import Device, kv_cache_dtype, prefill_q_tokens
-from llmrs.backends.torch.kernels.gemm import NORMED as MAX_FUSED_NORM_M
-from llmrs.backends.torch.kernels.gemm import most_rows as max_fused_m
-from llmrs.backends.torch.kernels.gemm import normed as can_fuse_norm
-from llmrs.backends.torch.kernels.gumbel_argmax import draw as sample_gumbel
-from llmrs.backends.torch.kernels.launch import chaining, hopper, interpreted
-from llmrs.backends.torch.kernels.top_k_top_p import find_edges as find_thresholds
+from llmrs.backends.torch.kernels.gemm import MAX_FUSED_NORM_M, can_fuse_norm, max_fused_m
+from llmrs.backends.torch.kernels.gumbel_argmax import sample_gumbel
+from llmrs.backends.torch.kernels.launch import has_tma, interpreted, supports_pdl
+from llmrs.backends.torch.kernels.top_k_top_p import find_thresholds
 from llmrs.backends.torch.lowering import Program
 from llmrs.backends.torch.ops import KV
 from llmrs.backends.torch.sampling import Logits, SlotState, apply_logits_processors, needs_logits_processors
 from llmrs.backends.torch.step_shapes import DECODE_BATCH_SIZES, bucket, covering_shapes, decode_shapes, kernel_shapes
-from llmrs.backends.torch.triton_ops import TRITON, KernelContext
-from llmrs.backends.torch.triton_ops import Turns as CosSinCache
-from llmrs.backends.torch.triton_ops import rows as fused_linear
+from llmrs.backends.torch.triton_ops import TRITON, CosSinCache, KernelContext, fused_linear
 from llmrs.core.batch import Batch
 from llmrs.core.errors import BackendError
 from llmrs.core.ir import Graph
@@ -50,9 +46,9 @@ class GPUModelRunner:
             raise BackendError(f"Triton kernels don't run on {device}", "kernels: auto uses them where they do")
         self.device, self.use_graphs = device, graphs
         self.fuse_small_batches = True  # small batches run a program of fused GEMMs; see fusion.py
-        self.use_pdl = True
+        self.use_pdl = supports_pdl(device)
         self.copy_output = device.type == "cuda"  # tokens are copied on a stream of their own; see async_output.py
-        self.use_tma = hopper(device)
+        self.use_tma = has_tma(device)
         self.configs = Device.of(device)
         self.end()
 
@@ -169,12 +165,11 @@ class GPUModelRunner:
         shape, f = buffers.shape, buffers.fields
         pdl = self.use_pdl and shape.num_tokens <= PDL_MAX_TOKENS
         context = KernelContext(
-            shape, f, self.slots.last_token, self.cos_sin_cache, self.block_m_tokens, self.configs, self.use_tma
+            shape, f, self.slots.last_token, self.cos_sin_cache, self.block_m_tokens, self.configs, self.use_tma, pdl
         )
         program = self._program(shape)
         run = program.run_once if once else program.run
-        with chaining(pdl):
-            logits: torch.Tensor = run(context, [f.input_ids, f.positions, *self.kv])[0]
+        logits: torch.Tensor = run(context, [f.input_ids, f.positions, *self.kv])[0]
         return logits
 
     def _program(self, shape: StepShape) -> Program:
@@ -189,11 +184,10 @@ class GPUModelRunner:
         n, f, thresholds = len(logits), buffers.fields, None
         temperature, last_tokens = f.temperature[:n], self.slots.last_token
         pdl, out = self.use_pdl and n <= PDL_MAX_TOKENS, self.tokens[:n] if self.copy_output else None
-        with chaining(pdl):
-            if filtered:
-                thresholds = find_thresholds(logits, temperature, f.top_k[:n], f.top_p[:n], f.min_p[:n])
-            rng_keys, slots = f.rng_keys[:n], f.req_slots[:n]
-            return sample_gumbel(logits, temperature, rng_keys, slots, last_tokens, thresholds, out=out)
+        if filtered:
+            thresholds = find_thresholds(logits, temperature, f.top_k[:n], f.top_p[:n], f.min_p[:n], pdl=pdl)
+        rng_keys, slots = f.rng_keys[:n], f.req_slots[:n]
+        return sample_gumbel(logits, temperature, rng_keys, slots, last_tokens, thresholds, out=out, pdl=pdl)
 
 
 def _filters(params: SamplingArrays) -> bool:

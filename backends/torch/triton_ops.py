@@ -1,7 +1,4 @@
-"""The rules that take the place of the common ones where Triton kernels run: each calls one kernel.
-
-Beside them the plain rules of `ops.py` stay: a graph without fused ops, on plain rules, is the definition of these.
-"""
+"""Ops implemented by Triton kernels. `ops.py` has the others, and the definitions of the fused ones."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -11,72 +8,98 @@ import torch
 
 from llmrs.backends.torch.attn_metadata import InputBuffers, StepShape
 from llmrs.backends.torch.kernel_configs import ConfigKey, Device, attn_config, kv_cache_dtype
-from llmrs.backends.torch.kernels import embedding as embedding
-from llmrs.backends.torch.kernels import gemm as few
-from llmrs.backends.torch.kernels import paged_attention as paged
-from llmrs.backends.torch.kernels import rms_norm as norm
-from llmrs.backends.torch.kernels.act_and_mul import gated
-from llmrs.backends.torch.kernels.gemm_tma import Tiles, loadable
-from llmrs.backends.torch.kernels.paged_attention import AttnConfig
-from llmrs.backends.torch.kernels.prefill_attention_tma import fits, prefill_config, prompt_attention
-from llmrs.backends.torch.kernels.qk_norm_rope_cache import qk_norm_rope_write_kv as turn_and_store
+from llmrs.backends.torch.kernels import embedding, gemm
+from llmrs.backends.torch.kernels import rms_norm as norms
+from llmrs.backends.torch.kernels.act_and_mul import act_and_mul
+from llmrs.backends.torch.kernels.gemm_tma import TmaConfig, tma_compatible
+from llmrs.backends.torch.kernels.paged_attention import AttnConfig, paged_attention
+from llmrs.backends.torch.kernels.prefill_attention_tma import prefill_attention_tma, prefill_config
+from llmrs.backends.torch.kernels.prefill_attention_tma import tma_compatible as cache_tma_compatible
+from llmrs.backends.torch.kernels.qk_norm_rope_cache import qk_norm_rope_write_kv as qk_norm_rope_cache
 from llmrs.backends.torch.ops import KV, OPS
 from llmrs.core.ir import RopeFrequencies
 
 Tensor = torch.Tensor
 
 
-class Turns:
-    """Rope's cos and sin for every position, float32 (2, positions, d / 2), made once for each set of frequencies."""
+class CosSinCache:
+    """RoPE's cos and sin of every position, float32 (2, positions, d / 2), made once per set of frequencies."""
 
     def __init__(self, positions: int, device: torch.device) -> None:
         self.positions, self.device = positions, device
-        self.made: dict[RopeFrequencies, Tensor] = {}
+        self.tables: dict[RopeFrequencies, Tensor] = {}
 
-    def of(self, frequencies: RopeFrequencies) -> Tensor:
-        if frequencies not in self.made:
+    def get(self, frequencies: RopeFrequencies) -> Tensor:
+        if frequencies not in self.tables:
             values = torch.tensor(frequencies.values, dtype=torch.float32, device=self.device)
             angles = torch.arange(self.positions, dtype=torch.float32, device=self.device)[:, None] * values
-            self.made[frequencies] = torch.stack([angles.cos(), angles.sin()]) * frequencies.scale
-        return self.made[frequencies]
+            self.tables[frequencies] = torch.stack([angles.cos(), angles.sin()]) * frequencies.scale
+        return self.tables[frequencies]
 
 
 @dataclass(frozen=True)
 class KernelContext:
-    """What the rules need of a step."""
+    """A step, as ops see it."""
 
     shape: StepShape
     fields: InputBuffers
-    last: Tensor  # int64 (slots,): the last token of each
-    turns: Turns
-    tile: int  # tokens of a prompt's tile
+    last_tokens: Tensor  # int64 (slots,)
+    cos_sin_cache: CosSinCache
+    block_m_tokens: int  # query tokens of a prefill tile
     device: Device
-    copies: bool = False  # whether the kernel for them loads keys by the copy engine, where that is possible
+    use_tma: bool = False  # for prefill attention, where the cache's layout allows it
+    pdl: bool = False
+
+
+@dataclass(frozen=True)
+class Linear:
+    """y = x w^T (+ bias), weight (N, K): our GEMV for M = 1, cuBLAS for more."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def __call__(self, x: Tensor, *, pdl: bool = False) -> Tensor:
+        if len(x) == 1:
+            return gemm.fused_linear(x, self.weight, self.bias, pdl=pdl)
+        return torch.nn.functional.linear(x, self.weight, self.bias)
 
 
 def embed(c: KernelContext, tokens: Tensor, table: Tensor) -> Tensor:
-    return embedding.embed(tokens, c.last, table)
+    return embedding.embed(tokens, c.last_tokens, table, pdl=c.pdl)
 
 
-def rms_norm(_: KernelContext, x: Tensor, w: Tensor, *, eps: float, offset: float = 0.0) -> Tensor:
-    return norm.rms_norm(x.flatten(0, -2), w, eps=eps, offset=offset).view(x.shape)
+def linear(c: KernelContext, x: Tensor, matrix: Linear) -> Tensor:
+    return matrix(x, pdl=c.pdl)
+
+
+def merged_linear(c: KernelContext, x: Tensor, matrix: Linear, *, rows: list[int]) -> tuple[Tensor, ...]:
+    return matrix(x, pdl=c.pdl).split(rows, dim=-1)
+
+
+def lm_head(c: KernelContext, x: Tensor, matrix: Linear) -> Tensor:
+    """Logits in the model's dtype: sampling widens them as it reads."""
+    return matrix(x, pdl=c.pdl)
+
+
+def rms_norm(c: KernelContext, x: Tensor, w: Tensor, *, eps: float, offset: float = 0.0) -> Tensor:
+    return norms.rms_norm(x.flatten(0, -2), w, eps=eps, offset=offset, pdl=c.pdl).view(x.shape)
 
 
 def fused_add_rms_norm(
-    _: KernelContext, x: Tensor, y: Tensor, w: Tensor, *, eps: float, offset: float = 0.0
+    c: KernelContext, residual: Tensor, x: Tensor, w: Tensor, *, eps: float, offset: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    return norm.fused_add_rms_norm(x, y, w, eps=eps, offset=offset)
+    return norms.fused_add_rms_norm(residual, x, w, eps=eps, offset=offset, pdl=c.pdl)
 
 
 def rope(c: KernelContext, x: Tensor, positions: Tensor, *, frequencies: RopeFrequencies) -> Tensor:  # (T, H, d), (T,)
-    cos, sin = c.turns.of(frequencies)[:, positions.long(), None]  # (T, 1, d/2)
+    cos, sin = c.cos_sin_cache.get(frequencies)[:, positions.long(), None]  # (T, 1, d/2)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
 def write_kv(c: KernelContext, k: Tensor, v: Tensor, kv: KV) -> KV:
-    cells = c.fields.slot_mapping.long()
-    at = cells // kv.keys.shape[1], cells % kv.keys.shape[1]
+    slots = c.fields.slot_mapping.long()
+    at = slots // kv.keys.shape[1], slots % kv.keys.shape[1]
     for cache, new in ((kv.keys, k), (kv.values, v)):
         cache[at] = new.to(cache.dtype)
     return kv
@@ -85,8 +108,8 @@ def write_kv(c: KernelContext, k: Tensor, v: Tensor, kv: KV) -> KV:
 def rope_write_kv(
     c: KernelContext, q: Tensor, positions: Tensor, k: Tensor, v: Tensor, kv: KV, *, frequencies: RopeFrequencies
 ) -> tuple[Tensor, KV]:
-    turns = c.turns.of(frequencies)
-    return turn_and_store(q, k, v, None, positions, c.fields.slot_mapping, turns, kv.keys, kv.values), kv
+    table = c.cos_sin_cache.get(frequencies)
+    return qk_norm_rope_cache(q, k, v, None, positions, c.fields.slot_mapping, table, kv.keys, kv.values, pdl=c.pdl), kv
 
 
 def qk_norm_rope_write_kv(
@@ -102,93 +125,79 @@ def qk_norm_rope_write_kv(
     eps: float,
     offset: float = 0.0,
 ) -> tuple[Tensor, KV]:
-    turns, cells = c.turns.of(frequencies), c.fields.slot_mapping
-    return turn_and_store(q, k, v, norms, positions, cells, turns, kv.keys, kv.values, eps=eps, offset=offset), kv
+    table, how = c.cos_sin_cache.get(frequencies), {"eps": eps, "offset": offset}
+    return qk_norm_rope_cache(
+        q, k, v, norms, positions, c.fields.slot_mapping, table, kv.keys, kv.values, pdl=c.pdl, **how
+    ), kv  # fmt: skip
 
 
 def attend(c: KernelContext, q: Tensor, kv: KV, *, scale: float, window: int = 0) -> Tensor:
     """Decode tokens in one launch, prefill chunks in another."""
-    tokens, heads, size = q.shape
+    tokens, heads, head_dim = q.shape
     block_size, kv_heads = kv.keys.shape[1:3]
     group, shape, f = heads // kv_heads, c.shape, c.fields
-    y = torch.empty(tokens, heads * size, dtype=q.dtype, device=q.device)
+    out = torch.empty(tokens, heads * head_dim, dtype=q.dtype, device=q.device)
 
     def config(prefill: bool) -> AttnConfig:
-        return attn_config(ConfigKey(prefill, group, size, q.dtype, kv_cache_dtype(kv.keys)), c.device)
+        return attn_config(ConfigKey(prefill, group, head_dim, q.dtype, kv_cache_dtype(kv.keys)), c.device)
 
     if shape.num_decode_tiles:
-        paged.attention(
-            q, kv.keys, kv.values, f.block_tables, f.decode_tiles, y,
-            scale=scale, window=window, config=config(False), split=shape.num_kv_splits,
+        paged_attention(
+            q, kv.keys, kv.values, f.block_tables, f.decode_tiles, out,
+            scale=scale, window=window, config=config(False), num_splits=shape.num_kv_splits, pdl=c.pdl,
         )  # fmt: skip
     if not shape.num_prefill_tiles:
-        return y
-    if c.copies and window == 0 and shape.is_long_prefill and fits(kv.keys, q.dtype) and fits(kv.values, q.dtype):
-        tma = replace(prefill_config(group, size, block_size), q_tokens=c.tile)
-        prompt_attention(q, kv.keys, kv.values, f.block_tables, f.prefill_tiles, y, scale=scale, config=tma)
+        return out
+    args = kv.keys, kv.values, f.block_tables, f.prefill_tiles, out
+    use_tma = c.use_tma and window == 0 and shape.is_long_prefill
+    if use_tma and cache_tma_compatible(kv.keys, q.dtype) and cache_tma_compatible(kv.values, q.dtype):
+        tma = replace(prefill_config(group, head_dim, block_size), q_tokens=c.block_m_tokens)
+        prefill_attention_tma(q, *args, scale=scale, config=tma, pdl=c.pdl)
     else:
-        how = replace(config(True), q_tokens=c.tile)
-        paged.attention(
-            q, kv.keys, kv.values, f.block_tables, f.prefill_tiles, y, scale=scale, window=window, config=how
-        )
-    return y
+        paged = replace(config(True), q_tokens=c.block_m_tokens)
+        paged_attention(q, *args, scale=scale, window=window, config=paged, pdl=c.pdl)
+    return out
 
 
-def silu_and_mul(_: KernelContext, gate: Tensor, up: Tensor) -> Tensor:
-    return gated(gate, up, gelu=False)
+def silu_and_mul(c: KernelContext, gate: Tensor, up: Tensor) -> Tensor:
+    return act_and_mul(gate, up, gelu=False, pdl=c.pdl)
 
 
-def gelu_and_mul(_: KernelContext, gate: Tensor, up: Tensor) -> Tensor:
-    return gated(gate, up, gelu=True)
+def gelu_and_mul(c: KernelContext, gate: Tensor, up: Tensor) -> Tensor:
+    return act_and_mul(gate, up, gelu=True, pdl=c.pdl)
 
 
 def gather_logits_rows(c: KernelContext, x: Tensor) -> Tensor:
     return x if c.shape.is_decode_only else x.index_select(0, c.fields.logits_indices)
 
 
-def lm_head(_: KernelContext, x: Tensor, matrix: "Linear") -> Tensor:
-    """Logits as the matrix product gives them: sampling widens what it reads."""
-    return matrix(x)
-
-
-@dataclass(frozen=True)
-class Linear:
-    """y = x w^T (+ bias), weight (N, K): our GEMV for M = 1, cuBLAS for more."""
-
-    weight: Tensor
-    bias: Tensor | None = None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if len(x) == 1:
-            return few.product(x, self.weight, self.bias)
-        return torch.nn.functional.linear(x, self.weight, self.bias)
-
-
-def rows(
+def fused_linear(
     c: KernelContext,
     x: Tensor,
-    *rest: Any,  # what is added, if anything; and the matrix with the norms before and after it
+    *rest: Any,  # the residual, if there is one; then the matrix, the norm before it, the norm after it
     sizes: Sequence[int] = (),
     gate: str = "",
 ) -> Tensor | tuple[Tensor, ...]:
-    """fusing.py's op, by as few launches as `cut_of` finds best: all in one, or a product with the gate and a norm that
-    adds up its ranges; else the library's product, and what stands around it by itself."""
-    *more, (matrix, before, after) = rest
+    """The op of fusion.py in as few launches as `select_gemm` finds best: everything in one kernel; a GEMM with its
+    activation and a norm that reduces split-K; or cuBLAS with separate kernels around it."""
+    *residual, (matrix, prologue, after) = rest
     weight, bias = matrix.weight, matrix.bias
-    cut = few.cut_of(len(x), weight, bool(gate), after is not None and bias is None, c.device.smem_bytes)
-    if isinstance(cut, few.Cut):
-        norm, how = (before.weight, before.params) if before else (None, {})
-        y = few.product(x, weight, bias, more[0] if more else None, norm, gate=gate, cut=cut, **how)
+    reducible = after is not None and bias is None
+    config = gemm.select_gemm(len(x), weight, bool(gate), reducible, c.device.smem_bytes)
+    if config and not isinstance(config, TmaConfig):
+        norm_weight, how = (prologue.weight, prologue.params) if prologue else (None, {})
+        added = residual[0] if residual else None
+        y = gemm.fused_linear(x, weight, bias, added, norm_weight, act=gate, config=config, pdl=c.pdl, **how)
         return (y, rms_norm(c, y, after.weight, **after.params)) if after else _split(y, sizes)
-    x = rms_norm(c, x, before.weight, **before.params) if before else x
-    if isinstance(cut, Tiles) and loadable(x):
-        y = few.product(x, weight, bias, gate=gate, cut=cut)
+    x = rms_norm(c, x, prologue.weight, **prologue.params) if prologue else x
+    if config and tma_compatible(x):
+        y = gemm.fused_linear(x, weight, bias, act=gate, config=config, pdl=c.pdl)
     else:
-        y = matrix(x)
+        y = matrix(x, pdl=c.pdl)
         y = TRITON[gate](c, *y.chunk(2, dim=-1)) if gate else y
     if after:
-        return fused_add_rms_norm(c, more[0], y, after.weight, **after.params)
-    return more[0] + y if more else _split(y, sizes)
+        return fused_add_rms_norm(c, residual[0], y, after.weight, **after.params)
+    return residual[0] + y if residual else _split(y, sizes)
 
 
 def _split(y: Tensor, sizes: Sequence[int]) -> Tensor | tuple[Tensor, ...]:
@@ -201,6 +210,9 @@ TRITON: dict[str, Callable[..., Any]] = {
         f.__name__: f
         for f in (
             embed,
+            linear,
+            merged_linear,
+            lm_head,
             rms_norm,
             fused_add_rms_norm,
             rope,
@@ -211,8 +223,25 @@ TRITON: dict[str, Callable[..., Any]] = {
             silu_and_mul,
             gelu_and_mul,
             gather_logits_rows,
-            lm_head,
         )
     },
 }
 FUSED = frozenset({"merged_linear", "fused_add_rms_norm", "qk_norm_rope_write_kv", "rope_write_kv"})
+
+LINEAR = ("linear", "merged_linear", "lm_head")
+# The ops whose time a profile shows under a kernel's name; () for a second kernel of the same op
+KERNEL_OPS: dict[str, tuple[str, ...]] = {
+    "gemv_kernel": LINEAR,
+    "gemm_small_m_kernel": LINEAR,
+    "gemm_tma_kernel": LINEAR,
+    "fused_add_rms_norm_kernel": ("rms_norm", "fused_add_rms_norm"),
+    "act_and_mul_kernel": ("silu_and_mul", "gelu_and_mul"),
+    "embed_kernel": ("embed",),
+    "qk_norm_rope_write_kv_kernel": ("qk_norm_rope_write_kv", "rope_write_kv"),
+    "paged_attention_kernel": ("attend",),
+    "prefill_attention_tma_kernel": ("attend",),
+    "combine_splits_kernel": (),
+    "sample_gumbel_kernel": ("sample",),
+    "find_thresholds_kernel": (),
+    "reduce_argmax_kernel": (),
+}

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from llmrs.backends.base import DTYPE_BYTES, Ran
 from llmrs.backends.linearize import Flat, Placed
@@ -16,17 +17,12 @@ from llmrs.memory import token_bytes
 
 LINEAR = ("linear", "merged_linear", "lm_head")
 NORM = ("rms_norm", "fused_add_rms_norm")
-# Names of kernels, ours, a library's, or torch's ops on a CPU -> the ops that they do; the first that fits counts.
-# Several kernels may share an op's work (parts of a split product): only the one that is named here gets the floor.
-KERNELS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    (r"splitk.*reduce|reduce.*splitk|_combine|memcpy|memset", ()),
-    (r"matvec|gemm|gemv|nvjet|cutlass|_linear_pointwise|aten::(linear|addmm|mm|matmul)$|^_?(few|some|many)$", LINEAR),
-    (r"_attend|scaled_dot_product|flash", ("attend",)),
-    (r"qk_norm_rope_write_kv|rope_write_kv", ("qk_norm_rope_write_kv", "rope_write_kv")),
-    (r"^_(add_)?norm", NORM),
-    (r"_gated", ("silu_and_mul", "gelu_and_mul")),
-    (r"^_embed", ("embed",)),
-    (r"^_(score|search)$", ("sample",)),
+# Kernels of cuBLAS, SDPA and oneDNN, and torch's ops on a CPU -> the ops that they compute; the first match counts.
+# Of the kernels that share an op (split-K and its reduction) only one has the op.
+VENDOR_KERNELS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (r"splitk.*reduce|reduce.*splitk|memcpy|memset", ()),
+    (r"gemm|gemv|nvjet|cutlass|_linear_pointwise|aten::(linear|addmm|mm|matmul)$", LINEAR),
+    (r"scaled_dot_product|flash", ("attend",)),
 )
 
 
@@ -94,8 +90,19 @@ def _bytes(t: Type, own: float, batch: int) -> float:
 
 
 def ops_of(name: str) -> tuple[str, ...]:
-    """The ops that a kernel of this name does; none where that is not known."""
-    return next((ops for pattern, ops in KERNELS if re.search(pattern, name, re.IGNORECASE)), ())
+    """The ops that a kernel of this name computes; () if unknown."""
+    if name.endswith("_kernel") and name in (own := _triton_kernels()):
+        return own[name]
+    return next((ops for pattern, ops in VENDOR_KERNELS if re.search(pattern, name, re.IGNORECASE)), ())
+
+
+@cache
+def _triton_kernels() -> dict[str, tuple[str, ...]]:
+    try:
+        from llmrs.backends.torch.triton_ops import KERNEL_OPS
+    except ImportError:
+        return {}
+    return KERNEL_OPS
 
 
 def joined(found: Sequence[Cost]) -> list[Cost]:

@@ -11,7 +11,7 @@ from llmrs.core.batch import Batch
 
 pytest.importorskip("triton")
 from llmrs.backends.torch.attn_metadata import decode_tiles, prefill_tiles
-from llmrs.backends.torch.kernels.paged_attention import AttnConfig, attention
+from llmrs.backends.torch.kernels.paged_attention import AttnConfig, paged_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
@@ -39,17 +39,17 @@ def pool(rng: np.random.Generator, batch: Batch, block_size: int, kv_heads: int,
     return kv
 
 
-def run(q, kv, batch: Batch, scale: float, window: int, cut: AttnConfig, split: int) -> torch.Tensor:
+def run(q, kv, batch: Batch, scale: float, window: int, config: AttnConfig, num_splits: int) -> torch.Tensor:
     y = torch.full((len(q), q.shape[1] * q.shape[2]), 77.0, dtype=q.dtype)
     q, tables, y = (x.to(DEVICE) for x in (q, torch.from_numpy(batch.block_tables), y))
     keys, values = (x if isinstance(x, Scaled) else x.to(DEVICE) for x in kv)
     counts, width = np.diff(batch.query_start_loc), batch.block_tables.shape[1]
     singles = decode_tiles(batch, counts, width)
     empty = np.zeros((1, 4), np.int32)
-    chunks = prefill_tiles(batch, counts, width, cut.q_tokens)
-    for tiles, how, n in ((singles, AttnConfig(1, cut.block_n, 4, 1), split), (chunks, cut, 1)):
+    chunks = prefill_tiles(batch, counts, width, config.q_tokens)
+    for tiles, how, n in ((singles, AttnConfig(1, config.block_n, 4, 1), num_splits), (chunks, config, 1)):
         tiles = torch.from_numpy(np.concatenate([empty, tiles])).to(DEVICE)  # an empty tile does nothing
-        attention(q, keys, values, tables, tiles, y, scale=scale, window=window, config=how, split=n)
+        paged_attention(q, keys, values, tables, tiles, y, scale=scale, window=window, config=how, num_splits=n)
     return y.cpu()
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from llmrs.backends.torch.kernels.gemm import product
+from llmrs.backends.torch.kernels.gemm import fused_linear
 from llmrs.backends.torch.triton_ops import Linear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -29,7 +29,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch, "empty", filled)
 
 
-def expected(x, w, bias, more, norm, gate: str) -> np.ndarray:
+def expected(x, w, bias, residual, norm, act: str) -> np.ndarray:
     """In float64, rounded where the equations round."""
     kind = x.dtype
 
@@ -40,34 +40,32 @@ def expected(x, w, bias, more, norm, gate: str) -> np.ndarray:
     if norm is not None:
         a = rounded(a * (a.square().mean(1, keepdim=True) + 1e-5).rsqrt() * (norm.double() + 0.5))
     a = rounded(a @ w.double().T + (0 if bias is None else bias.double()))
-    if gate:
+    if act:
         g, up = a.chunk(2, dim=1)
-        g = torch.nn.functional.silu(g) if gate == "silu_and_mul" else torch.nn.functional.gelu(g, approximate="tanh")
+        g = torch.nn.functional.silu(g) if act == "silu_and_mul" else torch.nn.functional.gelu(g, approximate="tanh")
         a = rounded(g * up)
-    return (a if more is None else more.double() + a).cpu().numpy()
+    return (a if residual is None else residual.double() + a).cpu().numpy()
 
 
-def check(rows: int, count: int, width: int, dtype: torch.dtype, gate: str, more: bool, norm: bool, bias: bool, **how):
-    rng = np.random.default_rng(width)
-    x = random(rng, rows, width + 16, dtype=dtype)[:, 8 : width + 8]
-    w = random(rng, count * (2 if gate else 1), width + 8, dtype=dtype)[:, :width] / width**0.5
-    extra = {
-        "bias": random(rng, len(w), dtype=dtype) if bias else None,
-        "more": random(rng, rows, count + 24, dtype=dtype)[:, 16 : count + 16] if more else None,
-        "norm": random(rng, width, dtype=dtype) if norm else None,
-    }
-    y = product(x, w, **extra, eps=1e-5, offset=0.5, gate=gate, **how)
-    wanted = expected(x, w, **extra, gate=gate)
-    assert y.shape == (rows, count)
-    assert y.dtype == dtype
-    assert (np.abs(y.double().cpu().numpy() - wanted) < LEFT[dtype] * np.maximum(np.abs(wanted), 1)).all()
+def check(m: int, n: int, k: int, dtype: torch.dtype, act: str, residual: bool, norm: bool, bias: bool, **how):
+    rng = np.random.default_rng(k)
+    x = random(rng, m, k + 16, dtype=dtype)[:, 8 : k + 8]
+    w = random(rng, n * (2 if act else 1), k + 8, dtype=dtype)[:, :k] / k**0.5
+    biases = random(rng, len(w), dtype=dtype) if bias else None
+    residuals = random(rng, m, n + 24, dtype=dtype)[:, 16 : n + 16] if residual else None
+    norm_weight = random(rng, k, dtype=dtype) if norm else None
+    out = fused_linear(x, w, biases, residuals, norm_weight, 1e-5, 0.5, act, **how)
+    wanted = expected(x, w, biases, residuals, norm_weight, act)
+    assert out.shape == (m, n)
+    assert out.dtype == dtype
+    assert (np.abs(out.double().cpu().numpy() - wanted) < LEFT[dtype] * np.maximum(np.abs(wanted), 1)).all()
 
 
-def check_linear(count: int, width: int, dtype: torch.dtype) -> None:
+def check_linear(n: int, k: int, dtype: torch.dtype) -> None:
     """One row through a matrix, as every linear without a neighbour does it."""
-    rng = np.random.default_rng(width)
-    x, w, bias = (random(rng, *shape, dtype=dtype) for shape in ((1, width), (count, width), (count,)))
-    w = w / width**0.5
+    rng = np.random.default_rng(k)
+    x, w, bias = (random(rng, *shape, dtype=dtype) for shape in ((1, k), (n, k), (n,)))
+    w = w / k**0.5
     for b in (None, bias):
         found, wanted = Linear(w, b)(x).double().cpu().numpy(), expected(x, w, b, None, None, "")
         assert (np.abs(found - wanted) < LEFT[dtype] * np.maximum(np.abs(wanted), 1)).all()

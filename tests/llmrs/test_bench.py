@@ -344,8 +344,9 @@ def test_windows_bound_what_attention_reads():
 
 
 def test_kernels_get_the_floors_of_what_they_compute():
+    pytest.importorskip("triton")
     found = [Cost("linear", "linear 4x4", 1000), Cost("attend", "attend", 500), Cost("linear", "linear 8x4", 4000)]
-    step = [("gemm_a", 2e-6), ("_attend", 1e-6), ("_combine", 1e-7), ("gemm_a", 5e-6)]
+    step = [("gemm_a", 2e-6), ("paged_attention_kernel", 1e-6), ("combine_splits_kernel", 1e-7), ("gemm_a", 5e-6)]
     seen, at = [], 0.0
     for name, seconds in step * 2:
         seen.append(Ran(name, at, at + seconds))
@@ -354,8 +355,8 @@ def test_kernels_get_the_floors_of_what_they_compute():
     assert rows["gemm_a", "linear 4x4"].floor == pytest.approx(1e-6)
     assert rows["gemm_a", "linear 8x4"].seconds == pytest.approx(5e-6)
     assert rows["gemm_a", "linear 8x4"].floor == pytest.approx(4e-6)
-    assert rows["_attend", "attend"].count == 1
-    assert rows["_combine", ""].floor is None
+    assert rows["paged_attention_kernel", "attend"].count == 1
+    assert rows["combine_splits_kernel", ""].floor is None
     assert [k.seconds for k in rows.values()] == sorted((k.seconds for k in rows.values()), reverse=True)
 
 
@@ -369,13 +370,19 @@ def test_kernels_that_can_not_be_told_apart_share_a_row():
 
 
 def test_names_of_kernels():
-    assert ops_of("nvjet_tst_64x8_64x16_4x1_v_bz_TNT") == ops_of("_matvec") == ("linear", "merged_linear", "lm_head")
-    assert ops_of("_attend") == ("attend",)
-    assert ops_of("_qk_norm_rope_write_kv") == ("qk_norm_rope_write_kv", "rope_write_kv")
-    assert ops_of("_norm") == ("rms_norm", "fused_add_rms_norm")
-    assert ops_of("_score") == ops_of("_search") == ("sample",)
+    assert ops_of("nvjet_tst_64x8_64x16_4x1_v_bz_TNT") == ("linear", "merged_linear", "lm_head")
     assert ops_of("void cublasLt::splitKreduce_kernel<32, 16>") == ops_of("Memcpy HtoD (Pinned -> Device)") == ()
-    assert ops_of("aten::add") == ops_of("_pick") == ()
+    assert ops_of("aten::add") == ops_of("vectorized_elementwise_kernel") == ()
+
+
+def test_triton_kernels_declare_their_ops():
+    pytest.importorskip("triton")
+    assert ops_of("gemv_kernel") == ops_of("gemm_tma_kernel") == ("linear", "merged_linear", "lm_head")
+    assert ops_of("paged_attention_kernel") == ops_of("prefill_attention_tma_kernel") == ("attend",)
+    assert ops_of("qk_norm_rope_write_kv_kernel") == ("qk_norm_rope_write_kv", "rope_write_kv")
+    assert ops_of("fused_add_rms_norm_kernel") == ("rms_norm", "fused_add_rms_norm")
+    assert ops_of("sample_gumbel_kernel") == ("sample",)
+    assert ops_of("reduce_argmax_kernel") == ()
 
 
 def test_an_addition_and_the_norm_after_it_are_one():

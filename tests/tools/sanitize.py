@@ -34,7 +34,7 @@ import test_triton_sampling as sampling
 
 from llmrs.backends.base import find
 from llmrs.backends.testing import RandomModel, core_on, prompts, request, run
-from llmrs.backends.torch.kernels.gemm_tma import Tiles
+from llmrs.backends.torch.kernels.gemm_tma import TmaConfig
 
 GPU = torch.cuda.is_available()
 TYPES = (torch.float16, torch.bfloat16) if GPU else (torch.float16,)  # the interpreter's bfloat16 is wrong
@@ -44,31 +44,31 @@ def attentions() -> None:
     for dtype in TYPES:
         attention.test_ragged_steps(3, 1, 24, dtype)
     attention.test_rows_of_no_tile_stay_as_they_are()
-    attention.test_the_cut_that_the_gpu_gets()
+    attention.test_the_config_that_the_gpu_gets()
 
 
 def by_row() -> None:
     for dtype in TYPES:
         elementwise.test_norms(3, 80, dtype)
-        elementwise.test_gated(4, 1100, dtype)
+        elementwise.test_act_and_mul(4, 1100, dtype)
         elementwise.check_qk_norm_rope_write_kv(3, 1, 24, dtype)
         elementwise.check_qk_norm_rope_write_kv(5, 5, 80, dtype)
         gemm_cases.check_linear(9, 1100, dtype)
     elementwise.test_embed()
 
 
-def products() -> None:
-    """Each kernel of gemm.py; the last in ranges of K too."""
+def gemms() -> None:
+    """Each kernel of gemm.py; the last with split-K too."""
     for dtype in TYPES:
         gemm_cases.check(1, 37, 264, dtype, "silu_and_mul", True, True, True)
         gemm_cases.check(3, 9, 1100, dtype, "gelu_and_mul", True, False, True)
         gemm_cases.check(15, 33, 520, dtype, "silu_and_mul", True, False, True)
-        for count, gate in ((17, "silu_and_mul"), (65, ""), (33, "gelu_and_mul")):
-            gemm_cases.check(count, 65, 264, dtype, gate, False, False, True, cut=Tiles(64, 32, 64))
-        tma.test_ranges_and_the_norm_that_adds_them_up(33, 9 * 64, 8, 5, dtype)
+        for m, act in ((17, "silu_and_mul"), (65, ""), (33, "gelu_and_mul")):
+            gemm_cases.check(m, 65, 264, dtype, act, False, False, True, config=TmaConfig(64, 32, 64))
+        tma.test_split_k_and_the_norm_that_reduces_it(33, 9 * 64, 8, 5, dtype)
 
 
-def drawing() -> None:
+def sampling_cases() -> None:
     sampling.test_draws(2)
     sampling.test_half_precision_logits_with_strides()
     sampling.test_rows_that_are_masked_out_and_rows_of_nan()
@@ -76,7 +76,7 @@ def drawing() -> None:
 
 
 def steps() -> None:
-    """A model's steps, cut as the device's are: a prompt, then single tokens."""
+    """A model's steps with the device's configs: prefill, then decode."""
     made = find("torch")("cuda:0" if GPU else "cpu", "f16", "f16")
     made.use_kernels("triton", graphs=False)
     asked = [request(prompts(5)[0], max_tokens=2), request(prompts(9)[0], max_tokens=2)]
@@ -84,7 +84,7 @@ def steps() -> None:
     assert [len(tokens) for tokens in found] == [2, 2], found
 
 
-CASES = {f.__name__: f for f in (attentions, by_row, products, drawing, steps)}
+CASES = {f.__name__: f for f in (attentions, by_row, gemms, sampling_cases, steps)}
 
 
 def main(*names: str) -> None:

@@ -2,16 +2,15 @@
 
     python tests/tools/triton_compile.py [few | all] [sm_80 sm_89 sm_90 sm_100]    (all, sm_90)
 
-`few` are two shapes, `all` are awkward ones too. Each must fit into the shared memory of the
-target. Run by test_triton_compile.py and `make compile` in a process of its own,
-where Triton's interpreter is off.
+`few`: the shapes of two models; `all`: awkward ones too. Each must fit into the target's shared memory. Run by
+test_triton_compile.py and `make compile` in a process of its own, where Triton's interpreter is off.
 """
 
 import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import astuple
+from dataclasses import asdict
 from pathlib import Path
 from typing import ClassVar
 
@@ -21,26 +20,25 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from llmrs.backends.torch.kernel_configs import SM90_CONFIGS, ConfigKey, Device, attn_config, smem_bytes
-from llmrs.backends.torch.kernels import (
-    act_and_mul,
-    embedding,
-    gumbel,
-    gumbel_argmax,
-    paged_attention,
-    qk_norm_rope_cache,
-    rms_norm,
-)
-from llmrs.backends.torch.kernels import gemm as rows_of
-from llmrs.backends.torch.kernels import prefill_attention_tma as prompt_of
-from llmrs.backends.torch.kernels import top_k_top_p as edges_of
-from llmrs.backends.torch.kernels.gemm_tma import LINES, Tiles, many
-from llmrs.backends.torch.kernels.launch import power, precision
-from llmrs.backends.torch.kernels.paged_attention import AttnConfig
+from llmrs.backends.torch.kernels import gemm, gumbel_argmax, top_k_top_p
+from llmrs.backends.torch.kernels.act_and_mul import act_and_mul_kernel
+from llmrs.backends.torch.kernels.embedding import embed_kernel
+from llmrs.backends.torch.kernels.gemm_small_m import gemm_small_m_kernel
+from llmrs.backends.torch.kernels.gemm_tma import PREFETCH_LINES, TmaConfig, gemm_tma_kernel
+from llmrs.backends.torch.kernels.gemv import gemv_kernel
+from llmrs.backends.torch.kernels.gumbel import reduce_argmax_kernel
+from llmrs.backends.torch.kernels.launch import dot_precision, next_power_of_2
+from llmrs.backends.torch.kernels.paged_attention import AttnConfig, combine_splits_kernel, paged_attention_kernel
+from llmrs.backends.torch.kernels.prefill_attention_tma import prefill_attention_tma_kernel, prefill_config
+from llmrs.backends.torch.kernels.qk_norm_rope_cache import qk_norm_rope_write_kv_kernel
+from llmrs.backends.torch.kernels.rms_norm import fused_add_rms_norm_kernel
 from llmrs.backends.torch.kv_fp8 import CODES, LEAST_CAPABILITY
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-# weights, and arrays of the step that a copy brings
-EARLY = {"w", "norm", "tiles", "positions"}
+# arguments that a kernel may read before gdc_wait: weights, and input arrays that a copy fills
+EARLY = {"w", "weight", "norm_weight", "tiles", "positions"}
+DIVISIBLE = ("V", "span", "k_per_split")  # by 16, as strides are
+FLOATS = ("scale", "eps", "weight_offset")
 TARGETS = {f"sm_{a}{b}": Device(f"sm_{a}{b}", (a, b)) for a, b in ((8, 0), (8, 9), (9, 0), (10, 0))}
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -51,52 +49,39 @@ class Run:
     device = TARGETS["sm_90"]
     few = True
     done: ClassVar[set[ConfigKey]] = set()
-    tiles: ClassVar[set[tuple]] = set()
-
-
-def configs(key: ConfigKey) -> list[AttnConfig]:
-    """The default for the device, and on sm_90 the measured one first."""
-    Run.done.add(key)
-    measured = [SM90_CONFIGS[key]] if Run.device.capability == (9, 0) and key in SM90_CONFIGS else []
-    return [*dict.fromkeys([*measured, attn_config(key, Run.device)])]
+    tma: ClassVar[set[tuple]] = set()
 
 
 def compiled(
-    kernel, pointers: dict[str, str], constants: dict, floats=(), longs=(), warps: int = 4, stages: int = 3, chain=True,
-    sixteens=(),
-):  # fmt: skip
-    """The kernel, chained where a GPU can: it is compiled both ways. Arguments that are not named are int32, and
-    strides, V, span and `sixteens` are multiples of 16."""
+    kernel, pointers: dict[str, str], constants: dict, warps: int = 4, stages: int = 3, pdl=True, divisible=()
+):
+    """The kernel, compiled without PDL and, where the target has it, with. Arguments that are not named are int32;
+    strides, DIVISIBLE and `divisible` are multiples of 16."""
     signature, attributes = {}, {}
     for n, name in enumerate(kernel.arg_names):
-        kind = "fp32" if name in floats else "i64" if name in longs else "i32"
-        fixed = "constexpr" if name in constants or name == "PDL" else None
+        kind = "fp32" if name in FLOATS else "i32"
         if name in pointers:
             kind = pointers[name] if pointers[name].startswith("tensordesc") else f"*{pointers[name]}"
-        signature[name] = fixed or kind
-        if (
-            kind.startswith("*")
-            or name in ("V", "span", *sixteens)
-            or name.endswith(("_row", "_head", "_block", "_token"))
-        ):
+        signature[name] = "constexpr" if name in constants or name == "PDL" else kind
+        if kind.startswith("*") or name in (*DIVISIBLE, *divisible) or name.startswith("stride_"):
             attributes[(n,)] = [["tt.divisibility", 16]]
     major, minor = Run.device.capability
     target = GPUTarget("cuda", 10 * major + minor, 32)
-    for chained in (False, True) if chain and major >= 9 else (False,):
-        source = ASTSource(kernel, signature, constants | {"PDL": chained}, attributes)
+    for with_pdl in (False, True) if pdl and major >= 9 else (False,):
+        source = ASTSource(kernel, signature, constants | {"PDL": with_pdl}, attributes)
         found = triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
         assert found.metadata.shared <= Run.device.smem_bytes, (kernel.__name__, constants, found.metadata.shared)
-        check_chain(found, chained)
+        check_pdl(found, with_pdl)
         spills = " LOCAL MEMORY" if ".local " in found.asm["ptx"] else ""
-        how = " chained" if chained else ""
+        how = " PDL" if with_pdl else ""
         print(kernel.__name__, constants, f"shared {found.metadata.shared}{how}{spills}")
     return found
 
 
-def check_chain(found, chained: bool) -> None:
-    """A chained kernel waits once, and before that it reads only what no kernel writes; others know nothing of it."""
+def check_pdl(found, pdl: bool) -> None:
+    """With PDL a kernel waits once, and before that it reads only what no kernel writes."""
     ptx = found.asm["ptx"]
-    if not chained:
+    if not pdl:
         assert "griddepcontrol" not in ptx
         return
     assert ptx.count("griddepcontrol.wait") == 1
@@ -122,122 +107,8 @@ def read_early(ttir: str) -> set[str]:
     return read
 
 
-def pools(dtype: torch.dtype, *, fp8: bool) -> tuple[dict[str, str], dict[str, None]]:
-    """Pointers to a KV cache in `dtype` or fp8, and what is not there."""
-    scales = ("key_scales", "value_scales")
-    if not fp8:
-        return dict.fromkeys(("keys", "values"), NAMES[dtype]), dict.fromkeys(scales)
-    return dict.fromkeys(("keys", "values"), "fp8e4nv") | dict.fromkeys(scales, "fp32"), {}
-
-
-def attentions(dtype: torch.dtype, group: int, size: int, block: int, window: int, *, fp8: bool) -> None:
-    t, padded = NAMES[dtype], power(size, 16)
-    ints = dict.fromkeys(("tables", "tiles"), "i32")
-    parts = dict.fromkeys(("part_sum", "part_most", "part_weight"), "fp32")
-    cache, absent = pools(dtype, fp8=fp8)
-    for prompt in (False, True):
-        key = ConfigKey(prompt, group, size, dtype, CODES if fp8 else dtype)
-        first, *others = configs(key)
-        for cut, split in [(first, 1), *([] if prompt else [(first, 8)]), *((cut, 1) for cut in others)]:
-            tokens, keys, warps, stages = astuple(cut)
-            constants = {
-                "G": group, "D": size, "DP": padded, "BLOCK": block, "R": power(tokens * power(group), 16),
-                "TILE": keys, "SPLITS": split, "WINDOW": window, "PROMPT": prompt, "PRECISION": precision(dtype),
-            }  # fmt: skip
-            constants |= absent
-            tensors = dict.fromkeys(("q", "y"), t) | cache | ints | parts
-            found = compiled(paged_attention._attend, tensors, constants, ("scale",), (), warps, stages, cut == first)
-            assert found.metadata.shared <= smem_bytes(key, cut, Run.device), (key, cut, found.metadata.shared)
-    compiled(
-        paged_attention._combine, {"tiles": "i32", "y": t, **parts}, {"D": size, "DP": padded, "SPLITS": 8}, warps=1
-    )
-
-
-def prompts(dtype: torch.dtype, group: int, size: int, block: int) -> None:
-    """With its registers; matrix products of Hopper's kind, copies by the copy engine, and nothing spilled."""
-    t, padded, cut = NAMES[dtype], power(size, 16), prompt_of.prefill_config(group, size, block)
-    constants = {
-        "G": group, "D": size, "DP": padded, "BLOCK": block, "R": power(cut.q_tokens * power(group), 16),
-        "KEYS": cut.block_n,
-    }  # fmt: skip
-    pool = f"tensordesc<{t}[{cut.block_n},{padded}]>"
-    tensors = {"q": t, "y": t, "keys": pool, "values": pool, "tables": "i32", "tiles": "i32"}
-    found = compiled(prompt_of._prompt, tensors, constants, ("scale",), (), cut.num_warps, cut.num_stages)
-    if Run.device.capability == (9, 0):
-        assert "wgmma.mma_async" in found.asm["ptx"]
-    assert "cp.async.bulk.tensor" in found.asm["ptx"]
-    registers, spilled = resources(found)
-    print(f"    registers {registers}")
-    assert spilled == 0
-
-
-def rows(dtype: torch.dtype, width: int) -> None:
-    t, padded = NAMES[dtype], power(width)
-    for parts in (0, 1, 2, 6):
-        tensors = dict.fromkeys(("x", "y", "w", "total", "n"), t) | ({"y": "fp32"} if parts > 1 else {})
-        constants = {"D": width, "DP": padded, "PARTS": parts}
-        compiled(rms_norm._norm, tensors, constants, ("eps", "offset"), warps=min(max(padded // 512, 1), 16))
-    for gelu in (False, True):
-        constants = {"N": 3 * width, "PART": 1024, "GELU": gelu}
-        compiled(act_and_mul._gated, dict.fromkeys(("gate", "up", "y"), t), constants)
-    constants = {"D": width, "PART": min(1024, padded)}
-    compiled(embedding._embed, {"tokens": "i32", "last": "i64", "table": t, "y": t}, constants, warps=2)
-
-
-def products(dtype: torch.dtype, count: int, width: int, gate: str, norm: bool, add: bool, counts: tuple) -> None:
-    """For numbers of rows; and what ptxas says."""
-    w = torch.empty(count * (2 if gate else 1), width, dtype=dtype, device="meta")
-    tensors = dict.fromkeys(("x", "norm", "w", "bias", "more", "y"), NAMES[dtype])
-    bound = {"K": width, "GATE": rows_of.GATES[gate], "BIAS": False, "ADD": add}
-    for rows in counts:
-        cut = rows_of.cut_of(rows, w, bool(gate), add, Run.device.smem_bytes)
-        if isinstance(cut, Tiles):
-            tiles(cut, dtype, count, width, bound["GATE"])
-        if not isinstance(cut, rows_of.Cut):
-            continue  # the library's
-        kernel, own = kernel_of(cut, rows, width, dtype, gate)
-        own |= {"PART": cut.part, "EACH": cut.each}
-        own["NORM"] = norm and rows_of.normed(w) and rows <= rows_of.NORMED
-        stages = own.pop("num_stages", 1)
-        constants = {k: v for k, v in (bound | own).items() if k in kernel.arg_names}
-        given = {k: v for k, v in tensors.items() if k in kernel.arg_names}
-        sixteens = () if count % 16 else ("N",)
-        found = compiled(kernel, given, constants, ("eps", "offset"), (), cut.warps, stages, True, sixteens)
-        registers, spilled = resources(found)
-        where = "LOCAL MEMORY" if spilled > 16 else "spilled"  # a register or four by the way cost nothing
-        print(f"    {rows} rows: registers {registers}, {where} {spilled} bytes")
-
-
-def kernel_of(cut, rows: int, width: int, dtype: torch.dtype, gate: str):
-    """The kernel that does a cut, and its constants."""
-    if rows_of.vectors(rows, width, bool(gate)):
-        return rows_of.few, rows_of.of_few(cut, rows, width, dtype.itemsize, gate)
-    return rows_of.some, rows_of.of_some(cut, rows, width, dtype)
-
-
-def tiles(cut: Tiles, dtype: torch.dtype, count: int, width: int, gate: int) -> None:
-    """`many`, whose code does not depend on the matrix: from the copy engine right into Hopper's products."""
-    t, sixteens = NAMES[dtype], tuple(n for n, size in (("N", count), ("K", width)) if size % 16 == 0)
-    key = (dtype, Run.device, cut.each, cut.count, cut.part, cut.stages, cut.split > 1, gate, sixteens)
-    if key in Run.tiles:
-        return
-    Run.tiles.add(key)
-    shapes = (("x_tiles", cut.count), ("w_tiles", cut.each))
-    tensors = {name: f"tensordesc<{t}[{rows},{cut.part}]>" for name, rows in shapes}
-    tensors |= {"w": t, "bias": t, "y": "fp32" if cut.split > 1 else t}
-    constants = {"PART": cut.part, "EACH": cut.each, "COUNT": cut.count, "LINES": LINES, "GATE": gate}
-    for bias in (False, True) if cut.split == 1 else (False,):
-        found = compiled(many, tensors, constants | {"BIAS": bias}, (), (), cut.warps, cut.stages, True, sixteens)
-        assert "cp.async.bulk.tensor" in found.asm["ptx"]
-        if Run.device.capability == (9, 0):
-            assert "wgmma.mma_async" in found.asm["ptx"]
-        registers, spilled = resources(found)
-        print(f"    {cut}: registers {registers}")
-        assert spilled == 0, cut
-
-
 def resources(found) -> tuple[int, int]:
-    """Registers of a thread, and bytes that did not fit into them, as ptxas gave them: those are on the stack."""
+    """Registers of a thread, and bytes spilled to its stack, by ptxas."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(found.asm["cubin"])
         file.flush()
@@ -246,46 +117,152 @@ def resources(found) -> tuple[int, int]:
     return counts["REG"], counts["STACK"] + counts["LOCAL"]
 
 
-def ropes(dtype: torch.dtype, heads: int, kv_heads: int, size: int, norms: bool, *, fp8: bool) -> None:
-    cache, absent = pools(dtype, fp8=fp8)
-    tensors = dict.fromkeys(("q", "k", "v", "qw", "kw", "out"), NAMES[dtype]) | cache
-    tensors |= {"positions": "i32", "cells": "i32", "turns": "fp32"}
-    for most in (4, 16):
-        together = min(most, power(kv_heads))
+def check_tensor_cores(found, note: str) -> None:
+    """TMA loads, Hopper's wgmma, and nothing spilled."""
+    assert "cp.async.bulk.tensor" in found.asm["ptx"]
+    if Run.device.capability == (9, 0):
+        assert "wgmma.mma_async" in found.asm["ptx"]
+    registers, spilled = resources(found)
+    print(f"    {note}: registers {registers}")
+    assert spilled == 0, note
+
+
+def caches(dtype: torch.dtype, *, fp8: bool) -> tuple[dict[str, str], dict[str, None]]:
+    """Pointers to a KV cache in `dtype` or fp8, and absent arguments."""
+    scales = ("k_scales", "v_scales")
+    if not fp8:
+        return dict.fromkeys(("k_cache", "v_cache"), NAMES[dtype]), dict.fromkeys(scales)
+    return dict.fromkeys(("k_cache", "v_cache"), "fp8e4nv") | dict.fromkeys(scales, "fp32"), {}
+
+
+def tile_constants(config: AttnConfig, group: int, head_dim: int, block_size: int) -> dict[str, int]:
+    return {
+        "GROUP": group, "HEAD_DIM": head_dim, "HEAD_DIM_PAD": next_power_of_2(head_dim, 16), "BLOCK_SIZE": block_size,
+        "BLOCK_M": next_power_of_2(config.q_tokens * next_power_of_2(group), 16), "BLOCK_N": config.block_n,
+    }  # fmt: skip
+
+
+def attn_configs(key: ConfigKey) -> list[AttnConfig]:
+    """The default for the device, and on sm_90 the measured one first."""
+    Run.done.add(key)
+    measured = [SM90_CONFIGS[key]] if Run.device.capability == (9, 0) and key in SM90_CONFIGS else []
+    return [*dict.fromkeys([*measured, attn_config(key, Run.device)])]
+
+
+def paged_attention(dtype: torch.dtype, group: int, head_dim: int, block_size: int, window: int, *, fp8: bool) -> None:
+    partial = dict.fromkeys(("partial_acc", "partial_m", "partial_l"), "fp32")
+    cache, absent = caches(dtype, fp8=fp8)
+    tensors = {"q": NAMES[dtype], "out": NAMES[dtype], "block_tables": "i32", "tiles": "i32"} | cache | partial
+    for prefill in (False, True):
+        key = ConfigKey(prefill, group, head_dim, dtype, CODES if fp8 else dtype)
+        first, *others = attn_configs(key)
+        for config, splits in [(first, 1), *([] if prefill else [(first, 8)]), *((c, 1) for c in others)]:
+            constants = tile_constants(config, group, head_dim, block_size) | absent
+            constants |= {
+                "NUM_SPLITS": splits, "WINDOW": window, "PREFILL": prefill, "PRECISION": dot_precision(dtype),
+            }  # fmt: skip
+            how = config.num_warps, config.num_stages, config == first
+            found = compiled(paged_attention_kernel, tensors, constants, *how)
+            needed = smem_bytes(key, config, Run.device)
+            assert found.metadata.shared <= needed, (key, config, found.metadata.shared)
+    constants = {"HEAD_DIM": head_dim, "HEAD_DIM_PAD": next_power_of_2(head_dim, 16), "NUM_SPLITS": 8}
+    compiled(combine_splits_kernel, {"tiles": "i32", "out": NAMES[dtype], **partial}, constants, 1)
+
+
+def prefill_attention_tma(dtype: torch.dtype, group: int, head_dim: int, block_size: int) -> None:
+    t, config = NAMES[dtype], prefill_config(group, head_dim, block_size)
+    constants = tile_constants(config, group, head_dim, block_size)
+    desc = f"tensordesc<{t}[{config.block_n},{constants['HEAD_DIM_PAD']}]>"
+    tensors = {"q": t, "out": t, "k_desc": desc, "v_desc": desc, "block_tables": "i32", "tiles": "i32"}
+    found = compiled(prefill_attention_tma_kernel, tensors, constants, config.num_warps, config.num_stages)
+    check_tensor_cores(found, str(config))
+
+
+def elementwise(dtype: torch.dtype, d: int) -> None:
+    t, padded = NAMES[dtype], next_power_of_2(d)
+    for split_k, residual in ((1, False), (1, True), (2, True), (6, True)):
+        tensors = dict.fromkeys(("residual", "weight", "residual_out", "out"), t) | {"x": t if split_k == 1 else "fp32"}
+        constants = {"D": d, "BLOCK_D": padded, "SPLIT_K": split_k, "HAS_RESIDUAL": residual}
+        compiled(fused_add_rms_norm_kernel, tensors, constants, min(max(padded // 512, 1), 16))
+    for gelu in (False, True):
+        constants = {"N": 3 * d, "BLOCK_N": 1024, "GELU": gelu}
+        compiled(act_and_mul_kernel, dict.fromkeys(("gate", "up", "out"), t), constants)
+    tensors = {"input_ids": "i32", "last_tokens": "i64", "table": t, "out": t}
+    compiled(embed_kernel, tensors, {"D": d, "BLOCK_D": min(1024, padded)}, 2)
+
+
+def gemms(dtype: torch.dtype, n: int, k: int, act: str, norm: bool, residual: bool, ms: tuple[int, ...]) -> None:
+    """The kernels that `select_gemm` chooses for these M."""
+    w = torch.empty(n * (2 if act else 1), k, dtype=dtype, device="meta")
+    tensors = dict.fromkeys(("x", "norm_weight", "w", "bias", "residual", "out"), NAMES[dtype])
+    common = {"K": k, "ACT": gemm.ACTS[act], "HAS_BIAS": False, "HAS_RESIDUAL": residual}
+    for m in ms:
+        config = gemm.select_gemm(m, w, bool(act), residual, Run.device.smem_bytes)
+        if config is None:
+            continue  # cuBLAS
+        if isinstance(config, TmaConfig):
+            gemm_tma(config, dtype, n, k, common["ACT"])
+            continue
+        if isinstance(config, gemm.GemvConfig):
+            kernel, constants = gemv_kernel, gemm.gemv_constexprs(config, m, k, dtype.itemsize, bool(act))
+            constants["FUSE_NORM"] = norm and gemm.can_fuse_norm(w) and m <= gemm.MAX_FUSED_NORM_M
+        else:
+            kernel, constants = gemm_small_m_kernel, gemm.small_m_constexprs(config, m, k, dtype)
+        given = {name: t for name, t in tensors.items() if name in kernel.arg_names}
+        how = config.num_warps, getattr(config, "num_stages", 1), True, () if n % 16 else ("N",)
+        registers, spilled = resources(compiled(kernel, given, common | constants, *how))
+        where = "LOCAL MEMORY" if spilled > 16 else "spilled"  # up to four registers cost nothing
+        print(f"    M = {m}: registers {registers}, {where} {spilled} bytes")
+
+
+def gemm_tma(config: TmaConfig, dtype: torch.dtype, n: int, k: int, act: int) -> None:
+    """Each code once: it depends on the matrix only by divisibility."""
+    t, divisible = NAMES[dtype], tuple(name for name, size in (("N", n), ("K", k)) if size % 16 == 0)
+    code = asdict(config) | {"split_k": config.split_k > 1}
+    key = (dtype, Run.device, *code.values(), act, divisible)
+    if key in Run.tma:
+        return
+    Run.tma.add(key)
+    shapes = (("x_desc", config.block_m), ("w_desc", config.block_n))
+    tensors = {name: f"tensordesc<{t}[{rows},{config.block_k}]>" for name, rows in shapes}
+    tensors |= {"w": t, "bias": t, "out": "fp32" if config.split_k > 1 else t}
+    constants = {
+        "BLOCK_K": config.block_k, "BLOCK_N": config.block_n, "BLOCK_M": config.block_m,
+        "PREFETCH_LINES": PREFETCH_LINES, "ACT": act,
+    }  # fmt: skip
+    for bias in (False, True) if config.split_k == 1 else (False,):
+        how = config.num_warps, config.num_stages, True, divisible
+        check_tensor_cores(compiled(gemm_tma_kernel, tensors, constants | {"HAS_BIAS": bias}, *how), str(config))
+
+
+def qk_norm_rope(dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, norm: bool, *, fp8: bool) -> None:
+    cache, absent = caches(dtype, fp8=fp8)
+    tensors = dict.fromkeys(("q", "k", "v", "q_norm", "k_norm", "q_out"), NAMES[dtype]) | cache
+    tensors |= {"positions": "i32", "slot_mapping": "i32", "cos_sin_cache": "fp32"}
+    for per_cta in dict.fromkeys(min(n, next_power_of_2(kv_heads)) for n in (4, 16)):
         constants = {
-            "HQ": heads, "HK": kv_heads, "D": size, "HALF": size // 2, "HALF_P": power(size // 2),
-            "HEADS": together, "BLOCK": 64, "NORM": norms,
+            "HQ": heads, "HK": kv_heads, "HEAD_DIM": head_dim, "HALF": head_dim // 2,
+            "HALF_PAD": next_power_of_2(head_dim // 2), "HEADS_PER_CTA": per_cta, "BLOCK_SIZE": 64, "HAS_NORM": norm,
         }  # fmt: skip
-        compiled(
-            qk_norm_rope_cache._qk_norm_rope_write_kv,
-            tensors,
-            constants | absent,
-            ("eps", "offset"),
-            warps=max(together // 4, 1),
-        )
+        compiled(qk_norm_rope_write_kv_kernel, tensors, constants | absent, max(per_cta // 4, 1))
 
 
-def samplings(dtype: torch.dtype) -> None:
-    tensors = {
-        "logits": NAMES[dtype],
-        "temperature": "fp32",
-        "keys": "i32",
-        "edges": "i32",
-        "scores": "fp32",
-        "ids": "i32",
-    }
-    for edges in (False, True):
-        compiled(gumbel_argmax._search, tensors, {"CHUNK": gumbel_argmax.CHUNK, "EDGES": edges}, warps=1)
+def sampling(dtype: torch.dtype) -> None:
+    partial = {"partial_max": "fp32", "partial_argmax": "i32"}
+    tensors = {"logits": NAMES[dtype], "temperature": "fp32", "rng_keys": "i32", "thresholds": "i32", **partial}
+    for filtered in (False, True):
+        constants = {"CHUNK": gumbel_argmax.CHUNK, "FILTER": filtered}
+        compiled(gumbel_argmax.sample_gumbel_kernel, tensors, constants, 1)
     floats = dict.fromkeys(("temperature", "top_p", "min_p"), "fp32")
-    tensors = {"logits": NAMES[dtype], "top_k": "i32", "edges": "i32", **floats}
-    compiled(edges_of._edges, tensors, {"PART": edges_of.PART}, warps=8)
-    ints = {"scores": "fp32", "ids": "i32", "slots": "i32", "last": "i64", "tokens": "i32"}
-    for parts in (64, 256):
-        compiled(gumbel.pick, ints, {"PARTS": parts}, warps=1)
+    tensors = {"logits": NAMES[dtype], "top_k": "i32", "thresholds": "i32", **floats}
+    compiled(top_k_top_p.find_thresholds_kernel, tensors, {"BLOCK_V": top_k_top_p.BLOCK_V}, 8)
+    for block in (64, 256):
+        tensors = {"req_slots": "i32", "last_tokens": "i64", "tokens": "i32", **partial}
+        compiled(reduce_argmax_kernel, tensors, {"BLOCK": block}, 1)
 
 
-# Of Qwen3-0.6B's layer and head; then Llama-3.2-1B's and Qwen3-8B's, and awkward ones. A norm only of one row.
-FEW = [
+# N, K, activation, norm (for M = 1), residual; Qwen3-0.6B's layer and LM head, then Llama-3.2-1B's, Qwen3-8B's, awkward
+GEMMS = [
     (4096, 1024, "", True, False), (1024, 2048, "", False, True), (3072, 1024, "silu_and_mul", True, False),
     (1024, 3072, "", False, True), (151936, 1024, "", False, False), (151936, 4096, "", False, False),
     (3072, 2048, "", True, False), (2048, 2048, "", False, True), (8192, 2048, "silu_and_mul", True, False),
@@ -294,40 +271,37 @@ FEW = [
     (4096, 12288, "", False, True), (21504, 5376, "gelu_and_mul", True, False),
     (1000, 80, "gelu_and_mul", True, True), (2560, 2560, "", True, False), (1152, 1152, "", True, True),
 ]  # fmt: skip
+# query heads per KV head, head size, block size, window
+ATTENTIONS = [
+    (2, 128, 64, 0), (4, 64, 64, 0), (4, 128, 64, 0), (2, 256, 64, 512), (1, 24, 64, 6), (5, 96, 16, 0),
+    (8, 128, 64, 4096),
+]  # fmt: skip
+MS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512)
 
 
 def main(few: bool, device: Device) -> None:
     Run.few, Run.device = few, device
-    rows_of.hopper = lambda _: device.capability >= (9, 0)
-    caches = (False, True) if device.capability >= LEAST_CAPABILITY else (False,)  # in the computation's type, or fp8
-    every = [
-        (2, 128, 64, 0),
-        (4, 64, 64, 0),
-        (4, 128, 64, 0),
-        (2, 256, 64, 512),
-        (1, 24, 64, 6),
-        (5, 96, 16, 0),
-        (8, 128, 64, 4096),
-    ]
+    gemm.has_tma = lambda _: device.capability >= (9, 0)
+    fp8_caches = (False, True) if device.capability >= LEAST_CAPABILITY else (False,)
     for dtype in (torch.bfloat16,) if few else (torch.bfloat16, torch.float16, torch.float32):
-        for group, size, block, window in every[:3] if few else every:
-            for fp8 in caches:
-                attentions(dtype, group, size, block, window, fp8=fp8)
-        copies = device.capability >= (9, 0) and dtype != torch.float32
-        for group, size, block, window in (*every, (2, 128, 128, 0)) if copies else ():
-            if window == 0 and (not few or size == 128):
-                prompts(dtype, group, size, block)
-        for width in (1024,) if few else (1024, 80, 5376):
-            rows(dtype, width)
-        for sizes in FEW[:4] if few else FEW:
-            products(dtype, *sizes, (1, 2, 16, 256) if few else (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512))
-        for shape in ((16, 8, 128),) if few else ((16, 8, 128), (3, 1, 24), (4, 1, 256)):
-            for norms in (False, True):
-                for fp8 in caches:
-                    ropes(dtype, *shape, norms, fp8=fp8)
-        samplings(dtype)
-    stored = {key for key in SM90_CONFIGS if True in caches or key.kv_dtype != CODES}
-    assert stored <= Run.done, stored - Run.done
+        for attention in ATTENTIONS[:3] if few else ATTENTIONS:
+            for fp8 in fp8_caches:
+                paged_attention(dtype, *attention, fp8=fp8)
+        tma = device.capability >= (9, 0) and dtype != torch.float32
+        for group, head_dim, block_size, window in (*ATTENTIONS, (2, 128, 128, 0)) if tma else ():
+            if window == 0 and (not few or head_dim == 128):
+                prefill_attention_tma(dtype, group, head_dim, block_size)
+        for d in (1024,) if few else (1024, 80, 5376):
+            elementwise(dtype, d)
+        for shape in GEMMS[:4] if few else GEMMS:
+            gemms(dtype, *shape, (1, 2, 16, 256) if few else MS)
+        for heads in ((16, 8, 128),) if few else ((16, 8, 128), (3, 1, 24), (4, 1, 256)):
+            for norm in (False, True):
+                for fp8 in fp8_caches:
+                    qk_norm_rope(dtype, *heads, norm, fp8=fp8)
+        sampling(dtype)
+    measured = {key for key in SM90_CONFIGS if True in fp8_caches or key.kv_dtype != CODES}
+    assert measured <= Run.done, measured - Run.done
 
 
 if __name__ == "__main__":

@@ -1,41 +1,47 @@
-"""Rows of the embedding table; a token that only the device knows is looked up by its slot on the way.
+"""Embedding lookup that resolves placeholder tokens on the device.
 
-Defined by `embed` in backends/reference/ops.py and by Batch.tokens: -1 - slot is the last token of a slot.
-tokens int32 (T,), last int64 (slots,), table (V, D) -> (T, D). Moved: T rows read and written.
+Defined by `embed` in backends/reference/ops.py and by Batch.input_ids: -1 - slot stands for the slot's last token.
+
+    input_ids int32 (T,)   last_tokens int64 (slots,)   table (V, D)   -> out (T, D)
+
+Bytes moved: T rows read and written.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from llmrs.backends.torch.kernels.launch import chained, check_rows, power, require
+from llmrs.backends.torch.kernels.launch import check, check_tensors, next_power_of_2
 
-PART = 1024
+BLOCK_D = 1024
 
 
 @triton.jit
-def _embed(tokens, last, table, y, D: tl.constexpr, PART: tl.constexpr, PDL: tl.constexpr):
-    row, d = tl.program_id(0), tl.program_id(1) * PART + tl.arange(0, PART)
+def embed_kernel(input_ids, last_tokens, table, out, D: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr):
+    row, offs_d = tl.program_id(0), tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    token = tl.load(tokens + row).to(tl.int64)
+    token = tl.load(input_ids + row).to(tl.int64)
     if token < 0:
-        token = tl.load(last + (-1 - token))
-    x = tl.load(table + token * D + d, mask=d < D, other=0.0)
+        token = tl.load(last_tokens + (-1 - token))
+    x = tl.load(table + token * D + offs_d, mask=offs_d < D, other=0.0)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    tl.store(y + row.to(tl.int64) * D + d, x, mask=d < D)
+    tl.store(out + row.to(tl.int64) * D + offs_d, x, mask=offs_d < D)
 
 
-def embed(tokens: torch.Tensor, last: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """(T, D) of the table's type. Raises BackendError for types that it can't do."""
-    check_rows("embed", table)
-    require("embed", table.is_contiguous() and table.ndim == 2, f"table {table.shape}, {table.stride()}")
-    require("embed", tokens.dtype == torch.int32 and last.dtype == torch.int64, f"{tokens.dtype}, {last.dtype}")
-    count, width = len(tokens), table.shape[1]
-    y = torch.empty(count, width, dtype=table.dtype, device=table.device)
-    part, pdl = min(PART, power(width)), chained(table.device)
-    _embed[(count, triton.cdiv(width, part))](
-        tokens, last, table, y, D=width, PART=part, PDL=pdl, num_warps=2, launch_pdl=pdl
+def embed(
+    input_ids: torch.Tensor, last_tokens: torch.Tensor, table: torch.Tensor, *, pdl: bool = False
+) -> torch.Tensor:
+    """(T, D) of the table's dtype. Raises BackendError for unsupported dtypes."""
+    check_tensors("embed", table)
+    check("embed", table.is_contiguous() and table.ndim == 2, f"table {table.shape}, {table.stride()}")
+    ids, last = input_ids.dtype, last_tokens.dtype
+    check("embed", ids == torch.int32 and last == torch.int64, f"{ids}, {last}")
+    tokens, d = len(input_ids), table.shape[1]
+    out = torch.empty(tokens, d, dtype=table.dtype, device=table.device)
+    block_d = min(BLOCK_D, next_power_of_2(d))
+    embed_kernel[(tokens, triton.cdiv(d, block_d))](
+        input_ids, last_tokens, table, out, D=d, BLOCK_D=block_d, PDL=pdl, num_warps=2, launch_pdl=pdl
     )
-    return y
+    return out

@@ -1,15 +1,18 @@
-"""Fused skinny GEMM: y = [residual +] act(rms_norm(x) @ w^T + bias).
+"""Fused skinny GEMM: out = [residual +] act(rms_norm(x) @ w^T + bias). Kernel choice, configs, launcher.
 
-Defined by `linear`, `rms_norm`, `silu_and_mul`, `gelu_and_mul` and `add` in backends/reference/ops.py. Rounded to the
-type of the computation wherever the equations by themselves would; sums are float32.
+Defined by `linear`, `rms_norm`, `silu_and_mul`, `gelu_and_mul` and `add` in backends/reference/ops.py. Rounds to the
+model's dtype wherever those ops do; accumulates in float32.
 
-    x (M, K), any row stride   norm (K,), of one row   w (N, K), or (2 N, K) with a gate: rows i and i + N make result i
-    bias as long as w   more (M, N), any row stride   -> y (M, N)
+    x (M, K), any row stride   norm_weight (K,)   w (N, K), or with an activation (2 N, K): gate rows, then up rows
+    bias (len(w),)   residual (M, N), any row stride   -> out (M, N)
 
-Three kernels: `rows_few.py` in registers, for a row or two; `rows_many.py` by the copy engine, on Hopper and later,
-which leaves norms and sums to others; `rows_some.py` for up to 16 rows elsewhere, where the results are few. `cut_of`
-says which one, or that the library is faster. Moved: the weight once, and x from the caches for each program. Chained
-kernels (see `launch.py`) ask for their weights before they wait for what makes x.
+    kernel             for                              fused
+    gemv.py            M = 1; M to 4 for small K        norm (M = 1), bias, activation, residual
+    gemm_tma.py        M of 2 to 512, sm_90+, 16-bit    bias, activation; split-K for the norm kernel to reduce
+    gemm_small_m.py    M to 16, small N, elsewhere      bias, activation, residual
+
+`select_gemm` chooses one of them or cuBLAS. Bytes moved: w once, and x from L2 for each CTA. With PDL (`launch.py`)
+kernels request their weights before they wait for x.
 """
 
 from dataclasses import dataclass
@@ -18,151 +21,168 @@ from typing import Any
 import torch
 import triton
 
-from llmrs.backends.torch.kernels.gemm_small_m import some
-from llmrs.backends.torch.kernels.gemm_tma import MANY, Tiles, cut_many, launch_many, loadable
-from llmrs.backends.torch.kernels.gemv import few
-from llmrs.backends.torch.kernels.launch import chained, check_rows, hopper, power, precision, require
+from llmrs.backends.torch.kernels.gemm_small_m import gemm_small_m_kernel
+from llmrs.backends.torch.kernels.gemm_tma import TMA_MAX_M, TmaConfig, gemm_tma, tma_compatible, tma_config
+from llmrs.backends.torch.kernels.gemv import gemv_kernel
+from llmrs.backends.torch.kernels.launch import check, check_tensors, dot_precision, has_tma, next_power_of_2
 
-NAME = "rows"
-FEW, SOME = 4, 16  # rows
-NARROW = 2048  # results that are few: of `o` and `down` of a small model
-TOGETHER = 12288  # elements of all rows of x that registers have room for; one row may be longer
-NORMED = 1  # rows up to which every program can norm them by itself; for two the norm's own launch is cheaper
-GATES = {"": 0, "silu_and_mul": 1, "gelu_and_mul": 2}
-SHARED = 110 * 1024  # bytes of a program of `some`, so that two fit
-LARGE = 32 * 2**20  # bytes of w
-HEAD = 2**15  # results, more than which only a head has
-HELD = 192  # bytes of w that a thread holds before x is there
+NAME = "gemm"
+GEMV_MAX_M, SMALL_M_MAX = 4, 16
+SMALL_N = 2048  # as of `o` and `down` of a small model
+LM_HEAD_N = 2**15  # only an LM head has more outputs
+REGISTER_ELEMS = 12288  # elements of x that the GEMV's registers hold; a single row may be longer
+MAX_FUSED_NORM_M = 1  # every CTA repeats the norm: for two rows a launch of its own is cheaper
+LARGE_WEIGHT_BYTES = 32 * 2**20
+SMEM_BUDGET = 110 * 1024  # of a gemm_small_m CTA, so that two fit
+MAX_PREFETCH_BYTES_PER_THREAD = 192  # of w, in the GEMV
+ACTS = {"": 0, "silu_and_mul": 1, "gelu_and_mul": 2}
 
 
 @dataclass(frozen=True)
-class Cut:
-    """How the work of `few` and `some` is cut: results of a warp (few) or program (some), columns at a time, warps,
-    tiles on their way (some)."""
+class GemvConfig:
+    """Outputs per warp, columns per tile, warps of a CTA."""
 
-    each: int
-    part: int
-    warps: int = 4
-    stages: int = 1
+    rows_per_warp: int
+    block_k: int
+    num_warps: int = 4
 
 
-def cut_few(rows: int, count: int, width: int, size: int, gate: bool) -> Cut:
-    """For w of `width` columns of `size` bytes: about 16 KB a program, of which a multiprocessor holds a few.
+@dataclass(frozen=True)
+class SmallMConfig:
+    """Outputs per CTA, columns per warp and tile, warps, stages."""
 
-    More than one result of a warp only where they are short: Triton 3.6 would move parts of w between warps. For one
-    row that is better even so, up to 4 KB a result.
+    block_n: int
+    block_k: int
+    num_warps: int = 4
+    num_stages: int = 1
+
+
+GemmConfig = GemvConfig | SmallMConfig | TmaConfig
+
+
+def gemv_config(m: int, n: int, k: int, itemsize: int, act: bool) -> GemvConfig:
+    """About 16 KB of w per CTA, a few of which an SM holds; large plain matrices of M = 1 as measured on an H200.
+
+    More than one output per warp only where rows are short (M = 1: 4 KB): Triton 3.6 moves w between warps otherwise.
     """
-    if rows == 1 and not gate and (count >= HEAD or 3072 < width <= 4096) and width >= 1024:  # measured on an H200
-        return Cut(1 if count >= HEAD else 2, 1024 * 2 // size)
-    part = min((256 if width <= 1024 else 512 if width <= 4096 or gate else 1024) * 2 // size, power(width))
-    short = power(width) * size * (1 + gate) * (1 + (rows > 2)) <= 2048
-    each = min(1024 // power(width), 16) // (power(rows) * (1 + gate))
-    least = 2 if rows == 1 and power(width) * size <= 4096 else 1
-    return Cut(max(each, least), part, warps=8 if short else 4)
+    if m == 1 and not act and k >= 1024 and n >= LM_HEAD_N:
+        return GemvConfig(1, 2048 // itemsize)
+    if m == 1 and not act and 3072 < k <= 4096:
+        return GemvConfig(2, 2048 // itemsize)
+    columns = 256 if k <= 1024 else 512 if k <= 4096 or act else 1024
+    padded = next_power_of_2(k)
+    short = padded * itemsize * (1 + act) * (1 + (m > 2)) <= 2048
+    rows = min(1024 // padded, 16) // (next_power_of_2(m) * (1 + act))
+    min_rows = 2 if m == 1 and padded * itemsize <= 4096 else 1
+    return GemvConfig(max(rows, min_rows), min(columns * 2 // itemsize, padded), 8 if short else 4)
 
 
-def cut_some(rows: int, width: int, size: int, gate: bool) -> Cut:
-    """Small tiles of results, and as many columns on their way as fit."""
-    padded, part = power(rows, 8), min(max(power(width) // 4, 16), 128 // size)
-    stage = 4 * part * size * (16 * (1 + gate) + padded)
-    return Cut(16, part, stages=min(max(SHARED // stage, 3), 6))
+def small_m_config(m: int, k: int, itemsize: int, act: bool) -> SmallMConfig:
+    """Tiles of 16 outputs, as many stages as fit."""
+    block_m, block_k = next_power_of_2(m, 8), min(max(next_power_of_2(k) // 4, 16), 128 // itemsize)
+    stage_bytes = 4 * block_k * itemsize * (16 * (1 + act) + block_m)
+    return SmallMConfig(16, block_k, num_stages=min(max(SMEM_BUDGET // stage_bytes, 3), 6))
 
 
-def cut_of(rows: int, w: torch.Tensor, gate: bool, summed: bool, shared: int) -> Cut | Tiles | None:
-    """The cut by which a product is done, which says by which kernel; None: the library is faster.
+def select_gemm(
+    m: int, w: torch.Tensor, act: bool, followed_by_residual_norm: bool, smem_bytes: int
+) -> GemmConfig | None:
+    """The config, and by its type the kernel, for a GEMM of M rows; None: cuBLAS is faster.
 
-    `summed`: a norm of the sum with something else follows. `shared`: bytes that a program may have.
+    `followed_by_residual_norm`: partial sums can be reduced. `smem_bytes`: shared memory per CTA.
     """
-    count, width, size = len(w) // (1 + gate), w.shape[1], w.element_size()
-    if rows == 1:
-        return cut_few(rows, count, width, size, gate)
-    if hopper(w.device) and loadable(w):
-        if rows == 2 and not summed and w.nbytes <= LARGE // 2 and vectors(rows, width, gate):
-            return cut_few(rows, count, width, size, gate)
-        return cut_many(rows, count, width, gate, summed, shared) if worthwhile(rows, w, summed) else None
-    if rows > SOME or count > NARROW or w.nbytes > LARGE:
+    n, k, itemsize = len(w) // (1 + act), w.shape[1], w.element_size()
+    if m == 1:
+        return gemv_config(m, n, k, itemsize, act)
+    if has_tma(w.device) and tma_compatible(w):
+        small = w.nbytes <= LARGE_WEIGHT_BYTES // 2
+        if m == 2 and not followed_by_residual_norm and small and fits_in_registers(m, k, act):
+            return gemv_config(m, n, k, itemsize, act)
+        if beats_cublas(m, w, followed_by_residual_norm):
+            return tma_config(m, n, k, act, followed_by_residual_norm, smem_bytes)
         return None
-    if vectors(rows, width, gate):
-        return cut_few(rows, count, width, size, gate)
-    return cut_some(rows, width, size, gate)
+    if m > SMALL_M_MAX or n > SMALL_N or w.nbytes > LARGE_WEIGHT_BYTES:
+        return None
+    return gemv_config(m, n, k, itemsize, act) if fits_in_registers(m, k, act) else small_m_config(m, k, itemsize, act)
 
 
-def worthwhile(rows: int, w: torch.Tensor, summed: bool) -> bool:
-    """Whether `many` is faster than the library, in whole steps of an H100: docs/log.md has the times."""
-    if rows <= 64:
+def beats_cublas(m: int, w: torch.Tensor, followed_by_residual_norm: bool) -> bool:
+    """Whether gemm_tma is faster in whole steps of an H100: docs/log.md has the times."""
+    if m <= 64:
         return True
-    if rows <= 128:  # between, the library's tiles are full and ours are not
-        return rows > 104 or not (summed and w.shape[1] <= 2 * len(w))
-    if min(w.shape) <= NARROW and len(w) <= HEAD:
-        return rows <= (MANY if summed else 256)
-    return summed and 224 < rows <= 256  # of large matrices the library's large tiles fill the device
+    if m <= 128:  # in between cuBLAS's tiles are full and ours are not
+        return m > 104 or not (followed_by_residual_norm and w.shape[1] <= 2 * len(w))
+    if min(w.shape) <= SMALL_N and len(w) <= LM_HEAD_N:
+        return m <= (TMA_MAX_M if followed_by_residual_norm else 256)
+    return followed_by_residual_norm and 224 < m <= 256  # large matrices: cuBLAS's larger tiles fill the GPU
 
 
-def vectors(rows: int, width: int, gate: bool) -> bool:
-    """Whether `few` runs, and not `some`: for a few short rows, or one."""
-    return rows == 1 or (rows <= FEW and power(rows) * width * (1 + gate) <= TOGETHER)
+def fits_in_registers(m: int, k: int, act: bool) -> bool:
+    """Whether the GEMV can hold x."""
+    return m == 1 or (m <= GEMV_MAX_M and next_power_of_2(m) * k * (1 + act) <= REGISTER_ELEMS)
 
 
-def most_rows(dtype: torch.dtype, device: torch.device) -> int:
-    """Rows up to which `cut_of` may give a cut."""
-    return MANY if dtype.itemsize == 2 and hopper(device) else SOME
+def max_fused_m(dtype: torch.dtype, device: torch.device) -> int:
+    """The largest M for which `select_gemm` may give a config."""
+    return TMA_MAX_M if dtype.itemsize == 2 and has_tma(device) else SMALL_M_MAX
 
 
-def normed(w: torch.Tensor) -> bool:
-    """Whether programs may norm a row by themselves: of a large matrix so many would that a launch costs less."""
-    return w.nbytes <= LARGE
+def can_fuse_norm(w: torch.Tensor) -> bool:
+    """Whether CTAs may repeat the norm before: those of a large matrix are so many that a launch costs less."""
+    return w.nbytes <= LARGE_WEIGHT_BYTES
 
 
-def product(
-    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None, more: torch.Tensor | None = None,
-    norm: torch.Tensor | None = None, eps: float = 0.0, offset: float = 0.0, gate: str = "",
-    *, cut: Cut | Tiles | None = None,
+def fused_linear(
+    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None, residual: torch.Tensor | None = None,
+    norm_weight: torch.Tensor | None = None, eps: float = 0.0, offset: float = 0.0, act: str = "",
+    *, config: GemmConfig | None = None, pdl: bool = False,
 ) -> torch.Tensor:  # fmt: skip
-    """(M, N) of x's type; with a cut in ranges float32 (S, M, N), which are to be added up.
+    """(M, N) of x's dtype; with split-K partial sums float32 (SPLIT_K, M, N).
 
-    Without a cut it is `few` or `some`. Tiles take neither `more` nor a norm. Raises BackendError for shapes and types
-    that it can't do.
+    `config` defaults to a GEMV or gemm_small_m; a TmaConfig takes neither residual nor norm. Raises BackendError for
+    unsupported shapes and dtypes.
     """
-    (rows, width), count = x.shape, len(w) // (2 if gate else 1)
-    _check(x, w, bias, more, norm, count, gate)
-    if isinstance(cut, Tiles):
-        require(NAME, more is None and norm is None, "tiles with a sum or a norm")
-        return launch_many(x, w, bias, GATES[gate], cut)
-    in_registers = vectors(rows, width, bool(gate))
-    if cut is None:
-        size = x.element_size()
-        cut = cut_few(rows, count, width, size, bool(gate)) if in_registers else cut_some(rows, width, size, bool(gate))
-    pdl, y = chained(x.device), torch.empty(rows, count, dtype=x.dtype, device=x.device)
-    tensors = [x, w, _or(bias, x), _or(more, y), y]  # what is not there is not read
-    sizes = [rows, count, x.stride(0), w.stride(0), _or(more, y).stride(0), y.stride(0)]
-    shared = {
-        "K": width, "PART": cut.part, "EACH": cut.each, "GATE": GATES[gate], "BIAS": bias is not None,
-        "ADD": more is not None, "PDL": pdl, "num_warps": cut.warps, "launch_pdl": pdl,
+    (m, k), n, itemsize, has_act = x.shape, len(w) // (2 if act else 1), x.element_size(), bool(act)
+    _check(x, w, bias, residual, norm_weight, n, act)
+    if config is None:
+        gemv = fits_in_registers(m, k, has_act)
+        config = gemv_config(m, n, k, itemsize, has_act) if gemv else small_m_config(m, k, itemsize, has_act)
+    if isinstance(config, TmaConfig):
+        check(NAME, residual is None and norm_weight is None, "TMA with a residual or a norm")
+        return gemm_tma(x, w, bias, ACTS[act], config, pdl)
+    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    tensors = [x, w, _or(bias, x), _or(residual, out), out]  # absent ones are not read
+    sizes = [m, n, x.stride(0), w.stride(0), _or(residual, out).stride(0), out.stride(0)]
+    common = {
+        "K": k, "ACT": ACTS[act], "HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None, "PDL": pdl,
+        "num_warps": config.num_warps, "launch_pdl": pdl,
     }  # fmt: skip
-    if in_registers:
-        own = of_few(cut, rows, width, x.element_size(), gate) | {"NORM": norm is not None}
-        grid = (triton.cdiv(count, cut.each * cut.warps),)
-        few[grid](*tensors, _or(norm, x), *sizes, float(eps), float(offset), **shared, **own)
+    if isinstance(config, GemvConfig):
+        constants = gemv_constexprs(config, m, k, itemsize, has_act) | {"FUSE_NORM": norm_weight is not None}
+        grid = (triton.cdiv(n, config.rows_per_warp * config.num_warps),)
+        gemv_kernel[grid](*tensors, _or(norm_weight, x), *sizes, float(eps), float(offset), **common, **constants)
     else:
-        require(NAME, rows <= SOME, f"{rows} rows, not in tiles")
-        some[(triton.cdiv(count, cut.each),)](*tensors, *sizes, **shared, **of_some(cut, rows, width, x.dtype))
-    return y
+        check(NAME, m <= SMALL_M_MAX, f"M = {m} without a TmaConfig")
+        constants = small_m_constexprs(config, m, k, x.dtype) | {"num_stages": config.num_stages}
+        gemm_small_m_kernel[(triton.cdiv(n, config.block_n),)](*tensors, *sizes, **common, **constants)
+    return out
 
 
-def of_few(cut: Cut, rows: int, width: int, size: int, gate: str) -> dict[str, int]:
-    """The kernel's constants that follow from a cut."""
-    parts = triton.cdiv(width, cut.part)
-    held = cut.each * cut.part * size * (2 if gate else 1) // 32  # bytes of a thread for each part
-    ahead = min(parts, max(HELD // max(held, 1), 1))
-    return {"PARTS": parts, "AHEAD": ahead, "COUNT": power(rows), "WARPS": cut.warps}
-
-
-def of_some(cut: Cut, rows: int, width: int, dtype: torch.dtype) -> dict[str, Any]:
-    """The same, and the number of stages."""
-    lines = power(triton.cdiv(width * dtype.itemsize, 128))
+def gemv_constexprs(config: GemvConfig, m: int, k: int, itemsize: int, act: bool) -> dict[str, Any]:
+    tiles = triton.cdiv(k, config.block_k)
+    thread_bytes = config.rows_per_warp * config.block_k * itemsize * (1 + act) // 32  # of a k tile
+    prefetched = min(tiles, max(MAX_PREFETCH_BYTES_PER_THREAD // max(thread_bytes, 1), 1))
     return {
-        "LINES": lines, "COUNT": power(rows, 8), "WARPS": cut.warps, "PRECISION": precision(dtype),
-        "num_stages": cut.stages,
+        "BLOCK_K": config.block_k, "NUM_K_TILES": tiles, "PREFETCH_K_TILES": prefetched,
+        "ROWS_PER_WARP": config.rows_per_warp, "WARPS": config.num_warps, "BLOCK_M": next_power_of_2(m),
+    }  # fmt: skip
+
+
+def small_m_constexprs(config: SmallMConfig, m: int, k: int, dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "BLOCK_K": config.block_k, "BLOCK_N": config.block_n, "WARPS": config.num_warps,
+        "BLOCK_M": next_power_of_2(m, 8), "PREFETCH_LINES": next_power_of_2(triton.cdiv(k * dtype.itemsize, 128)),
+        "PRECISION": dot_precision(dtype),
     }  # fmt: skip
 
 
@@ -171,15 +191,16 @@ def _or(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
 
 
 def _check(
-    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, more: torch.Tensor | None,
-    norm: torch.Tensor | None, count: int, gate: str,
+    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None,
+    norm_weight: torch.Tensor | None, n: int, act: str,
 ) -> None:  # fmt: skip
-    check_rows(NAME, x)
-    check_rows(NAME, w)
-    require(NAME, x.ndim == w.ndim == 2 and x.shape[1] == w.shape[1], f"x {tuple(x.shape)}, w {tuple(w.shape)}")
-    most = MANY if norm is None else NORMED
-    require(NAME, 0 < len(x) <= most and x.dtype == w.dtype, f"{len(x)} rows of {x.dtype}, w of {w.dtype}")
-    require(NAME, not gate or (gate in GATES and len(w) == 2 * count), f"gate {gate!r} of {len(w)} rows")
-    for name, t, shape in (("bias", bias, w.shape[:1]), ("more", more, (len(x), count)), ("norm", norm, x.shape[1:])):
+    check_tensors(NAME, x)
+    check_tensors(NAME, w)
+    check(NAME, x.ndim == w.ndim == 2 and x.shape[1] == w.shape[1], f"x {tuple(x.shape)}, w {tuple(w.shape)}")
+    max_m = TMA_MAX_M if norm_weight is None else MAX_FUSED_NORM_M
+    check(NAME, 0 < len(x) <= max_m and x.dtype == w.dtype, f"M = {len(x)} of {x.dtype}, w of {w.dtype}")
+    check(NAME, not act or (act in ACTS and len(w) == 2 * n), f"activation {act!r}, w {tuple(w.shape)}")
+    shapes = ("bias", bias, w.shape[:1]), ("residual", residual, (len(x), n)), ("norm", norm_weight, x.shape[1:])
+    for name, t, shape in shapes:
         fits = t is None or (t.dtype == x.dtype and t.shape == shape and t.stride(-1) == 1)
-        require(NAME, fits, f"{name} does not fit x {tuple(x.shape)} and w {tuple(w.shape)}")
+        check(NAME, fits, f"{name} does not fit x {tuple(x.shape)} and w {tuple(w.shape)}")

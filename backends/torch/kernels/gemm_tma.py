@@ -1,147 +1,159 @@
-"""Two to 512 rows through a matrix on Hopper's tensor cores: kernel and launcher; `rows.py` says what it computes.
+"""Swap-AB GEMM with TMA loads and split-K, for M = 2 to 512 on sm_90+; `gemm.py` has formula and arguments.
 
-    x (M, K), w (N, K) or with a gate (2 N, K), bias -> y (M, N), or float32 (S, M, N): sums of S ranges of columns
+    x (M, K), w (N, K) or with ACT (2 N, K), bias   -> out (M, N), or float32 (SPLIT_K, M, N): partial sums
 
-The weights are the left operand, so that few rows of x leave no part of a product idle: a program multiplies EACH rows
-of w with COUNT of x, PART columns at a time, (EACH, PART) x (PART, COUNT), over `span` columns of K. One thread asks
-the copy engine for whole tiles (tensor descriptors, TMA), so many at a time that one program on each multiprocessor
-keeps the memory busy; what lies beyond the end of x or w comes as zeros.
+The weights are the left operand, so that a small M leaves no part of an MMA idle: a CTA multiplies (BLOCK_N, BLOCK_K)
+of w with (BLOCK_K, BLOCK_M) of x^T over `k_per_split` columns. One thread issues the loads of whole tiles, deep enough
+(num_stages) that one CTA per SM keeps HBM busy; TMA fills out-of-range elements with zeros. Fused: bias, activation.
 
-Where there are too few results to fill the device, K is cut into ranges. Their sums are for the norm that follows to
-add up (`norm.py`), in their order, so that the same bits come each time, and no program waits for another.
+Where the output tiles are too few to fill the GPU, K is split. The norm kernel that follows reduces the partial sums
+in order (`rms_norm.py`): results are deterministic, and no CTA waits for another.
 """
 
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import product as combined
+from itertools import product
 
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from llmrs.backends.torch.kernels.gemv import fetch, finish, lines
-from llmrs.backends.torch.kernels.launch import chained, power, require
+from llmrs.backends.torch.kernels.epilogue import cache_line_ptrs, epilogue, prefetch_l2
+from llmrs.backends.torch.kernels.launch import check, next_power_of_2
 
-NAME = "rows"
-MANY = 512  # rows
-PROGRAMS = 132  # multiprocessors of an H100, on each of which one program has all shared memory, or two have half
-LINES = 4  # of 128 bytes, of each row of w, that are asked for ahead of x
-SPAN = 256  # columns of a range, at least
-STAGES = {64: 8, 128: 5}  # tiles on their way at most, by columns
-SPARE = 8 * 1024  # bytes of shared memory that no tile gets
+NAME = "gemm"
+TMA_MAX_M = 512
+NUM_SMS = 132  # of an H100; one CTA each, or two with half the shared memory
+PREFETCH_LINES = 4  # cache lines of each row of w that are prefetched before x exists
+MIN_K_PER_SPLIT = 256
+MAX_STAGES = {64: 8, 128: 5}  # by BLOCK_K
+SMEM_RESERVE = 8 * 1024  # bytes that no tile gets
 
-# Of an H100, to choose among cuts; fitted to the times of products by themselves and of whole steps (docs/log.md)
-MEMORY = 3e6  # bytes a microsecond
-ONE, ARITHMETIC = 84e3, 4.4e6  # bytes and operations a microsecond of a program that has a multiprocessor to itself
-BEYOND = 0.3  # what a row of a tile takes that lies beyond the end of x, beside one that does not
-TWO = 1.4  # what two programs take that share a multiprocessor, beside one after the other
-SUMS = 1.4e6  # bytes a microsecond at which the ranges' sums are written and read
+# Cost model of an H100, fitted to GEMMs by themselves and in whole steps (docs/log.md)
+HBM_BYTES_PER_US = 3e6
+SM_BYTES_PER_US, SM_FLOPS_PER_US = 84e3, 4.4e6  # of a CTA alone on its SM
+PAD_ROW_COST = 0.3  # of a padding row of an x tile, relative to a real one
+TWO_CTA_SLOWDOWN = 1.4  # two CTAs that share an SM vs. one after the other
+SPLITK_BYTES_PER_US = 1.4e6  # partial sums, written and read
 
 
 @dataclass(frozen=True)
-class Tiles:
-    """How the work is cut: rows of w, rows of x and columns at a time, ranges of columns, warps, tiles on their way."""
+class TmaConfig:
+    """Tile sizes, split-K and Triton's launch options."""
 
-    each: int
-    count: int
-    part: int
-    split: int = 1
-    warps: int = 4
-    stages: int = 4
+    block_n: int
+    block_m: int
+    block_k: int
+    split_k: int = 1
+    num_warps: int = 4
+    num_stages: int = 4
 
-    def programs(self, rows: int, results: int) -> int:
-        return triton.cdiv(results, self.each) * triton.cdiv(rows, self.count) * self.split
+    def num_ctas(self, m: int, n: int) -> int:
+        return triton.cdiv(n, self.block_n) * triton.cdiv(m, self.block_m) * self.split_k
 
 
 @lru_cache(maxsize=1024)
-def cut_many(rows: int, results: int, width: int, gate: bool, summed: bool, shared: int) -> Tiles:
-    """The tiles that take the least time on paper, where a program may have `shared` bytes; in ranges only if they are
-    `summed` later."""
-    counts = [n for n in (16, 32, 64, 128, 256) if n <= power(rows, 16) and 4 * n >= rows]
-    shapes = [*combined((64,), counts), *((128, n) for n in counts if n >= 64)]
-    shapes.sort(key=lambda shape: (shape[0] == 128) == (rows % 128 == 0))  # the first of equals: what was faster
-    splits = [n for n in (1, 2, 4, 6) if n == 1 or (summed and width >= n * SPAN)]
-    tried = [
-        filled(each, count, split, rows, results, gate, shared)
-        for (each, count), split in combined(shapes, splits)
-        if each * count * (1 + gate) <= (2**15 if rows > 128 else 2**14) and each * count * split <= 2**15
+def tma_config(m: int, n: int, k: int, act: bool, splittable: bool, smem_bytes: int) -> TmaConfig:
+    """The config with the lowest estimate that fits into `smem_bytes`; split-K only if partial sums are reduced later.
+
+    `act`: two rows of w per output.
+    """
+    block_ms = [b for b in (16, 32, 64, 128, 256) if b <= next_power_of_2(m, 16) and 4 * b >= m]
+    tiles = [*product((64,), block_ms), *product((128,), (b for b in block_ms if b >= 64))]
+    tiles.sort(
+        key=lambda tile: (tile[0] == 128) == (m % 128 == 0)
+    )  # min takes the first of equals: the faster in tests
+    splits = [s for s in (1, 2, 4, 6) if s == 1 or (splittable and k >= s * MIN_K_PER_SPLIT)]
+    configs = [
+        fit_to_smem(block_n, block_m, split, m, n, act, smem_bytes)
+        for (block_n, block_m), split in product(tiles, splits)
+        if block_n * block_m * (1 + act) <= (2**15 if m > 128 else 2**14) and block_n * block_m * split <= 2**15
     ]
-    tried = [t for t in tried if t.stages > 1 and (t.split == 1 or t.programs(rows, results) <= 2 * PROGRAMS)]
-    return min(tried, key=lambda t: on_paper(t, rows, results, width, gate))
+    configs = [c for c in configs if c.num_stages > 1 and (c.split_k == 1 or c.num_ctas(m, n) <= 2 * NUM_SMS)]
+    return min(configs, key=lambda c: estimate_us(c, m, n, k, act))
 
 
-def filled(each: int, count: int, split: int, rows: int, results: int, gate: bool, shared: int) -> Tiles:
-    """With as many tiles on their way as fit: wide ones, unless they would be too few. Where programs must take turns,
-    two share a multiprocessor."""
-    room = (shared - SPARE) // (2 * (each * (1 + gate) + count))  # columns
-    twice = count >= 64 and room >= 6 * 64 and Tiles(each, count, 64, split).programs(rows, results) > PROGRAMS
-    room //= 1 + twice
-    part = 128 if room // 128 >= 4 - twice else 64
-    warps = 8 if each * count * (1 + gate) > 2**14 else 4
-    return Tiles(each, count, part, split, warps, min(room // part, STAGES[part]))
+def fit_to_smem(block_n: int, block_m: int, split_k: int, m: int, n: int, act: bool, smem_bytes: int) -> TmaConfig:
+    """As many stages as fit, of 128 columns unless those would be too few. Of more than one wave two CTAs share an
+    SM."""
+    columns = (smem_bytes - SMEM_RESERVE) // (2 * (block_n * (1 + act) + block_m))
+    waves = TmaConfig(block_n, block_m, 64, split_k).num_ctas(m, n) > NUM_SMS
+    two_ctas = block_m >= 64 and columns >= 6 * 64 and waves
+    columns //= 1 + two_ctas
+    block_k = 128 if columns // 128 >= 4 - two_ctas else 64
+    warps = 8 if block_n * block_m * (1 + act) > 2**14 else 4
+    return TmaConfig(block_n, block_m, block_k, split_k, warps, min(columns // block_k, MAX_STAGES[block_k]))
 
 
-def on_paper(t: Tiles, rows: int, results: int, width: int, gate: bool) -> float:
-    """Microseconds: what a program takes, as often as they must take turns, or the memory; and the ranges' sums."""
-    programs, each = t.programs(rows, results), t.each * (1 + gate)
-    loaded = each + t.count + BEYOND * (-rows % t.count)
-    own = 2 * triton.cdiv(width, t.split) * max(loaded / ONE, each * t.count / ARITHMETIC)
-    turns = max(programs, PROGRAMS) / PROGRAMS if programs <= 2 * PROGRAMS else 2 * triton.cdiv(programs, 2 * PROGRAMS)
-    own *= turns * (TWO if turns > 1 else 1)
-    sums = t.split * rows * results * 8 / SUMS if t.split > 1 else 0
-    return max(own, 2 * results * (1 + gate) * width / MEMORY) + own / 2 + sums
+def estimate_us(c: TmaConfig, m: int, n: int, k: int, act: bool) -> float:
+    """Microseconds: the CTAs of an SM or the memory, whichever is slower, and the partial sums."""
+    num_ctas, w_rows = c.num_ctas(m, n), c.block_n * (1 + act)
+    loaded_rows = w_rows + c.block_m + PAD_ROW_COST * (-m % c.block_m)
+    cta_us = 2 * triton.cdiv(k, c.split_k) * max(loaded_rows / SM_BYTES_PER_US, w_rows * c.block_m / SM_FLOPS_PER_US)
+    waves: float = 2 * triton.cdiv(num_ctas, 2 * NUM_SMS)
+    if num_ctas <= 2 * NUM_SMS:
+        waves = max(num_ctas, NUM_SMS) / NUM_SMS
+    cta_us *= waves * (TWO_CTA_SLOWDOWN if waves > 1 else 1)
+    split_us = c.split_k * m * n * 8 / SPLITK_BYTES_PER_US if c.split_k > 1 else 0
+    return max(cta_us, 2 * n * (1 + act) * k / HBM_BYTES_PER_US) + cta_us / 2 + split_us
 
 
 @triton.jit(do_not_specialize=["M"])
-def many(
-    x_tiles, w_tiles, w, bias, y, M, N, K, w_row, y_row, span,
-    PART: tl.constexpr, EACH: tl.constexpr, COUNT: tl.constexpr, LINES: tl.constexpr,
-    GATE: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
+def gemm_tma_kernel(
+    x_desc, w_desc, w, bias, out, M, N, K, stride_wn, stride_om, k_per_split,
+    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, PREFETCH_LINES: tl.constexpr,
+    ACT: tl.constexpr, HAS_BIAS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    first_m, first_n, first_k = tl.program_id(0) * COUNT, tl.program_id(1) * EACH, tl.program_id(2) * span
-    m, n = (first_m + tl.arange(0, COUNT))[None, :], (first_n + tl.arange(0, EACH))[:, None]
+    start_m, start_n = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
+    start_k = tl.program_id(2) * k_per_split
+    offs_m, offs_n = (start_m + tl.arange(0, BLOCK_M))[None, :], (start_n + tl.arange(0, BLOCK_N))[:, None]
     if PDL:
-        fetch(lines(w + tl.minimum(n, N - 1).to(tl.int64) * w_row, first_k, K, LINES))
-        if GATE:
-            fetch(lines(w + (tl.minimum(n, N - 1) + N).to(tl.int64) * w_row, first_k, K, LINES))
-        if BIAS:
-            fetch(bias + tl.minimum(n, N - 1))
-        tl.extra.cuda.gdc_wait()  # nothing that another kernel makes is read before
+        clamped_n = tl.minimum(offs_n, N - 1)
+        prefetch_l2(cache_line_ptrs(w + clamped_n.to(tl.int64) * stride_wn, start_k, K, PREFETCH_LINES))
+        if ACT:
+            prefetch_l2(cache_line_ptrs(w + (clamped_n + N).to(tl.int64) * stride_wn, start_k, K, PREFETCH_LINES))
+        if HAS_BIAS:
+            prefetch_l2(bias + clamped_n)
+        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    a = tl.zeros([EACH, COUNT], tl.float32)
-    b = tl.zeros([EACH, COUNT], tl.float32)
-    for k in range(first_k, tl.minimum(first_k + span, K), PART):
-        value = x_tiles.load([first_m, k]).T  # (PART, COUNT)
-        a = tl.dot(w_tiles.load([first_n, k]), value, a)
-        if GATE:
-            b = tl.dot(w_tiles.load([first_n + N, k]), value, b)
-    at = y + (tl.program_id(2) * M + m) * y_row + n
-    finish(a, b, n, bias, 0.0, at, (n < N) & (m < M), N, GATE, BIAS, False)
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    acc_up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for k in range(start_k, tl.minimum(start_k + k_per_split, K), BLOCK_K):
+        x_t = x_desc.load([start_m, k]).T  # (BLOCK_K, BLOCK_M)
+        acc = tl.dot(w_desc.load([start_n, k]), x_t, acc)
+        if ACT:
+            acc_up = tl.dot(w_desc.load([start_n + N, k]), x_t, acc_up)
+    out_ptrs = out + (tl.program_id(2) * M + offs_m) * stride_om + offs_n
+    epilogue(acc, acc_up, offs_n, bias, 0.0, out_ptrs, (offs_n < N) & (offs_m < M), N, ACT, HAS_BIAS, False)
 
 
-def launch_many(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, gate: int, cut: Tiles) -> torch.Tensor:
-    """(M, N) of x's type, or float32 (S, M, N), to be added up."""
-    (rows, width), results = x.shape, len(w) // (2 if gate else 1)
-    require(NAME, loadable(x) and loadable(w), f"x {x.shape}, {x.stride()}, w {w.shape}, {w.stride()} of {x.dtype}")
-    span = triton.cdiv(triton.cdiv(width, cut.part), cut.split) * cut.part
-    ranges, pdl = triton.cdiv(width, span), chained(x.device)  # no range is empty
-    require(NAME, ranges == 1 or not (gate or bias is not None), f"{ranges} ranges with a gate or a bias")
-    shape = (rows, results) if ranges == 1 else (ranges, rows, results)
-    y = torch.empty(shape, dtype=x.dtype if ranges == 1 else torch.float32, device=x.device)
-    many[triton.cdiv(rows, cut.count), triton.cdiv(results, cut.each), ranges](
-        _tiles_of(x, cut.count, cut.part), _tiles_of(w, cut.each, cut.part), w, bias if bias is not None else x, y,
-        rows, results, width, w.stride(0), results, span, PART=cut.part, EACH=cut.each, COUNT=cut.count, LINES=LINES,
-        GATE=gate, BIAS=bias is not None, PDL=pdl, num_warps=cut.warps, num_stages=cut.stages, launch_pdl=pdl,
+def gemm_tma(
+    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, act: int, config: TmaConfig, pdl: bool
+) -> torch.Tensor:
+    """(M, N) of x's dtype, or partial sums float32 (SPLIT_K, M, N)."""
+    (m, k), n = x.shape, len(w) // (2 if act else 1)
+    compatible = tma_compatible(x) and tma_compatible(w)
+    check(NAME, compatible, f"x {x.shape}, {x.stride()}, w {w.shape}, {w.stride()} of {x.dtype}")
+    k_per_split = triton.cdiv(triton.cdiv(k, config.block_k), config.split_k) * config.block_k
+    split_k = triton.cdiv(k, k_per_split)  # no split is empty
+    check(NAME, split_k == 1 or not (act or bias is not None), "split-K with an activation or a bias")
+    shape, dtype = ((m, n), x.dtype) if split_k == 1 else ((split_k, m, n), torch.float32)
+    out = torch.empty(shape, dtype=dtype, device=x.device)
+    gemm_tma_kernel[triton.cdiv(m, config.block_m), triton.cdiv(n, config.block_n), split_k](
+        _descriptor(x, config.block_m, config.block_k), _descriptor(w, config.block_n, config.block_k), w,
+        bias if bias is not None else x, out, m, n, k, w.stride(0), n, k_per_split,
+        BLOCK_K=config.block_k, BLOCK_N=config.block_n, BLOCK_M=config.block_m, PREFETCH_LINES=PREFETCH_LINES, ACT=act,
+        HAS_BIAS=bias is not None, PDL=pdl, num_warps=config.num_warps, num_stages=config.num_stages, launch_pdl=pdl,
     )  # fmt: skip
-    return y
+    return out
 
 
-def loadable(t: torch.Tensor) -> bool:
-    """Whether the copy engine can load tiles of it, whose rows begin at multiples of 16 bytes, for the tensor cores."""
+def tma_compatible(t: torch.Tensor) -> bool:
+    """Whether TMA can load its tiles for tensor cores: 16-bit elements, rows at multiples of 16 bytes."""
     aligned = t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0
     return t.element_size() == 2 and t.stride(1) == 1 and aligned
 
 
-def _tiles_of(t: torch.Tensor, rows: int, part: int) -> TensorDescriptor:
-    return TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, part])
+def _descriptor(t: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+    return TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, columns])

@@ -1,22 +1,22 @@
-"""The noise of sampling, and the choice among the best of parts of the vocabulary; `bounds.py` finds those.
+"""Gumbel noise of sampling, and the argmax over partial argmaxes (`gumbel_argmax.py` computes those).
 
-Defined by `sample` in core/sampling.py. The noise is the hash of (key, token id) that it has, bit by bit. Its inner
-logarithm is a series, since the GPU's fast one is off by too much near 1, where the large values come from.
+Defined by `gumbel` in backends/reference/sampling.py: a hash of (rng key, token id), reproduced bit by bit. The inner
+logarithm is a series: the GPU's fast one is too inexact near 1, where the large values come from.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from llmrs.backends.torch.kernels.launch import FLOATS, chained, power, require
+from llmrs.backends.torch.kernels.launch import FLOATS, check, next_power_of_2
 
-NAME = "sampling"
-NOWHERE = tl.constexpr(2**31 - 1)
+NAME = "sample_gumbel"
+INVALID_ID = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
-def _mix(x):
-    """`mix` of core/sampling.py on uint32."""
+def _hash32(x):
+    """The 32-bit hash of backends/reference/sampling.py, on uint32."""
     x = x ^ (x >> 16)
     x = x * 0x7FEB352D
     x = x ^ (x >> 15)
@@ -36,48 +36,56 @@ def _minus_log1p(v):
 
 
 @triton.jit
-def gumbel(key, ids):
-    h = _mix(_mix(ids.to(tl.uint32)) ^ key)
+def gumbel(rng_key, ids):
+    h = _hash32(_hash32(ids.to(tl.uint32)) ^ rng_key)
     v = tl.minimum((h.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994)
     return -tl.log(_minus_log1p(v))
 
 
 @triton.jit
-def pick(scores, ids, slots, last, tokens, parts, V, PARTS: tl.constexpr, PDL: tl.constexpr):
-    """The best part's token, kept for the slot's next step."""
-    row, p = tl.program_id(0), tl.arange(0, PARTS)
+def reduce_argmax_kernel(
+    partial_max, partial_argmax, req_slots, last_tokens, tokens, num_parts, V, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
+    """The token with the largest score, the lowest id of equals; stored for the slot's next step too."""
+    row, offs = tl.program_id(0), tl.arange(0, BLOCK)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    score = tl.load(scores + row * parts + p, mask=p < parts, other=-float("inf"))
-    at = tl.load(ids + row * parts + p, mask=p < parts, other=NOWHERE)
-    best = tl.max(score, 0)
-    token = tl.minimum(tl.min(tl.where(score == best, at, NOWHERE), 0), V - 1)  # a row of NaN has no best
+    scores = tl.load(partial_max + row * num_parts + offs, mask=offs < num_parts, other=-float("inf"))
+    ids = tl.load(partial_argmax + row * num_parts + offs, mask=offs < num_parts, other=INVALID_ID)
+    ids = tl.where(scores == tl.max(scores, 0), ids, INVALID_ID)
+    token = tl.minimum(tl.min(ids, 0), V - 1)  # a row of NaN has no maximum
     tl.store(tokens + row, token)
-    slot = tl.load(slots + row)
+    slot = tl.load(req_slots + row)
     if slot >= 0:
-        tl.store(last + slot, token.to(tl.int64))
+        tl.store(last_tokens + slot, token.to(tl.int64))
 
 
-def check(logits: torch.Tensor, temperature: torch.Tensor, keys: torch.Tensor, slots: torch.Tensor) -> None:
-    """Raises BackendError for what `draw` can't do."""
-    require(NAME, logits.ndim == 2 and logits.dtype in FLOATS and logits.stride(1) == 1, f"logits {logits.shape}")
-    require(NAME, {len(t) for t in (temperature, keys, slots)} == {len(logits)}, "one value a sequence")
-    require(NAME, temperature.dtype == torch.float32 and keys.dtype == slots.dtype == torch.int32, "types")
+def check_sampling(
+    logits: torch.Tensor, temperature: torch.Tensor, rng_keys: torch.Tensor, req_slots: torch.Tensor
+) -> None:
+    """Raises BackendError for what `sample_gumbel` does not support."""
+    check(NAME, logits.ndim == 2 and logits.dtype in FLOATS and logits.stride(1) == 1, f"logits {logits.shape}")
+    check(NAME, {len(t) for t in (temperature, rng_keys, req_slots)} == {len(logits)}, "not one value per sequence")
+    ints = rng_keys.dtype == req_slots.dtype == torch.int32
+    check(NAME, temperature.dtype == torch.float32 and ints, f"{temperature.dtype}, {rng_keys.dtype}")
 
 
-def picked(
-    scores: torch.Tensor,
-    ids: torch.Tensor,
-    slots: torch.Tensor,
-    last: torch.Tensor,
-    vocabulary: int,
+def reduce_argmax(
+    partial_max: torch.Tensor,
+    partial_argmax: torch.Tensor,
+    req_slots: torch.Tensor,
+    last_tokens: torch.Tensor,
+    vocab_size: int,
     out: torch.Tensor | None = None,
+    *,
+    pdl: bool = False,
 ) -> torch.Tensor:
-    """Token ids int32 (S,) from the largest scores float32 (S, P) of parts and the ids int32 (S, P) that have them."""
-    (rows, parts), pdl = scores.shape, chained(scores.device)
-    tokens = torch.empty(rows, dtype=torch.int32, device=scores.device) if out is None else out
-    pick[(rows,)](
-        scores, ids, slots, last, tokens, parts, vocabulary, PARTS=power(parts), PDL=pdl, num_warps=1, launch_pdl=pdl
-    )
+    """Token ids int32 (S,) from the maxima float32 (S, P) of P parts of the vocabulary, and their ids int32 (S, P)."""
+    rows, num_parts = partial_max.shape
+    tokens = torch.empty(rows, dtype=torch.int32, device=partial_max.device) if out is None else out
+    reduce_argmax_kernel[(rows,)](
+        partial_max, partial_argmax, req_slots, last_tokens, tokens, num_parts, vocab_size,
+        BLOCK=next_power_of_2(num_parts), PDL=pdl, num_warps=1, launch_pdl=pdl,
+    )  # fmt: skip
     return tokens

@@ -1,144 +1,151 @@
-"""Sampling that works out few scores: the largest score by an upper bound that costs a tenth of it.
+"""Gumbel-max sampling: temperature, noise and argmax in one pass, without a softmax over the vocabulary.
 
-Temperature, Gumbel noise, and the largest score in two stages, without a softmax over the vocabulary. Defined by
-`sample` in core/sampling.py. S sequences, V tokens:
+Defined by `sample` in backends/reference/sampling.py. S sequences, V tokens:
 
-    logits (S, V), any row stride, bf16, f16 or f32   temperature float32 (S,), 0: greedy   keys int32 (S,), the
-    bits of the uint32 ones   -> tokens int32 (S,), and last[slots[s]] = tokens[s] where slots[s] >= 0
+    logits (S, V), any row stride, bf16, f16 or f32   temperature float32 (S,), 0: greedy
+    rng_keys int32 (S,), bits of the uint32 keys
+    -> tokens int32 (S,); last_tokens[req_slots[s]] = tokens[s] unless req_slots[s] is -1
 
-Equal scores: the lowest id. Moved: the logits once. A score is x / T + g, and for the
-uniform v that token and key are hashed to, g = -log(-log1p(-v)) is below -log v. So in units of log 2
+Equal scores: the lowest id. Bytes moved: the logits once.
 
-    bound = x * (log2(e) / T) - chord(v)     is above the score, but for rounding, and near it where v is small,
+An exact score is expensive, so most are skipped by an upper bound at a tenth of the cost. The score is x / T + g, with
+g = -log(-log1p(-v)) < -log v for the uniform v that token and key hash to. In units of log 2
 
-where chord(v), the bits of v as a float in place of its logarithm, lies below log2(v) by less than 0.09.
+    bound = x * (log2(e) / T) - chord(v)
 
-A program walks over a part of a row, CHUNK tokens at a time, with the largest score so far. Where a chunk's largest
-bound is not above it, less an allowance for rounding, that is all. Else that one token's score is worked out, and so
-on with the next largest: among n chunks about log(n) + 1 times, since the largest so far seldom changes. Equal
-scores are all worked out, and the lowest id stays.
+is above the score up to rounding, and close to it for small v; chord(v), the bits of v read as an integer in place of
+its logarithm, lies below log2(v) by less than 0.09.
 
-Instructions for each drawn logit: widened 1, hash 10 (6 logical, 4 multiplications), chord 3, bound 1, maximum 1; with
-addresses and masks the compiler makes it 20, which is 26 us for 256 x 151,936 on an H200; reading takes 18. Working out
-every score takes 120. Of the hash's six x ^ (x >> n) four are left: the second mix begins with what undoes the end of
-the first, and the very last one changes h by less than h / 2^16, which the allowance for rounding covers.
+A CTA walks over a part of a row in chunks and keeps the best score so far. If no bound of a chunk exceeds it, less an
+allowance for rounding, the chunk is done; else the score of the highest bound is computed, then of the next. Among n
+chunks that takes about log(n) + 1 scores. Equal scores are all computed, so that the lowest id wins.
+
+Instructions per logit: widen 1, hash 10 (6 logical, 4 multiplies), chord 3, bound 1, maximum 1; 20 as compiled, which
+takes 26 us for 256 x 151,936 on an H200, against 18 us for reading and 120 instructions for exact scores. The hash has
+six steps x ^ (x >> n) and the bound needs four: the second hash begins by undoing the end of the first, and the last
+step changes h by less than h / 2^16, which the allowance covers.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from llmrs.backends.torch.kernels.gumbel import NOWHERE, check, gumbel, picked
-from llmrs.backends.torch.kernels.launch import chained, multiprocessors
+from llmrs.backends.torch.kernels.gumbel import INVALID_ID, check_sampling, gumbel, reduce_argmax
+from llmrs.backends.torch.kernels.launch import num_sms
 
-CHUNK = 1024  # tokens: 32 for each thread of a program's one warp, which needs no barrier
-PROGRAMS = 16  # on a multiprocessor at once
+CHUNK = 1024  # tokens: 32 per thread of a CTA's single warp, which needs no barrier
+CTAS_PER_SM = 16
 LOG2E = tl.constexpr(1.4426950408889634)
-RELATIVE, ABSOLUTE = tl.constexpr(2.0**-18), tl.constexpr(2.0**-11)  # what rounding may do to a bound, eight times over
+RELATIVE, ABSOLUTE = tl.constexpr(2.0**-18), tl.constexpr(2.0**-11)  # eight times the rounding error of a bound
 
 
 @triton.jit
-def _middle(x):
-    """`mix` of core/sampling.py without its first and last step, x ^ (x >> 16), which undoes itself."""
+def _mix_core(x):
+    """The hash of backends/reference/sampling.py without its first and last step, x ^ (x >> 16), which undoes itself."""
     x = x * 0x7FEB352D
     x = x ^ (x >> 15)
     return x * 0x846CA68B
 
 
 @triton.jit
-def _bounds(x, ids, key, scale):
-    """Bounds of drawn scores, in units of log 2; key and ids are those after the step x ^ (x >> 16)."""
-    h = _middle(_middle(ids) ^ key).to(tl.float32)
-    log = h.to(tl.int32, bitcast=True).to(tl.float32) * 2.0**-23 - (127.0 + 32.0)  # of v = h / 2^32
-    return x * scale - log
+def score_upper_bound(x, ids, rng_key, scale):
+    """Upper bounds of scores in units of log 2; rng_key and ids are those after the step x ^ (x >> 16)."""
+    h = _mix_core(_mix_core(ids) ^ rng_key).to(tl.float32)
+    chord = h.to(tl.int32, bitcast=True).to(tl.float32) * 2.0**-23 - (127.0 + 32.0)  # of v = h / 2^32
+    return x * scale - chord
 
 
 @triton.jit
-def _limit(best, warmth):
-    """What a bound must be above for its score to be `best` or more. Greedy ones are their own bound."""
-    limit = best
-    if warmth > 0:
-        limit = best * LOG2E - (tl.abs(best) * RELATIVE + ABSOLUTE)
-    return limit
+def skip_threshold(best, temperature):
+    """A bound at or below it means a score below `best`. Greedy scores are their own bounds."""
+    threshold = best
+    if temperature > 0:
+        threshold = best * LOG2E - (tl.abs(best) * RELATIVE + ABSOLUTE)
+    return threshold
 
 
 @triton.jit
-def _score(line, at, warmth, key):
-    """The score of one token."""
-    x = tl.load(line + at).to(tl.float32)
-    if warmth > 0:
-        x = tl.div_rn(x, warmth) + gumbel(key, at)
+def _exact_score(row_ptr, token, temperature, rng_key):
+    x = tl.load(row_ptr + token).to(tl.float32)
+    if temperature > 0:
+        x = tl.div_rn(x, temperature) + gumbel(rng_key, token)
     return x
 
 
 @triton.jit
-def _kept(x, at, warmth, edge, first_out):
-    """x with -inf for what top-k, top-p and min-p drop: below the edge, and of its equals those from an id on."""
-    q = tl.div_rn(x, tl.zeros_like(x) + warmth)
-    return tl.where((q > edge) | ((q == edge) & (at < first_out)), x, -float("inf"))
+def _mask_dropped(x, ids, temperature, threshold, first_dropped_tie_id):
+    """x with -inf for tokens that top-k, top-p and min-p drop: below the threshold, or equal to it from an id on."""
+    scaled = tl.div_rn(x, tl.zeros_like(x) + temperature)
+    kept = (scaled > threshold) | ((scaled == threshold) & (ids < first_dropped_tie_id))
+    return tl.where(kept, x, -float("inf"))
 
 
 @triton.jit
-def _search(
-    logits, temperature, keys, edges, scores, ids, logits_row, V, span,
-    CHUNK: tl.constexpr, EDGES: tl.constexpr, PDL: tl.constexpr,
+def sample_gumbel_kernel(
+    logits, temperature, rng_keys, thresholds, partial_max, partial_argmax, stride_ls, V, span,
+    CHUNK: tl.constexpr, FILTER: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The largest score among `span` tokens of a row, and the lowest id that has it."""
     row, part, lane = tl.program_id(0), tl.program_id(1), tl.arange(0, CHUNK)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    line, begin = logits + row.to(tl.int64) * logits_row, part * span
+    row_ptr, begin = logits + row.to(tl.int64) * stride_ls, part * span
     end = tl.minimum(begin + span, V)
-    warmth, key = tl.load(temperature + row), tl.load(keys + row).to(tl.uint32, bitcast=True)
-    folded, scale = key ^ (key >> 16), LOG2E / tl.maximum(warmth, 1e-37)
-    ahead = tl.load(line + begin + lane, mask=begin + lane < V, other=-float("inf"))
+    temp, rng_key = tl.load(temperature + row), tl.load(rng_keys + row).to(tl.uint32, bitcast=True)
+    folded_key, scale = rng_key ^ (rng_key >> 16), LOG2E / tl.maximum(temp, 1e-37)
+    next_x = tl.load(row_ptr + begin + lane, mask=begin + lane < V, other=-float("inf"))
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     best, token = tl.zeros([], tl.float32) - float("inf"), begin
     for start in range(begin, end, CHUNK):
-        at, x = start + lane, ahead.to(tl.float32)
-        ahead = tl.load(line + CHUNK + at, mask=(start + CHUNK < end) & (at + CHUNK < V), other=-float("inf"))
+        ids, x = start + lane, next_x.to(tl.float32)
+        mask = (start + CHUNK < end) & (ids + CHUNK < V)
+        next_x = tl.load(row_ptr + CHUNK + ids, mask=mask, other=-float("inf"))
         bounds = x
-        if warmth > 0:
-            if EDGES:
-                x = _kept(x, at, warmth, tl.load(edges + row * 2).to(tl.float32, bitcast=True),
-                          tl.load(edges + row * 2 + 1))  # fmt: skip
-            bounds = _bounds(x, (at ^ (start >> 16)).to(tl.uint32), folded, scale)  # a chunk's ids >> 16 are one
-        most = tl.max(bounds, 0)
-        while most > _limit(best, warmth):
-            one = tl.min(tl.where(bounds == most, at, NOWHERE), 0)
-            score = _score(line, one, warmth, key)
-            token = tl.where((score > best) | ((score == best) & (one < token)), one, token)
+        if temp > 0:
+            if FILTER:
+                threshold = tl.load(thresholds + row * 2).to(tl.float32, bitcast=True)
+                x = _mask_dropped(x, ids, temp, threshold, tl.load(thresholds + row * 2 + 1))
+            # ids >> 16 is the same for a whole chunk
+            bounds = score_upper_bound(x, (ids ^ (start >> 16)).to(tl.uint32), folded_key, scale)
+        top = tl.max(bounds, 0)
+        while top > skip_threshold(best, temp):
+            candidate = tl.min(tl.where(bounds == top, ids, INVALID_ID), 0)
+            score = _exact_score(row_ptr, candidate, temp, rng_key)
+            token = tl.where((score > best) | ((score == best) & (candidate < token)), candidate, token)
             best = tl.maximum(best, score)
-            bounds = tl.where(at == one, -float("inf"), bounds)
-            most = tl.max(bounds, 0)
-    to = row * tl.num_programs(1) + part
-    tl.store(scores + to, best)
-    tl.store(ids + to, token)
+            bounds = tl.where(ids == candidate, -float("inf"), bounds)
+            top = tl.max(bounds, 0)
+    offs = row * tl.num_programs(1) + part
+    tl.store(partial_max + offs, best)
+    tl.store(partial_argmax + offs, token)
 
 
-def draw(
+def sample_gumbel(
     logits: torch.Tensor,
     temperature: torch.Tensor,
-    keys: torch.Tensor,
-    slots: torch.Tensor,
-    last: torch.Tensor,
-    edges: torch.Tensor | None = None,
+    rng_keys: torch.Tensor,
+    req_slots: torch.Tensor,
+    last_tokens: torch.Tensor,
+    thresholds: torch.Tensor | None = None,
     chunk: int = CHUNK,
-    programs: int = 0,
+    num_ctas: int = 0,
     out: torch.Tensor | None = None,
+    *,
+    pdl: bool = False,
 ) -> torch.Tensor:
-    """Token ids int32 (S,), in `out` where it is given. `edges` int32 (S, 2) are those of `find_edges`. `programs`: of
-    the chip, for tests."""
-    check(logits, temperature, keys, slots)
-    rows, vocabulary = logits.shape
-    chunks, programs = triton.cdiv(vocabulary, chunk), programs or PROGRAMS * multiprocessors(logits.device)
-    span = triton.cdiv(chunks, min(chunks, max(programs // rows, 1))) * chunk
-    parts, pdl = triton.cdiv(vocabulary, span), chained(logits.device)
-    scores = torch.empty(rows, parts, dtype=torch.float32, device=logits.device)
-    ids = torch.empty(rows, parts, dtype=torch.int32, device=logits.device)
-    _search[(rows, parts)](
-        logits, temperature, keys, keys if edges is None else edges, scores, ids, logits.stride(0), vocabulary, span,
-        CHUNK=chunk, EDGES=edges is not None, PDL=pdl, num_warps=1, launch_pdl=pdl,
+    """Token ids int32 (S,), in `out` if given. `thresholds` int32 (S, 2) are those of `find_thresholds`; `num_ctas`
+    replaces the number that fills the GPU."""
+    check_sampling(logits, temperature, rng_keys, req_slots)
+    rows, vocab_size = logits.shape
+    chunks, num_ctas = triton.cdiv(vocab_size, chunk), num_ctas or CTAS_PER_SM * num_sms(logits.device)
+    span = triton.cdiv(chunks, min(chunks, max(num_ctas // rows, 1))) * chunk
+    parts = triton.cdiv(vocab_size, span)
+    partial_max = torch.empty(rows, parts, dtype=torch.float32, device=logits.device)
+    partial_argmax = torch.empty(rows, parts, dtype=torch.int32, device=logits.device)
+    sample_gumbel_kernel[(rows, parts)](
+        logits, temperature, rng_keys, rng_keys if thresholds is None else thresholds, partial_max, partial_argmax,
+        logits.stride(0), vocab_size, span,
+        CHUNK=chunk, FILTER=thresholds is not None, PDL=pdl, num_warps=1, launch_pdl=pdl,
     )  # fmt: skip
-    return picked(scores, ids, slots, last, vocabulary, out)
+    return reduce_argmax(partial_max, partial_argmax, req_slots, last_tokens, vocab_size, out, pdl=pdl)

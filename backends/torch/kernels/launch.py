@@ -1,22 +1,19 @@
-"""What the launchers share: checks, sizes, and where kernels can run.
+"""Shared by the launchers: argument checks, device capabilities, PDL.
 
-Kernels take sizes that shape the code as constexpr, strides in elements, and everything that changes from step to
-step as tensors on the device, so that a CUDA graph can replay a launch, and Triton compiles nothing twice.
+Sizes that shape the code are constexpr; strides count elements; whatever changes from step to step is a tensor on the
+device, so that a CUDA graph can replay a launch and Triton compiles nothing twice.
 
-Where kernels are chained (programmatic dependent launch, constexpr PDL, NVIDIA from sm_90 on) one may start before the
-kernel ahead of it has ended, and so come over the gap between them. Every kernel so launched
+PDL (programmatic dependent launch, sm_90+, constexpr PDL): a kernel may start before its predecessor ends, which hides
+the launch gap. Each such kernel
 
-- calls `gdc_wait` before it reads or writes what another kernel writes or reads, and before it returns. Only weights
-  and the step's own arrays, which a copy brings, are read before. The wait ends when the kernel ahead has ended and
-  its writes are seen; since that one waited too, so have all before it;
-- calls `gdc_launch_dependents` after the wait. That lets the next one start, and says nothing about results.
+- calls `gdc_wait` before it reads or writes data of other kernels, and before it returns. Only weights and the step's
+  input arrays, which a copy fills, are read earlier. The wait ends when the predecessor has ended and its writes are
+  visible; the predecessor waited as well, so this covers all kernels before it;
+- calls `gdc_launch_dependents` after the wait: the next kernel may start. This says nothing about results.
 
-A kernel without the attribute, such as a library's, waits for the end of the one ahead as ever, and so does a copy.
+A kernel launched without PDL (cuBLAS, say) waits for the end of its predecessor as usual, and so does a copy.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import cache
 
 import torch
@@ -25,70 +22,57 @@ import triton
 from llmrs.core.errors import BackendError
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-POOLS = (*FLOATS, torch.float8_e4m3fn)
-CHAIN: ContextVar[bool] = ContextVar("CHAIN", default=False)  # the switch of `chaining`
+KV_DTYPES = (*FLOATS, torch.float8_e4m3fn)
 
 
 @triton.jit
-def _nothing() -> None:
-    """What `interpreted` looks at: Triton decides for each kernel as it is defined."""
+def _probe() -> None:
+    """Tells `interpreted` what Triton makes of a kernel."""
 
 
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 when this module was imported), on CPU tensors.
+    """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 at import), on CPU tensors.
 
-    There bfloat16 is silently wrong.
+    The interpreter's bfloat16 is silently wrong.
     """
-    return not isinstance(_nothing, triton.JITFunction)
+    return not isinstance(_probe, triton.JITFunction)
 
 
-def require(kernel: str, true: bool, message: str) -> None:
-    """Raises BackendError unless a kernel can do what it is asked to."""
-    if not true:
-        raise BackendError(f"kernel {kernel}: {message}", "kernels: plain does without Triton")
+def check(kernel: str, condition: bool, message: str) -> None:
+    """Raises BackendError unless the kernel supports its arguments."""
+    if not condition:
+        raise BackendError(f"kernel {kernel}: {message}", "kernels: plain runs torch's own ops")
 
 
-def check_rows(kernel: str, *tensors: torch.Tensor, types: tuple[torch.dtype, ...] = FLOATS) -> None:
-    """All of one of the types and shape on one device, with elements of the last dimension side by side."""
+def check_tensors(kernel: str, *tensors: torch.Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
+    """Same dtype (one of `dtypes`), shape and device, last dimension contiguous. Raises BackendError."""
     first = tensors[0]
     for t in tensors:
-        require(kernel, t.dtype in types and t.dtype == first.dtype, f"types {[x.dtype for x in tensors]}")
-        require(kernel, t.shape == first.shape, f"shapes {[tuple(x.shape) for x in tensors]}")
-        require(kernel, t.stride(-1) == 1 and t.device == first.device, f"strides {t.stride()} on {t.device}")
+        check(kernel, t.dtype in dtypes and t.dtype == first.dtype, f"types {[x.dtype for x in tensors]}")
+        check(kernel, t.shape == first.shape, f"shapes {[tuple(x.shape) for x in tensors]}")
+        check(kernel, t.stride(-1) == 1 and t.device == first.device, f"strides {t.stride()} on {t.device}")
 
 
-def power(n: int, least: int = 1) -> int:
-    """The least power of two that is at least n."""
-    return max(least, 1 << max(n - 1, 0).bit_length())
+def next_power_of_2(n: int, minimum: int = 1) -> int:
+    return max(minimum, 1 << max(n - 1, 0).bit_length())
 
 
-def precision(dtype: torch.dtype) -> str:
-    """How `tl.dot` multiplies: float32 exactly, not as TF32, which would change tokens."""
+def dot_precision(dtype: torch.dtype) -> str:
+    """`input_precision` of `tl.dot`: exact float32, since TF32 would change tokens."""
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
-def multiprocessors(device: torch.device) -> int:
+def num_sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-@contextmanager
-def chaining(on: bool) -> Iterator[None]:
-    """Whether kernels that are launched, or recorded, in this block are chained where the device can."""
-    token = CHAIN.set(on)
-    try:
-        yield
-    finally:
-        CHAIN.reset(token)
-
-
-def chained(device: torch.device) -> bool:
-    """Whether a launcher asks for programmatic dependent launch: PDL=..., launch_pdl=..."""
-    return CHAIN.get() and device.type == "cuda" and not interpreted() and hopper(device)
-
-
-def hopper(device: torch.device) -> bool:
-    """Whether it has the copy engine, and products of what lies in shared memory; the interpreter has."""
+def has_tma(device: torch.device) -> bool:
+    """Whether kernels can load through TMA, as on sm_90 and later; the interpreter can."""
     return device.type != "cuda" or _capability(device) >= (9, 0)
+
+
+def supports_pdl(device: torch.device) -> bool:
+    return device.type == "cuda" and not interpreted() and _capability(device) >= (9, 0)
 
 
 @cache

@@ -1,17 +1,17 @@
-"""Paged attention for one ragged step: single tokens of answers, parts of prompts, or both.
+"""Paged attention of a ragged step: decode tokens, prefill chunks, or both.
 
-Defined by `attend` in backends/reference/ops.py; backends/torch/sdpa_attention.py is plain torch. Letters:
-T tokens, Hq query heads, Hk KV heads, G = Hq / Hk, d head size, N tiles.
+Defined by `attend` in backends/reference/ops.py; backends/torch/sdpa_attention.py is plain torch.
+T tokens, Hq query heads, Hk KV heads, GROUP = Hq / Hk, d head size.
 
-    q (T, Hq, d)   keys, values (blocks, block_size, Hk, d), any strides but the last   y (T, Hq * d)
-    in fp8, key_scales, value_scales float32 (blocks, block_size, Hk): a scale lies where its codes do, over d
-    tiles int32 (N, 4): where a tile's block table begins in `tables`, its first row of q, its rows (0: an empty
-    tile, skipped), and the first row's position. A tile's rows are tokens of one sequence, side by side.
+    q (T, Hq, d)   k_cache, v_cache (blocks, block_size, Hk, d), any strides but the last   out (T, Hq * d)
+    fp8: k_scales, v_scales float32 (blocks, block_size, Hk), strides those of the cache over d
+    tiles int32 (n, 4): offset of the sequence's block table in `block_tables`, first row of q, rows (0: skip the
+    tile), position of the first row. Rows of a tile are consecutive tokens of one sequence.
 
-A program does the G heads of a KV head for the rows of one tile: rows x G queries in one `tl.dot`, padded to 16,
-against TILE keys at a time, with the running maximum and sum of online softmax (arXiv 1805.02867). Where there are
-too few tiles to fill the chip, SPLITS programs share a tile's keys and `_combine` joins what they found.
-Read per tile and KV head: 2 * d * keys elements, which is nearly all of what a step of single tokens reads.
+A CTA takes one tile and one KV head: rows x GROUP queries, padded to BLOCK_M >= 16, against BLOCK_N keys at a time,
+with online softmax (arXiv 1805.02867). Where tiles are too few to fill the GPU, NUM_SPLITS CTAs share the keys of a
+decode token (flash-decoding) and `combine_splits_kernel` reduces their partial results. Fused: fp8 dequantization.
+Bytes moved per tile and KV head: 2 * d * keys elements, nearly all that a decode step reads.
 """
 
 from dataclasses import dataclass
@@ -20,176 +20,180 @@ import torch
 import triton
 import triton.language as tl
 
-from llmrs.backends.torch.kernels.kv_fp8 import check_scales, in_half, shares
-from llmrs.backends.torch.kernels.launch import POOLS, chained, check_rows, power, precision, require
+from llmrs.backends.torch.kernels.kv_fp8 import check_scales, fold_v_scales, scale_q_to_fp16
+from llmrs.backends.torch.kernels.launch import KV_DTYPES, check, check_tensors, dot_precision, next_power_of_2
 from llmrs.backends.torch.kv_fp8 import Scaled, parts
 
-NAME = "attention"
-LEAST = tl.constexpr(-1e30)  # a score of what is not seen; finite, so that exp2 of differences never meets inf - inf
+NAME = "paged_attention"
+NEG_INF = tl.constexpr(-1e30)  # a masked score; finite, so that exp2 of differences never meets inf - inf
 LOG2E = 1.4426950408889634
 
 
 @triton.jit
-def _places(table, start, end, key_block, key_token, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """Where the keys start .. start + TILE - 1 lie in the pool, int64 (TILE,); from `end` on it does not matter."""
-    at = start + tl.arange(0, TILE)
-    if BLOCK % TILE == 0:  # within one block
-        block = tl.load(table + start // BLOCK, mask=start < end, other=0).to(tl.int64) * key_block
+def _kv_offsets(block_table, start_n, end, stride_cb, stride_ct, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Offsets of keys start_n .. start_n + BLOCK_N - 1 in the cache, int64 (BLOCK_N,); undefined from `end` on."""
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    if BLOCK_SIZE % BLOCK_N == 0:  # within one block
+        block = tl.load(block_table + start_n // BLOCK_SIZE, mask=start_n < end, other=0).to(tl.int64) * stride_cb
     else:
-        block = tl.load(table + at // BLOCK, mask=at < end, other=0).to(tl.int64) * key_block
-    return block + (at % BLOCK) * key_token
+        block = tl.load(block_table + offs_n // BLOCK_SIZE, mask=offs_n < end, other=0).to(tl.int64) * stride_cb
+    return block + (offs_n % BLOCK_SIZE) * stride_ct
 
 
 @triton.jit
-def seen(seen_from, at, end, WINDOW: tl.constexpr):
-    """Which of the keys `at` the positions `seen_from` (R,) see."""
-    distance = seen_from[:, None] - at[None, :]
-    found = (distance >= 0) & (at < end)[None, :]
+def causal_mask(q_pos, offs_n, end, WINDOW: tl.constexpr):
+    """(BLOCK_M, BLOCK_N): which keys each query position sees."""
+    distance = q_pos[:, None] - offs_n[None, :]
+    mask = (distance >= 0) & (offs_n < end)[None, :]
     if WINDOW > 0:
-        found = found & (distance < WINDOW)
-    return found
+        mask = mask & (distance < WINDOW)
+    return mask
 
 
 @triton.jit
-def tile_at(tables, tiles, tile):
+def load_tile(block_tables, tiles, tile):
     """A tile's block table, first row, rows, and first position."""
-    table = tables + tl.load(tiles + tile * 4)
-    row = tl.load(tiles + tile * 4 + 1)
-    count = tl.load(tiles + tile * 4 + 2)
-    first = tl.load(tiles + tile * 4 + 3)
-    return table, row, count, first
+    block_table = block_tables + tl.load(tiles + tile * 4)
+    q_start = tl.load(tiles + tile * 4 + 1)
+    q_len = tl.load(tiles + tile * 4 + 2)
+    pos_start = tl.load(tiles + tile * 4 + 3)
+    return block_table, q_start, q_len, pos_start
 
 
 @triton.jit
-def queries(q, row, count, first, head, r, d, q_row, q_head, G: tl.constexpr, D: tl.constexpr):
-    """A tile's queries (R, d), which of them there are, their positions (R,), and their heads (R,)."""
-    mine = (r < count * G)[:, None] & (d < D)[None, :]
-    heads = head * G + r % G
-    places = q + (row + r // G).to(tl.int64) * q_row + heads * q_head
-    return tl.load(places[:, None] + d[None, :], mask=mine, other=0.0), mine, first + r // G, heads
+def load_q(q, q_start, q_len, pos_start, kv_head, offs_m, offs_d, stride_qt, stride_qh,
+           GROUP: tl.constexpr, HEAD_DIM: tl.constexpr):  # fmt: skip
+    """A tile's queries (BLOCK_M, d), their mask, positions (BLOCK_M,) and heads (BLOCK_M,)."""
+    mask = (offs_m < q_len * GROUP)[:, None] & (offs_d < HEAD_DIM)[None, :]
+    heads = kv_head * GROUP + offs_m % GROUP
+    rows = q + (q_start + offs_m // GROUP).to(tl.int64) * stride_qt + heads * stride_qh
+    return tl.load(rows[:, None] + offs_d[None, :], mask=mask, other=0.0), mask, pos_start + offs_m // GROUP, heads
 
 
 @triton.jit
-def store_rows(y, total, weight, row, r, heads, d, y_row, mine, G: tl.constexpr, D: tl.constexpr):
-    """A tile's results, from sums of weighted values (R, d) and of weights (R,); the rest as `queries` has it."""
-    out = y + (row + r // G).to(tl.int64) * y_row + heads * D
-    tl.store(out[:, None] + d[None, :], (total / weight[:, None]).to(y.dtype.element_ty), mask=mine)
+def store_out(out, acc, l_i, q_start, offs_m, heads, offs_d, stride_ot, mask,
+              GROUP: tl.constexpr, HEAD_DIM: tl.constexpr):  # fmt: skip
+    rows = out + (q_start + offs_m // GROUP).to(tl.int64) * stride_ot + heads * HEAD_DIM
+    tl.store(rows[:, None] + offs_d[None, :], (acc / l_i[:, None]).to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _over_keys(
-    state, q, keys, values, key_scales, value_scales, table, low, high, end, seen_from, scale,
-    key_block, key_token, d, D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+def _attend_keys(
+    state, q, k_cache, v_cache, k_scales, v_scales, block_table, low, high, end, q_pos, scale,
+    stride_cb, stride_ct, offs_d, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+    WINDOW: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the keys low .. high - 1, of which those from `end` on do not count.
-
-    `state` is (sum of weighted values (R, d), maximum (R,), sum of weights (R,)); `seen_from` (R,) are positions.
-    """
-    total, most, weight = state
-    base = _places(table, low, end, key_block, key_token, BLOCK, TILE)
-    for start in range(low, high, TILE):
-        at = start + tl.arange(0, TILE)
-        # the next tile's block is looked up now: keys must not wait for it, nor Triton's pipeline reckon with two loads
-        ahead = _places(table, start + TILE, end, key_block, key_token, BLOCK, TILE)
-        there = (at < end)[:, None] & (d < D)[None, :]
-        k = tl.load(keys + base[:, None] + d[None, :], mask=there, other=0.0).to(q.dtype)  # (TILE, d)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale  # (R, TILE)
-        if key_scales is not None:
-            scores *= tl.load(key_scales + base // D, mask=at < end, other=0.0)[None, :]
+    """Online softmax over keys low .. high - 1, those from `end` on masked. `state`: acc (BLOCK_M, d), m_i and l_i
+    (BLOCK_M,)."""
+    acc, m_i, l_i = state
+    kv_offsets = _kv_offsets(block_table, low, end, stride_cb, stride_ct, BLOCK_SIZE, BLOCK_N)
+    for start_n in range(low, high, BLOCK_N):
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        # the block of the next tile is looked up now: keys don't wait for it, and Triton pipelines one load, not two
+        next_kv_offsets = _kv_offsets(block_table, start_n + BLOCK_N, end, stride_cb, stride_ct, BLOCK_SIZE, BLOCK_N)
+        mask = (offs_n < end)[:, None] & (offs_d < HEAD_DIM)[None, :]
+        k = tl.load(k_cache + kv_offsets[:, None] + offs_d[None, :], mask=mask, other=0.0).to(q.dtype)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale  # (BLOCK_M, BLOCK_N)
+        if k_scales is not None:
+            scores *= tl.load(k_scales + kv_offsets // HEAD_DIM, mask=offs_n < end, other=0.0)[None, :]
         if MASKED:
-            scores = tl.where(seen(seen_from, at, end, WINDOW), scores, LEAST)
-        higher = tl.maximum(most, tl.max(scores, 1))
-        part = tl.exp2(scores - higher[:, None])
-        shrink = tl.exp2(most - higher)
-        v = tl.load(values + base[:, None] + d[None, :], mask=there, other=0.0).to(q.dtype)
-        if value_scales is None:
-            total = tl.dot(part.to(q.dtype), v, total * shrink[:, None], input_precision=PRECISION)
+            scores = tl.where(causal_mask(q_pos, offs_n, end, WINDOW), scores, NEG_INF)
+        m_new = tl.maximum(m_i, tl.max(scores, 1))
+        p = tl.exp2(scores - m_new[:, None])
+        alpha = tl.exp2(m_i - m_new)
+        v = tl.load(v_cache + kv_offsets[:, None] + offs_d[None, :], mask=mask, other=0.0).to(q.dtype)
+        if v_scales is None:
+            acc = tl.dot(p.to(q.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
         else:
-            share, peak = shares(tl.load(value_scales + base // D, mask=at < end, other=0.0))
-            sums = tl.dot((part * share[None, :]).to(q.dtype), v, input_precision=PRECISION)
-            total = total * shrink[:, None] + sums * peak
-        weight = weight * shrink + tl.sum(part, 1)
-        most = higher
-        base = ahead
-    return total, most, weight
+            scale_v, peak = fold_v_scales(tl.load(v_scales + kv_offsets // HEAD_DIM, mask=offs_n < end, other=0.0))
+            pv = tl.dot((p * scale_v[None, :]).to(q.dtype), v, input_precision=PRECISION)
+            acc = acc * alpha[:, None] + pv * peak
+        l_i = l_i * alpha + tl.sum(p, 1)
+        m_i = m_new
+        kv_offsets = next_kv_offsets
+    return acc, m_i, l_i
 
 
 @triton.jit
-def _attend(
-    q, keys, values, key_scales, value_scales, tables, tiles, y, part_sum, part_most, part_weight, scale,
-    q_row, q_head, key_block, key_token, key_head, y_row,
-    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr,
-    SPLITS: tl.constexpr, WINDOW: tl.constexpr, PROMPT: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+def paged_attention_kernel(
+    q, k_cache, v_cache, k_scales, v_scales, block_tables, tiles, out, partial_acc, partial_m, partial_l, scale,
+    stride_qt, stride_qh, stride_cb, stride_ct, stride_ch, stride_ot,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_SPLITS: tl.constexpr, WINDOW: tl.constexpr,
+    PREFILL: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    head, tile, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    table, row, count, first = tile_at(tables, tiles, tile)
+    kv_head, tile, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    block_table, q_start, q_len, pos_start = load_tile(block_tables, tiles, tile)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    if count == 0:
+    if q_len == 0:
         return
-    r, d = tl.arange(0, R), tl.arange(0, DP)
-    x, mine, seen_from, heads = queries(q, row, count, first, head, r, d, q_row, q_head, G, D)
+    offs_m, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, HEAD_DIM_PAD)
+    q_tile, q_mask, q_pos, heads = load_q(q, q_start, q_len, pos_start, kv_head, offs_m, offs_d, stride_qt, stride_qh,
+                                          GROUP, HEAD_DIM)  # fmt: skip
 
-    # which keys
-    end = first + count
+    # range of keys
+    end = pos_start + q_len
     low = 0
     if WINDOW > 0:
-        low = tl.maximum(first - WINDOW + 1, 0) // TILE * TILE
-    if SPLITS > 1:
-        each = tl.cdiv(tl.cdiv(end - low, TILE), SPLITS) * TILE
-        low += split * each
-        end = tl.minimum(end, low + each)
+        low = tl.maximum(pos_start - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
+    if NUM_SPLITS > 1:
+        keys_per_split = tl.cdiv(tl.cdiv(end - low, BLOCK_N), NUM_SPLITS) * BLOCK_N
+        low += split * keys_per_split
+        end = tl.minimum(end, low + keys_per_split)
 
-    state = tl.zeros([R, DP], tl.float32), tl.full([R], LEAST, tl.float32), tl.zeros([R], tl.float32)
-    keys += head * key_head
-    values += head * key_head
-    if key_scales is not None:
-        x, scale = in_half(x, scale)
-        key_scales += head * (key_head // D)
-        value_scales += head * (key_head // D)
-    if PROMPT and WINDOW == 0:  # no mask is needed before the first row's own position
-        whole = first // TILE * TILE
-        state = _over_keys(state, x, keys, values, key_scales, value_scales, table, low, whole, end, seen_from, scale,
-                           key_block, key_token, d, D, BLOCK, TILE, WINDOW, False, PRECISION)  # fmt: skip
-        low = whole
-    total, most, weight = _over_keys(state, x, keys, values, key_scales, value_scales, table, low, end, end,
-                                     seen_from, scale, key_block, key_token, d,
-                                     D, BLOCK, TILE, WINDOW, True, PRECISION)  # fmt: skip
+    state = (tl.zeros([BLOCK_M, HEAD_DIM_PAD], tl.float32), tl.full([BLOCK_M], NEG_INF, tl.float32),
+             tl.zeros([BLOCK_M], tl.float32))  # fmt: skip
+    k_cache += kv_head * stride_ch
+    v_cache += kv_head * stride_ch
+    if k_scales is not None:
+        q_tile, scale = scale_q_to_fp16(q_tile, scale)
+        k_scales += kv_head * (stride_ch // HEAD_DIM)
+        v_scales += kv_head * (stride_ch // HEAD_DIM)
+    if PREFILL and WINDOW == 0:  # no mask before the first row's own position
+        unmasked_end = pos_start // BLOCK_N * BLOCK_N
+        state = _attend_keys(state, q_tile, k_cache, v_cache, k_scales, v_scales, block_table, low, unmasked_end, end,
+                             q_pos, scale, stride_cb, stride_ct, offs_d, HEAD_DIM, BLOCK_SIZE, BLOCK_N, WINDOW, False,
+                             PRECISION)  # fmt: skip
+        low = unmasked_end
+    acc, m_i, l_i = _attend_keys(state, q_tile, k_cache, v_cache, k_scales, v_scales, block_table, low, end, end,
+                                 q_pos, scale, stride_cb, stride_ct, offs_d, HEAD_DIM, BLOCK_SIZE, BLOCK_N, WINDOW,
+                                 True, PRECISION)  # fmt: skip
 
-    # results
-    if SPLITS > 1:  # as (tiles, Hq, SPLITS) and d more; a tile is one token here
-        at = (tile * tl.num_programs(0) * G + heads) * SPLITS + split
-        tl.store(part_sum + at[:, None].to(tl.int64) * D + d[None, :], total, mask=mine)
-        tl.store(part_most + at, most, mask=r < G)
-        tl.store(part_weight + at, weight, mask=r < G)
+    if NUM_SPLITS > 1:  # (tiles, Hq, NUM_SPLITS), and d for acc; a tile is one token here
+        offs = (tile * tl.num_programs(0) * GROUP + heads) * NUM_SPLITS + split
+        tl.store(partial_acc + offs[:, None].to(tl.int64) * HEAD_DIM + offs_d[None, :], acc, mask=q_mask)
+        tl.store(partial_m + offs, m_i, mask=offs_m < GROUP)
+        tl.store(partial_l + offs, l_i, mask=offs_m < GROUP)
     else:
-        store_rows(y, total, weight, row, r, heads, d, y_row, mine, G, D)
+        store_out(out, acc, l_i, q_start, offs_m, heads, offs_d, stride_ot, q_mask, GROUP, HEAD_DIM)
 
 
 @triton.jit
-def _combine(
-    part_sum, part_most, part_weight, tiles, y, y_row,
-    D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
+def combine_splits_kernel(
+    partial_acc, partial_m, partial_l, tiles, out, stride_ot,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_PAD: tl.constexpr, NUM_SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """y of one head of one tile from what the splits found; one that saw nothing has LEAST as its maximum."""
+    """Reduces the splits of one head of one tile; a split without keys has m = NEG_INF."""
     head, tile = tl.program_id(0), tl.program_id(1)
-    row = tl.load(tiles + tile * 4 + 1)
-    count = tl.load(tiles + tile * 4 + 2)
+    q_start = tl.load(tiles + tile * 4 + 1)
+    q_len = tl.load(tiles + tile * 4 + 2)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    if count == 0:
+    if q_len == 0:
         return
-    s, d = tl.arange(0, SPLITS), tl.arange(0, DP)
-    at = (tile * tl.num_programs(0) + head) * SPLITS + s
-    most = tl.load(part_most + at)  # (SPLITS,)
-    share = tl.exp2(most - tl.max(most, 0))
-    weight = tl.sum(share * tl.load(part_weight + at), 0)
-    sums = tl.load(part_sum + at[:, None].to(tl.int64) * D + d[None, :], mask=(d < D)[None, :], other=0.0)
-    total = tl.sum(sums * share[:, None], 0)
-    tl.store(y + row.to(tl.int64) * y_row + head * D + d, (total / weight).to(y.dtype.element_ty), mask=d < D)
+    offs_d = tl.arange(0, HEAD_DIM_PAD)
+    offs = (tile * tl.num_programs(0) + head) * NUM_SPLITS + tl.arange(0, NUM_SPLITS)
+    m = tl.load(partial_m + offs)
+    alpha = tl.exp2(m - tl.max(m, 0))
+    l_i = tl.sum(alpha * tl.load(partial_l + offs), 0)
+    acc_ptrs = partial_acc + offs[:, None].to(tl.int64) * HEAD_DIM + offs_d[None, :]
+    acc = tl.load(acc_ptrs, mask=(offs_d < HEAD_DIM)[None, :], other=0.0)
+    acc = tl.sum(acc * alpha[:, None], 0)
+    out_ptrs = out + q_start.to(tl.int64) * stride_ot + head * HEAD_DIM + offs_d
+    tl.store(out_ptrs, (acc / l_i).to(out.dtype.element_ty), mask=offs_d < HEAD_DIM)
 
 
 @dataclass(frozen=True)
@@ -202,77 +206,82 @@ class AttnConfig:
     num_stages: int
 
 
-def default_config(group: int, size: int, dtype: torch.dtype, *, prefill: bool, fp8: bool = False) -> AttnConfig:
-    """For single tokens, or parts of prompts. `fp8`: the KV cache is in it; float32 is for tests and small models."""
+def default_config(group: int, head_dim: int, dtype: torch.dtype, *, prefill: bool, fp8: bool = False) -> AttnConfig:
+    """For decode or prefill tiles; `fp8`: of the KV cache. float32 is for tests and small models."""
+    block_n = 64 if head_dim <= 128 else 32
     if dtype == torch.float32:
-        return AttnConfig(max(32 // power(group), 1) if prefill else 1, 32 if size <= 128 else 16, 4, 1)
+        return AttnConfig(max(32 // next_power_of_2(group), 1) if prefill else 1, block_n // 2, 4, 1)
     if not prefill:
-        small = size <= 64
-        warps = 2 if (small or fp8) and group <= 16 else 4
-        return AttnConfig(1, 64 if size <= 128 else 32, warps, 2 if small else 3)
-    rows = 128 if size <= 128 else 64
-    return AttnConfig(max(rows // power(group), 1), 64 if size <= 128 else 32, 8 if rows == 128 else 4, 3)
+        small = head_dim <= 64
+        return AttnConfig(1, block_n, 2 if (small or fp8) and group <= 16 else 4, 2 if small else 3)
+    block_m = 128 if head_dim <= 128 else 64
+    return AttnConfig(max(block_m // next_power_of_2(group), 1), block_n, 8 if block_m == 128 else 4, 3)
 
 
-def attention(
+def paged_attention(
     q: torch.Tensor,
-    keys: torch.Tensor | Scaled,
-    values: torch.Tensor | Scaled,
-    tables: torch.Tensor,
+    k_cache: torch.Tensor | Scaled,
+    v_cache: torch.Tensor | Scaled,
+    block_tables: torch.Tensor,
     tiles: torch.Tensor,
-    y: torch.Tensor,
+    out: torch.Tensor,
     *,
     scale: float,
     window: int,
     config: AttnConfig,
-    split: int = 1,
+    num_splits: int = 1,
+    pdl: bool = False,
 ) -> None:
-    """Writes the rows of y (T, Hq * d) that `tiles` name; the module says what is what.
+    """Writes the rows of out (T, Hq * d) that `tiles` name.
 
-    `split` programs share a tile, which then has one token. Raises BackendError for shapes and types it can't do.
+    `num_splits` above 1 needs tiles of one token. Raises BackendError for unsupported shapes and dtypes.
     """
-    (keys, key_scales), (values, value_scales) = parts(keys), parts(values)
-    (_blocks, block_size, kv_heads, size), heads = keys.shape, q.shape[1]
-    group = checked(q, keys, values, tables, tiles, y)
-    for codes, scales in ((keys, key_scales), (values, value_scales)):
-        check_scales(NAME, codes, scales)
-    require(NAME, split == 1 or config.q_tokens == 1, "only tiles of one token are split")
-    rows, padded, pdl = power(config.q_tokens * power(group), 16), power(size, 16), chained(q.device)
-    found = _workspace(len(tiles) * heads if split > 1 else 0, split, size, q.device)
-    _attend[(kv_heads, len(tiles), split)](
-        q, keys, values, key_scales, value_scales, tables, tiles, y, *found, scale * LOG2E,
-        q.stride(0), q.stride(1), keys.stride(0), keys.stride(1), keys.stride(2), y.stride(0),
-        G=group, D=size, DP=padded, BLOCK=block_size, R=rows, TILE=config.block_n, SPLITS=split, WINDOW=window,
-        PROMPT=config.q_tokens > 1, PRECISION=precision(q.dtype), PDL=pdl, num_warps=config.num_warps,
-        num_stages=config.num_stages, launch_pdl=pdl,
+    (k_cache, k_scales), (v_cache, v_scales) = parts(k_cache), parts(v_cache)
+    (_blocks, block_size, kv_heads, head_dim), heads = k_cache.shape, q.shape[1]
+    group = check_attention(q, k_cache, v_cache, block_tables, tiles, out)
+    check_scales(NAME, k_cache, k_scales)
+    check_scales(NAME, v_cache, v_scales)
+    check(NAME, num_splits == 1 or config.q_tokens == 1, "splits of a tile of several tokens")
+    block_m, padded = next_power_of_2(config.q_tokens * next_power_of_2(group), 16), next_power_of_2(head_dim, 16)
+    partial = _partial_results(len(tiles) * heads if num_splits > 1 else 0, num_splits, head_dim, q.device)
+    paged_attention_kernel[(kv_heads, len(tiles), num_splits)](
+        q, k_cache, v_cache, k_scales, v_scales, block_tables, tiles, out, *partial, scale * LOG2E,
+        q.stride(0), q.stride(1), *k_cache.stride()[:3], out.stride(0),
+        GROUP=group, HEAD_DIM=head_dim, HEAD_DIM_PAD=padded, BLOCK_SIZE=block_size, BLOCK_M=block_m,
+        BLOCK_N=config.block_n, NUM_SPLITS=num_splits, WINDOW=window, PREFILL=config.q_tokens > 1,
+        PRECISION=dot_precision(q.dtype), PDL=pdl, num_warps=config.num_warps, num_stages=config.num_stages,
+        launch_pdl=pdl,
     )  # fmt: skip
-    if split > 1:
-        _combine[(heads, len(tiles))](
-            *found, tiles, y, y.stride(0), D=size, DP=padded, SPLITS=split, PDL=pdl, num_warps=1, launch_pdl=pdl
-        )
+    if num_splits > 1:
+        combine_splits_kernel[(heads, len(tiles))](
+            *partial, tiles, out, out.stride(0), HEAD_DIM=head_dim, HEAD_DIM_PAD=padded, NUM_SPLITS=num_splits,
+            PDL=pdl, num_warps=1, launch_pdl=pdl,
+        )  # fmt: skip
 
 
-def checked(
+def check_attention(
     q: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    tables: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
     tiles: torch.Tensor,
-    y: torch.Tensor,
+    out: torch.Tensor,
 ) -> int:
-    """Query heads of a KV head. Raises BackendError."""
-    tokens, heads, size = q.shape
-    check_rows(NAME, q)
-    check_rows(NAME, keys, values, types=POOLS)
-    require(NAME, keys.stride() == values.stride(), "keys and values differ in strides")
-    require(NAME, keys.shape[3] == size <= 256 and heads % keys.shape[2] == 0, f"q {q.shape}, keys {keys.shape}")
-    require(NAME, y.shape == (tokens, heads * size) and y.dtype == q.dtype and y.stride(1) == 1, f"y is {y.shape}")
-    for ints in (tables, tiles):
-        require(NAME, ints.dtype == torch.int32 and ints.is_contiguous(), "tables and tiles are int32")
-    return heads // keys.shape[2]
+    """Query heads per KV head. Raises BackendError."""
+    tokens, heads, head_dim = q.shape
+    check_tensors(NAME, q)
+    check_tensors(NAME, k_cache, v_cache, dtypes=KV_DTYPES)
+    check(NAME, k_cache.stride() == v_cache.stride(), "k_cache and v_cache differ in strides")
+    shapes = k_cache.shape[3] == head_dim <= 256 and heads % k_cache.shape[2] == 0
+    check(NAME, shapes, f"q {q.shape}, k_cache {k_cache.shape}")
+    out_fits = out.shape == (tokens, heads * head_dim) and out.dtype == q.dtype and out.stride(1) == 1
+    check(NAME, out_fits, f"out {out.shape} of {out.dtype}")
+    for ints in (block_tables, tiles):
+        check(NAME, ints.dtype == torch.int32 and ints.is_contiguous(), "block_tables, tiles: not int32, contiguous")
+    return heads // k_cache.shape[2]
 
 
-def _workspace(heads: int, split: int, size: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Sums, maxima and weights of splits, float32."""
-    shapes = ((heads, split, size), (heads, split), (heads, split))
+def _partial_results(heads: int, num_splits: int, head_dim: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """acc, m and l of each split, float32."""
+    shapes = ((heads, num_splits, head_dim), (heads, num_splits), (heads, num_splits))
     return tuple(torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes)

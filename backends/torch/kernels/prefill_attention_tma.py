@@ -1,15 +1,14 @@
-"""Attention of parts of prompts with K and V loaded by the GPU's copy engine, on Hopper and later.
+"""Prefill attention with K and V loaded by TMA, on sm_90 and later. Arguments and tiles as in paged_attention.py.
 
-Results, arguments and tiles as in kernels/attention.py, which see. There every thread computes addresses and asks for
-16 bytes at a time; here one thread asks for KEYS x d at once, through a tensor descriptor (TMA), since a head's tokens
-of a block lie together in the pool. Beside that:
+There every thread computes addresses and loads 16 bytes at a time; here one thread loads BLOCK_N x d through a tensor
+descriptor, since a head's tokens of a block are contiguous in the cache. Further differences:
 
-    only the last of a tile's keys, those of the diagonal, need a mask; windows are left to the other kernel
+    only the diagonal keys of a tile are masked; sliding windows are left to the paged kernel
     the scale is applied where the maximum is subtracted, in one instruction
-    a row's sum is rescaled once for KEYS keys, which is d multiplications: the more keys, the less of them
+    acc is rescaled once per BLOCK_N keys, which takes d multiplications a row: larger BLOCK_N, fewer of them
 
-Operations of a tile of R rows and a KV head: 4 * R * d * keys. Read: 4 * d bytes a key, from the L2 cache mostly,
-which bounds 128 rows at d = 128 to 128 operations a byte.
+FLOPs per tile and KV head: 4 * BLOCK_M * d * keys. Bytes: 4 * d per key, mostly from L2, which bounds BLOCK_M = 128 to
+128 FLOPs a byte.
 """
 
 from typing import TypeGuard
@@ -19,139 +18,135 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from llmrs.backends.torch.kernels.launch import chained, power, require
+from llmrs.backends.torch.kernels.launch import check, next_power_of_2
 from llmrs.backends.torch.kernels.paged_attention import (
-    LEAST,
     LOG2E,
+    NEG_INF,
     AttnConfig,
-    checked,
-    queries,
-    seen,
-    store_rows,
-    tile_at,
+    causal_mask,
+    check_attention,
+    load_q,
+    load_tile,
+    store_out,
 )
 from llmrs.backends.torch.kv_fp8 import Scaled
 
-NAME = "prompt attention"
+NAME = "prefill_attention_tma"
 
 
 @triton.jit
-def _row(table, start, end, head_row, block_rows, BLOCK: tl.constexpr):
-    """Where the key `start` of a head lies in the pool, in rows of d elements; from `end` on it does not matter."""
-    block = tl.load(table + start // BLOCK, mask=start < end, other=0)
-    return head_row + block * block_rows + start % BLOCK
+def _kv_row(block_table, start_n, end, head_row, rows_per_block, BLOCK_SIZE: tl.constexpr):
+    """The cache row (of d elements) of key start_n; undefined from `end` on."""
+    block = tl.load(block_table + start_n // BLOCK_SIZE, mask=start_n < end, other=0)
+    return head_row + block * rows_per_block + start_n % BLOCK_SIZE
 
 
 @triton.jit
-def _over_keys(
-    state, q, keys, values, table, low, high, end, seen_from, scale, head_row, block_rows,
-    BLOCK: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr,
+def _attend_keys(
+    state, q, k_desc, v_desc, block_table, low, high, end, q_pos, scale, head_row, rows_per_block,
+    BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the keys low .. high - 1. `keys` and `values` are descriptors of tiles (KEYS, d).
-
-    `state` is (sum of weighted values (R, d), maximum (R,), sum of weights (R,)), the maximum of scaled scores.
-    """
-    total, most, weight = state
-    row = _row(table, low, end, head_row, block_rows, BLOCK)
-    for start in range(low, high, KEYS):
-        # the next block is looked up now, so that no copy waits for a table
-        ahead = _row(table, start + KEYS, end, head_row, block_rows, BLOCK)
-        # values first: Triton has all warps meet between the two copies, which then need not meet before the sums
-        v = values.load([row, 0])  # (KEYS, d)
-        scores = tl.dot(q, keys.load([row, 0]).T)  # (R, KEYS)
+    """Online softmax over keys low .. high - 1. `state`: acc (BLOCK_M, d), m_i of scaled scores, l_i (BLOCK_M,)."""
+    acc, m_i, l_i = state
+    row = _kv_row(block_table, low, end, head_row, rows_per_block, BLOCK_SIZE)
+    for start_n in range(low, high, BLOCK_N):
+        # the next block is looked up now, so that no load waits for a block table
+        next_row = _kv_row(block_table, start_n + BLOCK_N, end, head_row, rows_per_block, BLOCK_SIZE)
+        # V first: Triton puts a barrier between the two loads, which the second dot then does not need
+        v = v_desc.load([row, 0])  # (BLOCK_N, d)
+        scores = tl.dot(q, k_desc.load([row, 0]).T)  # (BLOCK_M, BLOCK_N)
         if MASKED:
-            at = start + tl.arange(0, KEYS)
-            scores = tl.where(seen(seen_from, at, end, 0), scores, LEAST)
-            v = tl.where((at < end)[:, None], v, 0.0)  # after the last token anything may lie, and 0 * NaN is NaN
-        higher = tl.maximum(most, tl.max(scores, 1) * scale)
-        part = tl.exp2(scores * scale - higher[:, None])
-        shrink = tl.exp2(most - higher)
-        total = tl.dot(part.to(v.dtype), v, total * shrink[:, None])
-        weight = weight * shrink + tl.sum(part, 1)
-        most = higher
-        row = ahead
-    return total, most, weight
+            offs_n = start_n + tl.arange(0, BLOCK_N)
+            scores = tl.where(causal_mask(q_pos, offs_n, end, 0), scores, NEG_INF)
+            v = tl.where((offs_n < end)[:, None], v, 0.0)  # unwritten cache may hold NaN, and 0 * NaN is NaN
+        m_new = tl.maximum(m_i, tl.max(scores, 1) * scale)
+        p = tl.exp2(scores * scale - m_new[:, None])
+        alpha = tl.exp2(m_i - m_new)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None])
+        l_i = l_i * alpha + tl.sum(p, 1)
+        m_i = m_new
+        row = next_row
+    return acc, m_i, l_i
 
 
 @triton.jit
-def _prompt(
-    q, keys, values, tables, tiles, y, scale, q_row, q_head, y_row, block_rows, head_rows,
-    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr, KEYS: tl.constexpr,
-    PDL: tl.constexpr,
+def prefill_attention_tma_kernel(
+    q, k_desc, v_desc, block_tables, tiles, out, scale, stride_qt, stride_qh, stride_ot, rows_per_block, rows_per_head,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    head, tile = tl.program_id(0), tl.program_id(1)
-    table, row, count, first = tile_at(tables, tiles, tile)
+    kv_head, tile = tl.program_id(0), tl.program_id(1)
+    block_table, q_start, q_len, pos_start = load_tile(block_tables, tiles, tile)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    if count == 0:
+    if q_len == 0:
         return
-    r, d = tl.arange(0, R), tl.arange(0, DP)
-    x, mine, seen_from, heads = queries(q, row, count, first, head, r, d, q_row, q_head, G, D)
+    offs_m, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, HEAD_DIM_PAD)
+    q_tile, q_mask, q_pos, heads = load_q(q, q_start, q_len, pos_start, kv_head, offs_m, offs_d, stride_qt, stride_qh,
+                                          GROUP, HEAD_DIM)  # fmt: skip
+    end = pos_start + q_len
+    unmasked_end = pos_start // BLOCK_N * BLOCK_N  # every row sees all keys before it
+    state = (tl.zeros([BLOCK_M, HEAD_DIM_PAD], tl.float32), tl.full([BLOCK_M], NEG_INF, tl.float32),
+             tl.zeros([BLOCK_M], tl.float32))  # fmt: skip
+    head_row = kv_head * rows_per_head
+    state = _attend_keys(state, q_tile, k_desc, v_desc, block_table, 0, unmasked_end, end, q_pos, scale, head_row,
+                         rows_per_block, BLOCK_SIZE, BLOCK_N, False)  # fmt: skip
+    state = _attend_keys(state, q_tile, k_desc, v_desc, block_table, unmasked_end, end, end, q_pos, scale, head_row,
+                         rows_per_block, BLOCK_SIZE, BLOCK_N, True)  # fmt: skip
+    store_out(out, state[0], state[2], q_start, offs_m, heads, offs_d, stride_ot, q_mask, GROUP, HEAD_DIM)
 
-    # which keys
-    end = first + count
-    whole = first // KEYS * KEYS  # before it, no key is later than any row
-    state = tl.zeros([R, DP], tl.float32), tl.full([R], LEAST, tl.float32), tl.zeros([R], tl.float32)
-    head_row = head * head_rows
-    state = _over_keys(state, x, keys, values, table, 0, whole, end, seen_from, scale, head_row, block_rows,
-                       BLOCK, KEYS, False)  # fmt: skip
-    state = _over_keys(state, x, keys, values, table, whole, end, end, seen_from, scale, head_row, block_rows,
-                       BLOCK, KEYS, True)  # fmt: skip
-    store_rows(y, state[0], state[2], row, r, heads, d, y_row, mine, G, D)
 
-
-def prefill_config(group: int, size: int, block_size: int) -> AttnConfig:
-    """Chosen by what fits into shared memory and registers: 128 rows x 128 keys of 128 take 245 of 255.
+def prefill_config(group: int, head_dim: int, block_size: int) -> AttnConfig:
+    """What fits into shared memory and registers: 128 x 128 tiles of d = 128 take 245 of 255 registers.
 
     128 keys at a time need blocks of 128 tokens (`block_size: 128`).
     """
-    rows = 128 if size <= 128 else 64
-    keys = min(block_size & -block_size, 128 if size <= 128 else 32)
-    return AttnConfig(max(rows // power(group), 1), keys, 8, 2 if keys == 128 else 3)
+    block_m = 128 if head_dim <= 128 else 64
+    block_n = min(block_size & -block_size, 128 if head_dim <= 128 else 32)
+    return AttnConfig(max(block_m // next_power_of_2(group), 1), block_n, 8, 2 if block_n == 128 else 3)
 
 
-def prompt_attention(
+def prefill_attention_tma(
     q: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    tables: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
     tiles: torch.Tensor,
-    y: torch.Tensor,
+    out: torch.Tensor,
     *,
     scale: float,
     config: AttnConfig,
+    pdl: bool = False,
 ) -> None:
-    """Writes the rows of y (T, Hq * d) that `tiles` name. Raises BackendError for shapes and types it can't do."""
-    block_size, kv_heads, size = keys.shape[1:]
-    group = checked(q, keys, values, tables, tiles, y)
-    require(
-        NAME, fits(keys, q.dtype) and block_size % config.block_n == 0, f"keys {keys.shape}, {keys.stride()}, {config}"
-    )
-    rows, padded = power(config.q_tokens * power(group), 16), power(size, 16)
-    pdl = chained(q.device)
-    pools = (_tiles_of(x, config.block_n, padded) for x in (keys, values))
-    _prompt[(kv_heads, len(tiles))](
-        q, *pools, tables, tiles, y, scale * LOG2E, q.stride(0), q.stride(1), y.stride(0),
-        keys.stride(0) // size, keys.stride(2) // size,
-        G=group, D=size, DP=padded, BLOCK=block_size, R=rows, KEYS=config.block_n, PDL=pdl,
-        num_warps=config.num_warps, num_stages=config.num_stages, launch_pdl=pdl,
+    """Writes the rows of out (T, Hq * d) that `tiles` name. Raises BackendError for unsupported shapes and dtypes."""
+    block_size, kv_heads, head_dim = k_cache.shape[1:]
+    group = check_attention(q, k_cache, v_cache, block_tables, tiles, out)
+    compatible = tma_compatible(k_cache, q.dtype) and block_size % config.block_n == 0
+    check(NAME, compatible, f"k_cache {k_cache.shape}, {k_cache.stride()}, {config}")
+    block_m, padded = next_power_of_2(config.q_tokens * next_power_of_2(group), 16), next_power_of_2(head_dim, 16)
+    descriptors = (_descriptor(x, config.block_n, padded) for x in (k_cache, v_cache))
+    prefill_attention_tma_kernel[(kv_heads, len(tiles))](
+        q, *descriptors, block_tables, tiles, out, scale * LOG2E, q.stride(0), q.stride(1), out.stride(0),
+        k_cache.stride(0) // head_dim, k_cache.stride(2) // head_dim,
+        GROUP=group, HEAD_DIM=head_dim, HEAD_DIM_PAD=padded, BLOCK_SIZE=block_size, BLOCK_M=block_m,
+        BLOCK_N=config.block_n, PDL=pdl, num_warps=config.num_warps, num_stages=config.num_stages, launch_pdl=pdl,
     )  # fmt: skip
 
 
-def fits(keys: torch.Tensor | Scaled, dtype: torch.dtype) -> TypeGuard[torch.Tensor]:
-    """Whether a copy engine can load tiles of a pool (blocks, block_size, Hk, d): a head's tokens of a block must lie
-    side by side, each at a multiple of 16 bytes, in the type of the computation."""
-    if isinstance(keys, Scaled) or keys.dtype != dtype or dtype == torch.float32:
+def tma_compatible(cache: torch.Tensor | Scaled, dtype: torch.dtype) -> TypeGuard[torch.Tensor]:
+    """Whether TMA can load tiles of a cache (blocks, block_size, Hk, d): a head's tokens of a block are contiguous, at
+    a multiple of 16 bytes, in the dtype of q."""
+    if isinstance(cache, Scaled) or cache.dtype != dtype or dtype == torch.float32:
         return False
-    size = keys.shape[3]
-    strides = keys.stride(1) == size and all(keys.stride(n) % size == 0 for n in (0, 2))
-    return strides and keys.shape[1] % 16 == size * 2 % 16 == 0
+    head_dim = cache.shape[3]
+    strides = cache.stride(1) == head_dim and all(cache.stride(n) % head_dim == 0 for n in (0, 2))
+    return strides and cache.shape[1] % 16 == head_dim * 2 % 16 == 0
 
 
-def _tiles_of(pool: torch.Tensor, keys: int, padded: int) -> TensorDescriptor:
-    """A pool as rows of d elements, read in tiles (keys, padded)."""
-    blocks, block_size, heads, size = pool.shape
-    rows = ((blocks - 1) * pool.stride(0) + (heads - 1) * pool.stride(2)) // size + block_size
-    require(NAME, rows < 2**31, f"{rows} rows are too many")
-    return TensorDescriptor(pool, [rows, size], [size, 1], [keys, padded])
+def _descriptor(cache: torch.Tensor, block_n: int, padded: int) -> TensorDescriptor:
+    """The cache as rows of d elements, loaded in tiles (block_n, padded)."""
+    blocks, block_size, heads, head_dim = cache.shape
+    rows = ((blocks - 1) * cache.stride(0) + (heads - 1) * cache.stride(2)) // head_dim + block_size
+    check(NAME, rows < 2**31, f"{rows} cache rows, more than int32 holds")
+    return TensorDescriptor(cache, [rows, head_dim], [head_dim, 1], [block_n, padded])

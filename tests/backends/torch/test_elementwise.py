@@ -9,7 +9,7 @@ from llmrs.core.ir import RopeFrequencies
 
 pytest.importorskip("triton")
 from llmrs.backends.torch.kernels import qk_norm_rope_cache
-from llmrs.backends.torch.kernels.act_and_mul import gated
+from llmrs.backends.torch.kernels.act_and_mul import act_and_mul
 from llmrs.backends.torch.kernels.embedding import embed
 from llmrs.backends.torch.kernels.qk_norm_rope_cache import qk_norm_rope_write_kv
 from llmrs.backends.torch.kernels.rms_norm import fused_add_rms_norm, rms_norm
@@ -50,18 +50,18 @@ def test_norms(rows: int, width: int, dtype: torch.dtype):
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(("rows", "width"), [(1, 24), (3, 96), (2, 3072), (4, 1100)])
-def test_gated(rows: int, width: int, dtype: torch.dtype):
+def test_act_and_mul(rows: int, width: int, dtype: torch.dtype):
     both = random(np.random.default_rng(width), rows, 2 * width, dtype=dtype) * 2
     gate, up = both.split(width, dim=1)
     for gelu, op in ((False, ops.silu_and_mul), (True, ops.gelu_and_mul)):
-        assert near(gated(gate, up, gelu=gelu), op(None, numpy(gate), numpy(up)))
+        assert near(act_and_mul(gate, up, gelu=gelu), op(None, numpy(gate), numpy(up)))
 
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 2, 32), (3, 1, 24), (8, 8, 64), (5, 5, 80), (2, 1, 256)])
-@pytest.mark.parametrize("many", [1, 1024])  # tokens, from which a program does more heads
+@pytest.mark.parametrize("many", [1, 1024])  # tokens from which a CTA does more heads
 def test_norm_rope_store(heads: int, kv_heads: int, size: int, many: int, dtype: torch.dtype, monkeypatch):
-    monkeypatch.setattr(qk_norm_rope_cache, "MANY", many)
+    monkeypatch.setattr(qk_norm_rope_cache, "MANY_TOKENS", many)
     check_qk_norm_rope_write_kv(heads, kv_heads, size, dtype)
 
 
@@ -72,22 +72,22 @@ def check_qk_norm_rope_write_kv(heads: int, kv_heads: int, size: int, dtype: tor
     q, k, v = (p.unflatten(1, (-1, size)) for p in rows.split([heads * size, kv_heads * size, kv_heads * size], dim=1))
     frequencies = RopeFrequencies("test", tuple(100.0 ** (-2 * i / size) for i in range(size // 2)), 1.25)
     angles = np.arange(50, dtype=np.float32)[:, None] * np.array(frequencies.values, np.float32)
-    turns = torch.from_numpy(np.stack([np.cos(angles), np.sin(angles)]) * np.float32(1.25)).to(DEVICE)
-    positions, cells = np.array([0, 1, 7, 49, 3], np.int32), np.array([9, 2, 23, 0, 14], np.int32)
+    cos_sin_cache = torch.from_numpy(np.stack([np.cos(angles), np.sin(angles)]) * np.float32(1.25)).to(DEVICE)
+    positions, slot_mapping = np.array([0, 1, 7, 49, 3], np.int32), np.array([9, 2, 23, 0, 14], np.int32)
     for norm in (False, True):
         kv = torch.full((2, 6, kv_heads, block_size, size), 77.0, dtype=dtype, device=DEVICE).transpose(2, 3)
         norms = (random(rng, size, dtype=dtype), random(rng, size, dtype=dtype)) if norm else None
-        ints = [torch.from_numpy(a).to(DEVICE) for a in (positions, cells)]
-        out = qk_norm_rope_write_kv(q, k, v, norms, *ints, turns, kv[0], kv[1], eps=1e-6, offset=0.5)
+        ints = [torch.from_numpy(a).to(DEVICE) for a in (positions, slot_mapping)]
+        out = qk_norm_rope_write_kv(q, k, v, norms, *ints, cos_sin_cache, kv[0], kv[1], eps=1e-6, offset=0.5)
         wanted = [numpy(q), numpy(k)]
         if norms:
             wanted = [ops.rms_norm(None, x, numpy(w), eps=1e-6, offset=0.5) for x, w in zip(wanted, norms, strict=True)]
         wanted = [ops.rope(None, x, positions, frequencies=frequencies) for x in wanted]
         assert near(out, wanted[0])
         stored = kv.reshape(2, -1, kv_heads, size)
-        assert near(stored[0, cells], wanted[1])
-        assert torch.equal(stored[1, cells], v)
-        rest = np.setdiff1d(np.arange(24), cells)
+        assert near(stored[0, slot_mapping], wanted[1])
+        assert torch.equal(stored[1, slot_mapping], v)
+        rest = np.setdiff1d(np.arange(24), slot_mapping)
         assert (stored[:, rest] == 77).all()
 
 
@@ -105,7 +105,7 @@ def test_what_does_not_fit_is_refused():
         lambda: fused_add_rms_norm(x, torch.zeros(2, 3, 8).half(), x[0], eps=1e-5),
         lambda: fused_add_rms_norm(x, torch.zeros(2, 3, 9), x[0], eps=1e-5),
     ):
-        with pytest.raises(BackendError, match="kernel norm"):
+        with pytest.raises(BackendError, match="kernel rms_norm"):
             wrong()
     with pytest.raises(BackendError, match="shapes"):
-        gated(x, x[:2], gelu=False)
+        act_and_mul(x, x[:2], gelu=False)

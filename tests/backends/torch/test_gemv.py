@@ -1,4 +1,4 @@
-"""The kernels for few rows against float64, on awkward sizes, and the fused program against the unfused one."""
+"""GEMV and small-M GEMM against float64, on awkward sizes, and the fused program against the unfused one."""
 
 import numpy as np
 import pytest
@@ -13,16 +13,17 @@ from gemm_cases import DEVICE, TYPES, check, check_linear
 from llmrs.backends.torch.attn_metadata import StepShape
 from llmrs.backends.torch.kernels import gemm
 from llmrs.backends.torch.kernels.gemm import (
-    NARROW,
-    NORMED,
-    SOME,
-    Cut,
-    cut_few,
-    cut_of,
-    most_rows,
-    product,
+    MAX_FUSED_NORM_M,
+    SMALL_M_MAX,
+    SMALL_N,
+    GemvConfig,
+    SmallMConfig,
+    fused_linear,
+    gemv_config,
+    max_fused_m,
+    select_gemm,
 )
-from llmrs.backends.torch.kernels.gemm_tma import MANY, Tiles
+from llmrs.backends.torch.kernels.gemm_tma import TMA_MAX_M, TmaConfig
 from llmrs.backends.torch.lowering import Call
 from llmrs.backends.torch.triton_ops import Linear
 from llmrs.core.errors import BackendError
@@ -31,39 +32,39 @@ SHAPES = [(1, 3, 8), (1, 37, 264), (2, 211, 64), (3, 9, 1100), (4, 33, 3072), (5
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize(("rows", "count", "width"), SHAPES)
-def test_products(rows: int, count: int, width: int, dtype: torch.dtype):
-    for gate, more, norm, bias in (
+@pytest.mark.parametrize(("m", "n", "k"), SHAPES)
+def test_fused_linear(m: int, n: int, k: int, dtype: torch.dtype):
+    for act, residual, norm, bias in (
         ("", False, True, True), ("", True, False, False),
         ("silu_and_mul", False, True, False), ("gelu_and_mul", True, True, True),
     ):  # fmt: skip
-        check(rows, count, width, dtype, gate, more, norm and rows <= NORMED, bias)
+        check(m, n, k, dtype, act, residual, norm and m <= MAX_FUSED_NORM_M, bias)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 6])
-def test_other_cuts(rows: int):
-    """Also those in which a program holds only the first part of its rows."""
-    for each, part, warps in ((1, 64, 1), (2, 128, 4), (4, 1024, 2)):
-        cut = Cut(each, part, warps) if rows < 5 else Cut(16 * each, 16, warps)
-        check(rows, 19, 1300, torch.float32, "silu_and_mul", True, rows <= NORMED, True, cut=cut)
+@pytest.mark.parametrize("m", [1, 3, 6])
+def test_other_configs(m: int):
+    """Also those that prefetch only the first k tiles."""
+    for rows, block_k, warps in ((1, 64, 1), (2, 128, 4), (4, 1024, 2)):
+        config = GemvConfig(rows, block_k, warps) if m < 5 else SmallMConfig(16 * rows, 16, warps)
+        check(m, 19, 1300, torch.float32, "silu_and_mul", True, m <= MAX_FUSED_NORM_M, True, config=config)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize(("count", "width"), [(3, 8), (211, 64), (9, 1100), (33, 3072), (9, 4096)])
-def test_linear(count: int, width: int, dtype: torch.dtype):
-    check_linear(count, width, dtype)
+@pytest.mark.parametrize(("n", "k"), [(3, 8), (211, 64), (9, 1100), (33, 3072), (9, 4096)])
+def test_linear(n: int, k: int, dtype: torch.dtype):
+    check_linear(n, k, dtype)
 
 
 def test_lm_head_and_wide_matrices_have_configs_of_their_own():
-    assert cut_few(1, 151936, 1024, 2, False) == Cut(1, 1024)
-    assert cut_few(1, 128256, 2048, 2, False) == Cut(1, 1024)
-    assert cut_few(1, 6144, 4096, 2, False) == Cut(2, 1024)
-    assert cut_few(1, 4096, 4096, 4, False) == Cut(2, 512)
-    assert cut_few(1, 12288, 4096, 2, True) == Cut(1, 512)
-    assert cut_few(1, 4096, 1024, 2, False) == Cut(2, 256, 8)
+    assert gemv_config(1, 151936, 1024, 2, False) == GemvConfig(1, 1024)
+    assert gemv_config(1, 128256, 2048, 2, False) == GemvConfig(1, 1024)
+    assert gemv_config(1, 6144, 4096, 2, False) == GemvConfig(2, 1024)
+    assert gemv_config(1, 4096, 4096, 4, False) == GemvConfig(2, 512)
+    assert gemv_config(1, 12288, 4096, 2, True) == GemvConfig(1, 512)
+    assert gemv_config(1, 4096, 1024, 2, False) == GemvConfig(2, 256, 8)
 
 
-def test_many_results():
+def test_many_outputs():
     check(2, 1100, 24, torch.float32, "", False, False, True)
     check(7, 2048, 24, torch.float16, "", True, False, False)
 
@@ -71,57 +72,57 @@ def test_many_results():
 def test_what_does_not_fit_is_refused():
     x, w = torch.zeros(3, 8), torch.zeros(6, 8)
     for wrong in (
-        lambda: product(x, w.half()),
-        lambda: product(torch.zeros(MANY + 1, 8), w),
-        lambda: product(x, w, norm=w[0]),
-        lambda: product(x, w[:, :6]),
-        lambda: product(x, w, w[0]),
-        lambda: product(x, w, more=w),
-        lambda: product(x[:1], w, norm=w[0, :4]),
-        lambda: product(x, w[:5], gate="silu_and_mul"),
-        lambda: product(x, w, gate="tanh_mul"),
-        lambda: product(x.T.contiguous().T, w),
+        lambda: fused_linear(x, w.half()),
+        lambda: fused_linear(torch.zeros(TMA_MAX_M + 1, 8), w),
+        lambda: fused_linear(x, w, norm_weight=w[0]),
+        lambda: fused_linear(x, w[:, :6]),
+        lambda: fused_linear(x, w, w[0]),
+        lambda: fused_linear(x, w, residual=w),
+        lambda: fused_linear(x[:1], w, norm_weight=w[0, :4]),
+        lambda: fused_linear(x, w[:5], act="silu_and_mul"),
+        lambda: fused_linear(x, w, act="tanh_mul"),
+        lambda: fused_linear(x.T.contiguous().T, w),
     ):
-        with pytest.raises(BackendError, match="kernel rows"):
+        with pytest.raises(BackendError, match="kernel gemm"):
             wrong()
 
 
 # The program
 
 
-def test_only_few_rows_take_it():
+def test_only_a_small_m_is_fused():
     """Where it is asked for; float32 has no use for as many."""
     made = backend("qwen3")
     made.allocate(4, BLOCK, 1, 16)
     device = made.runner.device
-    assert made.runner.small_batch_max_m == most_rows(torch.float32, device) == SOME
-    assert most_rows(torch.float16, device) == MANY
+    assert made.runner.small_batch_max_m == max_fused_m(torch.float32, device) == SMALL_M_MAX
+    assert max_fused_m(torch.float16, device) == TMA_MAX_M
     made.runner.fuse_small_batches = False
     made.allocate(4, BLOCK, 1, 16)
     assert made.runner.small_batch_max_m == 0
 
 
-def kinds(rows: tuple[int, ...], w: torch.Tensor, gate: bool = False, summed: bool = False) -> list[type]:
-    return [type(cut_of(n, w, gate, summed, 227 * 1024)) for n in rows]
+def kinds(ms: tuple[int, ...], w: torch.Tensor, act: bool = False, reducible: bool = False) -> list[type]:
+    return [type(select_gemm(m, w, act, reducible, 227 * 1024)) for m in ms]
 
 
 def test_which_kernel_runs(monkeypatch: pytest.MonkeyPatch):
-    library = type(None)
+    gemv, small_m, tma, cublas = GemvConfig, SmallMConfig, TmaConfig, type(None)
     small, large = (torch.empty(n, n, dtype=torch.float16, device="meta") for n in (2048, 4096))
-    assert kinds((1, 2, 3, 256, 257), small) == [Cut, Cut, Tiles, Tiles, library]
-    assert kinds((1, 2, 128, 129, 256), large) == [Cut, Tiles, Tiles, library, library]
-    assert kinds((128, 129, 256), large, gate=True) == [Tiles, library, library]
-    assert kinds((2, 64, 65, 104, 105, MANY, MANY + 1), small, summed=True) == [
-        Tiles, Tiles, library, library, Tiles, Tiles, library,
+    assert kinds((1, 2, 3, 256, 257), small) == [gemv, gemv, tma, tma, cublas]
+    assert kinds((1, 2, 128, 129, 256), large) == [gemv, tma, tma, cublas, cublas]
+    assert kinds((128, 129, 256), large, act=True) == [tma, cublas, cublas]
+    assert kinds((2, 64, 65, 104, 105, TMA_MAX_M, TMA_MAX_M + 1), small, reducible=True) == [
+        tma, tma, cublas, cublas, tma, tma, cublas,
     ]  # fmt: skip
-    assert kinds((128, 129, 224, 225, 256, 257), large, summed=True) == [Tiles, *[library] * 2, *[Tiles] * 2, library]
-    assert kinds((2, 3), large[:, 1:]) == [library] * 2, "rows that do not begin at multiples of 16 bytes"
+    assert kinds((128, 129, 224, 225, 256, 257), large, reducible=True) == [tma, *[cublas] * 2, *[tma] * 2, cublas]
+    assert kinds((2, 3), large[:, 1:]) == [cublas] * 2, "rows that do not begin at multiples of 16 bytes"
     floats = small.float()
-    assert kinds((1, 2, SOME, SOME + 1), floats[:NARROW]) == [Cut, Cut, Cut, library]
-    assert kinds((1, 2), torch.cat([floats, floats])) == [Cut, library]
-    monkeypatch.setattr(gemm, "hopper", lambda device: False)
-    assert kinds((1, 2, SOME, SOME + 1), small[:NARROW]) == [Cut, Cut, Cut, library]
-    assert kinds((1, 2), large, summed=True) == [Cut, library]
+    assert kinds((1, 2, SMALL_M_MAX, SMALL_M_MAX + 1), floats[:SMALL_N]) == [gemv, gemv, small_m, cublas]
+    assert kinds((1, 2), torch.cat([floats, floats])) == [gemv, cublas]
+    monkeypatch.setattr(gemm, "has_tma", lambda device: False)
+    assert kinds((1, 2, SMALL_M_MAX, SMALL_M_MAX + 1), small[:SMALL_N]) == [gemv, gemv, small_m, cublas]
+    assert kinds((1, 2), large, reducible=True) == [gemv, cublas]
 
 
 def backend(name: str, dtype: str = "f32", **changes):
@@ -166,7 +167,7 @@ def test_what_does_not_match_stays():
 
 def test_no_norm_before_a_large_matrix(monkeypatch: pytest.MonkeyPatch):
     """Each of its many programs would do it again."""
-    monkeypatch.setattr(gemm, "LARGE", 0)
+    monkeypatch.setattr(gemm, "LARGE_WEIGHT_BYTES", 0)
     layer = [
         "rows",
         "qk_norm_rope_write_kv",
@@ -180,22 +181,22 @@ def test_no_norm_before_a_large_matrix(monkeypatch: pytest.MonkeyPatch):
     assert ops("qwen3", 1) == ["rms_norm", *layer, *layer, "lm_head"]
 
 
-@pytest.mark.parametrize("way", ["as it is", "before Hopper", "library"])
+@pytest.mark.parametrize("way", ["sm_90", "sm_80", "cuBLAS"])
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [("llama", "f32"), ("llama", "f16"), ("qwen3", "f16"), ("qwen2", "f16"), ("gemma3", "f32"), ("qwen3-moe", "f16")],
 )
 def test_the_fused_program_is_the_unfused_one(name: str, dtype: str, way: str, monkeypatch: pytest.MonkeyPatch):
-    """Up to the order of float32 sums: on steps of one row, of a few, of many, and of more than it is for. Also where
-    from two rows on all products are the library's, with a gate, a sum and a norm around them."""
-    if way == "before Hopper":
-        monkeypatch.setattr(gemm, "hopper", lambda device: False)
-    if way == "library":
-        monkeypatch.setattr(gemm, "cut_of", lambda n, *rest: cut_of(n, *rest) if n == 1 else None)
+    """Up to the order of float32 sums, for M = 1, small and larger M; also where cuBLAS does every GEMM from M = 2 on,
+    with kernels for activation, residual and norm around it."""
+    if way == "sm_80":
+        monkeypatch.setattr(gemm, "has_tma", lambda device: False)
+    if way == "cuBLAS":
+        monkeypatch.setattr(gemm, "select_gemm", lambda m, *rest: select_gemm(m, *rest) if m == 1 else None)
     made, found = backend(name, dtype), []
     made.allocate(40, BLOCK, 8, 64)
     batches = [prefill_batch(prompts(*lengths)) for lengths in ((1,), (3,), (5, 1), (9, 20, 25))]
-    for most in (most_rows(made.torch_dtype, made.runner.device), 0):
+    for most in (max_fused_m(made.torch_dtype, made.runner.device), 0):
         made.runner.small_batch_max_m = most
         found.append([made.to_host(made.forward(b)).copy() for b in batches])
     for ours, expected in zip(*found, strict=True):

@@ -14,19 +14,19 @@ from attention_cases import LEFT, TYPES, expected, pool, step
 from llmrs.backends.torch import triton_ops
 from llmrs.backends.torch.attn_metadata import prefill_tiles
 from llmrs.backends.torch.kernels.paged_attention import AttnConfig
-from llmrs.backends.torch.kernels.prefill_attention_tma import fits, prefill_config, prompt_attention
+from llmrs.backends.torch.kernels.prefill_attention_tma import prefill_attention_tma, prefill_config, tma_compatible
 from llmrs.backends.torch.kv_fp8 import CODES, Scaled
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALVES = [t for t in TYPES if t != torch.float32]
 
 
-def run(q, kv, batch, scale: float, cut: AttnConfig) -> torch.Tensor:
+def run(q, kv, batch, scale: float, config: AttnConfig) -> torch.Tensor:
     y = torch.full((len(q), q.shape[1] * q.shape[2]), 77.0, dtype=q.dtype)
     q, kv, tables, y = (x.to(DEVICE) for x in (q, kv, torch.from_numpy(batch.block_tables), y))
-    tiles = prefill_tiles(batch, np.diff(batch.query_start_loc), batch.block_tables.shape[1], cut.q_tokens)
+    tiles = prefill_tiles(batch, np.diff(batch.query_start_loc), batch.block_tables.shape[1], config.q_tokens)
     tiles = torch.from_numpy(np.concatenate([np.zeros((1, 4), np.int32), tiles])).to(DEVICE)  # an empty one too
-    prompt_attention(q, *kv, tables, tiles, y, scale=scale, config=cut)
+    prefill_attention_tma(q, *kv, tables, tiles, y, scale=scale, config=config)
     return y.cpu()
 
 
@@ -56,19 +56,19 @@ def test_the_cut_that_the_gpu_gets(size: int, block_size: int):
     assert np.abs(y.float().numpy() - expected(q, kv, batch, block_size, 0.1, 0)).max() < 4e-3
 
 
-def test_what_a_copy_engine_cannot_load():
+def test_caches_that_tma_cannot_load():
     heads_first = torch.zeros(4, 2, 16, 24, dtype=torch.float16).transpose(1, 2)
-    assert fits(heads_first, torch.float16)
-    assert not fits(heads_first, torch.bfloat16)  # a cache of another type
-    assert not fits(heads_first.float(), torch.float32)
-    assert not fits(heads_first[:, :8], torch.float16)  # blocks of fewer tokens than a matrix product takes
-    assert not fits(torch.zeros(4, 16, 2, 24, dtype=torch.float16), torch.float16)  # heads lie side by side
-    assert not fits(torch.zeros(4, 2, 16, 12, dtype=torch.float16).transpose(1, 2), torch.float16)  # 24 bytes
-    assert not fits(Scaled(heads_first.to(CODES), torch.zeros(4, 16, 2)), torch.float16)
+    assert tma_compatible(heads_first, torch.float16)
+    assert not tma_compatible(heads_first, torch.bfloat16)  # a cache of another type
+    assert not tma_compatible(heads_first.float(), torch.float32)
+    assert not tma_compatible(heads_first[:, :8], torch.float16)  # blocks of fewer tokens than a matrix product takes
+    assert not tma_compatible(torch.zeros(4, 16, 2, 24, dtype=torch.float16), torch.float16)  # heads lie side by side
+    assert not tma_compatible(torch.zeros(4, 2, 16, 12, dtype=torch.float16).transpose(1, 2), torch.float16)  # 24 bytes
+    assert not tma_compatible(Scaled(heads_first.to(CODES), torch.zeros(4, 16, 2)), torch.float16)
     rng = np.random.default_rng(0)
     batch = step(rng, [0], [5], 16)
     kv, q = pool(rng, batch, 16, 1, 16, torch.float16), torch.ones(5, 2, 16, dtype=torch.float16)
-    with pytest.raises(BackendError, match="prompt attention"):
+    with pytest.raises(BackendError, match="prefill_attention_tma"):
         run(q, kv, batch, 1.0, AttnConfig(8, 32, 4, 2))  # tiles that are larger than blocks
 
 
@@ -76,9 +76,9 @@ def test_a_model_with_it(monkeypatch):
     """Where parts of prompts are long and it fits; logits in float16 as far as the mantissa carries."""
     calls, found = [], []
     monkeypatch.setattr("llmrs.backends.torch.attn_metadata.LONG", 1)
-    launch = triton_ops.prompt_attention
+    launch = triton_ops.prefill_attention_tma
     monkeypatch.setattr(
-        triton_ops, "prompt_attention", lambda *args, **how: (calls.append(how["cut"]), launch(*args, **how))
+        triton_ops, "prefill_attention_tma", lambda *args, **how: (calls.append(how["config"]), launch(*args, **how))
     )
     for name, dtype in (("reference", "f32"), ("torch", "f16")):
         backend = find(name)(f"{DEVICE}:0" if DEVICE == "cuda" and name == "torch" else "cpu", dtype, dtype)

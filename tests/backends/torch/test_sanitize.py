@@ -29,4 +29,4 @@ def test_it_runs(cases: tuple[str, ...]):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     ran = [line.split(":")[0] for line in done.stdout.splitlines()]
-    assert ran == [*(cases or ("attentions", "by_row", "products", "drawing", "steps"))]
+    assert ran == [*(cases or ("attentions", "by_row", "gemms", "sampling_cases", "steps"))]

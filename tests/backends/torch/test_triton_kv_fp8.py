@@ -14,18 +14,18 @@ import triton.language as tl
 from attention_cases import DEVICE, TYPES, run, step
 from kv_fp8_cases import awkward, heads, zeros_in_torch
 
-from llmrs.backends.torch.kernels.kv_fp8 import rounded
-from llmrs.backends.torch.kernels.paged_attention import AttnConfig, attention, default_config
+from llmrs.backends.torch.kernels.kv_fp8 import round_to_e4m3
+from llmrs.backends.torch.kernels.paged_attention import AttnConfig, default_config, paged_attention
 from llmrs.backends.torch.kernels.qk_norm_rope_cache import qk_norm_rope_write_kv
 
 LEFT = {torch.float32: 2e-5, torch.float16: 6e-3, torch.bfloat16: 4e-2}  # what may differ
-IN_TURN = AttnConfig(4, 16, 4, 1)
+SERIAL = AttnConfig(4, 16, 4, 1)
 
 
 @triton.jit
 def _round(x, codes, COUNT: tl.constexpr):
     n = tl.arange(0, COUNT)
-    tl.store(codes + n, rounded(tl.load(x + n)).to(codes.dtype.element_ty))
+    tl.store(codes + n, round_to_e4m3(tl.load(x + n)).to(codes.dtype.element_ty))
 
 
 @triton.jit
@@ -65,26 +65,29 @@ def test_widening_e4m3(dtype: torch.dtype):
 def test_what_is_kept(query_heads: int, kv_heads: int, size: int, dtype: torch.dtype):
     """Without rotation and norm, the reference's codes and scales of what is given, and nothing else is written."""
     rng = np.random.default_rng(size)
-    tokens, cells = 5, np.array([9, 2, 23, 0, 14], np.int32)
+    tokens, slot_mapping = 5, np.array([9, 2, 23, 0, 14], np.int32)
     q, k, v = (
         torch.from_numpy(rng.normal(size=(tokens, n, size))).to(dtype) for n in (query_heads, kv_heads, kv_heads)
     )
     strange = torch.from_numpy(heads()[[0, 2, 6, 7], 4 : 4 + min(size, 20)])  # zeros, tiny, infinite, ordinary
     if dtype == torch.float32:
         k[:4, 0, : strange.shape[1]], v[1:, 0, : strange.shape[1]] = strange, strange
-    turns = torch.stack([torch.ones(8, size // 2), torch.zeros(8, size // 2)])
+    cos_sin = torch.stack([torch.ones(8, size // 2), torch.zeros(8, size // 2)])
     (keys, values), expected = pools(6, 4, kv_heads, size)
     positions = np.zeros(tokens, np.int32)
-    ints = [torch.from_numpy(a).to(DEVICE) for a in (positions, cells)]
-    qk_norm_rope_write_kv(*(x.to(DEVICE) for x in (q, k, v)), None, *ints, turns.to(DEVICE), keys, values)
+    ints = [torch.from_numpy(a).to(DEVICE) for a in (positions, slot_mapping)]
+    qk_norm_rope_write_kv(*(x.to(DEVICE) for x in (q, k, v)), None, *ints, cos_sin.to(DEVICE), keys, values)
     for ours, wanted, x in ((keys, expected[0], k), (values, expected[1], v)):
-        wanted[cells // 4, cells % 4] = x.float().numpy()
-        there = [a[cells // 4, cells % 4] for a in (ours.codes.float().cpu().numpy(), ours.scales.cpu().numpy())]
-        np.testing.assert_array_equal(there[1], wanted.scales[cells // 4, cells % 4])
+        wanted[slot_mapping // 4, slot_mapping % 4] = x.float().numpy()
+        there = [
+            a[slot_mapping // 4, slot_mapping % 4]
+            for a in (ours.codes.float().cpu().numpy(), ours.scales.cpu().numpy())
+        ]
+        np.testing.assert_array_equal(there[1], wanted.scales[slot_mapping // 4, slot_mapping % 4])
         finite = np.isfinite(there[1])
-        codes = kv_fp8.VALUES[wanted.codes[cells // 4, cells % 4]]
+        codes = kv_fp8.VALUES[wanted.codes[slot_mapping // 4, slot_mapping % 4]]
         np.testing.assert_array_equal(there[0][finite], codes[finite])
-        rest = np.setdiff1d(np.arange(24), cells)
+        rest = np.setdiff1d(np.arange(24), slot_mapping)
         assert np.isnan(ours.scales.cpu().numpy()[rest // 4, rest % 4]).all()
         assert (ours.codes.float().cpu().numpy()[rest // 4, rest % 4] == 0).all()
 
@@ -98,7 +101,7 @@ def test_attention(query_heads: int, kv_heads: int, size: int, dtype: torch.dtyp
         batch = step(rng, [0, 37, 3, 8], [1, 1, 13, 5], block_size)
         ours, theirs = filled(rng, batch, block_size, kv_heads, size)
         q = torch.from_numpy(rng.normal(size=(len(batch.input_ids), query_heads, size))).to(dtype)
-        y = run(q, ours, batch, size**-0.5, window, IN_TURN, split)
+        y = run(q, ours, batch, size**-0.5, window, SERIAL, split)
         context = ops.Context(batch, block_size)
         wanted = ops.attend(context, q.float().numpy(), ops.KV(*theirs), scale=size**-0.5, window=window)
         assert np.abs(y.float().numpy() - wanted).max() < LEFT[dtype], (block_size, window, split)
@@ -136,7 +139,7 @@ def test_small_values_keep_their_precision_in_float16():
     q = torch.from_numpy(rng.normal(size=(1, 2, 32))).to(torch.float16)
     for scales in (values.scales, theirs[1].scales):
         scales *= 2.0**-8
-    y = run(q, [keys, values], batch, 0.1, 0, IN_TURN, 1)
+    y = run(q, [keys, values], batch, 0.1, 0, SERIAL, 1)
     wanted = ops.attend(ops.Context(batch, 64), q.float().numpy(), ops.KV(*theirs), scale=0.1)
     assert np.abs(y.float().numpy() - wanted).max() < 0.01 * np.abs(wanted).max()
 
@@ -147,4 +150,4 @@ def test_scales_that_lie_elsewhere_are_refused():
     wrong = Scaled(keys.codes, torch.zeros(keys.scales.shape))
     ints = torch.zeros(1, 4, dtype=torch.int32)
     with pytest.raises(BackendError, match="scales at"):
-        attention(q, wrong, values, ints, ints, y, scale=1.0, window=0, config=AttnConfig(1, 16, 4, 1))
+        paged_attention(q, wrong, values, ints, ints, y, scale=1.0, window=0, config=AttnConfig(1, 16, 4, 1))

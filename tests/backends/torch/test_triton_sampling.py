@@ -9,8 +9,8 @@ from llmrs.backends.testing import random_sampling
 
 pytest.importorskip("triton")
 from llmrs.backends.torch.kernels.gumbel import gumbel as gumbel_of_kernels
-from llmrs.backends.torch.kernels.gumbel_argmax import _bounds, _limit, draw
-from llmrs.backends.torch.kernels.top_k_top_p import find_edges
+from llmrs.backends.torch.kernels.gumbel_argmax import sample_gumbel, score_upper_bound, skip_threshold
+from llmrs.backends.torch.kernels.top_k_top_p import find_thresholds
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -22,8 +22,8 @@ def run(logits, params, slots=None, last=None, part=0, **more) -> np.ndarray:
     last = torch.zeros(count, dtype=torch.int64) if last is None else last
     arrays = (torch.from_numpy(params.temperature), torch.from_numpy(params.rng_key.view(np.int32)), slots, last)
     if part:
-        more |= {"chunk": part, "programs": 2 * count}
-    return draw(torch.as_tensor(logits).to(DEVICE), *(a.to(DEVICE) for a in arrays), **more).cpu().numpy()
+        more |= {"chunk": part, "num_ctas": 2 * count}
+    return sample_gumbel(torch.as_tensor(logits).to(DEVICE), *(a.to(DEVICE) for a in arrays), **more).cpu().numpy()
 
 
 def plain(seed: int, count: int = 4):
@@ -42,29 +42,31 @@ def test_draws(vocabulary: int):
             np.testing.assert_array_equal(run(logits, params, part=part), sample(logits, params))
 
 
-def cut(logits, params, part=16) -> torch.Tensor:
+def thresholds_of(logits, params, part=16) -> torch.Tensor:
     arrays = (params.temperature, params.top_k, params.top_p, params.min_p)
-    return find_edges(torch.as_tensor(logits).to(DEVICE), *(torch.from_numpy(a).to(DEVICE) for a in arrays), part=part)
+    return find_thresholds(
+        torch.as_tensor(logits).to(DEVICE), *(torch.from_numpy(a).to(DEVICE) for a in arrays), block_v=part
+    )
 
 
 @pytest.mark.parametrize("vocabulary", [2, 33, 211, 3000])
 @pytest.mark.parametrize("ties", [True, False])
-def test_what_top_k_top_p_and_min_p_keep(vocabulary: int, ties: bool):
+def test_what_top_k_top_p_and_min_p_filter_logits(vocabulary: int, ties: bool):
     for seed in range(8):
         rng = np.random.default_rng(seed)
         params = random_sampling(rng, 5)
         logits = (rng.normal(size=(5, vocabulary)) * 4).astype(np.float32)
         logits = np.round(logits) / 2 if ties else logits
         logits[0, 1:] -= np.inf
-        edges = cut(logits, params, part=16 if vocabulary < 100 else 1024).cpu()
+        thresholds = thresholds_of(logits, params, part=16 if vocabulary < 100 else 1024).cpu()
         for s in np.flatnonzero(params.temperature > 0):
             x = logits[s] / params.temperature[s]
-            edge = edges[s : s + 1, 0].view(torch.float32).numpy()
-            kept = (x > edge) | ((x == edge) & (np.arange(vocabulary) < int(edges[s, 1])))
+            threshold = thresholds[s : s + 1, 0].view(torch.float32).numpy()
+            kept = (x > threshold) | ((x == threshold) & (np.arange(vocabulary) < int(thresholds[s, 1])))
             expected = filter_logits(x, params.top_k[s], params.top_p[s], params.min_p[s])
             other = kept != (expected > -np.inf)  # the reference's running sum rounds in a long tail
             assert np.exp(x[other] - x.max()).sum() <= (1e-4 if vocabulary > 100 else 0), (seed, s)
-        np.testing.assert_array_equal(run(logits, params, edges=edges.to(DEVICE)), sample(logits, params))
+        np.testing.assert_array_equal(run(logits, params, thresholds=thresholds.to(DEVICE)), sample(logits, params))
 
 
 @pytest.mark.parametrize("temperature", [0, 1e-4, 0.6, 100])
@@ -89,7 +91,7 @@ def test_scores_are_below_their_bounds():
     import triton
     import triton.language as tl
 
-    bounds, limit = _bounds, _limit
+    bounds, limit = score_upper_bound, skip_threshold
 
     @triton.jit
     def fill(x, y, z, scores, key, scale, bounds: tl.constexpr, limit: tl.constexpr, N: tl.constexpr):
