@@ -148,14 +148,14 @@ def attend(c: KernelContext, q: Tensor, kv: KV, *, scale: float, window: int = 0
         )  # fmt: skip
     if not shape.num_prefill_tiles:
         return out
-    args = kv.keys, kv.values, f.block_tables, f.prefill_tiles, out
+    tables, tiles = f.block_tables, f.prefill_tiles
     use_tma = c.use_tma and window == 0 and shape.is_long_prefill
     if use_tma and cache_tma_compatible(kv.keys, q.dtype) and cache_tma_compatible(kv.values, q.dtype):
         tma = replace(prefill_config(group, head_dim, block_size), q_tokens=c.block_m_tokens)
-        prefill_attention_tma(q, *args, scale=scale, config=tma, pdl=c.pdl)
+        prefill_attention_tma(q, kv.keys, kv.values, tables, tiles, out, scale=scale, config=tma, pdl=c.pdl)
     else:
         paged = replace(config(True), q_tokens=c.block_m_tokens)
-        paged_attention(q, *args, scale=scale, window=window, config=paged, pdl=c.pdl)
+        paged_attention(q, kv.keys, kv.values, tables, tiles, out, scale=scale, window=window, config=paged, pdl=c.pdl)
     return out
 
 

@@ -16,7 +16,7 @@ INVALID_ID = tl.constexpr(2**31 - 1)
 
 @triton.jit
 def _hash32(x):
-    """The 32-bit hash of backends/reference/sampling.py, on uint32."""
+    """`hash32` of core/sampling.py, on uint32."""
     x = x ^ (x >> 16)
     x = x * 0x7FEB352D
     x = x ^ (x >> 15)

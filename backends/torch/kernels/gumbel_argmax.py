@@ -41,7 +41,7 @@ RELATIVE, ABSOLUTE = tl.constexpr(2.0**-18), tl.constexpr(2.0**-11)  # eight tim
 
 @triton.jit
 def _mix_core(x):
-    """The hash of backends/reference/sampling.py without its first and last step, x ^ (x >> 16), which undoes itself."""
+    """`hash32` of core/sampling.py without its first and last step, x ^ (x >> 16), which undoes itself."""
     x = x * 0x7FEB352D
     x = x ^ (x >> 15)
     return x * 0x846CA68B
