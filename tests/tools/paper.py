@@ -21,7 +21,7 @@ DEVICES = [
         *(("M1 Ultra", 800, 20.8), ("M2 Ultra", 800, 27.2), ("M3 Ultra", 819, 32.8)),
     )
 ]
-ON_PAGE = ("M1", "M4", "M1 Pro", "M4 Pro", "M1 Max", "M4 Max", "M3 Ultra")  # chips in docs/apple.md
+ON_PAGE = ("M1", "M4", "M4 Pro", "M4 Max", "M1 Ultra", "M3 Ultra")  # chips in docs/apple.md
 SHAPES = {
     "Qwen3-0.6B": (1024, 3072, 28, 16, True),
     "Qwen3-4B": (2560, 9728, 36, 32, True),
