@@ -1,4 +1,4 @@
-"""The tables of docs/apple.md that are made on paper: `python tests/tools/paper.py docs/apple.md` renews them."""
+"""Estimated speed of Macs. `python tests/tools/paper.py` prints all chips; with docs/apple.md it renews that page."""
 
 import re
 import sys
@@ -21,6 +21,7 @@ DEVICES = [
         *(("M1 Ultra", 800, 20.8), ("M2 Ultra", 800, 27.2), ("M3 Ultra", 819, 32.8)),
     )
 ]
+ON_PAGE = ("M1", "M4", "M4 Pro", "M4 Max", "M1 Ultra", "M3 Ultra")  # chips in docs/apple.md
 SHAPES = {
     "Qwen3-0.6B": (1024, 3072, 28, 16, True),
     "Qwen3-4B": (2560, 9728, 36, 32, True),
@@ -30,9 +31,9 @@ FORMATS = {"bf16": "bf16", "Q8_0": "q8_0", "Q4_K": "q4k"}
 BATCHES = (1, 8, 32)
 CONTEXT, PROMPT = 512, 512
 REACHED = 0.85  # of the bandwidth, by good kernels
-MATRIX = 0.7  # of the arithmetic, by large matrix products
+MATRIX = 0.7  # of the FLOP/s, by large GEMMs
 LAUNCH = 3.5e-6  # seconds between two kernels
-PER_LAYER, BESIDE = 11, 8  # kernels of a decode step: 5 of ours, 4 matrix products, 2 scatters
+PER_LAYER, BESIDE = 11, 8  # kernels of a decode step: 5 of ours, 4 GEMMs, 2 scatters
 
 
 def graph(name: str) -> Graph:
@@ -49,7 +50,7 @@ def graph(name: str) -> Graph:
 
 
 def expected(work: Work, device: Device, dtype: str, batch: int, layers: int) -> float:
-    """Tokens per second of all answers together."""
+    """Total tokens per second."""
     launches = (layers * PER_LAYER + BESIDE) * LAUNCH
     return batch / (work.decode(device, dtype, batch, CONTEXT) / REACHED + launches)
 
@@ -58,7 +59,7 @@ def table(name: str) -> str:
     plain = graph(name)
     work, layers = Work.of(plain), len(plain.kv_types())
     head = [f"{f} x{b}" for f in FORMATS for b in BATCHES]
-    rows = [f"| {name} | floor bf16 | {' | '.join(head)} | prefill |", "|---" * (len(head) + 3) + "|"]
+    rows = [f"| {name} | roofline bf16 | {' | '.join(head)} | prefill |", "|---" * (len(head) + 3) + "|"]
     for device in DEVICES:
         cells = [expected(work, device, dtype, batch, layers) for dtype in FORMATS.values() for batch in BATCHES]
         floor = 1e3 * work.decode(device, "bf16", 1, CONTEXT)
@@ -67,14 +68,22 @@ def table(name: str) -> str:
     return "\n".join(rows)
 
 
+def page_table(name: str) -> str:
+    """The table with the chips of the page only."""
+    left_out = tuple(f"| {device.name} |" for device in DEVICES if device.name not in ON_PAGE)
+    return "\n".join(line for line in table(name).splitlines() if not line.startswith(left_out))
+
+
 def renewed(text: str) -> str:
     """The page with each table after its mark replaced."""
     for name in SHAPES:
         mark = f"<!-- paper: {name} -->"
-        text = re.sub(re.escape(mark) + r"\n(\|.*\n)*", lambda _, m=mark, n=name: f"{m}\n{table(n)}\n", text)
+        text = re.sub(re.escape(mark) + r"\n(\|.*\n)*", lambda _, m=mark, n=name: f"{m}\n{page_table(n)}\n", text)
     return text
 
 
 if __name__ == "__main__":
-    page = Path(sys.argv[1])
-    page.write_text(renewed(page.read_text("utf-8")), "utf-8")
+    for page in map(Path, sys.argv[1:]):
+        page.write_text(renewed(page.read_text("utf-8")), "utf-8")
+    if not sys.argv[1:]:
+        print("\n\n".join(map(table, SHAPES)))
