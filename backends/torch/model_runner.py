@@ -92,16 +92,16 @@ class GPUModelRunner:
         self.ctas = target_ctas(self.device, *kv[0].keys.shape[2:])
         self.block_m_tokens = prefill_q_tokens(graph, dtype, kv_cache_dtype(kv[0].keys), self.configs)
         if self.use_graphs and not NOT_CAPTURABLE & {c.op for c in program.calls}:
-            self.graphs = GraphCache(
-                self.device,
-                self._make_buffers,
-                self._run,
-                self._sample,
-                null_slot=self.null_block * self.block_size,
-                pool_bytes=activation_bytes,
-            )
+            self.graphs = self.new_graph_cache(activation_bytes)
         if self.device.type == "cuda":  # the interpreter compiles nothing, and takes minutes
             self._warm_up(max_num_batched_tokens)
+
+    def new_graph_cache(self, pool_bytes: int = 0) -> GraphCache:
+        """An empty one; `pool_bytes`: initial size of its memory pool."""
+        null_slot = self.null_block * self.block_size
+        return GraphCache(
+            self.device, self._make_buffers, self._run, self._sample, null_slot=null_slot, pool_bytes=pool_bytes
+        )
 
     def forward(self, batch: Batch) -> Logits:
         """Logits (R, V) in the dtype of computation, valid until the next step."""

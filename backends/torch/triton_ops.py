@@ -180,23 +180,23 @@ def fused_linear(
 ) -> Tensor | tuple[Tensor, ...]:
     """The op of fusion.py in as few launches as `select_gemm` finds best: everything in one kernel; a GEMM with its
     activation and a norm that reduces split-K; or cuBLAS with separate kernels around it."""
-    *residual, (matrix, prologue, after) = rest
+    *residual, (matrix, prologue, epilogue) = rest
     weight, bias = matrix.weight, matrix.bias
-    reducible = after is not None and bias is None
+    reducible = epilogue is not None and bias is None
     config = gemm.select_gemm(len(x), weight, bool(gate), reducible, c.device.smem_bytes)
     if config and not isinstance(config, TmaConfig):
         norm_weight, how = (prologue.weight, prologue.params) if prologue else (None, {})
         added = residual[0] if residual else None
         y = gemm.fused_linear(x, weight, bias, added, norm_weight, act=gate, config=config, pdl=c.pdl, **how)
-        return (y, rms_norm(c, y, after.weight, **after.params)) if after else _split(y, sizes)
+        return (y, rms_norm(c, y, epilogue.weight, **epilogue.params)) if epilogue else _split(y, sizes)
     x = rms_norm(c, x, prologue.weight, **prologue.params) if prologue else x
     if config and tma_compatible(x):
         y = gemm.fused_linear(x, weight, bias, act=gate, config=config, pdl=c.pdl)
     else:
         y = matrix(x, pdl=c.pdl)
         y = TRITON[gate](c, *y.chunk(2, dim=-1)) if gate else y
-    if after:
-        return fused_add_rms_norm(c, residual[0], y, after.weight, **after.params)
+    if epilogue:
+        return fused_add_rms_norm(c, residual[0], y, epilogue.weight, **epilogue.params)
     return residual[0] + y if residual else _split(y, sizes)
 
 

@@ -2,9 +2,9 @@
 
 Random weights in the shapes of the model that FOLDER is named after (qwen3-8b, llama-3.2-1b), else of Qwen3-0.6B; it is
 written if it is not there. Prints what the device can do, then how near the engine comes: correctness, device time of
-decode steps, the four workloads, arrivals, kernels against their floors, cuts of attention, the start of a process,
-a grid of steps, which it also draws into $OUT. All but correctness and cuts are those of `llmrs bench`. A part
-that fails says so, and the others go on. The last line is JSON.
+decode steps, the four workloads, arrivals, kernels against their floors, attention configs, the start of a process,
+a grid of steps, which it also draws into $OUT. All but correctness and attention configs are those of `llmrs
+bench`. A part that fails says so, and the others go on. The last line is JSON.
 """
 
 import json
@@ -30,6 +30,7 @@ import torch
 
 from llmrs import Engine, EngineConfig
 from llmrs.backends.base import find
+from llmrs.backends.torch.kernels.paged_attention import AttnConfig, paged_attention
 from llmrs.bench import report, serving, startup, sweep
 from llmrs.bench.profile import profile_step
 from llmrs.bench.roofline import Device
@@ -215,44 +216,35 @@ def profiles() -> None:
     tell("profiles", [profile_step(engine(), device(), *shape) for shape in ((256, 512), (32, 512), (1, 384))])
 
 
-def cuts() -> None:
-    """Attention by itself in the model's shapes, with other tiles than the defaults: 256 sequences of 512; a prompt of
-    4,096."""
-    from llmrs.backends.torch.kernels.paged_attention import AttnConfig, attention
-
+def attn_configs() -> None:
+    """Attention by itself in the model's shapes with several configs: 256 sequences of 512; a prompt of 4,096."""
     shape = random_checkpoint.SHAPES[model_shape()]
-    heads, kv_heads, size = shape["num_attention_heads"], shape["num_key_value_heads"], shape["head_dim"]
-    tables = torch.randperm(256 * 8, device=GPU).int()
-    singles = torch.tensor([[8 * s, s, 1, 511] for s in range(256)], dtype=torch.int32, device=GPU)
-    q = torch.randn(4096, heads, size, device=GPU, dtype=torch.bfloat16)
-    y = torch.empty(4096, heads * size, device=GPU, dtype=torch.bfloat16)
+    heads, kv_heads, head_dim = shape["num_attention_heads"], shape["num_key_value_heads"], shape["head_dim"]
+    block_tables = torch.randperm(256 * 8, device=GPU).int()
+    decode_tiles = torch.tensor([[8 * s, s, 1, 511] for s in range(256)], dtype=torch.int32, device=GPU)
+    q = torch.randn(4096, heads, head_dim, device=GPU, dtype=torch.bfloat16)
+    out = torch.empty(4096, heads * head_dim, device=GPU, dtype=torch.bfloat16)
     pools = [
-        torch.randn(2048, 2, kv_heads, 64, size, device=GPU, dtype=torch.bfloat16) for _ in range(4)
+        torch.randn(2048, 2, kv_heads, 64, head_dim, device=GPU, dtype=torch.bfloat16) for _ in range(4)
     ]  # beyond the L2 cache
 
-    def launch(tiles: torch.Tensor, cut: AttnConfig) -> None:
+    def launch(tiles: torch.Tensor, config: AttnConfig) -> None:
         for p in pools:
             k, v = p.transpose(2, 3).unbind(1)
-            attention(q, k, v, tables, tiles, y, scale=0.09, window=0, config=cut)
+            paged_attention(q, k, v, block_tables, tiles, out, scale=0.09, window=0, config=config)
 
-    read = 256 * 512 * 2 * kv_heads * size * 2 * len(pools)
-    for keys, warps, stages in ((64, 2, 3), (64, 4, 3), (32, 2, 3), (32, 2, 4), (64, 2, 2), (64, 1, 3), (64, 2, 4)):
-        cut = AttnConfig(1, keys, warps, stages)
-        seconds = timed(bench_gemm.recorded(partial(launch, singles, cut))[0])
-        print(f"decode, {cut}: {read / seconds / 1e12:.2f} TB/s", flush=True)
-    flops, group = 4 * 4096 * 4096 / 2 * heads * size * len(pools), heads // kv_heads
-    for rows, keys, warps, stages in (
-        (128, 64, 8, 3),
-        (128, 64, 8, 2),
-        (128, 64, 4, 2),
-        (64, 64, 4, 3),
-        (256, 64, 8, 2),
-    ):
-        tokens = rows // group
-        tiles = torch.tensor([[0, t, tokens, t] for t in range(0, 4096, tokens)], dtype=torch.int32, device=GPU)
-        cut = AttnConfig(tokens, keys, warps, stages)
-        seconds = timed(partial(launch, tiles, cut), 5)
-        print(f"prompt, {cut}: {flops / seconds / 1e12:.0f} TFLOP/s", flush=True)
+    read = 256 * 512 * 2 * kv_heads * head_dim * 2 * len(pools)
+    for how in ((64, 2, 3), (64, 4, 3), (32, 2, 3), (32, 2, 4), (64, 2, 2), (64, 1, 3), (64, 2, 4)):
+        config = AttnConfig(1, *how)
+        seconds = timed(bench_gemm.captured(partial(launch, decode_tiles, config))[0])
+        print(f"decode, {config}: {read / seconds / 1e12:.2f} TB/s", flush=True)
+    flops, group = 4 * 4096 * 4096 / 2 * heads * head_dim * len(pools), heads // kv_heads
+    for block_m, *rest in ((128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 4, 2), (64, 64, 4, 3), (256, 64, 8, 2)):
+        config = AttnConfig(block_m // group, *rest)
+        starts = range(0, 4096, config.q_tokens)
+        tiles = torch.tensor([[0, t, config.q_tokens, t] for t in starts], dtype=torch.int32, device=GPU)
+        seconds = timed(partial(launch, tiles, config), 5)
+        print(f"prefill, {config}: {flops / seconds / 1e12:.0f} TFLOP/s", flush=True)
 
 
 def model_shape() -> str:
@@ -262,12 +254,12 @@ def model_shape() -> str:
 
 
 def sampling() -> None:
-    """Drawing by itself."""
+    """Sampling by itself."""
     bench_pdl.sampling(timed, FOUND)
 
 
 def pdl() -> None:
-    """Decode steps with chained kernels and without."""
+    """Decode steps with PDL and without."""
 
     def run(backend: Any) -> None:
         bench_pdl.pdl(backend, partial(sweep.decode_batch, backend.block_size), timed, FOUND)
@@ -276,7 +268,7 @@ def pdl() -> None:
 
 
 def fp8() -> None:
-    """A KV cache in fp8 beside one in bf16: right, then attention, decode steps, and the seed workload."""
+    """A KV cache in fp8 vs. one in bf16: correctness, attention, decode steps, and the seed workload."""
     bench_fp8.fp8(sys.modules[__name__])
 
 
@@ -289,23 +281,23 @@ def wide() -> Engine:
     return Engine(config)
 
 
-def rows() -> None:
-    """Steps of few sequences: matrices with what stands around them in one kernel, and apart."""
+def gemms() -> None:
+    """Linears with their neighbours in one kernel and apart, in decode steps and by themselves."""
 
     def batch(backend: Any, count: int, context: int) -> Batch:
         return sweep.decode_batch(backend.block_size, count, context)
 
     with wide() as own:
         on_its_thread(own, lambda backend: bench_gemm.whole_steps(timed, FOUND, backend, batch))
-    bench_gemm.merged_linear(timed, FOUND, random_checkpoint.SHAPES[model_shape()])
+    bench_gemm.gemms(timed, FOUND, random_checkpoint.SHAPES[model_shape()])
 
 
-def products() -> None:
-    """Steps in which one kind of product is done by ours, and cut in several ways."""
+def gemms_in_step() -> None:
+    """Steps in which one kind of GEMM is ours, with several tiles."""
 
     def run(backend: Any) -> None:
         batch = partial(sweep.decode_batch, backend.block_size, context=256)
-        bench_gemm_in_step.products(timed, FOUND, backend, batch)
+        bench_gemm_in_step.gemms_in_step(timed, FOUND, backend, batch)
 
     with wide() as own:
         on_its_thread(own, run)
@@ -331,13 +323,13 @@ PARTS = {
         workloads,
         arrivals,
         profiles,
-        cuts,
+        attn_configs,
         prefill,
         sampling,
         pdl,
         fp8,
-        rows,
-        products,
+        gemms,
+        gemms_in_step,
         more_correctness,
         start,
         grid,

@@ -1,13 +1,15 @@
-"""Parts of bench_cuda.py for a KV cache in fp8: is it right, and what does it gain on one in bf16?"""
+"""Parts of bench_cuda.py for a KV cache in fp8: correctness, and speed vs. one in bf16."""
 
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from bench_gemm import recorded
+from bench_gemm import captured
 
 from llmrs.backends.base import find
+from llmrs.backends.torch.kernels.paged_attention import AttnConfig, default_config, paged_attention
+from llmrs.backends.torch.kv_fp8 import Scaled
 from llmrs.bench import serving, sweep
 from llmrs.bench.workloads import WORKLOADS
 from llmrs.random_model import BLOCK, RandomModel, prefill_batch, prompts
@@ -50,40 +52,33 @@ def logits(backend: Any) -> np.ndarray:
 
 
 def attend(bench: Any) -> None:
-    """Single tokens of 256 sequences: both kinds of pools with the cut of today, fp8 with others too."""
-    from llmrs.backends.torch.kernels.paged_attention import AttnConfig, default_config
-
+    """Decode attention of 256 sequences: both dtypes with the default config, fp8 with others too."""
     others = ((64, 4, 3), (64, 2, 4), (32, 2, 4), (64, 2, 2), (64, 1, 3))
     for context in (512, 1000):
         for kv, more in (("bf16", ()), ("fp8", others)):
-            now = default_config(2, 128, torch.bfloat16, prefill=False, fp8=kv == "fp8")
-            cut_by_cut(bench, context, kv, [now, *(AttnConfig(1, *c) for c in more)])
+            default = default_config(2, 128, torch.bfloat16, prefill=False, fp8=kv == "fp8")
+            decode_attention(bench, context, kv, [default, *(AttnConfig(1, *c) for c in more)])
 
 
-def cut_by_cut(bench: Any, context: int, kv: str, cuts: list[Any]) -> None:
-    """Attention of 256 sequences by itself."""
-    from llmrs.backends.torch.kernels.paged_attention import attention
-    from llmrs.backends.torch.kv_fp8 import Scaled
-
+def decode_attention(bench: Any, context: int, kv: str, configs: list[AttnConfig]) -> None:
     q = torch.randn(256, 16, 128, device=bench.GPU, dtype=torch.bfloat16)
-    y = torch.empty(256, 2048, device=bench.GPU, dtype=torch.bfloat16)
+    out = torch.empty(256, 2048, device=bench.GPU, dtype=torch.bfloat16)
     width = -(-context // 64)
-    tables = torch.randperm(256 * width, device=bench.GPU).int()
+    block_tables = torch.randperm(256 * width, device=bench.GPU).int()
     tiles = torch.tensor([[width * s, s, 1, context - 1] for s in range(256)], dtype=torch.int32, device=bench.GPU)
     pools: list[Any] = []
     for _ in range(3):  # more than the L2 cache holds
         p = torch.randn(256 * width, 2, 8, 64, 128, device=bench.GPU, dtype=torch.bfloat16)
-        pools.append(
-            Scaled(p.to(torch.float8_e4m3fn), torch.rand(p.shape[:-1], device=bench.GPU)) if kv == "fp8" else p
-        )
+        scales = torch.rand(p.shape[:-1], device=bench.GPU)
+        pools.append(Scaled(p.to(torch.float8_e4m3fn), scales) if kv == "fp8" else p)
 
-    def launch(cut: Any) -> None:
+    def launch(config: AttnConfig) -> None:
         for p in pools:
             k, v = (side.transpose(1, 2) for side in p.unbind(1))
-            attention(q, k, v, tables, tiles, y, scale=0.09, window=0, config=cut)
+            paged_attention(q, k, v, block_tables, tiles, out, scale=0.09, window=0, config=config)
 
     read = 256 * context * 2 * 8 * (128 * 2 if kv == "bf16" else 128 + 4)
-    for cut in cuts:
-        seconds = bench.timed(recorded(partial(launch, cut))[0]) / len(pools)
-        bench.FOUND[f"attention {kv} {context} {cut.block_n} {cut.num_warps} {cut.num_stages}"] = seconds
-        print(f"256 x {context:4} {kv:4} {cut}: {seconds * 1e6:6.1f} us, {read / seconds / 1e12:.2f} TB/s", flush=True)
+    for c in configs:
+        seconds = bench.timed(captured(partial(launch, c))[0]) / len(pools)
+        bench.FOUND[f"attention {kv} {context} {c.block_n} {c.num_warps} {c.num_stages}"] = seconds
+        print(f"256 x {context:4} {kv:4} {c}: {seconds * 1e6:6.1f} us, {read / seconds / 1e12:.2f} TB/s", flush=True)

@@ -1,8 +1,8 @@
-"""The part `products` of bench_cuda.py: decode steps in which one kind of product is ours, and the others are not.
+"""The part `gemms_in_step` of bench_cuda.py: decode steps in which one kind of GEMM is ours and the others are cuBLAS.
 
-A product by itself is not one in a step: what stands before and after it counts. So this is what says whether `many` is
-faster than the library (`worthwhile` in kernels/rows.py), and which tiles are the best (`on_paper` in rows_many.py).
-Printed are microseconds of one launch more or less than the library's, with what is fused with it.
+A GEMM by itself differs from one in a step, between its neighbours. So this decides whether gemm_tma beats cuBLAS
+(`beats_cublas` in kernels/gemm.py) and which tiles are best (`estimate_us` in kernels/gemm_tma.py). Prints microseconds
+per launch, with what is fused, relative to cuBLAS.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,69 +13,69 @@ from typing import Any
 import torch
 from bench_gemm import restart
 
-from llmrs.backends.torch import triton_ops
-from llmrs.backends.torch.kernels.gemm import HEAD, Cut, Tiles
-from llmrs.backends.torch.kernels.gemm_tma import SPAN, cut_many, filled
+from llmrs.backends.torch.kernels import gemm
+from llmrs.backends.torch.kernels.gemm import LM_HEAD_N, GemmConfig, TmaConfig
+from llmrs.backends.torch.kernels.gemm_tma import MIN_K_PER_SPLIT, fit_to_smem, tma_config
 
 COUNTS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 384, 512)  # sequences
-TILES = [*product((64,), (32, 64, 128, 256)), *product((128,), (64, 128))]
+TILES = [*product((64,), (32, 64, 128, 256)), *product((128,), (64, 128))]  # BLOCK_N, BLOCK_M
 Timed = Callable[[Callable[[], object]], float]
-CutOf = Callable[..., Cut | Tiles | None]
+Select = Callable[..., GemmConfig | None]
 
 
-def kind_of(w: torch.Tensor, gate: bool, summed: bool) -> str:
-    """As in a layer of Qwen3, Llama or Mistral."""
-    if gate or not summed:
-        return "gate+up" if gate else "head" if len(w) > HEAD else "qkv"
+def kind_of(w: torch.Tensor, act: bool, reducible: bool) -> str:
+    """In a layer of Qwen3, Llama or Mistral."""
+    if act or not reducible:
+        return "gate+up" if act else "lm_head" if len(w) > LM_HEAD_N else "qkv"
     return "down" if w.shape[1] > len(w) else "o"
 
 
-def only(kind: str, tiles: tuple[int, int, int] | None = None) -> CutOf:
-    """A `cut_of` by which `many` does one kind of product: as it would be, or in tiles (rows of w, of x, ranges)."""
+def only(kind: str, tiles: tuple[int, int, int] | None = None) -> Select:
+    """A `select_gemm` that gives one kind to gemm_tma, with the default config or (BLOCK_N, BLOCK_M, SPLIT_K)."""
 
-    def cut_of(rows: int, w: torch.Tensor, gate: bool, summed: bool, shared: int) -> Tiles | None:
-        if kind_of(w, gate, summed) != kind:
+    def select(m: int, w: torch.Tensor, act: bool, reducible: bool, smem_bytes: int) -> TmaConfig | None:
+        if kind_of(w, act, reducible) != kind:
             return None
-        count, width = len(w) // (1 + gate), w.shape[1]
+        n, k = len(w) // (1 + act), w.shape[1]
         if tiles is None:
-            return cut_many(rows, count, width, gate, summed, shared)
-        cut = filled(*tiles, rows, count, gate, shared)
-        return cut if cut.stages > 1 and (cut.split == 1 or (summed and width >= SPAN * cut.split)) else None
+            return tma_config(m, n, k, act, reducible, smem_bytes)
+        c = fit_to_smem(*tiles, m, n, act, smem_bytes)
+        return c if c.num_stages > 1 and (c.split_k == 1 or (reducible and k >= MIN_K_PER_SPLIT * c.split_k)) else None
 
-    return cut_of
+    return select
 
 
 @contextmanager
-def chosen(cut_of: CutOf) -> Iterator[None]:
-    before = triton_ops.few.cut_of
-    triton_ops.few.cut_of = cut_of
+def chosen(select: Select) -> Iterator[None]:
+    before = gemm.select_gemm
+    gemm.select_gemm = select
     try:
         yield
     finally:
-        triton_ops.few.cut_of = before
+        gemm.select_gemm = before
 
 
-def products(timed: Timed, found: dict[str, Any], backend: Any, batch: Callable[[int], Any]) -> None:
-    """`batch` makes a step of so many sequences."""
+def gemms_in_step(timed: Timed, report: dict[str, Any], backend: Any, batch: Callable[[int], Any]) -> None:
+    """`batch` makes a step of a number of sequences."""
     steps, layers = [(count, batch(count)) for count in COUNTS], len(backend.kv)
-    library = seconds(timed, backend, only("none"), steps)
+    cublas = seconds(timed, backend, only("none"), steps)
     print(f"{'':22}", *(f"{count:8}" for count in COUNTS))
-    print(f"{'library, whole steps':22}", *(f"{s * 1e6:8.0f}" for s in library), flush=True)
-    for kind in ("qkv", "o", "gate+up", "down", "head"):
+    print(f"{'cuBLAS, whole steps':22}", *(f"{s * 1e6:8.0f}" for s in cublas), flush=True)
+    for kind in ("qkv", "o", "gate+up", "down", "lm_head"):
         splits = (1, 2, 4) if kind in ("o", "down") else (1,)
         for tiles in (None, *((*shape, split) for shape, split in product(TILES, splits))):
             times = seconds(timed, backend, only(kind, tiles), steps)
-            name = f"{kind} " + ("as cut" if tiles is None else "{}x{}/{}".format(*tiles))
-            found[f"product {name}"] = dict(zip(COUNTS, times, strict=True))
-            launches = 1 if kind == "head" else layers
-            more = [(t - base) * 1e6 / launches for t, base in zip(times, library, strict=True)]
+            name = f"{kind} " + ("default" if tiles is None else "{}x{}/{}".format(*tiles))
+            report[f"gemm in step {name}"] = dict(zip(COUNTS, times, strict=True))
+            launches = 1 if kind == "lm_head" else layers
+            more = [(t - base) * 1e6 / launches for t, base in zip(times, cublas, strict=True)]
             print(f"{name:22}", *(f"{m:8.1f}" for m in more), flush=True)
 
 
-def seconds(timed: Timed, backend: Any, cut_of: CutOf, steps: list[tuple[int, Any]]) -> list[float]:
-    """Of the forward part of each step, recorded anew; NaN where it fails."""
+def seconds(timed: Timed, backend: Any, select: Select, steps: list[tuple[int, Any]]) -> list[float]:
+    """Of the forward part of each step, captured anew; NaN on failure."""
     times = []
-    with chosen(cut_of):
+    with chosen(select):
         restart(backend)
         for _, step in steps:
             try:

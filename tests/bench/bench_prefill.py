@@ -16,8 +16,8 @@ from torch.nn.attention.bias import causal_lower_right
 
 from llmrs.backends.torch.attn_metadata import prefill_tiles
 from llmrs.backends.torch.kernels import qk_norm_rope_cache
-from llmrs.backends.torch.kernels.paged_attention import AttnConfig, attention
-from llmrs.backends.torch.kernels.prefill_attention_tma import prompt_attention
+from llmrs.backends.torch.kernels.paged_attention import AttnConfig, paged_attention
+from llmrs.backends.torch.kernels.prefill_attention_tma import prefill_attention_tma
 from llmrs.core.batch import Batch
 from llmrs.random_model import prefill_batch
 
@@ -36,7 +36,7 @@ TMA = {
 }  # by block size
 
 Way = Callable[[], torch.Tensor]
-paged = partial(attention, window=0)
+paged = partial(paged_attention, window=0)
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Case:
     batch: Batch
     q: torch.Tensor
     pool: torch.Tensor  # (blocks, 2, Hk, block_size, d)
-    tables: torch.Tensor
+    block_tables: torch.Tensor
 
     @property
     def kv(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,7 +81,7 @@ def kernel(c: Case, config: AttnConfig, run: Callable[..., None]) -> Way:
     tiles = c.tiles(config.q_tokens)
 
     def launch() -> torch.Tensor:
-        run(c.q, *c.kv, c.tables, tiles, y, scale=SCALE, config=config)
+        run(c.q, *c.kv, c.block_tables, tiles, y, scale=SCALE, config=config)
         return y
 
     return launch
@@ -114,7 +114,7 @@ def ways(past: int, new: int, count: int) -> dict[str, tuple[int, Case, Callable
         found[f"paged {how}"] = 64, c, partial(kernel, c, AttnConfig(*how), paged)
     for size, configs in TMA.items():
         for how in configs:
-            launch = partial(kernel, cases[size], AttnConfig(*how), prompt_attention)
+            launch = partial(kernel, cases[size], AttnConfig(*how), prefill_attention_tma)
             found[f"TMA, blocks of {size}, {how}"] = size, cases[size], launch
     for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
         found[f"SDPA {backend.name}"] = 64, c, partial(sdpa, c, backend)
@@ -145,15 +145,15 @@ def kernels(timed: Callable[..., float]) -> dict[str, Any]:
 def step(timed: Callable[..., float], backend: Any) -> None:
     """One step of two prompts of 4,096 tokens: device time, the host's time to launch it, and the top kernels."""
     batch = prefill_batch([[7] * 4096] * 2, backend.block_size)
-    for many in (2**30, qk_norm_rope_cache.MANY):
-        qk_norm_rope_cache.MANY, before = many, qk_norm_rope_cache.MANY
+    for many in (2**30, qk_norm_rope_cache.MANY_TOKENS):
+        qk_norm_rope_cache.MANY_TOKENS, before = many, qk_norm_rope_cache.MANY_TOKENS
         seconds = timed(lambda: backend.launch(batch))
-        qk_norm_rope_cache.MANY = before
+        qk_norm_rope_cache.MANY_TOKENS = before
         begin = time.perf_counter()
         ticket = backend.launch(batch)
         host = time.perf_counter() - begin
         ticket.tokens()
-        print(f"step of 8192, MANY {many}: {seconds * 1e3:.2f} ms, {8192 / seconds:.0f} tokens/s; "
+        print(f"step of 8192, MANY_TOKENS {many}: {seconds * 1e3:.2f} ms, {8192 / seconds:.0f} tokens/s; "
               f"host {host * 1e3:.2f} ms", flush=True)  # fmt: skip
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(3):

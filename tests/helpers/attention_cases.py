@@ -1,4 +1,4 @@
-"""Steps and KV caches for the attention kernels, and what the reference gives."""
+"""Steps and KV caches for the attention kernels, and the reference's results."""
 
 import numpy as np
 import pytest
@@ -15,11 +15,11 @@ from llmrs.backends.torch.kernels.paged_attention import AttnConfig, paged_atten
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
-LEFT = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}  # what may differ
+LEFT = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}  # tolerance
 
 
 def step(rng: np.random.Generator, past: list[int], new: list[int], block_size: int) -> Batch:
-    """A step of `new` tokens each after `past` ones, in blocks that lie anywhere."""
+    """A step of `new` tokens each after `past` cached ones, in scattered blocks."""
     batch = prefill_batch([[1] * n for n in new], block_size)
     lengths = np.array(past, np.int32) + np.array(new, np.int32)
     width = int(-(-lengths.max() // block_size)) + 1
@@ -29,7 +29,7 @@ def step(rng: np.random.Generator, past: list[int], new: list[int], block_size: 
 
 
 def pool(rng: np.random.Generator, batch: Batch, block_size: int, kv_heads: int, size: int, dtype: torch.dtype):
-    """Keys and values with NaN wherever no token of the step looks; heads before tokens in memory, as on the GPU."""
+    """K and V caches, NaN at unused tokens; heads before tokens in memory, as on the GPU."""
     shape = (2, batch.block_tables.max() + 2, kv_heads, block_size, size)
     kv = torch.full(shape, torch.nan, dtype=dtype).transpose(2, 3)
     for s, length in enumerate(batch.seq_lens):
@@ -48,7 +48,7 @@ def run(q, kv, batch: Batch, scale: float, window: int, config: AttnConfig, num_
     empty = np.zeros((1, 4), np.int32)
     chunks = prefill_tiles(batch, counts, width, config.q_tokens)
     for tiles, how, n in ((singles, AttnConfig(1, config.block_n, 4, 1), num_splits), (chunks, config, 1)):
-        tiles = torch.from_numpy(np.concatenate([empty, tiles])).to(DEVICE)  # an empty tile does nothing
+        tiles = torch.from_numpy(np.concatenate([empty, tiles])).to(DEVICE)  # and an empty tile
         paged_attention(q, keys, values, tables, tiles, y, scale=scale, window=window, config=how, num_splits=n)
     return y.cpu()
 

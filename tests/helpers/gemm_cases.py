@@ -19,7 +19,7 @@ def random(rng: np.random.Generator, *shape: int, dtype: torch.dtype) -> torch.T
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch):
-    """What a kernel does not write is NaN."""
+    """Memory that a kernel does not write is NaN."""
     empty = torch.empty
 
     def filled(*shape, **how):
@@ -30,7 +30,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch):
 
 
 def expected(x, w, bias, residual, norm, act: str) -> np.ndarray:
-    """In float64, rounded where the equations round."""
+    """In float64, rounded where the unfused ops round."""
     kind = x.dtype
 
     def rounded(a: torch.Tensor) -> torch.Tensor:
@@ -62,7 +62,7 @@ def check(m: int, n: int, k: int, dtype: torch.dtype, act: str, residual: bool, 
 
 
 def check_linear(n: int, k: int, dtype: torch.dtype) -> None:
-    """One row through a matrix, as every linear without a neighbour does it."""
+    """M = 1 through a linear without neighbours."""
     rng = np.random.default_rng(k)
     x, w, bias = (random(rng, *shape, dtype=dtype) for shape in ((1, k), (n, k), (n,)))
     w = w / k**0.5

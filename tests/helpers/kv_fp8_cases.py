@@ -13,7 +13,7 @@ def zeros_in_torch(*shape: int, device: str = "cpu") -> fp8_in_torch.Scaled:
 
 
 def awkward() -> np.ndarray:
-    """All e4m3 numbers, what lies halfway between two and just beside it, and random numbers of every size, to 448."""
+    """All e4m3 numbers, the midpoints and their neighbours, and random numbers of every magnitude, to 448."""
     rng = np.random.default_rng(0)
     numbers = np.sort(kv_fp8.VALUES[~np.isnan(kv_fp8.VALUES)])
     halfway = (numbers[1:] + numbers[:-1]) / 2
@@ -23,7 +23,7 @@ def awkward() -> np.ndarray:
 
 
 def heads() -> np.ndarray:
-    """float32 (n, d): ordinary heads, and all kinds of strange ones."""
+    """float32 (n, d): ordinary heads, and zeros, tiny, huge, infinite, NaN."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(40, 24)) * 10.0 ** rng.integers(-30, 30, (40, 1))
     x[0], x[1], x[2] = 0, 1e-31, -1e-45

@@ -2,8 +2,7 @@
 
     compute-sanitizer --tool memcheck python tests/tools/sanitize.py [CASE ...]
 
-Tests of the suite with what they compare, so that a run by itself says something too; without a GPU Triton's
-interpreter runs them. Needs no pytest.
+Runs tests of the suite, assertions included; without a GPU in Triton's interpreter. Needs no pytest.
 """
 
 import os
@@ -14,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import MagicMock
 
-os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")  # else a read behind a tensor's end falls into another's
+os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")  # an out-of-bounds read must not hit another tensor
 
 import torch
 
@@ -71,8 +70,8 @@ def gemms() -> None:
 def sampling_cases() -> None:
     sampling.test_draws(2)
     sampling.test_half_precision_logits_with_strides()
-    sampling.test_rows_that_are_masked_out_and_rows_of_nan()
-    sampling.test_what_top_k_top_p_and_min_p_keep(33, True)
+    sampling.test_masked_rows_and_rows_of_nan()
+    sampling.test_top_k_top_p_and_min_p(33, True)
 
 
 def steps() -> None:

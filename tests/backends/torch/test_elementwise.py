@@ -1,4 +1,4 @@
-"""The kernels that work row by row against the reference's ops, on awkward sizes."""
+"""Elementwise and norm kernels against the reference's ops, on awkward sizes."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ def numpy(x: torch.Tensor) -> np.ndarray:
 
 
 def near(found: torch.Tensor, expected: np.ndarray) -> bool:
-    """Up to rounding, which grows with what is rounded."""
+    """Up to rounding, relative to the expected value."""
     return bool((np.abs(numpy(found) - expected) < LEFT[found.dtype] * np.maximum(np.abs(expected), 1)).all())
 
 
@@ -60,7 +60,7 @@ def test_act_and_mul(rows: int, width: int, dtype: torch.dtype):
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 2, 32), (3, 1, 24), (8, 8, 64), (5, 5, 80), (2, 1, 256)])
 @pytest.mark.parametrize("many", [1, 1024])  # tokens from which a CTA does more heads
-def test_norm_rope_store(heads: int, kv_heads: int, size: int, many: int, dtype: torch.dtype, monkeypatch):
+def test_qk_norm_rope_write_kv(heads: int, kv_heads: int, size: int, many: int, dtype: torch.dtype, monkeypatch):
     monkeypatch.setattr(qk_norm_rope_cache, "MANY_TOKENS", many)
     check_qk_norm_rope_write_kv(heads, kv_heads, size, dtype)
 

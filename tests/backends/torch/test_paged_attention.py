@@ -1,4 +1,4 @@
-"""Paged attention against the reference: ragged steps, awkward shapes, and nothing else written."""
+"""Paged attention against the reference: ragged steps, awkward shapes; nothing else is written."""
 
 import numpy as np
 import pytest
@@ -20,14 +20,14 @@ def test_ragged_steps(heads: int, kv_heads: int, size: int, dtype: torch.dtype):
         batch = step(rng, [0, 37, 3, 0, 65, 8], [1, 1, 13, 5, 1, 1], block_size)
         kv = pool(rng, batch, block_size, kv_heads, size, dtype)
         wide = torch.from_numpy(rng.normal(size=(len(batch.input_ids), heads + 2, size))).to(dtype)
-        q = wide[:, 1 : heads + 1]  # not contiguous, as a part of a merged product is
+        q = wide[:, 1 : heads + 1]  # not contiguous, like a slice of a merged linear's output
         y = run(q, kv, batch, size**-0.5, window, AttnConfig(4, 16, 4, 1), split)
         wanted = expected(q, kv, batch, block_size, size**-0.5, window)
         assert np.abs(y.float().numpy() - wanted).max() < LEFT[dtype], (block_size, window, split)
 
 
 def test_the_cut_that_the_gpu_gets():
-    """Its tiles, on a chunk that is longer than one and reaches over whole tiles of keys."""
+    """On a prefill chunk of several tiles, with whole tiles of keys before the diagonal."""
     rng = np.random.default_rng(0)
     batch = step(rng, [150, 70], [90, 1], 64)
     kv = pool(rng, batch, 64, 1, 128, torch.float16)

@@ -1,4 +1,4 @@
-"""Attention of prompts through tensor descriptors, against the reference."""
+"""Prefill attention with TMA against the reference."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def run(q, kv, batch, scale: float, config: AttnConfig) -> torch.Tensor:
     y = torch.full((len(q), q.shape[1] * q.shape[2]), 77.0, dtype=q.dtype)
     q, kv, tables, y = (x.to(DEVICE) for x in (q, kv, torch.from_numpy(batch.block_tables), y))
     tiles = prefill_tiles(batch, np.diff(batch.query_start_loc), batch.block_tables.shape[1], config.q_tokens)
-    tiles = torch.from_numpy(np.concatenate([np.zeros((1, 4), np.int32), tiles])).to(DEVICE)  # an empty one too
+    tiles = torch.from_numpy(np.concatenate([np.zeros((1, 4), np.int32), tiles])).to(DEVICE)  # and an empty tile
     prefill_attention_tma(q, *kv, tables, tiles, y, scale=scale, config=config)
     return y.cpu()
 
@@ -33,13 +33,13 @@ def run(q, kv, batch, scale: float, config: AttnConfig) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 2, 16), (3, 1, 24), (8, 8, 64), (4, 1, 96), (2, 1, 128)])
 def test_ragged_steps(heads: int, kv_heads: int, size: int, dtype: torch.dtype):
-    """From nothing and after a prefix; only chunks are written."""
+    """With and without cached tokens; only prefill chunks are written."""
     rng = np.random.default_rng(size)
     for block_size, keys in ((16, 16), (32, 16), (64, 64), (64, 32), (128, 128)):
         batch = step(rng, [0, 37, 3, 130, 65], [1, 13, 5, 40, 70], block_size)
         kv = pool(rng, batch, block_size, kv_heads, size, dtype)
         wide = torch.from_numpy(rng.normal(size=(len(batch.input_ids), heads + 2, size))).to(dtype)
-        q = wide[:, 1 : heads + 1]  # not contiguous, as a part of a merged product is
+        q = wide[:, 1 : heads + 1]  # not contiguous, like a slice of a merged linear's output
         y = run(q, kv, batch, size**-0.5, AttnConfig(8, keys, 4, 2))
         wanted = expected(q, kv, batch, block_size, size**-0.5, 0)
         assert np.abs(y[1:].float().numpy() - wanted[1:]).max() < LEFT[dtype], block_size
@@ -61,19 +61,21 @@ def test_caches_that_tma_cannot_load():
     assert tma_compatible(heads_first, torch.float16)
     assert not tma_compatible(heads_first, torch.bfloat16)  # a cache of another type
     assert not tma_compatible(heads_first.float(), torch.float32)
-    assert not tma_compatible(heads_first[:, :8], torch.float16)  # blocks of fewer tokens than a matrix product takes
-    assert not tma_compatible(torch.zeros(4, 16, 2, 24, dtype=torch.float16), torch.float16)  # heads lie side by side
+    assert not tma_compatible(heads_first[:, :8], torch.float16)  # blocks of fewer tokens than an MMA takes
+    assert not tma_compatible(
+        torch.zeros(4, 16, 2, 24, dtype=torch.float16), torch.float16
+    )  # a head's tokens are not contiguous
     assert not tma_compatible(torch.zeros(4, 2, 16, 12, dtype=torch.float16).transpose(1, 2), torch.float16)  # 24 bytes
     assert not tma_compatible(Scaled(heads_first.to(CODES), torch.zeros(4, 16, 2)), torch.float16)
     rng = np.random.default_rng(0)
     batch = step(rng, [0], [5], 16)
     kv, q = pool(rng, batch, 16, 1, 16, torch.float16), torch.ones(5, 2, 16, dtype=torch.float16)
     with pytest.raises(BackendError, match="prefill_attention_tma"):
-        run(q, kv, batch, 1.0, AttnConfig(8, 32, 4, 2))  # tiles that are larger than blocks
+        run(q, kv, batch, 1.0, AttnConfig(8, 32, 4, 2))  # tiles larger than blocks
 
 
 def test_a_model_with_it(monkeypatch):
-    """Where parts of prompts are long and it fits; logits in float16 as far as the mantissa carries."""
+    """On long prefill chunks; float16 logits within the precision of the mantissa."""
     calls, found = [], []
     monkeypatch.setattr("llmrs.backends.torch.attn_metadata.LONG", 1)
     launch = triton_ops.prefill_attention_tma

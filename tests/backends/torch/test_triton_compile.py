@@ -1,4 +1,4 @@
-"""Every kernel compiles for an H100 in every configuration, without a GPU; so does the shared memory fit."""
+"""Every kernel compiles for an H100 in every configuration, without a GPU, and fits into shared memory."""
 
 import os
 import subprocess

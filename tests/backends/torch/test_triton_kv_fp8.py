@@ -1,4 +1,4 @@
-"""The kernels with a KV cache in fp8 against the reference: what they keep, bit for bit, and what they read."""
+"""Kernels with an fp8 KV cache against the reference: bit-exact writes, attention within rounding."""
 
 import numpy as np
 import pytest
@@ -35,9 +35,9 @@ def _widen(codes, y):
 
 
 def pools(blocks: int, block_size: int, kv_heads: int, size: int) -> tuple[list[Scaled], list[kv_fp8.Scaled]]:
-    """Empty keys and values: for kernels, as the backend lays them out, and the reference's."""
+    """Empty K and V caches: in the backend's layout, and the reference's."""
     both = zeros_in_torch(blocks, 2, kv_heads, block_size, size, device=DEVICE)
-    both.scales.fill_(torch.nan)  # nobody may look where nothing was kept
+    both.scales.fill_(torch.nan)  # unwritten tokens must not be read
     return (
         [side.transpose(1, 2) for side in both.unbind(1)],
         [kv_fp8.Scaled.zeros((blocks, block_size, kv_heads, size)) for _ in range(2)],
@@ -53,7 +53,7 @@ def test_rounding_to_e4m3():
 
 @pytest.mark.parametrize("dtype", TYPES)
 def test_widening_e4m3(dtype: torch.dtype):
-    """All codes but NaN, which the interpreter takes for 480: NaN is in the scale."""
+    """All codes but NaN, which the interpreter reads as 480; scales hold NaN."""
     codes, y = torch.arange(256, dtype=torch.uint8).view(CODES), torch.empty(256, dtype=dtype, device=DEVICE)
     _widen[(1,)](codes.to(DEVICE), y)
     numbers = ~np.isnan(kv_fp8.VALUES)
@@ -62,8 +62,8 @@ def test_widening_e4m3(dtype: torch.dtype):
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(("query_heads", "kv_heads", "size"), [(4, 2, 32), (3, 1, 24), (5, 5, 80), (2, 1, 256)])
-def test_what_is_kept(query_heads: int, kv_heads: int, size: int, dtype: torch.dtype):
-    """Without rotation and norm, the reference's codes and scales of what is given, and nothing else is written."""
+def test_what_is_written(query_heads: int, kv_heads: int, size: int, dtype: torch.dtype):
+    """Without RoPE and norm: the reference's codes and scales of the inputs, and nothing else."""
     rng = np.random.default_rng(size)
     tokens, slot_mapping = 5, np.array([9, 2, 23, 0, 14], np.int32)
     q, k, v = (
@@ -95,7 +95,7 @@ def test_what_is_kept(query_heads: int, kv_heads: int, size: int, dtype: torch.d
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(("query_heads", "kv_heads", "size"), [(4, 2, 16), (3, 1, 24), (4, 1, 96), (2, 1, 128)])
 def test_attention(query_heads: int, kv_heads: int, size: int, dtype: torch.dtype):
-    """Ragged steps on values of very different size, with splits and windows."""
+    """Ragged steps with values of very different magnitude, KV splits and windows."""
     rng = np.random.default_rng(size)
     for block_size, window, split in ((4, 0, 1), (5, 7, 2), (16, 0, 4), (64, 3, 8)):
         batch = step(rng, [0, 37, 3, 8], [1, 1, 13, 5], block_size)
@@ -108,7 +108,7 @@ def test_attention(query_heads: int, kv_heads: int, size: int, dtype: torch.dtyp
 
 
 def filled(rng: np.random.Generator, batch, block_size: int, kv_heads: int, size: int):
-    """Pools with keys of size 1 and values of sizes down to a thousandth wherever a token of the step looks."""
+    """Caches with keys of magnitude 1 and values down to a thousandth, at the step's tokens."""
     ours, theirs = pools(int(batch.block_tables.max()) + 2, block_size, kv_heads, size)
     for s, length in enumerate(batch.seq_lens):
         p = np.arange(length)

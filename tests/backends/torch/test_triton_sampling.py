@@ -1,4 +1,4 @@
-"""Sampling kernels against core/sampling.py: the same tokens for the same keys."""
+"""Sampling kernels against the reference: the same tokens for the same rng keys."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def run(logits, params, slots=None, last=None, part=0, **more) -> np.ndarray:
-    """Tokens of logits; `part` tokens are looked at together."""
+    """Tokens of logits, in chunks of `part`."""
     count = len(logits)
     slots = torch.arange(count, dtype=torch.int32) if slots is None else slots
     last = torch.zeros(count, dtype=torch.int64) if last is None else last
@@ -51,7 +51,7 @@ def thresholds_of(logits, params, part=16) -> torch.Tensor:
 
 @pytest.mark.parametrize("vocabulary", [2, 33, 211, 3000])
 @pytest.mark.parametrize("ties", [True, False])
-def test_what_top_k_top_p_and_min_p_filter_logits(vocabulary: int, ties: bool):
+def test_top_k_top_p_and_min_p(vocabulary: int, ties: bool):
     for seed in range(8):
         rng = np.random.default_rng(seed)
         params = random_sampling(rng, 5)
@@ -71,7 +71,7 @@ def test_what_top_k_top_p_and_min_p_filter_logits(vocabulary: int, ties: bool):
 
 @pytest.mark.parametrize("temperature", [0, 1e-4, 0.6, 100])
 def test_any_temperature_and_any_row(temperature: float):
-    """Of noise, all equal, one far above, masked out but for a few, and in steps that bfloat16 would make."""
+    """Random, all equal, one far above, nearly all masked, and coarse logits."""
     rng, params = np.random.default_rng(1), plain(1, 6)
     params.temperature[:] = temperature
     logits = rng.normal(size=(6, 700)).astype(np.float32)
@@ -87,7 +87,7 @@ def test_any_temperature_and_any_row(temperature: float):
 
 
 def test_scores_are_below_their_bounds():
-    """And near them where the noise is large: a bound of 3 lets only one in eight be worked out."""
+    """And close to them where the noise is large."""
     import triton
     import triton.language as tl
 
@@ -114,7 +114,7 @@ def test_scores_are_below_their_bounds():
         assert above.max() < 0.2 + 1e-5 * np.abs(scores).max()
 
 
-def test_rows_that_are_masked_out_and_rows_of_nan():
+def test_masked_rows_and_rows_of_nan():
     params = random_sampling(np.random.default_rng(0), 3)
     params.temperature[:] = 0, 1, 0
     logits = np.full((3, 50), -np.inf, np.float32)
@@ -123,7 +123,7 @@ def test_rows_that_are_masked_out_and_rows_of_nan():
     assert run(logits, params, part=16)[2] < 50
 
 
-def test_the_token_is_kept_where_it_counts():
+def test_the_token_is_stored_for_its_slot():
     params = random_sampling(np.random.default_rng(0), 3)
     params.temperature[:] = 0
     logits, last = np.eye(3, 40, 7, dtype=np.float32), torch.full((5,), 99).to(DEVICE)
@@ -139,7 +139,7 @@ def test_half_precision_logits_with_strides():
 
 
 def test_the_series_of_the_logarithm():
-    """To two units in the last place, where float64 says what is right."""
+    """Within two units in the last place of float64."""
     v = np.concatenate([np.geomspace(1e-10, 0.5, 2000), np.linspace(0.5, 1 - 2.0**-24, 500)]).astype(np.float32)
     s = v / (np.float32(2) - v)
     series = np.float32(1 / 15)
