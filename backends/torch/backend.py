@@ -5,6 +5,7 @@ With plain torch ops; `runner.py` adds Triton kernels and CUDA graphs.
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
@@ -16,12 +17,15 @@ from llmrs.backends.base import Backend, best_time
 from llmrs.backends.cores import usable_cores
 from llmrs.backends.fusion import FUSED_OPS
 from llmrs.backends.host_memory import free_host_memory, keep_freed_memory, trim_host_memory, use_huge_pages
+from llmrs.backends.linearize import hoist_logits_gather, inline
 from llmrs.backends.torch.async_output import Outbox, Sent, TorchTicket
 from llmrs.backends.torch.cpu_linear import Linear, prepare
+from llmrs.backends.torch.fusion import CanFuseNorm, program_functions
 from llmrs.backends.torch.kv_fp8 import CODES, Scaled, check_device
-from llmrs.backends.torch.lowering import Lowering, Program, join_layers, last_early
-from llmrs.backends.torch.ops import FUSED, KV, OPS
+from llmrs.backends.torch.lowering import Bind, Lowering
+from llmrs.backends.torch.ops import BIND, FUSED, KV, OPS
 from llmrs.backends.torch.profiler import TorchProfiler
+from llmrs.backends.torch.program import Program, Programs
 from llmrs.backends.torch.sampling import SlotState, logprobs, sample
 from llmrs.backends.torch.sdpa_attention import context, on_device
 from llmrs.backends.torch.workspace import runner_memory, step_memory
@@ -36,6 +40,7 @@ if TYPE_CHECKING:  # Triton is not there on every system
 
 BF16_SINCE = 8  # compute capability; older GPUs have no arithmetic in bf16, and Triton refuses it
 LARGE = 2**28  # bytes of weights from which huge pages pay
+NO_PROGRAMS = Programs(*[Program([], 0, [])] * 3)
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 
 
@@ -56,8 +61,10 @@ class TorchBackend(Backend):
             keep_freed_memory()
             self.step_tokens = 256  # as fast as more, with temporaries that the caches hold; and nobody waits long
         self.rules: Mapping[str, Callable[..., object]] = OPS
-        self.prepare: Callable[..., Linear] = prepare
-        self.program = Program([], 0, [])
+        self.bind: Mapping[str, Bind] = BIND
+        self.can_fuse_norm: CanFuseNorm = lambda weight: False
+        self.make_linear: Callable[..., Linear] = prepare
+        self.programs = NO_PROGRAMS
         self.kv: list[KV] = []
         self.slots = SlotState(0, 0, self.at)
         self.kernels: KernelRunner | None = None
@@ -113,8 +120,9 @@ class TorchBackend(Backend):
             self._check_bf16()
             torch.cuda.set_device(self.at)  # of this thread: Triton launches on it
         self.kernels = model_runner.KernelRunner(self.at, graphs=graphs, attention=attention, tune=tune)
-        self.rules, self.fused_ops = triton_ops.TRITON, triton_ops.FUSED
-        self.prepare = partial(triton_ops.Matrix, cuts=self.kernels.cuts)
+        self.rules, self.bind, self.fused_ops = triton_ops.TRITON, triton_ops.BIND, triton_ops.FUSED
+        self.can_fuse_norm = partial(triton_ops.can_fuse_norm, dtype=self.type)
+        self.make_linear = partial(triton_ops.Matrix, cuts=self.kernels.cuts)
         self.block_size = model_runner.BLOCK_SIZE
 
     def _check_bf16(self) -> None:
@@ -150,10 +158,16 @@ class TorchBackend(Backend):
     def load_weights(self, weights: Mapping[str, Tensor], progress: Callable[[int], None]) -> None:
         if self.kernels:
             self.kernels.check(self.graph, self.type)
-        lowering = Lowering(self.graph, self.rules, self.at, self.type, weights, progress, self.prepare)
-        self.program = lowering.program()
+        tied = [w for w, uses in Counter(self.graph.weights()).items() if uses > 1]
+        lowering = Lowering(
+            self.rules, self.bind, self.at, self.type, weights, progress, tied=tied, make_linear=self.make_linear
+        )
+        function = inline(self.graph)
         if self.kernels:
-            self.program = join_layers(last_early(self.program), self.rules)
+            functions = program_functions(hoist_logits_gather(function), self.can_fuse_norm)
+            self.programs = Programs(*map(lowering.program, functions))
+        else:
+            self.programs = Programs(*[lowering.program(function)] * 3)
         trim_host_memory()
         if self.at.type == "cpu" and lowering.size > LARGE:
             use_huge_pages()
@@ -167,7 +181,7 @@ class TorchBackend(Backend):
         self.slots = SlotState(slots, max_tokens, self.at)
         if self.kernels:
             sizes = {"room": self.room, "step_tokens": self.largest_step}
-            self.kernels.begin(self.graph, self.program, self.kv, self.slots, self.type, **sizes)
+            self.kernels.begin(self.graph, self.programs, self.kv, self.slots, self.type, **sizes)
             self.outbox = Outbox(self.at, slots, self.max_in_flight + 1) if self.kernels.aside else None
 
     def _pool(self, blocks: int, block_size: int, heads: int, size: int) -> KV:
@@ -191,7 +205,7 @@ class TorchBackend(Backend):
         if self.kernels:
             return self.kernels.forward(batch)
         inputs = [self._tokens(batch), on_device(batch.positions, self.at), *self.kv]
-        logits: torch.Tensor = self.program.run(context(batch, self.block_size, self.at), inputs)[0]
+        logits: torch.Tensor = self.programs.full.run(context(batch, self.block_size, self.at), inputs)[0]
         return logits
 
     @torch.inference_mode()
@@ -234,7 +248,7 @@ class TorchBackend(Backend):
         return TorchProfiler(self.at)
 
     def close(self) -> None:
-        self.program, self.kv = Program([], 0, []), []
+        self.programs, self.kv = NO_PROGRAMS, []
         self.slots, self.outbox = SlotState(0, 0, self.at), None
         if self.kernels:
             self.kernels.end()

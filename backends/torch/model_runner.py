@@ -22,18 +22,17 @@ from llmrs.backends.torch.cuda_graphs import (
     decode_shapes,
     kernel_shapes,
 )
-from llmrs.backends.torch.fusion import fuse
 from llmrs.backends.torch.kernel_configs import Cuts, Device, pool_type
-from llmrs.backends.torch.kernels.gemm import NORMED, most_rows, normed
+from llmrs.backends.torch.kernels.gemm import NORMED, most_rows
 from llmrs.backends.torch.kernels.gumbel_argmax import draw
 from llmrs.backends.torch.kernels.launch import chaining, hopper, interpreted
 from llmrs.backends.torch.kernels.top_k_top_p import find_edges
 from llmrs.backends.torch.library import LIBRARIES, Library, Parts, parts_of
-from llmrs.backends.torch.lowering import Program
 from llmrs.backends.torch.ops import KV
+from llmrs.backends.torch.program import Program, Programs
 from llmrs.backends.torch.sampling import SlotState, adjusted
 from llmrs.backends.torch.trials import Trials
-from llmrs.backends.torch.triton_ops import TRITON, KernelContext, Turns, rows
+from llmrs.backends.torch.triton_ops import KernelContext, Turns
 from llmrs.backends.torch.tuning import cache_file, keys_of, tune
 from llmrs.core.batch import Batch
 from llmrs.core.errors import BackendError
@@ -92,7 +91,7 @@ class KernelRunner:
     def begin(
         self,
         graph: Graph,
-        program: Program,
+        lowered: Programs,
         kv: Sequence[KV],
         slots: SlotState,
         dtype: torch.dtype,
@@ -103,10 +102,8 @@ class KernelRunner:
         """`kv` have a block more than anybody is given: what is padded goes there. The largest step has `step_tokens`
         tokens, and its results may take `room` bytes."""
         self.end()
-        self.program, self.kv, self.slots = program, list(kv), slots
-        if self.fused:
-            rules, self.few_rows = {**TRITON, "rows": rows}, most_rows(dtype, self.device)
-            self.one, self.few = fuse(program, rules, lambda matrix: normed(matrix.weight)), fuse(program, rules)
+        (self.program, self.one, self.few), self.kv, self.slots = lowered, list(kv), slots
+        self.few_rows = most_rows(dtype, self.device) if self.fused else 0
         blocks, self.block_size = kv[0].keys.shape[:2]
         self.spare = blocks - 1
         if blocks * self.block_size >= 2**31:
@@ -121,7 +118,7 @@ class KernelRunner:
             tune(self.cuts, keys, trials, cache_file(self.cuts.device))
             trials.end()
         self.tile = min(self.cuts.of(k)[0] for k in keys if k.kernel == "prompt")
-        if self.wanted and not UNRECORDED & {c.op for c in program.calls}:
+        if self.wanted and not UNRECORDED & {c.op for c in self.program.calls}:
             self.recorders = Recorder(self.device, room), Recorder(self.device)
         if self.device.type == "cuda":  # the interpreter compiles nothing, and takes minutes
             self._load(step_tokens)

@@ -5,7 +5,7 @@ Beside them the plain rules of `ops.py` stay: a graph without fused ops, on plai
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,8 +23,9 @@ from llmrs.backends.torch.kernels.matvec import matvec
 from llmrs.backends.torch.kernels.prefill_attention_tma import fits, prompt_attention, prompt_tiling
 from llmrs.backends.torch.kernels.qk_norm_rope_cache import qk_norm_rope_write_kv as turn_and_store
 from llmrs.backends.torch.library import Library, Parts
-from llmrs.backends.torch.ops import KV, OPS
-from llmrs.core.ir import RopeFrequencies
+from llmrs.backends.torch.lowering import Bind, Lowering, weights_of
+from llmrs.backends.torch.ops import KV, OPS, bind_moe
+from llmrs.core.ir import Equation, RopeFrequencies, Weight
 
 Tensor = torch.Tensor
 
@@ -171,35 +172,55 @@ class Matrix:
         return torch.nn.functional.linear(x, self.weight, self.bias)
 
 
-def rows(
+class Norm(NamedTuple):
+    """rms_norm before or after a linear map."""
+
+    weight: Tensor  # (K,)
+    params: dict[str, float]  # eps, and offset if any
+
+
+class FusedLinear(NamedTuple):
+    """The weights of `fused_linear`: prologue norm, matrix and bias, epilogue norm."""
+
+    matrix: Matrix
+    prologue: Norm | None
+    epilogue: Norm | None
+
+
+def fused_linear(
     c: KernelContext,
     x: Tensor,
-    *rest: Any,  # what is added, if anything; and the matrix with the norms before and after it
-    sizes: Sequence[int] = (),
-    gate: str = "",
+    *rest: Any,  # the residual, if any; FusedLinear
+    split_sizes: Sequence[int] = (),
+    activation: str = "",
 ) -> Tensor | tuple[Tensor, ...]:
-    """fusing.py's op, by as few launches as `cut_of` finds best: all in one, or a product with the gate and a norm that
-    adds up its ranges; else the library's product, and what stands around it by itself."""
-    *more, (matrix, before, after) = rest
+    """fusion.py's op, by as few launches as `cut_of` finds best: all in one, or a GEMM with the activation and a norm that
+    adds up its split-K partial sums; else cuBLAS's GEMM, and what stands around it by itself."""
+    *residual, (matrix, before, after) = rest
     weight, bias, device = matrix.weight, matrix.bias, c.cuts.device
-    cut = few.cut_of(len(x), weight, bool(gate), after is not None and bias is None, device.shared)
+    cut = few.cut_of(len(x), weight, bool(activation), after is not None and bias is None, device.shared)
     if isinstance(cut, few.Cut):
         norm, how = (before.weight, before.params) if before else (None, {})
-        y = few.product(x, weight, bias, more[0] if more else None, norm, gate=gate, cut=cut, **how)
-        return (y, rms_norm(c, y, after.weight, **after.params)) if after else _split(y, sizes)
+        y = few.product(x, weight, bias, residual[0] if residual else None, norm, gate=activation, cut=cut, **how)
+        return (y, rms_norm(c, y, after.weight, **after.params)) if after else _split(y, split_sizes)
     x = rms_norm(c, x, before.weight, **before.params) if before else x
     if isinstance(cut, Tiles) and loadable(x):
-        y = few.product(x, weight, bias, gate=gate, cut=cut)
+        y = few.product(x, weight, bias, gate=activation, cut=cut)
     else:
         y = matrix(x)
-        y = TRITON[gate](c, *y.chunk(2, dim=-1)) if gate else y
+        y = TRITON[activation](c, *y.chunk(2, dim=-1)) if activation else y
     if after:
-        return fused_add_rms_norm(c, more[0], y, after.weight, **after.params)
-    return more[0] + y if more else _split(y, sizes)
+        return fused_add_rms_norm(c, residual[0], y, after.weight, **after.params)
+    return residual[0] + y if residual else _split(y, split_sizes)
 
 
 def _split(y: Tensor, sizes: Sequence[int]) -> Tensor | tuple[Tensor, ...]:
-    return y.split(sizes, dim=-1) if sizes else y
+    return y.split(sizes, dim=-1) if len(sizes) > 1 else y
+
+
+def can_fuse_norm(weight: Weight, dtype: torch.dtype) -> bool:
+    """Whether the norm of one row may be part of this matrix's call."""
+    return few.normed(torch.empty(weight.type.sizes, dtype=dtype, device="meta"))
 
 
 TRITON: dict[str, Callable[..., Any]] = {
@@ -219,7 +240,32 @@ TRITON: dict[str, Callable[..., Any]] = {
             gelu_and_mul,
             gather_logits_rows,
             lm_head,
+            fused_linear,
         )
     },
 }
-FUSED = frozenset({"merged_linear", "fused_add_rms_norm", "qk_norm_rope_write_kv", "rope_write_kv"})
+FUSED = frozenset({"merged_linear", "qk_norm_rope_write_kv", "rope_write_kv"})  # within a layer
+
+
+def bind_tensors(lowering: Lowering, e: Equation) -> Tensor | tuple[Tensor, ...]:
+    tensors = tuple(map(lowering.tensor, weights_of(e)))
+    return tensors if len(tensors) > 1 else tensors[0]
+
+
+def bind_fused_linear(lowering: Lowering, e: Equation) -> FusedLinear:
+    weights, first, last = list(weights_of(e)), e.body[0], e.body[-1]
+    prologue = Norm(lowering.tensor(weights.pop(0)), first.params) if first.op == "rms_norm" else None
+    epilogue = Norm(lowering.tensor(weights.pop()), last.params) if last.op == "rms_norm" else None
+    matrix = lowering.linear(*weights)
+    assert isinstance(matrix, Matrix)
+    return FusedLinear(matrix, prologue, epilogue)
+
+
+BIND: dict[str, Bind] = {
+    "embed": bind_tensors,
+    "rms_norm": bind_tensors,
+    "fused_add_rms_norm": bind_tensors,
+    "qk_norm_rope_write_kv": bind_tensors,
+    "moe": bind_moe,
+    "fused_linear": bind_fused_linear,
+}

@@ -187,7 +187,7 @@ def attempt(
 def restart(backend: Any) -> None:
     """Takes in what was set; each shape gets a graph of its own when it comes again."""
     kernels = backend.kernels
-    kernels.begin(backend.graph, backend.program, backend.kv, backend.slots, backend.type)
+    kernels.begin(backend.graph, backend.programs, backend.kv, backend.slots, backend.type)
     kernels.recorded, kernels.uncaptured = {}, []
 
 

@@ -10,7 +10,7 @@ import torch
 import llmrs.backends.torch
 from llmrs.backends.base import find
 from llmrs.backends.testing import BLOCK, RandomModel, core_on, prefill_batch, prompts, request, run, sampling_batch
-from llmrs.backends.torch.lowering import Program
+from llmrs.backends.torch.program import Program
 from llmrs.core.config import EngineConfig
 from llmrs.core.errors import BackendError, ConfigError
 from llmrs.core.sampling import SamplingArrays
@@ -235,8 +235,8 @@ def test_calls_that_are_alike_are_made_once():
 
     for name in ("program", "few", "one"):
         program = getattr(ours.kernels, name)
-        rules = {c.rule: counted(c.rule, c.op) for c in program.calls}
-        alike = [dataclasses.replace(c, rule=rules[c.rule]) for c in program.calls]
+        rules = {c.fn: counted(c.fn, c.op) for c in program.calls}
+        alike = [dataclasses.replace(c, fn=rules[c.fn]) for c in program.calls]
         setattr(ours.kernels, name, Program(alike, program.count, program.results))
     inputs = StepInputs(Shape(4, 4, 4, 0), 4, ours.at)
     inputs.rest(0)

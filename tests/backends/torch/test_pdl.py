@@ -14,7 +14,7 @@ from llmrs.backends.testing import RandomModel, core_on, prompts, request, run
 from llmrs.backends.torch import kernels
 from llmrs.backends.torch.kernels import launch
 from llmrs.backends.torch.kernels.launch import chained, chaining
-from llmrs.backends.torch.lowering import Program
+from llmrs.backends.torch.program import Program
 
 GPU = torch.device("cuda:0")
 
