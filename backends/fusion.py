@@ -188,9 +188,9 @@ class _Rewriter:
         """The new equation where line n is one of the candidates, and the lines that follow in the plan are found."""
         line, depth = rule.lines[n], len(group)
         for e in candidates:
-            if e.op not in line.ops or any([e is other for other in group.values()]):
+            if e.op not in line.ops or any(e is other for other in group.values()):
                 continue
-            for inputs in (e.inputs, (e.inputs[1], e.inputs[0], *e.inputs[2:]))[: 1 + (e.op in COMMUTATIVE)]:
+            for inputs in _orders(e):
                 new = dict(bound)
                 if not (_bind(line.results, e.outs, new) and _bind(line.operands, inputs, new)):
                     continue
@@ -218,7 +218,7 @@ class _Rewriter:
             outs += bound[name] if name[0] == "*" else (bound[name],)
         kept, members = {v.name for v in outs}, {id(e) for e in group}
         for v in [v for e in group for v in e.outs if v.name not in kept]:
-            if v.name in self.results or any([id(user) not in members for user in self.users[v.name]]):
+            if v.name in self.results or not members.issuperset(map(id, self.users[v.name])):
                 return None
         for o in [bound[name] for name in rule.inputs]:
             if isinstance(o, Value) and id(self.maker.get(o.name)) in members:
@@ -264,6 +264,10 @@ class _Rewriter:
 
 def _values(e: Equation) -> list[str]:
     return [o.name for o in e.inputs if isinstance(o, Value)]
+
+
+def _orders(e: Equation) -> Sequence[tuple[Operand, ...]]:
+    return (e.inputs, (e.inputs[1], e.inputs[0], *e.inputs[2:])) if e.op in COMMUTATIVE else (e.inputs,)
 
 
 def _bind(names: tuple[str, ...], operands: tuple[Operand, ...], bound: Bound) -> bool:

@@ -44,8 +44,9 @@ class Program:
         return [values[n] for n in self.results]
 
     def run_once(self, context: Any, inputs: Sequence[Any]) -> list[Any]:
-        """As `run`, but calls that differ only in their values run once, as in layers that are alike. Compiles and loads
-        kernels; the results mean nothing.
+        """As `run`, but calls that differ only in their values, as in layers that are alike, run once.
+
+        Compiles and loads kernels; the results mean nothing.
         """
         values: list[Any] = [None] * self.count
         values[: len(inputs)] = inputs

@@ -194,8 +194,8 @@ def fused_linear(
     split_sizes: Sequence[int] = (),
     activation: str = "",
 ) -> Tensor | tuple[Tensor, ...]:
-    """fusion.py's op, by as few launches as `cut_of` finds best: all in one, or a GEMM with the activation and a norm that
-    adds up its split-K partial sums; else cuBLAS's GEMM, and what stands around it by itself."""
+    """See fusion.py. `cut_of` chooses: one kernel; a GEMM with the activation, and a norm that also reduces its split-K
+    partial sums; or cuBLAS's GEMM between kernels for the rest."""
     *residual, (matrix, before, after) = rest
     weight, bias, device = matrix.weight, matrix.bias, c.cuts.device
     cut = few.cut_of(len(x), weight, bool(activation), after is not None and bias is None, device.shared)
