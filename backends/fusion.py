@@ -46,7 +46,7 @@ def fused(op: str, group: Sequence[Equation], outs: tuple[Value, ...]) -> Equati
 
 def fused_with(op: str, group: Sequence[Equation], outs: tuple[Value, ...], params: dict[str, Any]) -> Equation:
     """The same with params of its own."""
-    seen, inputs = {v.name for e in group for v in e.outs}, []
+    seen, inputs = {v.name for e in group for v in e.outs}, list[Operand]()
     for o in [o for e in group for o in e.inputs]:
         if isinstance(o, Weight):
             inputs.append(o)
