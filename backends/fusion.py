@@ -25,6 +25,24 @@ class Line(NamedTuple):
     ops: frozenset[str]
     operands: tuple[str, ...]
 
+    def bind(self, outs: tuple[Operand, ...], inputs: tuple[Operand, ...], bound: Bound) -> Bound | None:
+        """`bound` and the names of this line; None where an equation does not fit."""
+        new = bound.copy()
+        for names, operands in ((self.results, outs), (self.operands, inputs)):
+            count = len(names)
+            if names and names[-1][0] == "*":
+                count -= 1
+                rest = operands[count:]
+                if len(operands) < count or new.setdefault(names[-1], rest) != rest:
+                    return None
+            elif len(operands) != count:
+                return None
+            for name, operand in zip(names[:count], operands, strict=False):
+                known = new.setdefault(name, operand)
+                if known is not operand and known != operand:
+                    return None
+        return new
+
 
 class Step(NamedTuple):
     """How an equation for a line is found: it makes or uses the value with a name that is bound before."""
@@ -41,11 +59,11 @@ def fused(op: str, group: Sequence[Equation], outs: tuple[Value, ...]) -> Equati
         for key, value in e.params.items():
             if params.setdefault(key, value) != value:
                 return None
-    return fused_with(op, group, outs, params)
+    return Equation(op, inputs_of(group), outs, params, definition(group))
 
 
-def fused_with(op: str, group: Sequence[Equation], outs: tuple[Value, ...], params: dict[str, Any]) -> Equation:
-    """The same with params of its own."""
+def inputs_of(group: Iterable[Equation]) -> tuple[Operand, ...]:
+    """What a group of equations takes, in order of first use."""
     seen, inputs = {v.name for e in group for v in e.outs}, list[Operand]()
     for o in [o for e in group for o in e.inputs]:
         if isinstance(o, Weight):
@@ -53,7 +71,7 @@ def fused_with(op: str, group: Sequence[Equation], outs: tuple[Value, ...], para
         elif o.name not in seen:
             inputs.append(o)
             seen.add(o.name)
-    return Equation(op, tuple(inputs), outs, params, definition(group))
+    return tuple(inputs)
 
 
 def merged(op: str, group: Sequence[Equation], outs: tuple[Value, ...]) -> Equation | None:
@@ -186,20 +204,18 @@ class _Rewriter:
         self, rule: Rule, group: dict[int, Equation], bound: Bound, n: int, candidates: Sequence[Equation]
     ) -> Equation | None:
         """The new equation where line n is one of the candidates, and the lines that follow in the plan are found."""
-        line, depth = rule.lines[n], len(group)
+        line, rest = rule.lines[n], rule.plan[len(group) :]
         for e in candidates:
-            if e.op not in line.ops or any(e is other for other in group.values()):
+            if e.op not in line.ops or (group and any(e is other for other in group.values())):
                 continue
             for inputs in _orders(e):
-                new = dict(bound)
-                if not (_bind(line.results, e.outs, new) and _bind(line.operands, inputs, new)):
+                new, now = line.bind(e.outs, inputs, bound), {**group, n: e}
+                if new is None:
                     continue
-                now = {**group, n: e}
-                if depth == len(rule.plan):
-                    found = self._fuse(rule, [now[i] for i in range(len(now))], new)
+                if rest:
+                    found = self._match(rule, now, new, rest[0].line, self._candidates(rest[0], new[rest[0].name]))
                 else:
-                    step = rule.plan[depth]
-                    found = self._match(rule, now, new, step.line, self._candidates(step, new[step.name]))
+                    found = self._fuse(rule, [now[i] for i in range(len(now))], new)
                 if found:
                     return found
         return None
@@ -268,19 +284,3 @@ def _values(e: Equation) -> list[str]:
 
 def _orders(e: Equation) -> Sequence[tuple[Operand, ...]]:
     return (e.inputs, (e.inputs[1], e.inputs[0], *e.inputs[2:])) if e.op in COMMUTATIVE else (e.inputs,)
-
-
-def _bind(names: tuple[str, ...], operands: tuple[Operand, ...], bound: Bound) -> bool:
-    """Binds names to operands; False where they do not fit."""
-    if names and names[-1][0] == "*":
-        count = len(names) - 1
-        if len(operands) < count or bound.setdefault(names[-1], operands[count:]) != operands[count:]:
-            return False
-        names, operands = names[:count], operands[:count]
-    if len(names) != len(operands):
-        return False
-    for name, operand in zip(names, operands, strict=True):
-        known = bound.setdefault(name, operand)
-        if known is not operand and known != operand:
-            return False
-    return True

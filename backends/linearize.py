@@ -1,5 +1,6 @@
 """A graph as one function: the calls of layers inlined, every equation in order."""
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -59,6 +60,12 @@ def _inline(
         else:
             into.append(placed(e))
     return tuple(value(v) for v in function.outs)
+
+
+def tied_weights(function: Function) -> set[Weight]:
+    """Weights with several uses."""
+    uses = Counter(o for e in function.equations for o in e.inputs if isinstance(o, Weight))
+    return {weight for weight, count in uses.items() if count > 1}
 
 
 def hoist_logits_gather(function: Function) -> Function:

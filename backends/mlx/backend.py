@@ -1,7 +1,6 @@
 """Runs a model's graph with MLX: on a Mac's GPU, or on the CPU."""
 
 import weakref
-from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 from llmrs.backends.base import Backend, best_time
 from llmrs.backends.fusion import FUSED_ADD_RMS_NORM, fuse, fuse_graph
 from llmrs.backends.host_memory import trim_host_memory
-from llmrs.backends.linearize import inline
+from llmrs.backends.linearize import inline, tied_weights
 from llmrs.backends.mlx import metal_ops, ops, streams
 from llmrs.backends.mlx.attention import KV, Context
 from llmrs.backends.mlx.compiled import MULTIPLE, CompiledSteps
@@ -117,8 +116,7 @@ class MlxBackend(Backend):
         if self.fused_ops:
             self.graph = fuse_graph(self.graph, RULES, RULES)
         function = fuse(inline(self.graph), [FUSED_ADD_RMS_NORM] if self.fused_ops else [])
-        tied = [w for w, uses in Counter(self.graph.weights()).items() if uses > 1]
-        lowering = Lowering(self.rules, self.type, weights, progress, tied)
+        lowering = Lowering(self.rules, self.type, weights, progress, tied_weights(function))
         try:
             with streams.using(self.stream):
                 self.program = lowering.program(function)

@@ -5,7 +5,6 @@ With plain torch ops; `runner.py` adds Triton kernels and CUDA graphs.
 
 import math
 import warnings
-from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
@@ -17,7 +16,7 @@ from llmrs.backends.base import Backend, best_time
 from llmrs.backends.cores import usable_cores
 from llmrs.backends.fusion import FUSED_OPS
 from llmrs.backends.host_memory import free_host_memory, keep_freed_memory, trim_host_memory, use_huge_pages
-from llmrs.backends.linearize import hoist_logits_gather, inline
+from llmrs.backends.linearize import hoist_logits_gather, inline, tied_weights
 from llmrs.backends.torch.async_output import Outbox, Sent, TorchTicket
 from llmrs.backends.torch.cpu_linear import Linear, prepare
 from llmrs.backends.torch.fusion import CanFuseNorm, program_functions
@@ -62,7 +61,7 @@ class TorchBackend(Backend):
             self.step_tokens = 256  # as fast as more, with temporaries that the caches hold; and nobody waits long
         self.rules: Mapping[str, Callable[..., object]] = OPS
         self.bind: Mapping[str, Bind] = BIND
-        self.can_fuse_norm: CanFuseNorm = lambda weight: False
+        self.can_fuse_norm: CanFuseNorm = lambda matrix: False
         self.make_linear: Callable[..., Linear] = prepare
         self.programs = NO_PROGRAMS
         self.kv: list[KV] = []
@@ -158,11 +157,17 @@ class TorchBackend(Backend):
     def load_weights(self, weights: Mapping[str, Tensor], progress: Callable[[int], None]) -> None:
         if self.kernels:
             self.kernels.check(self.graph, self.type)
-        tied = [w for w, uses in Counter(self.graph.weights()).items() if uses > 1]
-        lowering = Lowering(
-            self.rules, self.bind, self.at, self.type, weights, progress, tied=tied, make_linear=self.make_linear
-        )
         function = inline(self.graph)
+        lowering = Lowering(
+            self.rules,
+            self.bind,
+            self.at,
+            self.type,
+            weights,
+            progress,
+            tied=tied_weights(function),
+            make_linear=self.make_linear,
+        )
         if self.kernels:
             functions = program_functions(hoist_logits_gather(function), self.can_fuse_norm)
             self.programs = Programs(*map(lowering.program, functions))

@@ -8,36 +8,38 @@ The op decides what a call launches: one kernel, or what the equations would lau
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
-from llmrs.backends.fusion import FUSED_ADD_RMS_NORM, Rule, definition, fuse, fused_with
-from llmrs.core.ir import Equation, Function, Value, Weight
+from llmrs.backends.fusion import FUSED_ADD_RMS_NORM, Rule, definition, fuse, inputs_of
+from llmrs.core.ir import Equation, Function, Type, Value, Weight
 
 OP = "fused_linear"
 ACTIVATIONS = ("silu_and_mul", "gelu_and_mul")
-CanFuseNorm = Callable[[Weight], bool]  # whether the norm before this matrix may be part of its call
+CanFuseNorm = Callable[[Type], bool]  # whether the norm before a matrix of this type may be part of its call
 
 
 def program_functions(function: Function, can_fuse_norm: CanFuseNorm) -> tuple[Function, Function, Function]:
     """The functions of `Programs`, from that of a model without sums fused with norms."""
     full = fuse(function, [FUSED_ADD_RMS_NORM])
-    return full, fuse(function, single_token_rules(can_fuse_norm)), fuse(full, SMALL_BATCH_RULES)
+    return full, fuse(function, single_token_rules(cache(can_fuse_norm))), fuse(full, SMALL_BATCH_RULES)
 
 
 def fused_linear(op: str, group: Sequence[Equation], outs: tuple[Value, ...]) -> Equation | None:
     """Inputs x and the residual, if any; None where both are one value."""
-    ops = [b.op for b in definition(group)]
-    activation = next((name for name in ops if name in ACTIVATIONS), None)
-    equation = fused_with(op, group, outs, {"activation": activation} if activation else {})
-    values = sum(isinstance(o, Value) for o in equation.inputs)
-    return equation if values == 1 + ("add" in ops) else None
+    body = definition(group)
+    ops = [b.op for b in body]
+    activations = [name for name in ops if name in ACTIVATIONS]
+    inputs = inputs_of(group)
+    if len([o for o in inputs if isinstance(o, Value)]) != 1 + ("add" in ops):
+        return None
+    return Equation(op, inputs, outs, {"activation": activations[0]} if activations else {}, body)
 
 
 def with_prologue(
     can_fuse_norm: CanFuseNorm, op: str, group: Sequence[Equation], outs: tuple[Value, ...]
 ) -> Equation | None:
     matrix = next(o for o in group[1].inputs if isinstance(o, Weight))
-    return fused_linear(op, group, outs) if can_fuse_norm(matrix) else None
+    return fused_linear(op, group, outs) if can_fuse_norm(matrix.type) else None
 
 
 ACTIVATION = Rule(OP, f"g u = merged_linear x *w; h = {'|'.join(ACTIVATIONS)} g u -> h", fused_linear)

@@ -32,10 +32,12 @@ class Lowering:
         """`bind`: for ops whose weights are not those of a linear map. `tied`: matrices with several uses."""
         self.ops, self.bind, self.device, self.dtype = ops, bind, device, dtype
         self.weights, self.progress, self.tied, self.make_linear = weights, progress, set(tied), make_linear
-        self.bound: dict[Hashable, Any] = {}
+        self.bound: dict[Hashable, Any] = {}  # by ids of weights, which the functions share and keep alive
+        self.functions: list[Function] = []
         self.size = 0  # bytes of the weights
 
     def program(self, function: Function) -> Program:
+        self.functions.append(function)
         numbers = {v.name: n for n, v in enumerate(function.inputs)}
         calls = []
         for e in function.equations:
@@ -52,12 +54,12 @@ class Lowering:
             return ()
         if e.op not in self.bind:
             return (self.linear(*weights),)
-        key = e.op, weights, tuple([b.op for b in e.body])
+        key = e.op, *map(id, weights), *[b.op for b in e.body]
         return (self._once(key, lambda: self.bind[e.op](self, e)),)
 
     def linear(self, *weights: Weight) -> Linear:
         """y = x w^T (+ bias)."""
-        made: Linear = self._once(weights, lambda: self.make_linear(*map(self.tensor, weights)))
+        made: Linear = self._once(tuple(map(id, weights)), lambda: self.make_linear(*map(self.tensor, weights)))
         return made
 
     def tensor(self, weight: Weight) -> torch.Tensor:

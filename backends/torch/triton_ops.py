@@ -25,7 +25,7 @@ from llmrs.backends.torch.kernels.qk_norm_rope_cache import qk_norm_rope_write_k
 from llmrs.backends.torch.library import Library, Parts
 from llmrs.backends.torch.lowering import Bind, Lowering, weights_of
 from llmrs.backends.torch.ops import KV, OPS, bind_moe
-from llmrs.core.ir import Equation, RopeFrequencies, Weight
+from llmrs.core.ir import Equation, RopeFrequencies, Type
 
 Tensor = torch.Tensor
 
@@ -197,12 +197,13 @@ def fused_linear(
     """See fusion.py. `cut_of` chooses: one kernel; a GEMM with the activation, and a norm that also reduces its split-K
     partial sums; or cuBLAS's GEMM between kernels for the rest."""
     *residual, (matrix, before, after) = rest
+    sizes = () if activation or len(split_sizes) < 2 else split_sizes
     weight, bias, device = matrix.weight, matrix.bias, c.cuts.device
     cut = few.cut_of(len(x), weight, bool(activation), after is not None and bias is None, device.shared)
     if isinstance(cut, few.Cut):
         norm, how = (before.weight, before.params) if before else (None, {})
         y = few.product(x, weight, bias, residual[0] if residual else None, norm, gate=activation, cut=cut, **how)
-        return (y, rms_norm(c, y, after.weight, **after.params)) if after else _split(y, split_sizes)
+        return (y, rms_norm(c, y, after.weight, **after.params)) if after else _split(y, sizes)
     x = rms_norm(c, x, before.weight, **before.params) if before else x
     if isinstance(cut, Tiles) and loadable(x):
         y = few.product(x, weight, bias, gate=activation, cut=cut)
@@ -211,16 +212,16 @@ def fused_linear(
         y = TRITON[activation](c, *y.chunk(2, dim=-1)) if activation else y
     if after:
         return fused_add_rms_norm(c, residual[0], y, after.weight, **after.params)
-    return residual[0] + y if residual else _split(y, split_sizes)
+    return residual[0] + y if residual else _split(y, sizes)
 
 
 def _split(y: Tensor, sizes: Sequence[int]) -> Tensor | tuple[Tensor, ...]:
-    return y.split(sizes, dim=-1) if len(sizes) > 1 else y
+    return y.split(sizes, dim=-1) if sizes else y
 
 
-def can_fuse_norm(weight: Weight, dtype: torch.dtype) -> bool:
-    """Whether the norm of one row may be part of this matrix's call."""
-    return few.normed(torch.empty(weight.type.sizes, dtype=dtype, device="meta"))
+def can_fuse_norm(matrix: Type, dtype: torch.dtype) -> bool:
+    """Whether the norm of one row may be part of the call of a matrix of this type."""
+    return few.normed(torch.empty(matrix.sizes, dtype=dtype, device="meta"))
 
 
 TRITON: dict[str, Callable[..., Any]] = {
