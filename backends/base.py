@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from llmrs.backends.fusion import fuse
+from llmrs.backends.fusion import fuse_graph
 from llmrs.core.batch import Batch
 from llmrs.core.engine import AsyncOutput
 from llmrs.core.errors import BackendError, ConfigError, GraphError, did_you_mean
@@ -116,7 +116,7 @@ class Backend(ABC):
 
         Raises GraphError, which names op, backend and model, when the graph has an op without a rule.
         """
-        self.graph = fuse(graph, self.fused_ops)
+        self.graph = fuse_graph(graph, self.fused_ops)
         functions = (*self.graph.functions.values(), self.graph.main)
         missing = {e.op for f in functions for e in f.equations} - self.ops() - {"call"}
         if missing:

@@ -18,13 +18,13 @@ def graph(
 
 def show(model: str, revision: str | None, offline: bool, fused: str | None) -> int:
     # here, since `llmrs --help` should not wait for them
-    from llmrs.backends.fusion import fuse
+    from llmrs.backends.fusion import fuse_graph
     from llmrs.models.arch.families import graph_of, read_config
     from llmrs.models.hub.locate import locate
 
     config = read_config(locate(model, revision, offline=offline, weights=False))
     plain = graph_of(config)
-    shown = fuse(plain, fused_ops(fused)) if fused is not None else plain
+    shown = fuse_graph(plain, fused_ops(fused)) if fused is not None else plain
     print(f"{header(config.architecture, plain)}\n\n{shown}")
     return 0
 

@@ -229,7 +229,7 @@ def _moe(
     x: Type, router: Type, gate: Type, up: Type, down: Type, *, top_k: int, norm_topk_prob: bool
 ) -> tuple[Type, ...]:
     (count, width), inner = router.sizes, down.sizes[1]
-    _expect(x.shape == (T, width) and 0 < top_k <= count, f"{x} does not fit router {router}")
+    _expect(x.sizes == (width,) and 0 < top_k <= count, f"{x} does not fit router {router}")
     _expect(gate == up and gate.sizes == (count * inner, width), f"{gate}, {up} are not {count} experts")
     _expect(down.sizes[0] == count * width, f"{down} is not {count} experts")
     return (x,)

@@ -10,11 +10,13 @@ import numpy as np
 
 from llmrs.backends.base import DTYPES as FLOATS
 from llmrs.backends.base import Backend, BackendOptions, best_time
+from llmrs.backends.fusion import FUSED_ADD_RMS_NORM, fuse, fuse_graph
 from llmrs.backends.host_memory import trim_host_memory
+from llmrs.backends.linearize import inline, tied_weights
 from llmrs.backends.mlx import metal_ops, ops, streams
 from llmrs.backends.mlx.attention import KV, Context
 from llmrs.backends.mlx.compiled import MULTIPLE, CompiledSteps
-from llmrs.backends.mlx.fusion import fuse
+from llmrs.backends.mlx.fusion import RULES
 from llmrs.backends.mlx.kernels.launch import Kernels
 from llmrs.backends.mlx.kv_fp8 import Scaled, arrays
 from llmrs.backends.mlx.lowering import Lowering, Program
@@ -67,7 +69,6 @@ class MlxBackend(Backend):
             raise BackendError(f"device {device!r} is not there: MLX has no Metal here", "device: cpu")
         self.type = DTYPES[dtype]
         self.rules, self.draw, self.compiles = ops.COMMON, draw, False
-        self.joint = True  # keys and values of a layer in one array
         if device == "gpu" and mx.metal.is_available():
             self.use_metal(Kernels())
             self.compiles = True  # on a CPU, MLX would call a C++ compiler
@@ -93,7 +94,7 @@ class MlxBackend(Backend):
     def use_metal(self, kernels: Kernels) -> None:
         """Has the rules of Metal win over those of mx ops, before `load`."""
         self.rules = {**ops.COMMON, **ops.FAST, **metal_ops.rules(kernels)}
-        self.draw, self.joint = partial(metal_ops.draw, kernels), False
+        self.draw = partial(metal_ops.draw, kernels)
 
     @classmethod
     def devices(cls) -> list[str]:
@@ -108,11 +109,12 @@ class MlxBackend(Backend):
 
     def load_weights(self, weights: Mapping[str, Tensor], progress: Callable[[int], None]) -> None:
         if self.fused_ops:
-            self.graph = fuse(self.graph)
-        lowering = Lowering(self.graph, self.rules, self.type, weights, progress)
+            self.graph = fuse_graph(self.graph, RULES, RULES)
+        function = fuse(inline(self.graph), [FUSED_ADD_RMS_NORM] if self.fused_ops else [])
+        lowering = Lowering(self.rules, self.type, weights, progress, tied_weights(function))
         try:
             with streams.using(self.stream):
-                self.program = lowering.program(join=bool(self.fused_ops))
+                self.program = lowering.program(function)
         finally:
             lowering.forget()  # a traceback must not hold the weights
         self.compiled = CompiledSteps(self.program) if self.compiles else None
@@ -126,17 +128,15 @@ class MlxBackend(Backend):
         self.kv = []
         with streams.using(self.stream):
             for heads, size in (t.sizes for t in self.graph.kv_types()):
-                shape = (num_blocks * block_size * heads * (2 if self.joint else 1), size)
-                keys = self._zeros(shape)
-                self.kv.append(KV(keys, keys if self.joint else self._zeros(shape), heads))
+                shape = (num_blocks * block_size * heads, size)
+                self.kv.append(KV(self._zeros(shape), self._zeros(shape), heads))
             self.slots = SlotState(max_num_seqs, max_model_len)
             try:
                 mx.eval([x for kv in self.kv for pool in kv.arrays() for x in arrays(pool)])
             except RuntimeError as error:
                 self.kv = []
-                raise MemoryLimitError(
-                    f"no memory for {num_blocks} KV blocks: {error}", "lower max_model_len"
-                ) from error
+                message = f"no memory for {num_blocks} KV blocks: {error}"
+                raise MemoryLimitError(message, "lower max_model_len") from error
 
     def _zeros(self, shape: tuple[int, ...]) -> Any:
         """Of the KV cache's type."""

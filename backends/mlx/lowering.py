@@ -1,16 +1,14 @@
 """From a graph to a list of calls: every equation becomes its rule's function, with its weights bound."""
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
-from llmrs.backends.linearize import Flat, Placed
-from llmrs.backends.mlx.fusion import join_layers
-from llmrs.core.ir import Graph, Weight
+from llmrs.backends.linearize import call_params
+from llmrs.core.ir import Equation, Function, Value, Weight
 from llmrs.quant.tensor import Tensor
 
 Rules = Mapping[str, Callable[..., Callable[..., Any]]]
@@ -44,31 +42,33 @@ class Lowering:
 
     def __init__(
         self,
-        graph: Graph,
         rules: Rules,
         dtype: mx.Dtype,
         weights: Mapping[str, Tensor],
         progress: Callable[[int], None],
+        tied: Collection[Weight],
     ) -> None:
-        self.graph, self.rules, self.dtype, self.weights, self.progress = graph, rules, dtype, weights, progress
-        self.shared = {w for w, uses in Counter(graph.weights()).items() if uses > 1}  # a tied head
+        """`tied`: weights with several uses."""
+        self.rules, self.dtype, self.weights, self.progress = rules, dtype, weights, progress
+        self.tied = set(tied)
         self.loaded: dict[Weight, mx.array] = {}
 
-    def program(self, *, join: bool) -> Program:
-        """`join`: sums at the end of layers in one call with the norm that follows."""
-        flat = Flat(self.graph)
-        placed = join_layers(flat.placed) if join else flat.placed
-        return Program([self._call(p) for p in placed], flat.count, flat.results[0])
+    def program(self, function: Function) -> Program:
+        numbers = {v.name: n for n, v in enumerate(function.inputs)}
+        calls = [self._call(e, numbers) for e in function.equations]
+        return Program(calls, len(numbers), numbers[function.outs[0].name])
 
     def forget(self) -> None:
         """Lets go of what was loaded."""
         self.loaded.clear()
 
-    def _call(self, placed: Placed) -> Call:
-        weights = [self._array(w) for w in placed.weights]
-        run = self.rules[placed.equation.op](*weights, **placed.params)
-        first, count = placed.outs[0], len(placed.outs)  # which are numbered one after the other
-        return Call(run, taker(placed.inputs), first if count == 1 else slice(first, first + count))
+    def _call(self, e: Equation, numbers: dict[str, int]) -> Call:
+        first, count = len(numbers), len(e.outs)
+        numbers.update((v.name, first + n) for n, v in enumerate(e.outs))
+        weights = [self._array(o) for o in e.inputs if isinstance(o, Weight)]
+        inputs = tuple(numbers[o.name] for o in e.inputs if isinstance(o, Value))
+        run = self.rules[e.op](*weights, **call_params(e))
+        return Call(run, taker(inputs), first if count == 1 else slice(first, first + count))
 
     def _array(self, weight: Weight) -> mx.array:
         if weight in self.loaded:
@@ -80,7 +80,7 @@ class Lowering:
         parts.clear()
         mx.clear_cache()  # MLX would keep the freed parts
         self.progress(sum(t.nbytes for t in tensors))
-        if weight in self.shared:
+        if weight in self.tied:
             self.loaded[weight] = array
         return array
 

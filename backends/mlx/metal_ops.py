@@ -65,17 +65,17 @@ def _prefill(kernels: Kernels, c: Context, q: Array, keys: Array, values: Array,
 
 
 def qkv_rope_write_kv(
-    kernels: Kernels, *matrix: Array, rows: list[int], size: int, frequencies: RopeFrequencies
+    kernels: Kernels, *matrix: Array, split_sizes: list[int], size: int, frequencies: RopeFrequencies
 ) -> Run:
     if size < 16 or size % 2:
-        return ops.fast_qkv_rope_write_kv(*matrix, rows=rows, size=size, frequencies=frequencies)
-    return _qkv(kernels, ops.fast_linear(*matrix), None, rows, size, frequencies, {})
+        return ops.FAST["qkv_rope_write_kv"](*matrix, split_sizes=split_sizes, size=size, frequencies=frequencies)
+    return _qkv(kernels, ops.fast_linear(*matrix), None, split_sizes, size, frequencies, {})
 
 
 def qkv_norm_rope_write_kv(
     kernels: Kernels,
     *weights: Array,
-    rows: list[int],
+    split_sizes: list[int],
     size: int,
     eps: float,
     frequencies: RopeFrequencies,
@@ -83,10 +83,10 @@ def qkv_norm_rope_write_kv(
 ) -> Run:
     params: dict[str, Any] = {"eps": eps, "offset": offset}
     if size < 16 or size % 2:
-        params |= {"rows": rows, "size": size, "frequencies": frequencies}
-        return ops.fast_qkv_norm_rope_write_kv(*weights, **params)
+        params |= {"split_sizes": split_sizes, "size": size, "frequencies": frequencies}
+        return ops.FAST["qkv_norm_rope_write_kv"](*weights, **params)
     *matrix, q_norm, k_norm = weights
-    return _qkv(kernels, ops.fast_linear(*matrix), (q_norm, k_norm), rows, size, frequencies, params)
+    return _qkv(kernels, ops.fast_linear(*matrix), (q_norm, k_norm), split_sizes, size, frequencies, params)
 
 
 def _qkv(
@@ -115,7 +115,7 @@ def fused_add_rms_norm(kernels: Kernels, weight: Array, *, eps: float, offset: f
     return lambda c, x, y: elementwise.fused_add_rms_norm(kernels, x, y, weight, eps=eps, offset=offset)
 
 
-def gated(kernels: Kernels, gelu: bool, weight: Array, bias: Array | None = None, *, rows: list[int]) -> Run:
+def gated(kernels: Kernels, gelu: bool, weight: Array, bias: Array | None = None, *, split_sizes: list[int]) -> Run:
     project = ops.fast_linear(weight, *([] if bias is None else [bias]))
     return lambda c, x: _gated(kernels, project(c, x), gelu=gelu)
 

@@ -3,7 +3,7 @@
 That function takes the step's context and the values that are the op's inputs, in their order.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from llmrs.backends.mlx import attention, joint
+from llmrs.backends.mlx import attention
 from llmrs.backends.mlx.attention import KV, Context
 from llmrs.core.ir import RopeFrequencies
 
@@ -38,9 +38,9 @@ def _product(turned: Array, bias: Array | None) -> Run:
 
 
 def merged_linear(
-    weight: Array, bias: Array | None = None, *, rows: list[int], linear: Callable[..., Run] = linear
+    weight: Array, bias: Array | None = None, *, split_sizes: list[int], linear: Callable[..., Run] = linear
 ) -> Run:
-    run, cuts = linear(weight, bias), list(accumulate(rows))[:-1]
+    run, cuts = linear(weight, bias), list(accumulate(split_sizes))[:-1]
     return lambda c, x: mx.split(run(c, x), cuts, axis=-1)
 
 
@@ -175,40 +175,77 @@ def rope_write_kv(*, frequencies: RopeFrequencies) -> Run:
 
 
 def merged_linear_silu_and_mul(
-    weight: Array, bias: Array | None = None, *, rows: list[int], linear: Callable[..., Run] = linear
+    weight: Array, bias: Array | None = None, *, split_sizes: list[int], linear: Callable[..., Run] = linear
 ) -> Run:
-    return _gated(merged_linear(weight, bias, rows=rows, linear=linear), silu_and_mul())
+    return _gated(merged_linear(weight, bias, split_sizes=split_sizes, linear=linear), silu_and_mul())
 
 
 def merged_linear_gelu_and_mul(
-    weight: Array, bias: Array | None = None, *, rows: list[int], linear: Callable[..., Run] = linear
+    weight: Array, bias: Array | None = None, *, split_sizes: list[int], linear: Callable[..., Run] = linear
 ) -> Run:
-    return _gated(merged_linear(weight, bias, rows=rows, linear=linear), gelu_and_mul())
+    return _gated(merged_linear(weight, bias, split_sizes=split_sizes, linear=linear), gelu_and_mul())
 
 
 def _gated(merged: Run, product: Run) -> Run:
     return lambda c, x: product(c, *merged(c, x))
 
 
-def qkv_rope_write_kv(*matrix: Array, rows: list[int], size: int, frequencies: RopeFrequencies) -> Run:
-    return _paired(matrix, rows, size, frequencies, None)
+def qkv_rope_write_kv(
+    *matrix: Array,
+    split_sizes: list[int],
+    size: int,
+    frequencies: RopeFrequencies,
+    linear: Callable[..., Run] = linear,
+    rope: Callable[..., Run] = rope,
+) -> Run:
+    return _qkv(linear(*matrix), split_sizes, size, lambda c, x: x, rope(frequencies=frequencies))
 
 
 def qkv_norm_rope_write_kv(
-    *weights: Array, rows: list[int], size: int, eps: float, frequencies: RopeFrequencies, offset: float = 0.0
+    *weights: Array,
+    split_sizes: list[int],
+    size: int,
+    eps: float,
+    frequencies: RopeFrequencies,
+    offset: float = 0.0,
+    linear: Callable[..., Run] = linear,
+    rope: Callable[..., Run] = rope,
+    norm: Callable[[Array, float], Run] | None = None,
 ) -> Run:
+    """Queries and keys are normalized at once, with weights (Hq + Hk, d)."""
     *matrix, q_weight, k_weight = weights
-    q_weight, k_weight = (w.astype(mx.float32) + offset for w in (q_weight, k_weight))
-    return _paired(matrix, rows, size, frequencies, joint.head_norm(q_weight, k_weight, rows, size, eps))
+    weight = mx.concatenate(
+        [
+            mx.broadcast_to(w.astype(mx.float32) + offset if offset else w, (n // size, size))
+            for w, n in zip((q_weight, k_weight), split_sizes, strict=False)
+        ]
+    )
+    mx.eval(weight)
+    return _qkv(linear(*matrix), split_sizes, size, (norm or _head_norm)(weight, eps), rope(frequencies=frequencies))
 
 
-def _paired(
-    matrix: Sequence[Array], rows: list[int], size: int, frequencies: RopeFrequencies, norm: joint.Norm | None
-) -> Run:
-    order = joint.paired_rows(rows, size)
-    matrix = [m[order] for m in matrix]
-    mx.eval(matrix)  # else the first step would do it, and hold both
-    return joint.qkv(linear(*matrix), rows, size, frequencies, norm, wide=matrix[0].dtype != mx.float32)
+def _head_norm(weight: Array, eps: float) -> Run:
+    """As `rms_norm`, for x (T, H, d) and a weight (H, d); the result is float32."""
+    size = weight.shape[1]
+    wide, least = (weight.astype(mx.float32) * size**0.5)[None], mx.full((1, 1, 1), size * eps)
+    mx.eval(wide, least)
+
+    def run(_: Context, x: Array) -> Array:
+        x = x if x.dtype == mx.float32 else x.astype(mx.float32)
+        return x * mx.rsqrt(mx.sum(mx.square(x), -1, True) + least) * wide
+
+    return run
+
+
+def _qkv(project: Run, split_sizes: list[int], size: int, norm: Run, rope: Run) -> Run:
+    query_heads, turned = split_sizes[0] // size, (split_sizes[0] + split_sizes[1]) // size
+
+    def run(c: Context, x: Array, positions: Array, kv: KV) -> tuple[Array, KV]:
+        qk, v = mx.split(mx.unflatten(project(c, x), -1, (-1, size)), [turned], axis=1)
+        q, k = mx.split(rope(c, norm(c, qk), positions).astype(x.dtype), [query_heads], axis=1)
+        return q, write(c, k, v, kv)
+
+    return run
 
 
 # Where MLX's own fast ops are one kernel each; on the CPU they are many small steps.
@@ -238,39 +275,8 @@ def fast_rope(*, frequencies: RopeFrequencies) -> Run:
     return run
 
 
-def fast_qkv_rope_write_kv(*matrix: Array, rows: list[int], size: int, frequencies: RopeFrequencies) -> Run:
-    return _qkv(fast_linear(*matrix), rows, size, lambda c, x: x, fast_rope(frequencies=frequencies))
-
-
-def fast_qkv_norm_rope_write_kv(
-    *weights: Array,
-    rows: list[int],
-    size: int,
-    eps: float,
-    frequencies: RopeFrequencies,
-    offset: float = 0.0,
-) -> Run:
-    """Queries and keys are normalized at once, and multiplied by a weight (Hq + Hk, d)."""
-    *matrix, q_weight, k_weight = weights
-    wide = [w.astype(mx.float32) + offset if offset else w for w in (q_weight, k_weight)]
-    weight = mx.concatenate([mx.broadcast_to(w, (n // size, size)) for w, n in zip(wide, rows, strict=False)])
-    mx.eval(weight)
-
-    def norm(c: Context, x: Array) -> Array:
-        return mx.fast.rms_norm(x, None, eps) * weight
-
-    return _qkv(fast_linear(*matrix), rows, size, norm, fast_rope(frequencies=frequencies))
-
-
-def _qkv(project: Run, rows: list[int], size: int, norm: Run, turn: Run) -> Run:
-    query_heads, both = rows[0] // size, (rows[0] + rows[1]) // size
-
-    def run(c: Context, x: Array, positions: Array, kv: KV) -> tuple[Array, KV]:
-        qk, v = mx.split(mx.unflatten(project(c, x), -1, (-1, size)), [both], axis=1)
-        q, k = mx.split(turn(c, norm(c, qk), positions).astype(x.dtype), [query_heads], axis=1)
-        return q, write(c, k, v, kv)
-
-    return run
+def fast_head_norm(weight: Array, eps: float) -> Run:
+    return lambda c, x: mx.fast.rms_norm(x, None, eps) * weight
 
 
 def fast_attend(*, scale: float, window: int = 0) -> Run:
@@ -285,7 +291,7 @@ OWN = (
     merged_linear_gelu_and_mul,
     qkv_rope_write_kv,
     qkv_norm_rope_write_kv,
-)  # of fusing.py
+)  # of fusion.py here
 PLAIN = (
     embed,
     mul_scalar,
@@ -313,6 +319,6 @@ FAST: dict[str, Callable[..., Run]] = {  # what wins on a GPU: the same signatur
     "attend": fast_attend,
     "rms_norm": fast_rms_norm,
     "fused_add_rms_norm": partial(fused_add_rms_norm, rms_norm=fast_rms_norm),
-    "qkv_rope_write_kv": fast_qkv_rope_write_kv,
-    "qkv_norm_rope_write_kv": fast_qkv_norm_rope_write_kv,
+    "qkv_rope_write_kv": partial(qkv_rope_write_kv, linear=fast_linear, rope=fast_rope),
+    "qkv_norm_rope_write_kv": partial(qkv_norm_rope_write_kv, linear=fast_linear, rope=fast_rope, norm=fast_head_norm),
 }

@@ -16,12 +16,15 @@ from llmrs.backends.base import Backend, BackendOptions, best_time
 from llmrs.backends.cores import usable_cores
 from llmrs.backends.fusion import FUSED_OPS
 from llmrs.backends.host_memory import free_host_memory, keep_freed_memory, trim_host_memory, use_huge_pages
+from llmrs.backends.linearize import hoist_logits_gather, inline, tied_weights
 from llmrs.backends.torch.async_output import CopiedOutput, OutputCopier, TorchOutput
 from llmrs.backends.torch.cpu_linear import Linear, make_linear
+from llmrs.backends.torch.fusion import CanFuseNorm, program_functions
 from llmrs.backends.torch.kv_fp8 import CODES, Scaled, check_device
-from llmrs.backends.torch.lowering import Lowering, Program, join_layers, last_early
-from llmrs.backends.torch.ops import FUSED, KV, OPS
+from llmrs.backends.torch.lowering import Bind, Lowering
+from llmrs.backends.torch.ops import BIND, FUSED, KV, OPS
 from llmrs.backends.torch.profiler import TorchProfiler
+from llmrs.backends.torch.program import NO_PROGRAMS, Programs
 from llmrs.backends.torch.sampling import Logits, SlotState, logprobs, sample
 from llmrs.backends.torch.sdpa_attention import attn_metadata, on_device
 from llmrs.backends.torch.workspace import activation_bytes, workspace_bytes
@@ -56,7 +59,9 @@ class TorchBackend(Backend):
             self.step_tokens = 256  # as fast as more, with temporaries that the caches hold; and nobody waits long
         self.ops_table: Mapping[str, Callable[..., object]] = OPS
         self.make_linear: Callable[..., Linear] = make_linear
-        self.program = Program([], 0, [])
+        self.bind: Mapping[str, Bind] = BIND
+        self.can_fuse_norm: CanFuseNorm = lambda matrix: False
+        self.programs = NO_PROGRAMS
         self.kv: list[KV] = []
         self.slots = SlotState(0, 0, self.torch_device)
         self.runner: GPUModelRunner | None = None  # with Triton kernels
@@ -101,7 +106,8 @@ class TorchBackend(Backend):
             self._check_bf16()
             torch.cuda.set_device(self.torch_device)  # of this thread: Triton launches on it
         self.runner = model_runner.GPUModelRunner(self.torch_device, graphs=graphs)
-        self.ops_table, self.fused_ops = triton_ops.TRITON, triton_ops.FUSED
+        self.ops_table, self.bind, self.fused_ops = triton_ops.TRITON, triton_ops.BIND, triton_ops.FUSED
+        self.can_fuse_norm = partial(triton_ops.can_fuse_norm, dtype=self.torch_dtype)
         self.make_linear = triton_ops.Linear
         self.block_size = model_runner.BLOCK_SIZE
 
@@ -136,12 +142,22 @@ class TorchBackend(Backend):
     # Loading: every equation becomes a call with its weights bound.
 
     def load_weights(self, weights: Mapping[str, Tensor], progress: Callable[[int], None]) -> None:
+        function = inline(self.graph)
         lowering = Lowering(
-            self.graph, self.ops_table, self.torch_device, self.torch_dtype, weights, progress, self.make_linear
+            self.ops_table,
+            self.bind,
+            self.torch_device,
+            self.torch_dtype,
+            weights,
+            progress,
+            tied=tied_weights(function),
+            make_linear=self.make_linear,
         )
-        self.program = lowering.program()
         if self.runner:
-            self.program = join_layers(last_early(self.program), self.ops_table)
+            functions = program_functions(hoist_logits_gather(function), self.can_fuse_norm)
+            self.programs = Programs(*map(lowering.program, functions))
+        else:
+            self.programs = Programs(*[lowering.program(function)] * 3)
         trim_host_memory()
         if self.torch_device.type == "cpu" and lowering.size > HUGE_PAGES_MIN_BYTES:
             use_huge_pages()
@@ -158,7 +174,7 @@ class TorchBackend(Backend):
         if self.runner:
             self.runner.begin(
                 self.graph,
-                self.program,
+                self.programs,
                 self.kv,
                 self.slots,
                 self.torch_dtype,
@@ -189,7 +205,7 @@ class TorchBackend(Backend):
         if self.runner:
             return self.runner.forward(batch)
         inputs = [self._input_ids(batch), on_device(batch.positions, self.torch_device), *self.kv]
-        return Logits(self.program.run(attn_metadata(batch, self.block_size, self.torch_device), inputs)[0])
+        return Logits(self.programs.full.run(attn_metadata(batch, self.block_size, self.torch_device), inputs)[0])
 
     @torch.inference_mode()
     def sample(self, logits: Logits, batch: Batch, mask: np.ndarray | None = None) -> TorchOutput | CopiedOutput:
@@ -231,7 +247,7 @@ class TorchBackend(Backend):
         return TorchProfiler(self.torch_device)
 
     def close(self) -> None:
-        self.program, self.kv = Program([], 0, []), []
+        self.programs, self.kv = NO_PROGRAMS, []
         self.slots, self.output_copier = SlotState(0, 0, self.torch_device), None
         if self.runner:
             self.runner.end()

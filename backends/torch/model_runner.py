@@ -15,17 +15,16 @@ import torch
 
 from llmrs.backends.torch.attn_metadata import StepBuffers, StepShape, shape_of, target_ctas
 from llmrs.backends.torch.cuda_graphs import GraphCache
-from llmrs.backends.torch.fusion import fuse
 from llmrs.backends.torch.kernel_configs import Device, kv_cache_dtype, prefill_q_tokens
-from llmrs.backends.torch.kernels.gemm import MAX_FUSED_NORM_M, can_fuse_norm, max_fused_m
+from llmrs.backends.torch.kernels.gemm import MAX_FUSED_NORM_M, max_fused_m
 from llmrs.backends.torch.kernels.gumbel_argmax import sample_gumbel
 from llmrs.backends.torch.kernels.launch import has_tma, interpreted, supports_pdl
 from llmrs.backends.torch.kernels.top_k_top_p import find_thresholds
-from llmrs.backends.torch.lowering import Program
 from llmrs.backends.torch.ops import KV
+from llmrs.backends.torch.program import NO_PROGRAMS, Program, Programs
 from llmrs.backends.torch.sampling import Logits, SlotState, apply_logits_processors, needs_logits_processors
 from llmrs.backends.torch.step_shapes import DECODE_BATCH_SIZES, bucket, covering_shapes, decode_shapes, kernel_shapes
-from llmrs.backends.torch.triton_ops import TRITON, CosSinCache, KernelContext, fused_linear
+from llmrs.backends.torch.triton_ops import CosSinCache, KernelContext
 from llmrs.core.batch import Batch
 from llmrs.core.errors import BackendError
 from llmrs.core.ir import Graph
@@ -54,8 +53,7 @@ class GPUModelRunner:
 
     def end(self) -> None:
         """Frees everything."""
-        self.program, self.kv = Program([], 0, []), list[KV]()
-        self.one_row_program, self.small_batch_program, self.small_batch_max_m = self.program, self.program, 0
+        self.programs, self.small_batch_max_m, self.kv = NO_PROGRAMS, 0, list[KV]()
         self.slots = SlotState(0, 0, self.device)
         self.tokens = torch.empty(0, dtype=torch.int32, device=self.device)  # of the last step, for OutputCopier
         self.graphs: GraphCache | None = None
@@ -63,7 +61,7 @@ class GPUModelRunner:
     def begin(
         self,
         graph: Graph,
-        program: Program,
+        programs: Programs,
         kv: Sequence[KV],
         slots: SlotState,
         dtype: torch.dtype,
@@ -77,11 +75,8 @@ class GPUModelRunner:
         and captures the shapes that hold nearly every step.
         """
         self.end()
-        self.program, self.kv, self.slots = program, list(kv), slots
-        if self.fuse_small_batches:
-            ops, self.small_batch_max_m = {**TRITON, "rows": fused_linear}, max_fused_m(dtype, self.device)
-            self.one_row_program = fuse(program, ops, lambda linear: can_fuse_norm(linear.weight))
-            self.small_batch_program = fuse(program, ops)
+        self.programs, self.kv, self.slots = programs, list(kv), slots
+        self.small_batch_max_m = max_fused_m(dtype, self.device) if self.fuse_small_batches else 0
         blocks, self.block_size = kv[0].keys.shape[:2]
         self.null_block = blocks - 1
         if blocks * self.block_size >= 2**31:
@@ -91,7 +86,7 @@ class GPUModelRunner:
         self.cos_sin_cache = CosSinCache(self.max_model_len, self.device)
         self.ctas = target_ctas(self.device, *kv[0].keys.shape[2:])
         self.block_m_tokens = prefill_q_tokens(graph, dtype, kv_cache_dtype(kv[0].keys), self.configs)
-        if self.use_graphs and not NOT_CAPTURABLE & {c.op for c in program.calls}:
+        if self.use_graphs and not NOT_CAPTURABLE & {c.op for c in programs.full.calls}:
             self.graphs = self.new_graph_cache(activation_bytes)
         if self.device.type == "cuda":  # the interpreter compiles nothing, and takes minutes
             self._warm_up(max_num_batched_tokens)
@@ -175,9 +170,9 @@ class GPUModelRunner:
     def _program(self, shape: StepShape) -> Program:
         """By tokens and logits rows: one token of a prompt may have two."""
         if shape.num_tokens > self.small_batch_max_m:
-            return self.program
+            return self.programs.full
         one_row = max(shape.num_tokens, shape.num_seqs) <= MAX_FUSED_NORM_M
-        return self.one_row_program if one_row else self.small_batch_program
+        return self.programs.single_token if one_row else self.programs.small_batch
 
     def _sample(self, logits: torch.Tensor, buffers: StepBuffers, filtered: bool) -> torch.Tensor:
         """Token ids int32 (n,) of the step's first n sequences."""

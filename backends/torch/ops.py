@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from llmrs.backends.torch import sdpa_attention
-from llmrs.backends.torch.cpu_linear import Linear
+from llmrs.backends.torch.cpu_linear import Linear, make_linear
 from llmrs.backends.torch.kv_fp8 import Scaled
+from llmrs.backends.torch.lowering import Bind, Lowering, torch_view, weights_of
 from llmrs.backends.torch.sdpa_attention import AttnMetadata
-from llmrs.core.ir import RopeFrequencies
+from llmrs.core.ir import Equation, RopeFrequencies, Weight
 
 Tensor = torch.Tensor
 
@@ -32,8 +33,8 @@ def linear(_: AttnMetadata, x: Tensor, matrix: Linear) -> Tensor:
     return matrix(x)
 
 
-def merged_linear(_: AttnMetadata, x: Tensor, matrix: Linear, *, rows: list[int]) -> tuple[Tensor, ...]:
-    return matrix(x).split(rows, dim=-1)
+def merged_linear(_: AttnMetadata, x: Tensor, matrix: Linear, *, split_sizes: list[int]) -> tuple[Tensor, ...]:
+    return matrix(x).split(split_sizes, dim=-1)
 
 
 def mul_scalar(_: AttnMetadata, x: Tensor, *, by: float) -> Tensor:
@@ -90,12 +91,6 @@ def qk_norm_rope_write_kv(
     normal = torch.nn.functional.rms_norm(x.float() if offset else x, x.shape[-1:], None, eps) * norms
     x = _rotated(normal, *_cos_sin(c, positions, frequencies)).to(q.dtype)
     return x[:, : q.shape[1]], write_kv(c, x[:, q.shape[1] :], v, kv)
-
-
-def head_norms(weights: list[Tensor], heads: list[int], offset: float) -> Tensor:
-    """The norms' weights for each head, (H + Hk, d); in float32 where something is added to them."""
-    norms = torch.cat([w.expand(n, -1) for w, n in zip(weights, heads, strict=True)])
-    return norms.float() + offset if offset else norms
 
 
 def _joined(q: Tensor, k: Tensor) -> Tensor:
@@ -205,3 +200,48 @@ OPS: dict[str, Callable[..., Any]] = {
     )
 }
 FUSED = frozenset({"merged_linear", "qk_norm_rope_write_kv"})
+
+
+# How weights are bound: what an op takes after its values, for ops that do not take a linear map.
+
+
+def bind_embed(lowering: Lowering, e: Equation) -> Callable[[Tensor], Tensor]:
+    """Rows of the table. On the CPU they are read from the file, so that a packed head needs no second copy."""
+    (weight,) = weights_of(e)
+    if lowering.device.type == "cpu" and len(weight.segments) == 1:
+        rows, dtype = torch_view(lowering.weights[weight.segments[0].tensor]), lowering.dtype
+        return lambda tokens: rows[tokens].to(dtype)
+    table = lowering.tensor(weight)
+    return lambda tokens: table[tokens]
+
+
+def bind_rms_norm(lowering: Lowering, e: Equation) -> Norm:
+    return Norm.of(lowering.tensor(*weights_of(e)))
+
+
+def bind_qk_norm(lowering: Lowering, e: Equation) -> Tensor:
+    """The norms' weights for each head, (H + Hk, d); in float32 where something is added to them."""
+    heads = [o.type.sizes[0] for o in (e.inputs[0], e.inputs[3])]  # of q and k
+    norms = [lowering.tensor(w).expand(n, -1) for w, n in zip(weights_of(e), heads, strict=True)]
+    offset = e.params.get("offset", 0.0)
+    return torch.cat(norms).float() + offset if offset else torch.cat(norms)
+
+
+def bind_moe(lowering: Lowering, e: Equation) -> Experts:
+    """Each expert's matrices by themselves; a segment holds one expert, or several."""
+    router, *stacks = weights_of(e)
+    count = router.type.sizes[0]
+    split = [
+        [m for s in w.segments for m in lowering.tensor(Weight((s,), w.columns)).split(w.type.sizes[0] // count)]
+        for w in stacks
+    ]
+    experts = [(make_linear(g), make_linear(u), make_linear(d)) for g, u, d in zip(*split, strict=True)]
+    return Experts(lowering.tensor(router), experts)
+
+
+BIND: dict[str, Bind] = {
+    "embed": bind_embed,
+    "rms_norm": bind_rms_norm,
+    "qk_norm_rope_write_kv": bind_qk_norm,
+    "moe": bind_moe,
+}

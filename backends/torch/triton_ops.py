@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,8 +16,9 @@ from llmrs.backends.torch.kernels.paged_attention import AttnConfig, paged_atten
 from llmrs.backends.torch.kernels.prefill_attention_tma import prefill_attention_tma, prefill_config
 from llmrs.backends.torch.kernels.prefill_attention_tma import tma_compatible as cache_tma_compatible
 from llmrs.backends.torch.kernels.qk_norm_rope_cache import qk_norm_rope_write_kv as qk_norm_rope_cache
-from llmrs.backends.torch.ops import KV, OPS
-from llmrs.core.ir import RopeFrequencies
+from llmrs.backends.torch.lowering import Bind, Lowering, weights_of
+from llmrs.backends.torch.ops import KV, OPS, bind_moe
+from llmrs.core.ir import Equation, RopeFrequencies, Type
 
 Tensor = torch.Tensor
 
@@ -72,8 +73,8 @@ def linear(c: KernelContext, x: Tensor, matrix: Linear) -> Tensor:
     return matrix(x, pdl=c.pdl)
 
 
-def merged_linear(c: KernelContext, x: Tensor, matrix: Linear, *, rows: list[int]) -> tuple[Tensor, ...]:
-    return matrix(x, pdl=c.pdl).split(rows, dim=-1)
+def merged_linear(c: KernelContext, x: Tensor, matrix: Linear, *, split_sizes: list[int]) -> tuple[Tensor, ...]:
+    return matrix(x, pdl=c.pdl).split(split_sizes, dim=-1)
 
 
 def lm_head(c: KernelContext, x: Tensor, matrix: Linear) -> Tensor:
@@ -171,30 +172,51 @@ def gather_logits_rows(c: KernelContext, x: Tensor) -> Tensor:
     return x if c.shape.is_decode_only else x.index_select(0, c.fields.logits_indices)
 
 
+def can_fuse_norm(matrix: Type, dtype: torch.dtype) -> bool:
+    """Whether the norm of one row may be part of the call of a matrix of this type."""
+    return gemm.can_fuse_norm(torch.empty(matrix.sizes, dtype=dtype, device="meta"))
+
+
+class Norm(NamedTuple):
+    """rms_norm before or after a linear map."""
+
+    weight: Tensor  # (K,)
+    params: dict[str, float]  # eps, and offset if any
+
+
+class FusedLinear(NamedTuple):
+    """The weights of `fused_linear`: prologue norm, matrix and bias, epilogue norm."""
+
+    matrix: Linear
+    prologue: Norm | None
+    epilogue: Norm | None
+
+
 def fused_linear(
     c: KernelContext,
     x: Tensor,
-    *rest: Any,  # the residual, if there is one; then the matrix, the norm before it, the norm after it
-    sizes: Sequence[int] = (),
-    gate: str = "",
+    *rest: Any,  # the residual, if any; FusedLinear
+    split_sizes: Sequence[int] = (),
+    activation: str = "",
 ) -> Tensor | tuple[Tensor, ...]:
-    """The op of fusion.py in as few launches as `select_gemm` finds best: everything in one kernel; a GEMM with its
-    activation and a norm that reduces split-K; or cuBLAS with separate kernels around it."""
+    """See fusion.py. `select_gemm` chooses: one kernel; a GEMM with the activation, and a norm that reduces its split-K
+    partial sums; or cuBLAS between kernels for the rest."""
     *residual, (matrix, prologue, epilogue) = rest
+    sizes = () if activation or len(split_sizes) < 2 else split_sizes
     weight, bias = matrix.weight, matrix.bias
     reducible = epilogue is not None and bias is None
-    config = gemm.select_gemm(len(x), weight, bool(gate), reducible, c.device.smem_bytes)
+    config = gemm.select_gemm(len(x), weight, bool(activation), reducible, c.device.smem_bytes)
     if config and not isinstance(config, TmaConfig):
         norm_weight, how = (prologue.weight, prologue.params) if prologue else (None, {})
         added = residual[0] if residual else None
-        y = gemm.fused_linear(x, weight, bias, added, norm_weight, act=gate, config=config, pdl=c.pdl, **how)
+        y = gemm.fused_linear(x, weight, bias, added, norm_weight, act=activation, config=config, pdl=c.pdl, **how)
         return (y, rms_norm(c, y, epilogue.weight, **epilogue.params)) if epilogue else _split(y, sizes)
     x = rms_norm(c, x, prologue.weight, **prologue.params) if prologue else x
     if config and tma_compatible(x):
-        y = gemm.fused_linear(x, weight, bias, act=gate, config=config, pdl=c.pdl)
+        y = gemm.fused_linear(x, weight, bias, act=activation, config=config, pdl=c.pdl)
     else:
         y = matrix(x, pdl=c.pdl)
-        y = TRITON[gate](c, *y.chunk(2, dim=-1)) if gate else y
+        y = TRITON[activation](c, *y.chunk(2, dim=-1)) if activation else y
     if epilogue:
         return fused_add_rms_norm(c, residual[0], y, epilogue.weight, **epilogue.params)
     return residual[0] + y if residual else _split(y, sizes)
@@ -223,10 +245,11 @@ TRITON: dict[str, Callable[..., Any]] = {
             silu_and_mul,
             gelu_and_mul,
             gather_logits_rows,
+            fused_linear,
         )
     },
 }
-FUSED = frozenset({"merged_linear", "fused_add_rms_norm", "qk_norm_rope_write_kv", "rope_write_kv"})
+FUSED = frozenset({"merged_linear", "qk_norm_rope_write_kv", "rope_write_kv"})  # within a layer
 
 LINEAR = ("linear", "merged_linear", "lm_head")
 # The ops whose time a profile shows under a kernel's name; () for a second kernel of the same op
@@ -244,4 +267,28 @@ KERNEL_OPS: dict[str, tuple[str, ...]] = {
     "sample_gumbel_kernel": ("sample",),
     "find_thresholds_kernel": (),
     "reduce_argmax_kernel": (),
+}
+
+
+def bind_tensors(lowering: Lowering, e: Equation) -> Tensor | tuple[Tensor, ...]:
+    tensors = tuple(map(lowering.tensor, weights_of(e)))
+    return tensors if len(tensors) > 1 else tensors[0]
+
+
+def bind_fused_linear(lowering: Lowering, e: Equation) -> FusedLinear:
+    weights, first, last = list(weights_of(e)), e.body[0], e.body[-1]
+    prologue = Norm(lowering.tensor(weights.pop(0)), first.params) if first.op == "rms_norm" else None
+    epilogue = Norm(lowering.tensor(weights.pop()), last.params) if last.op == "rms_norm" else None
+    matrix = lowering.linear(*weights)
+    assert isinstance(matrix, Linear)
+    return FusedLinear(matrix, prologue, epilogue)
+
+
+BIND: dict[str, Bind] = {
+    "embed": bind_tensors,
+    "rms_norm": bind_tensors,
+    "fused_add_rms_norm": bind_tensors,
+    "qk_norm_rope_write_kv": bind_tensors,
+    "moe": bind_moe,
+    "fused_linear": bind_fused_linear,
 }

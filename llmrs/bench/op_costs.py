@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from functools import cache
 
 from llmrs.backends.base import DTYPE_BYTES, Ran
-from llmrs.backends.linearize import Flat, Placed
+from llmrs.backends.linearize import inline
 from llmrs.bench.roofline import Device, experts_of, met
-from llmrs.core.ir import Graph, S, T, Type, Value, Weight
+from llmrs.core.ir import Equation, Graph, S, T, Type, Value, Weight
 from llmrs.memory import token_bytes
 
 LINEAR = ("linear", "merged_linear", "lm_head")
@@ -55,14 +55,14 @@ def costs(graph: Graph, dtypes: tuple[str, str], batch: int, context: int) -> li
     """Of a decode step of a lowered graph, in order, sampling last; `dtypes` are those of weights and of the cache."""
     elements = 2 * sum(math.prod(t.sizes) for t in graph.kv_types())
     each = DTYPE_BYTES[dtypes[0]], token_bytes(graph, dtypes[1]) / elements
-    found = [_cost(p, each, batch, context) for p in Flat(graph).placed]
+    found = [_cost(e, each, batch, context) for e in inline(graph).equations]
     logits = graph.main.outs[0].type.sizes[0]
     return [*found, Cost("sample", "sample", batch * logits * each[0])]
 
 
-def _cost(placed: Placed, each: tuple[float, float], batch: int, context: int) -> Cost:
+def _cost(e: Equation, each: tuple[float, float], batch: int, context: int) -> Cost:
     """`each` are the bytes of an element of weights and values, and of the KV cache with what belongs to it."""
-    e, (own, cached) = placed.equation, each
+    own, cached = each
     weights = [o for o in e.inputs if isinstance(o, Weight)]
     moved = sum(_bytes(o.type, own, batch) for o in (*e.inputs, *e.outs) if isinstance(o, Value))
     stored = 2 * sum(math.prod(o.type.sizes) for o in e.outs if o.type.dtype == "kv")  # K and V of a token

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny
 
-from llmrs.backends.fusion import FUSED_OPS, expand, fuse
+from llmrs.backends.fusion import FUSED_OPS, expand, fuse_graph
 from llmrs.core.errors import GraphError
 from llmrs.core.ir import Graph, S, T, Type, Weight, check
 from llmrs.models.arch.builder import Builder
@@ -85,7 +85,7 @@ def test_prints_on_one_screen(qwen3):
 
 
 def test_weights_are_rows_of_segments(qwen3):
-    fused = fuse(qwen3, ["merged_linear"])
+    fused = fuse_graph(qwen3, ["merged_linear"])
     merged = next(e for e in fused.functions["layer"].equations if e.op == "merged_linear")
     weight = merged.inputs[1]
     assert isinstance(weight, Weight)
@@ -102,7 +102,7 @@ def test_fused_graphs_compute_the_same(name, ops, checkpoints):
     backend.allocate(64, 4, 4, 256)
     batch = tiny.prefill_batch(tiny.prompts(9, 2), 4)
     plain = backend.forward(batch)
-    fused = fuse(graph_of(config), ops)
+    fused = fuse_graph(graph_of(config), ops)
     used = {e.op for f in fused.functions.values() for e in f.equations}
     assert set(ops) - used <= {"qk_norm_rope_write_kv" if "llama" in name else "rope_write_kv"}
     functions = {n: expand(f) for n, f in fused.functions.items()}
@@ -113,7 +113,7 @@ def test_fused_graphs_compute_the_same(name, ops, checkpoints):
 
 def test_fused_op_unknown():
     with pytest.raises(GraphError, match="merged_linear"):
-        fuse(graph_from(lambda b, x: b("add", x, x, to="y")), ["magic"])
+        fuse_graph(graph_from(lambda b, x: b("add", x, x, to="y")), ["magic"])
 
 
 def test_inner_results_that_are_used_elsewhere_prevent_fusion():
@@ -122,7 +122,7 @@ def test_inner_results_that_are_used_elsewhere_prevent_fusion():
     total = b("add", x, y, to="s")
     n = b("rms_norm", total, vector("w", 8), eps=1e-6, to="n")
     out = b("add", n, total, to="out")  # uses the sum, which fused_add_rms_norm also gives: still fused
-    fused = fuse(Graph("test", {}, b.done(out)), ["fused_add_rms_norm"])
+    fused = fuse_graph(Graph("test", {}, b.done(out)), ["fused_add_rms_norm"])
     assert [e.op for e in fused.main.equations] == ["fused_add_rms_norm", "add"]
 
 
@@ -133,7 +133,7 @@ def test_results_used_before_the_fused_equation_are_moved_behind_it():
     double = b("add", total, total, to="d")
     n = b("rms_norm", total, vector("w", 8), eps=1e-6, to="n")
     out = b("add", n, double, to="out")
-    fused = fuse(Graph("test", {}, b.done(out)), ["fused_add_rms_norm"])
+    fused = fuse_graph(Graph("test", {}, b.done(out)), ["fused_add_rms_norm"])
     assert [e.op for e in fused.main.equations] == ["fused_add_rms_norm", "add", "add"]
 
 

@@ -14,7 +14,7 @@ import random_checkpoint
 
 from llmrs import ConfigError, Engine, EngineConfig
 from llmrs.backends.base import Ran
-from llmrs.backends.fusion import FUSED_OPS, fuse
+from llmrs.backends.fusion import FUSED_OPS, fuse_graph
 from llmrs.backends.testing import RandomModel
 from llmrs.backends.torch.profiler import outermost, ran
 from llmrs.bench import startup
@@ -310,7 +310,7 @@ def test_costs_add_up_to_the_work_of_a_step():
     """Weights, KV cache and operations of all equations are those of `Work`; what passes between them comes on top."""
     for fused in ((), FUSED_OPS):
         plain = paper.graph("Qwen3-0.6B")
-        found, work = costs(fuse(plain, fused), ("bf16", "bf16"), 4, 100), Work.of(plain)
+        found, work = costs(fuse_graph(plain, fused), ("bf16", "bf16"), 4, 100), Work.of(plain)
         by_op = {op: [c for c in found if c.op == op] for op in {c.op for c in found}}
         matrices = [c for c in found if c.op in ("linear", "merged_linear", "lm_head")]
         assert sum(c.operations for c in matrices) == 4 * 2 * (work.weights - norms())

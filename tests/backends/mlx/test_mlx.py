@@ -398,19 +398,6 @@ def test_rules_with_the_fast_ops_equal_the_common_ones(name):
     assert np.abs(found[0] - found[1]).max() < 1e-4
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
-def test_keys_and_values_in_one_array_and_in_two(name):
-    """Whatever the rules are: those for one array write to two, and the other way round."""
-    model, found = RandomModel.of(name), []
-    for rules in (ops.COMMON, {**ops.COMMON, **ops.FAST}):
-        for joint in (True, False):
-            backend = make()
-            backend.rules, backend.joint = rules, joint
-            found.append(logits(backend, model))
-            assert {len(kv.arrays()) for kv in backend.kv} == {1 if joint else 2}
-    assert max(np.abs(found[0] - other).max() for other in found) < 1e-4
-
-
 def test_a_kv_cache_of_another_type():
     model = RandomModel.of("qwen3")
     exact, rounded = logits(make(), model), logits(make(kv_dtype="f16"), model)

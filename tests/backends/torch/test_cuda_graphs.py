@@ -10,7 +10,7 @@ import torch
 import llmrs.backends.torch
 from llmrs.backends.base import find
 from llmrs.backends.testing import BLOCK, RandomModel, core_on, prefill_batch, prompts, request, run, sampling_batch
-from llmrs.backends.torch.lowering import Program
+from llmrs.backends.torch.program import Program, Programs
 from llmrs.config import EngineConfig
 from llmrs.core.errors import BackendError, ConfigError
 from llmrs.core.sampling import SamplingArrays
@@ -244,11 +244,12 @@ def test_calls_that_are_alike_are_made_once():
     def counted(rule, op):
         return lambda *inputs, **params: (calls.append(op), rule(*inputs, **params))[1]
 
-    for name in ("program", "small_batch_program", "one_row_program"):
-        program = getattr(ours.runner, name)
-        rules = {c.rule: counted(c.rule, c.op) for c in program.calls}
-        alike = [dataclasses.replace(c, rule=rules[c.rule]) for c in program.calls]
-        setattr(ours.runner, name, Program(alike, program.count, program.results))
+    programs = []
+    for program in ours.runner.programs:
+        fns = {c.fn: counted(c.fn, c.op) for c in program.calls}
+        alike = [dataclasses.replace(c, fn=fns[c.fn]) for c in program.calls]
+        programs.append(Program(alike, program.count, program.results))
+    ours.runner.programs = Programs(*programs)
     buffers = StepBuffers(StepShape(4, 4, 4, 0), 4, ours.torch_device)
     buffers.fill_null(0)
     logits = ours.runner._run(buffers, once=True)

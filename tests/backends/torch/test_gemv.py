@@ -24,7 +24,7 @@ from llmrs.backends.torch.kernels.gemm import (
     select_gemm,
 )
 from llmrs.backends.torch.kernels.gemm_tma import TMA_MAX_M, TmaConfig
-from llmrs.backends.torch.lowering import Call
+from llmrs.backends.torch.program import Call
 from llmrs.backends.torch.triton_ops import Linear
 from llmrs.core.errors import BackendError
 
@@ -138,44 +138,44 @@ def ops(
     made = backend(name, **changes)
     made.allocate(4, BLOCK, 1, 16)
     calls = [c for c in made.runner._program(StepShape(rows, rows, rows, 0)).calls if c.op not in rest]
-    return [described(c) if c.op == "rows" else c.op for c in calls]
+    return [described(c) if c.op == "fused_linear" else c.op for c in calls]
 
 
 def described(call: Call) -> str:
-    ((matrix, before, after),) = call.weights
+    ((matrix, prologue, epilogue),) = call.weights
     assert isinstance(matrix, Linear)
-    words = ("norm" if before else "", "rows", call.params.get("gate") or "", "add" if len(call.inputs) > 1 else "")
-    return " ".join(w for w in (*words, "norm" if after else "") if w)
+    words = ("norm" if prologue else "", "gemm", call.params.get("activation", ""), "add" if call.inputs[1:] else "")
+    return " ".join(w for w in (*words, "norm" if epilogue else "") if w)
 
 
 def test_a_layer_of_few_rows_is_few_calls():
     for name, store in (("qwen3", "qk_norm_rope_write_kv"), ("llama", "rope_write_kv"), ("mistral", "rope_write_kv")):
-        layer = ["norm rows", store, "attend", "rows add", "norm rows silu_and_mul", "rows add"]
+        layer = ["norm gemm", store, "attend", "gemm add", "norm gemm silu_and_mul", "gemm add"]
         assert ops(name, 1) == [*layer, *layer, "rms_norm", "lm_head"], name
-        layer = ["rows", store, "attend", "rows add norm", "rows silu_and_mul", "rows add norm"]
-        assert ops(name, 2) == ["rms_norm", *layer, *layer, "rows"], name
+        layer = ["gemm", store, "attend", "gemm add norm", "gemm silu_and_mul", "gemm add norm"]
+        assert ops(name, 2) == ["rms_norm", *layer, *layer, "gemm"], name
 
 
 def test_what_does_not_match_stays():
-    layer = ["rows", "rms_norm", "fused_add_rms_norm", "rows gelu_and_mul", "rows", "rms_norm", "fused_add_rms_norm"]
-    assert ops("gemma3", 2) == ["rms_norm", *["rows", "qk_norm_rope_write_kv", "attend", *layer] * 2, "rows"]
-    layer = ["rows", "qk_norm_rope_write_kv", "attend", "rows add norm", "moe", "fused_add_rms_norm"]
-    assert ops("qwen3-moe", 2) == ["rms_norm", *layer, *layer, "rows"]
-    layer = ["qk_norm_rope_write_kv", "attend", "rows add", "rms_norm", "moe", "fused_add_rms_norm"]
-    assert ops("qwen3-moe", 1) == ["norm rows", *layer, "rows", *layer, "lm_head"]
+    layer = ["gemm", "rms_norm", "fused_add_rms_norm", "gemm gelu_and_mul", "gemm", "rms_norm", "fused_add_rms_norm"]
+    assert ops("gemma3", 2) == ["rms_norm", *["gemm", "qk_norm_rope_write_kv", "attend", *layer] * 2, "gemm"]
+    layer = ["gemm", "qk_norm_rope_write_kv", "attend", "gemm add norm", "moe", "fused_add_rms_norm"]
+    assert ops("qwen3-moe", 2) == ["rms_norm", *layer, *layer, "gemm"]
+    layer = ["qk_norm_rope_write_kv", "attend", "gemm add", "rms_norm", "moe", "fused_add_rms_norm"]
+    assert ops("qwen3-moe", 1) == ["norm gemm", *layer, "gemm", *layer, "lm_head"]
 
 
 def test_no_norm_before_a_large_matrix(monkeypatch: pytest.MonkeyPatch):
     """Each of its many programs would do it again."""
     monkeypatch.setattr(gemm, "LARGE_WEIGHT_BYTES", 0)
     layer = [
-        "rows",
+        "gemm",
         "qk_norm_rope_write_kv",
         "attend",
-        "rows add",
+        "gemm add",
         "rms_norm",
-        "rows silu_and_mul",
-        "rows add",
+        "gemm silu_and_mul",
+        "gemm add",
         "rms_norm",
     ]
     assert ops("qwen3", 1) == ["rms_norm", *layer, *layer, "lm_head"]

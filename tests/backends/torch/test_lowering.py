@@ -1,4 +1,4 @@
-"""What is changed in a list of calls after a graph has been lowered."""
+"""How a graph's function is changed before it is lowered, and what the programs of one model share."""
 
 import dataclasses
 
@@ -6,53 +6,101 @@ import numpy as np
 import pytest
 
 from llmrs.backends.base import find
+from llmrs.backends.fusion import FUSED_ADD_RMS_NORM, fuse
+from llmrs.backends.linearize import hoist_logits_gather, inline
 from llmrs.backends.testing import MODELS, RandomModel, prefill_batch, prompts
-from llmrs.backends.torch.lowering import Call, Program, last_early
+from llmrs.core.ir import Function, Graph, T, Type, check
+from llmrs.models.arch.builder import Builder
+from llmrs.models.arch.layers import matrix, vector
+
+X = Type("act", (T, 8))
+
+
+class Hoisted(find("torch")):
+    """Plain torch with the gather hoisted, as the kernels have it."""
+
+    def load_weights(self, weights, progress):
+        self.graph = Graph(self.graph.name, {}, hoist_logits_gather(inline(self.graph)))
+        super().load_weights(weights, progress)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_only_wanted_rows_go_through_the_end_of_the_last_layer(name: str):
-    backend = RandomModel.of(name).on(find("torch")("cpu", "f32", "f32"))
-    backend.allocate(64, 4, 8, 64)
+def test_only_logits_rows_go_through_the_end_of_the_last_layer(name: str):
     batch = prefill_batch(prompts(9, 1, 17))
-    batch = dataclasses.replace(batch, rows=np.array([3, 8, 9, 26], np.int32))
-    expected = backend.to_host(backend.forward(batch)).copy()
-    backend.program = last_early(backend.program)
-    ops = [call.op for call in backend.program.calls]
+    batch = dataclasses.replace(batch, logits_indices=np.array([3, 8, 9, 26], np.int32))
+    logits = []
+    for kind in (find("torch"), Hoisted):
+        backend = RandomModel.of(name).on(kind("cpu", "f32", "f32"))
+        backend.allocate(64, 4, 8, 64)
+        logits.append(backend.to_host(backend.forward(batch)).copy())
+    check(backend.graph)
+    ops = [call.op for call in backend.programs.full.calls]
     attend = len(ops) - ops[::-1].index("attend") - 1
     assert ops[attend + 1 : attend + 3] == [
         "gather_logits_rows",
         "gather_logits_rows",
     ]  # attention's result, and what it is added to
     assert ops.count("gather_logits_rows") == 2
-    np.testing.assert_allclose(backend.to_host(backend.forward(batch)), expected, atol=1e-4)
+    np.testing.assert_allclose(logits[1], logits[0], atol=1e-4)
 
 
-def calls(*ops: tuple[str, list[int], list[int]]) -> list[Call]:
-    return [Call(op, len, inputs, outs) for op, inputs, outs in ops]
+def end_of_a_model(b: Builder, x, y) -> Function:
+    n = b("rms_norm", b("add", x, y, to="x"), vector("norm", 8), eps=1e-6, to="n")
+    return b.done(b("lm_head", b("gather_logits_rows", n, to="last"), matrix("head", 5, 8), to="logits"))
 
 
-def test_fused_sums_are_row_by_row_too():
-    layer = calls(
-        ("attend", [0], [1]), ("linear", [1], [2]), ("fused_add_rms_norm", [0, 2], [3, 4]), ("linear", [4], [5])
-    )
-    end = calls(("add", [3, 5], [6]), ("rms_norm", [6], [7]), ("gather_logits_rows", [7], [8]), ("lm_head", [8], [9]))
-    found = last_early(Program([*layer, *end], 10, [9])).calls
-    assert [c.op for c in found[:5]] == [
+def test_fused_sums_are_tokenwise_too():
+    b = Builder("main", x=X, q=Type("act", (T, 2, 4)), kv=Type("kv", (1, 4)))
+    x, q, kv = b.inputs
+    y = b("linear", b("attend", q, kv, scale=1.0, to="y"), matrix("o", 8, 8), shard="columns", to="o")
+    x = b("add", x, y, to="x")
+    y = b("linear", b("rms_norm", x, vector("n", 8), eps=1e-6, to="n"), matrix("d", 8, 8), shard="columns", to="d")
+    function = hoist_logits_gather(fuse(end_of_a_model(b, x, y), [FUSED_ADD_RMS_NORM]))
+    check(Graph("hoisted", {}, function))
+    assert [e.op for e in function.equations] == [
         "attend",
         "gather_logits_rows",
         "gather_logits_rows",
         "linear",
         "fused_add_rms_norm",
+        "linear",
+        "fused_add_rms_norm",
+        "lm_head",
     ]
-    assert [c.op for c in found[5:]] == ["linear", "add", "rms_norm", "lm_head"]
 
 
-def test_rows_that_somebody_reads_stay():
-    after_norm = calls(("add", [0, 1], [2]), ("gather_logits_rows", [2], [3]), ("lm_head", [3], [4]))
-    assert last_early(Program(after_norm, 5, [4])).calls[-1].inputs == [2]
-    for program in (
-        Program(after_norm, 5, [4, 2]),
-        Program(calls(("attend", [0, 1], [2]), ("gather_logits_rows", [2], [3]), ("lm_head", [3], [4])), 5, [4]),
-    ):
-        assert last_early(program) is program
+def test_rows_that_are_read_elsewhere_stay():
+    b = Builder("main", x=X, y=X)
+    hoisted = hoist_logits_gather(end_of_a_model(b, *b.inputs))
+    check(Graph("hoisted", {}, hoisted))
+    assert [e.op for e in hoisted.equations] == [
+        "gather_logits_rows",
+        "gather_logits_rows",
+        "add",
+        "rms_norm",
+        "lm_head",
+    ]
+    assert hoisted.equations[-1].inputs[0] == hoisted.equations[-2].outs[0]
+    b = Builder("main", x=X, y=X)
+    plain = end_of_a_model(b, *b.inputs)
+    shown = dataclasses.replace(plain, outs=(*plain.outs, plain.equations[0].outs[0]))
+    assert hoist_logits_gather(shown) is shown
+    after_attend = dataclasses.replace(plain, equations=plain.equations[2:], inputs=plain.equations[1].outs)
+    assert hoist_logits_gather(after_attend) is after_attend
+
+
+def test_weights_are_bound_once_for_all_programs():
+    pytest.importorskip("triton")
+    interpreted = pytest.importorskip("llmrs.backends.torch.kernels.launch").interpreted
+    if not interpreted():
+        pytest.skip("needs Triton's interpreter")
+    backend, loaded = find("torch")("cpu", "f32", "f32"), []
+    backend.use_kernels("triton", graphs=False)
+    model = RandomModel.of("qwen3", num_hidden_layers=2)
+    backend.load(model.graph, model.weights, loaded.append)
+    tensors = {s.tensor for w in model.graph.weights() for s in w.segments}
+    assert sum(loaded) == sum(model.weights[name].nbytes for name in tensors)
+    full, one, few = ([c for c in p.calls if c.weights] for p in backend.programs)
+    linears = [c.weights[0] for c in full if c.op in ("linear", "merged_linear", "lm_head")]
+    assert [c.weights[0].matrix for c in few if c.op == "fused_linear"] == linears
+    assert [c.weights[0].matrix for c in one if c.op == "fused_linear"] == linears[:-1]

@@ -15,7 +15,7 @@ from llmrs.backends.testing import request as asked_for
 from llmrs.backends.torch import kernels, model_runner
 from llmrs.backends.torch.kernels import launch
 from llmrs.backends.torch.kernels.launch import supports_pdl
-from llmrs.backends.torch.lowering import Program
+from llmrs.backends.torch.program import Program
 
 GPU = torch.device("cuda:0")
 
