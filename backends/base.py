@@ -25,7 +25,7 @@ SCALE_BYTES = 4  # of fp8, for each head of each token, beside its elements
 
 
 @dataclass(frozen=True)
-class Ran:
+class KernelEvent:
     """A kernel or a copy that ran on the device, or an op of a CPU; seconds of the profiler's own clock."""
 
     name: str
@@ -41,7 +41,7 @@ class Profiler(Protocol):
     def start(self) -> None:
         """Records from now on."""
 
-    def stop(self) -> list[Ran]:
+    def stop(self) -> list[KernelEvent]:
         """What ran since, in the order in which it began."""
 
 
@@ -147,11 +147,11 @@ class Backend(ABC):
     def to_device(self, logits: np.ndarray) -> Any:
         """What `forward` would give. For tests."""
 
-    def ceilings(self) -> tuple[float, float]:
+    def measure_peak(self) -> tuple[float, float]:
         """Bytes that the device reads in a second, and operations that it does in `dtype`, measured now."""
         data, matrix = np.ones(2**26, np.float32), np.ones((768, 768), np.float32)
-        reading = best_time(lambda: data.sum(), lambda: None)
-        return data.nbytes / reading, 2 * 768**3 / best_time(lambda: matrix @ matrix, lambda: None)
+        reading = bench(lambda: data.sum(), lambda: None)
+        return data.nbytes / reading, 2 * 768**3 / bench(lambda: matrix @ matrix, lambda: None)
 
     def profiler(self) -> Profiler | None:
         """What tells when which kernel ran; None: that can't be measured here."""
@@ -162,7 +162,7 @@ class Backend(ABC):
         """Gives the memory back. A second call does nothing."""
 
 
-def best_time(start: Callable[[], Any], wait: Callable[[], None], rounds: int = 6, together: int = 1) -> float:
+def bench(start: Callable[[], Any], wait: Callable[[], None], rounds: int = 6, together: int = 1) -> float:
     """Seconds of the fastest of some runs, the first not counted. `start` may return before the device is done; then
     `together` starts share one wait, which takes its time too."""
     times = []
@@ -180,7 +180,7 @@ def names() -> list[str]:
     return sorted(e.name for e in entry_points(group=GROUP))
 
 
-def choose(name: str) -> str:
+def resolve(name: str) -> str:
     """The name itself, or for "auto" MLX on Apple silicon and Torch elsewhere."""
     if name != "auto":
         return name
@@ -188,7 +188,7 @@ def choose(name: str) -> str:
     return "mlx" if apple else "torch"
 
 
-def find(name: str) -> type[Backend]:
+def load_backend(name: str) -> type[Backend]:
     """The class of a backend. Raises BackendError that says what is there or what to install."""
     found = list(entry_points(group=GROUP, name=name))
     if not found:

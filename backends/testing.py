@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmrs.backends.base import Backend, find, pick_device
+from llmrs.backends.base import Backend, load_backend, pick_device
 from llmrs.core.batch import Batch
 from llmrs.core.request import Request, TokenLogprobs
 from llmrs.core.sampling import SamplingArrays
@@ -63,7 +63,7 @@ class BackendSuite:
     tolerance = 1e-4  # of logits in float32, which are about 10
 
     def make(self, dtype: str = "f32", kv_dtype: str | None = None) -> Backend:
-        kind = find(self.backend)
+        kind = load_backend(self.backend)
         return kind(pick_device(kind, self.device), dtype, kv_dtype or dtype)
 
     @pytest.fixture(params=MODELS)
@@ -80,7 +80,7 @@ class BackendSuite:
         """On prompts of one token, of a block, of one more, of several, and longer than a window."""
         batch = prefill_batch(prompts(1, BLOCK, BLOCK + 1, 23, 64))
         found = []
-        for backend in (self.make(), find("reference")("cpu", "f32", "f32")):
+        for backend in (self.make(), load_backend("reference")("cpu", "f32", "f32")):
             model.on(backend).allocate(100, BLOCK, 8, CONTEXT)
             found.append(backend.to_host(backend.forward(batch)))
         assert np.abs(found[1]).max() > 1
@@ -94,7 +94,7 @@ class BackendSuite:
             mixed = [request(p, max_tokens=24) for p in prompts(1, 9, 40)]
             return [*mixed, *(request([*shared, n], n, temperature=0.8, top_p=0.9, max_tokens=24) for n in range(3))]
 
-        reference = model.on(find("reference")("cpu", "f32", "f32"))
+        reference = model.on(load_backend("reference")("cpu", "f32", "f32"))
         expected = [run(core_on(reference), [r])[0] for r in ask()]
         backend = model.on(self.make())
         assert [run(core_on(backend), [r])[0] for r in ask()] == expected
@@ -112,9 +112,9 @@ class BackendSuite:
 
     def test_logits_with_a_kv_cache_in_fp8(self) -> None:
         """Near the reference's with the same cache, and farther from those with one that is exact."""
-        if "fp8" not in find(self.backend).kv_dtypes:
+        if "fp8" not in load_backend(self.backend).kv_dtypes:
             pytest.skip("has no fp8")
-        batch, reference = prefill_batch(prompts(1, 9, 21)), find("reference")
+        batch, reference = prefill_batch(prompts(1, 9, 21)), load_backend("reference")
         found = []
         for backend in (self.make("f32", "fp8"), reference("cpu", "f32", "fp8"), reference("cpu", "f32", "f32")):
             RandomModel.of("qwen3", num_hidden_layers=2).on(backend).allocate(100, BLOCK, 8, CONTEXT)
@@ -124,14 +124,14 @@ class BackendSuite:
 
     def test_a_kv_cache_in_fp8(self) -> None:
         """The reference's tokens, however steps are cut: what is kept of a token depends on it alone."""
-        if "fp8" not in find(self.backend).kv_dtypes:
+        if "fp8" not in load_backend(self.backend).kv_dtypes:
             pytest.skip("has no fp8")
         model = RandomModel.of("qwen3", num_hidden_layers=2)
 
         def ask() -> list[Request]:
             return [request(p, max_tokens=8) for p in prompts(1, 9, 21)]
 
-        expected = run(core_on(model.on(find("reference")("cpu", "f32", "fp8"))), ask())
+        expected = run(core_on(model.on(load_backend("reference")("cpu", "f32", "fp8"))), ask())
         backend = model.on(self.make("f32", "fp8"))
         for cut in ({}, {"max_num_batched_tokens": 8}, {"blocks": 10, "max_num_seqs": 3}):
             core = core_on(backend, **cut)
@@ -157,7 +157,7 @@ class BackendSuite:
             ]
 
         lists = []
-        for backend in (self.make(), find("reference")("cpu", "f32", "f32")):
+        for backend in (self.make(), load_backend("reference")("cpu", "f32", "f32")):
             core = core_on(model.on(backend), max_num_batched_tokens=16)
             asked = ask()
             run(core, asked)
@@ -173,7 +173,7 @@ class BackendSuite:
     def test_sampling_alone(self, vocabulary: int) -> None:
         """Random steps on one backend, so that slots are taken over from others."""
         model = RandomModel.of("qwen3", num_hidden_layers=1)
-        ours, reference = model.on(self.make()), model.on(find("reference")("cpu", "f32", "f32"))
+        ours, reference = model.on(self.make()), model.on(load_backend("reference")("cpu", "f32", "f32"))
         for backend in (ours, reference):
             backend.allocate(1, BLOCK, 8, CONTEXT)
         for seed in range(40):

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from llmrs.backends.base import Backend, best_time
+from llmrs.backends.base import Backend, bench
 from llmrs.backends.host_memory import trim_host_memory
 from llmrs.backends.mlx import metal_ops, ops, streams
 from llmrs.backends.mlx.attention import KV, Context
@@ -171,13 +171,13 @@ class MlxBackend(Backend):
     def to_device(self, logits: np.ndarray) -> mx.array:
         return mx.array(logits)
 
-    def ceilings(self) -> tuple[float, float]:
+    def measure_peak(self) -> tuple[float, float]:
         side = 4096 if self.device == "gpu" else 256
         with streams.using(self.stream):
             data, matrix = mx.ones(2**28 if self.device == "gpu" else 2**24), mx.ones((side, side), self.type)
             mx.eval(data, matrix)
-            reading = best_time(lambda: mx.eval(mx.sum(data)), lambda: None)
-            return data.nbytes / reading, 2 * side**3 / best_time(lambda: mx.eval(matrix @ matrix), lambda: None)
+            reading = bench(lambda: mx.eval(mx.sum(data)), lambda: None)
+            return data.nbytes / reading, 2 * side**3 / bench(lambda: mx.eval(matrix @ matrix), lambda: None)
 
     def close(self) -> None:
         if self._end_loan.alive:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from kv_fp8_cases import awkward, heads, zeros_in_torch
 
-from llmrs.backends.base import find
+from llmrs.backends.base import load_backend
 from llmrs.backends.reference import kv_fp8
 from llmrs.backends.torch import kv_fp8 as fp8_in_torch
 from llmrs.core.errors import BackendError
@@ -72,7 +72,7 @@ def test_mlx_keeps_the_same():
 
 
 def test_where_it_can_not_be_had(monkeypatch):
-    class Plain(find("reference")):
+    class Plain(load_backend("reference")):
         kv_dtypes = ("f32",)
 
     with pytest.raises(BackendError, match="kv_cache_dtype: backend reference has no fp8 on cpu") as caught:
@@ -89,7 +89,7 @@ def test_where_it_can_not_be_had(monkeypatch):
 @pytest.mark.skipif(find_spec("mlx") is None, reason="needs mlx")
 def test_metal_refuses_it():
     with pytest.raises(BackendError, match="mlx has no fp8 on gpu"):
-        find("mlx")("gpu", "bf16", "fp8")
+        load_backend("mlx")("gpu", "bf16", "fp8")
 
 
 def test_the_bundled_model_is_as_good():

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from llmrs.backends.base import Backend, find, pick_device
+from llmrs.backends.base import Backend, load_backend, pick_device
 from llmrs.backends.testing import BackendSuite, RandomModel, core_on, prompts, request, run
 from llmrs.core.request import Request
 
@@ -29,7 +29,7 @@ class Kernels(BackendSuite):
     def make(self, dtype: str = "f32", kv_dtype: str | None = None) -> Backend:
         if dtype == "bf16" and not torch.cuda.is_available():
             pytest.skip("bfloat16 in the interpreter")
-        kind = find(self.backend)
+        kind = load_backend(self.backend)
         backend = kind(pick_device(kind, self.device), dtype, kv_dtype or dtype)
         backend.use_kernels("triton", graphs=self.graphs)
         return backend
@@ -57,7 +57,7 @@ class TestKernels(Kernels):
             drawn = {"temperature": 0.8, "top_p": 0.9, "top_k": 50}
             return [request(p, n, max_tokens=6, **(drawn if n else {})) for n, p in enumerate(prompts(1, 9, 14))]
 
-        expected = run(core_on(model.on(find("reference")("cpu", "f32", "f32"))), ask())
+        expected = run(core_on(model.on(load_backend("reference")("cpu", "f32", "f32"))), ask())
         backend = model.on(self.make())
         for cut in ({}, {"max_num_batched_tokens": 8}, {"blocks": 9, "max_num_seqs": 3, "prefix_cache": False}):
             core = core_on(backend, **cut)
@@ -71,7 +71,7 @@ class TestKernels(Kernels):
         def ask() -> list[Request]:
             return [request(p, max_tokens=3) for p in prompts(2, 9)]
 
-        expected = run(core_on(model.on(find("reference")("cpu", "f32", "fp8"))), ask())
+        expected = run(core_on(model.on(load_backend("reference")("cpu", "f32", "fp8"))), ask())
         core = core_on(model.on(self.make("f32", "fp8")), max_num_seqs=2, max_num_batched_tokens=6)
         assert run(core, ask()) == expected
         assert run(core, ask()) == expected

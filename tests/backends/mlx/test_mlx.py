@@ -276,7 +276,7 @@ def old_mlx():
 @pytest.mark.parametrize("backend", ["mlx", "auto"])
 def test_an_mlx_that_is_too_old(fresh, monkeypatch, backend):
     fresh(old_mlx())
-    monkeypatch.setattr(base, "choose", lambda name: "mlx")  # as on a Mac
+    monkeypatch.setattr(base, "resolve", lambda name: "mlx")  # as on a Mac
     with pytest.raises(BackendError) as caught:
         make_backend(EngineConfig(backend=backend))
     assert caught.value.message == "MLX 0.25.1 is too old; 0.32 or later is needed"
@@ -314,7 +314,7 @@ def test_without_mlx_an_error_says_what_helps(fresh, monkeypatch, system, machin
     monkeypatch.setattr(platform, "machine", lambda: machine)
     monkeypatch.setattr(platform, "mac_ver", lambda: (macos, ("", "", ""), machine))
     with pytest.raises(BackendError, match="MLX can't be loaded") as caught:
-        base.find("mlx")
+        base.load_backend("mlx")
     assert caught.value.hint.startswith(hint)
 
 
@@ -334,8 +334,8 @@ def test_a_gpu_without_metal():
 def test_what_is_chosen(monkeypatch, system, machine, expected):
     monkeypatch.setattr(sys, "platform", system)
     monkeypatch.setattr(base.platform, "machine", lambda: machine)
-    assert base.choose("auto") == expected
-    assert base.choose("reference") == "reference"
+    assert base.resolve("auto") == expected
+    assert base.resolve("reference") == "reference"
 
 
 def test_free_memory_is_what_the_gpu_can_hold(monkeypatch):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from llmrs.backends.base import find
+from llmrs.backends.base import load_backend
 from llmrs.backends.reference import ops
 from llmrs.backends.testing import MODELS, RandomModel, core_on, prefill_batch, prompts, request, run
 from llmrs.cli.settings import load_settings
@@ -67,7 +67,7 @@ def flash(monkeypatch):
 
 
 def backend(attention: str, name: str = "qwen3", **changes):
-    made = find("torch")(f"{DEVICE}:0" if DEVICE == "cuda" else DEVICE, "f32", "f32")
+    made = load_backend("torch")(f"{DEVICE}:0" if DEVICE == "cuda" else DEVICE, "f32", "f32")
     made.use_kernels("triton", graphs=False, attention=attention)
     return RandomModel.of(name, num_hidden_layers=2, **changes).on(made)
 
@@ -110,7 +110,9 @@ def test_answers_are_the_references(flash, name: str):
     def ask():
         return [request(p, max_tokens=4) for p in prompts(1, 9, 30)]
 
-    expected = run(core_on(RandomModel.of(name, num_hidden_layers=2).on(find("reference")("cpu", "f32", "f32"))), ask())
+    expected = run(
+        core_on(RandomModel.of(name, num_hidden_layers=2).on(load_backend("reference")("cpu", "f32", "f32"))), ask()
+    )
     for attention in ("sdpa", "flash"):
         core = core_on(backend(attention, name), max_num_batched_tokens=16)
         assert run(core, ask()) == expected, attention
@@ -119,7 +121,7 @@ def test_answers_are_the_references(flash, name: str):
 
 def test_recorded_steps_keep_the_kernel(monkeypatch):
     monkeypatch.setattr(Sdpa, "attend", None)  # what a call would stumble over
-    ours = find("torch")("cuda:0" if DEVICE == "cuda" else "cpu", "f32", "f32")
+    ours = load_backend("torch")("cuda:0" if DEVICE == "cuda" else "cpu", "f32", "f32")
     ours.use_kernels("triton", graphs=True, attention="sdpa")
     RandomModel.of("qwen3", num_hidden_layers=1).on(ours).allocate(40, 16, 8, 64)
     assert ours.kernels.library is not None
@@ -151,13 +153,13 @@ def test_flash_refuses_what_it_cannot_do_at_load(monkeypatch):
 
 
 def test_libraries_and_a_cache_in_fp8_do_not_go_together():
-    made = find("torch")("cpu", "f32", "fp8")
+    made = load_backend("torch")("cpu", "f32", "fp8")
     with pytest.raises(BackendError, match="sdpa does not go with kv_cache_dtype: fp8"):
         made.use_kernels("triton", attention="sdpa")
 
 
 def test_without_kernels_there_is_torchs_own():
-    made = find("torch")("cpu", "f32", "f32")
+    made = load_backend("torch")("cpu", "f32", "f32")
     made.configure(EngineConfig(attention="sdpa"))
     assert made.kernels is None
     for attention in ("flash", "triton"):
@@ -168,7 +170,7 @@ def test_without_kernels_there_is_torchs_own():
 
 def test_other_backends_have_no_choice():
     with pytest.raises(ConfigError, match="no choice of attention"):
-        find("reference")("cpu", "f32", "f32").configure(EngineConfig(attention="sdpa"))
+        load_backend("reference")("cpu", "f32", "f32").configure(EngineConfig(attention="sdpa"))
 
 
 def test_flash_is_another_word(tmp_path):

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from llmrs.backends.base import find
+from llmrs.backends.base import load_backend
 from llmrs.backends.testing import BLOCK, RandomModel, core_on, prompts, request, run
 from llmrs.core.config import EngineConfig
 from llmrs.core.errors import BackendError, ConfigError
@@ -228,7 +228,7 @@ def test_where_the_file_is(tmp_path, monkeypatch):
 
 def backend(monkeypatch, tmp_path, dtype: str = "f16", **more):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    made = find("torch")(DEVICE, dtype, dtype)
+    made = load_backend("torch")(DEVICE, dtype, dtype)
     made.use_kernels("triton", **more)
     return RandomModel.of("qwen3", num_hidden_layers=1).on(made)
 
@@ -274,6 +274,6 @@ def test_a_trial_of_each_kernel(monkeypatch, tmp_path):
 
 def test_tuning_without_kernels_is_refused():
     with pytest.raises(BackendError, match="no Triton kernels"):
-        find("torch")("cpu", "f32", "f32").configure(EngineConfig(tune=True))
+        load_backend("torch")("cpu", "f32", "f32").configure(EngineConfig(tune=True))
     with pytest.raises(ConfigError, match="nothing to tune"):
-        find("reference")("cpu", "f32", "f32").configure(EngineConfig(tune=True))
+        load_backend("reference")("cpu", "f32", "f32").configure(EngineConfig(tune=True))

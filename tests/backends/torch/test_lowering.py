@@ -5,14 +5,14 @@ import dataclasses
 import numpy as np
 import pytest
 
-from llmrs.backends.base import find
+from llmrs.backends.base import load_backend
 from llmrs.backends.testing import MODELS, RandomModel, prefill_batch, prompts
 from llmrs.backends.torch.lowering import Call, Program, last_early
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_only_wanted_rows_go_through_the_end_of_the_last_layer(name: str):
-    backend = RandomModel.of(name).on(find("torch")("cpu", "f32", "f32"))
+    backend = RandomModel.of(name).on(load_backend("torch")("cpu", "f32", "f32"))
     backend.allocate(64, 4, 8, 64)
     batch = prefill_batch(prompts(9, 1, 17))
     batch = dataclasses.replace(batch, rows=np.array([3, 8, 9, 26], np.int32))

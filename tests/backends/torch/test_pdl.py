@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("triton")
 import triton.language as tl
 
-from llmrs.backends.base import find
+from llmrs.backends.base import load_backend
 from llmrs.backends.testing import RandomModel, core_on, prompts, request, run
 from llmrs.backends.torch import kernels
 from llmrs.backends.torch.kernels import launch
@@ -46,7 +46,7 @@ def test_every_program_of_a_step_waits_once_and_then_lets_the_next_one_start(mon
     """And runs as if alone otherwise. Sampling by bounds, top-k and prompts are among the steps."""
 
     def answers() -> list[list[int]]:
-        backend = find("torch")("cpu", dtype, dtype)
+        backend = load_backend("torch")("cpu", dtype, dtype)
         backend.use_kernels("triton", graphs=False)
         model = RandomModel.of("qwen3", num_hidden_layers=1).on(backend)
         asked = [request(p, n, max_tokens=2, temperature=0.9, top_k=5 * n) for n, p in enumerate(prompts(3, 5))]
@@ -64,7 +64,7 @@ def test_every_program_of_a_step_waits_once_and_then_lets_the_next_one_start(mon
 
 
 def test_steps_of_few_tokens_are_chained(monkeypatch):
-    backend = find("torch")(DEVICE, "f32", "f32")
+    backend = load_backend("torch")(DEVICE, "f32", "f32")
     backend.use_kernels("triton", graphs=False)
     model, seen = RandomModel.of("qwen3", num_hidden_layers=1).on(backend), []
     core = core_on(model)
