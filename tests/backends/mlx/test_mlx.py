@@ -320,7 +320,7 @@ def test_without_mlx_an_error_says_what_helps(fresh, monkeypatch, system, machin
 
 @pytest.mark.skipif(mx.metal.is_available(), reason="there is a GPU")
 def test_a_gpu_without_metal():
-    with pytest.raises(BackendError, match="device 'gpu' is not there") as caught:
+    with pytest.raises(BackendError, match="device 'gpu' is not available") as caught:
         make_backend(EngineConfig(backend="mlx", device="gpu"))
     assert caught.value.hint == "backend mlx has: cpu"
     with pytest.raises(BackendError, match="no Metal"):
