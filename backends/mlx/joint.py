@@ -63,9 +63,9 @@ def qkv(
             y = y.astype(mx.float32)
         if norm is not None:
             y = norm(y)
-        y = mx.view(mx.view(y, mx.complex64) * c.spins(frequencies, positions, turned, heads), mx.float32)
+        y = mx.view(mx.view(y, mx.complex64) * c.cis(frequencies, positions, turned, heads), mx.float32)
         q, both = mx.split(y.astype(x.dtype) if wide else y, queries, 1)
-        kv.write_both(c.places(kv.width), both)
+        kv.write_interleaved(c.slot_mapping(kv.entries_per_slot), both)
         return q, kv
 
     return run

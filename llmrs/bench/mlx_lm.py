@@ -24,7 +24,7 @@ from llmrs.backends.base import pick_device
 from llmrs.backends.mlx.backend import MlxBackend
 from llmrs.backends.mlx.kernels.launch import Kernels
 from llmrs.backends.mlx.lowering import as_array
-from llmrs.backends.mlx.sampling import adjusted
+from llmrs.backends.mlx.sampling import apply_logits_processors
 from llmrs.core.sampling import SamplingArrays
 from llmrs.models.arch.families import family
 from llmrs.models.files.weights import _translate
@@ -55,7 +55,7 @@ CONTEXT = 64  # tokens that each sequence has before the measured steps
 
 def ours(model: RandomModel, dtype: str, device: str, compiles: bool = False) -> MlxBackend:
     backend = MlxBackend(pick_device(MlxBackend, device), dtype, dtype)
-    backend.compiles |= compiles
+    backend.use_compile |= compiles
     model.on(backend)
     return backend
 
@@ -93,7 +93,7 @@ def build_ours(backend: MlxBackend, batch: int) -> Callable[[int], Any]:
         begin = time.thread_time()
         logits = backend._build(step)
         assert backend.slots is not None
-        tokens = backend.draw(adjusted(logits, step, backend.slots, None), step.sampling)
+        tokens = backend.sampler(apply_logits_processors(logits, step, backend.slots, None), step.sampling)
         backend.slots.append(step, tokens)
         return time.thread_time() - begin, tokens
 

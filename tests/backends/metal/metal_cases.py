@@ -92,5 +92,5 @@ def ragged(counts, lengths, block: int, rng) -> tuple[Batch, int]:
     return batch, total
 
 
-def owners(batch: Batch) -> np.ndarray:
+def token_to_seq(batch: Batch) -> np.ndarray:
     return np.repeat(np.arange(len(batch.seq_lens), dtype=np.int32), np.diff(batch.query_start_loc))

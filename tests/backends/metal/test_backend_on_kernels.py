@@ -11,13 +11,13 @@ from llmrs.backends.mlx.kernels.launch import Kernels
 from llmrs.backends.testing import BLOCK, CONTEXT, MODELS, RandomModel, core_on, prefill_batch, prompts, request, run
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the shim runs on Linux; on a Mac TestMlx has the GPU")
-ALL = {"paged_decode", "paged_prefill", "norm_rope", "fused_add_rms_norm", "gated"}
+ALL = {"paged_decode", "paged_prefill", "norm_rope", "fused_add_rms_norm", "act_and_mul"}
 MISSING = {  # the kernels that a family does not reach; those of attention want heads of 16 or more
     "mistral": {"paged_decode", "paged_prefill", "norm_rope"},
-    "qwen3-moe": {"gated"},
+    "qwen3-moe": {"act_and_mul"},
     "gemma3": {"fused_add_rms_norm"},
 }
-SAMPLING = {"sample_keep", "sample_part", "sample_pick"}
+SAMPLING = {"find_thresholds", "sample_gumbel", "reduce_argmax"}
 
 
 def on_shim(model, dtype="f32", kv_dtype="f32"):

@@ -70,12 +70,12 @@ def test_windows(window):
         ("p <= position &&", "p <= position + 1 &&"),
         ("position - p < WINDOW", "position - p <= WINDOW"),
         ("first - WINDOW + 1", "first - WINDOW + 2"),
-        ("min(ROWS, after - token)", "ROWS"),
+        ("min(TILE, after - token)", "TILE"),
         ("ulong2(0, 0), true", "ulong2(0, 0), false"),
         ("my_diagonal[r * 9]", "my_diagonal[r * 8]"),
         ("simd_shuffle_xor(sum, 2)", "simd_shuffle_xor(sum, 1)"),
         ("head / (HQ / HK)", "head % HK"),
-        ("key += ROWS", "key += ROWS - 1"),
+        ("key += TILE", "key += TILE - 1"),
         ("row < count", "true"),
         *without_barriers("paged_prefill"),
     ],
@@ -86,7 +86,7 @@ def test_a_mutated_kernel_fails(old, new):
 
 
 def test_tiles():
-    tiles = attention.prompt_tiles(np.array([0, 33, 34, 34, 66]), 32)
+    tiles = attention.prefill_tiles(np.array([0, 33, 34, 34, 66]), 32)
     assert tiles.tolist() == [[0, 0], [0, 32], [1, 33], [3, 34]]
 
 

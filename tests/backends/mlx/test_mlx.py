@@ -37,7 +37,7 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="MLX com
 
 def make(dtype="f32", kv_dtype=None, kind=MlxBackend, compiles=False):
     backend = kind("cpu", dtype, kv_dtype or dtype)
-    backend.compiles = compiles
+    backend.use_compile = compiles
     return backend
 
 
@@ -95,8 +95,8 @@ def test_after_a_step_that_failed_others_go_on():
 
 
 def test_close_gives_memory_and_limits_back(monkeypatch):
-    monkeypatch.setattr(streams, "_loans", [])  # other tests may have left some
-    monkeypatch.setattr(streams, "_before", {})
+    monkeypatch.setattr(streams, "_leases", [])  # other tests may have left some
+    monkeypatch.setattr(streams, "_saved_limits", {})
     monkeypatch.setattr(streams, "working_set", lambda: 10**12)  # as a Mac's
     gc.collect()  # what tests that failed have left
     before = mx.get_active_memory()
@@ -106,7 +106,7 @@ def test_close_gives_memory_and_limits_back(monkeypatch):
         run(core_on(backend), [request(p, max_tokens=5) for p in prompts(9, 3)])
     assert mx.get_active_memory() > before
     backends[0].close()
-    assert mx.set_cache_limit(streams.MOST_CACHED) > 1 << 20  # the other still lives
+    assert mx.set_cache_limit(streams.MAX_CACHE_BYTES) > 1 << 20  # the other still lives
     assert mx.get_memory_limit() == 10**12
     backends[1].close()
     backends[1].close()
@@ -117,8 +117,8 @@ def test_close_gives_memory_and_limits_back(monkeypatch):
 @pytest.fixture
 def limits(monkeypatch):
     """MLX's memory and wired limit, where no engine lives, and a GPU of the given size, or none."""
-    monkeypatch.setattr(streams, "_loans", [])
-    monkeypatch.setattr(streams, "_before", {})
+    monkeypatch.setattr(streams, "_leases", [])
+    monkeypatch.setattr(streams, "_saved_limits", {})
     wired = [7]
     monkeypatch.setattr(mx, "set_wired_limit", lambda limit: wired.append(limit) or wired[-2])  # needs a GPU
 
@@ -403,11 +403,11 @@ def test_keys_and_values_in_one_array_and_in_two(name):
     """Whatever the rules are: those for one array write to two, and the other way round."""
     model, found = RandomModel.of(name), []
     for rules in (ops.COMMON, {**ops.COMMON, **ops.FAST}):
-        for joint in (True, False):
+        for interleaved in (True, False):
             backend = make()
-            backend.rules, backend.joint = rules, joint
+            backend.rules, backend.interleaved_kv = rules, interleaved
             found.append(logits(backend, model))
-            assert {len(kv.arrays()) for kv in backend.kv} == {1 if joint else 2}
+            assert {len(kv.arrays()) for kv in backend.kv} == {1 if interleaved else 2}
     assert max(np.abs(found[0] - other).max() for other in found) < 1e-4
 
 
@@ -447,7 +447,7 @@ def test_a_metal_kernel_that_fails_is_named():
 
 def test_kernels_of_mlx_are_an_option():
     backend = MlxBackend("cpu", "f32", "f32")
-    backend.compiles = True  # as on a Mac's GPU
+    backend.use_compile = True  # as on a Mac's GPU
     backend.use_metal(Kernels())
     backend.configure(EngineConfig())
     assert backend.rules["attend"] is not ops.FAST["attend"]
