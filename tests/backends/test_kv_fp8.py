@@ -21,7 +21,7 @@ def in_torch(x: np.ndarray) -> np.ndarray:
 
 
 def test_the_numbers_are_e4m3():
-    np.testing.assert_array_equal(kv_fp8.VALUES, CODES.float().numpy())
+    np.testing.assert_array_equal(kv_fp8.E4M3_VALUES, CODES.float().numpy())
 
 
 def test_rounding_to_e4m3():
@@ -30,13 +30,13 @@ def test_rounding_to_e4m3():
     np.testing.assert_array_equal(codes & 0x7F, in_torch(x) & 0x7F)
     np.testing.assert_array_equal((codes >= 0x80)[:-1], np.signbit(x)[:-1])
     np.testing.assert_array_equal(
-        kv_fp8.VALUES[kv_fp8.encode(np.array([449, 1e30, -np.inf], np.float32))], [448, 448, -448]
+        kv_fp8.E4M3_VALUES[kv_fp8.encode(np.array([449, 1e30, -np.inf], np.float32))], [448, 448, -448]
     )
 
 
 def test_a_head_is_kept_to_a_sixteenth():
     x = heads()
-    kept = kv_fp8.Scaled.zeros((2, *x.shape))
+    kept = kv_fp8.QuantizedKV.zeros((2, *x.shape))
     kept[1, :] = x
     ordinary, most = x[7:], np.abs(x[7:]).max(axis=1, keepdims=True)
     error = np.abs(kept[1, 7:] - ordinary)
@@ -50,7 +50,7 @@ def test_a_head_is_kept_to_a_sixteenth():
 
 def test_torch_keeps_the_same():
     x = heads()
-    kept, ours = kv_fp8.Scaled.zeros(x.shape), zeros_in_torch(*x.shape)
+    kept, ours = kv_fp8.QuantizedKV.zeros(x.shape), zeros_in_torch(*x.shape)
     kept[:], ours[:] = x, torch.from_numpy(x)
     np.testing.assert_array_equal(ours[:].numpy(), kept[:])
     assert ours.nbytes == kept.nbytes == x.size + 4 * len(x)
@@ -64,7 +64,7 @@ def test_mlx_keeps_the_same():
 
     x = heads()
     with mx.stream(mx.cpu):
-        kept, ours = kv_fp8.Scaled.zeros(x.shape), fp8_in_mlx.Scaled(x.shape)
+        kept, ours = kv_fp8.QuantizedKV.zeros(x.shape), fp8_in_mlx.QuantizedKV(x.shape)
         kept[:], ours[:] = x, mx.array(x)
         np.testing.assert_array_equal(np.array(ours[:]), kept[:])
         some = awkward()[:-1]

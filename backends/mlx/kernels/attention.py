@@ -106,7 +106,8 @@ def paged_prefill(
     tiles = prefill_tiles(query_start_loc, 8 * simds)
     template: Template = {"T": q.dtype, "D": size, "BLOCK": keys.shape[1], "HQ": heads, "HK": keys.shape[2]}
     template |= {"SIMDS": simds, "WINDOW": window}
-    inputs = (q, keys, values, block_tables, *map(mx.array, (query_start_loc, seq_lens, tiles)), scale)
+    host = [mx.array(a) for a in (query_start_loc, seq_lens, tiles)]
+    inputs = (q, keys, values, block_tables, *host, scale)
     grid, threadgroup = (32 * simds, heads, len(tiles)), (32 * simds, 1, 1)
     return kernels.run(PREFILL, inputs, template, grid, threadgroup, [(tuple(q.shape), q.dtype)])[0]
 
