@@ -107,7 +107,7 @@ def paged_prefill(
     template: Template = {"T": q.dtype, "D": size, "BLOCK": keys.shape[1], "HQ": heads, "HK": keys.shape[2]}
     template |= {"SIMDS": simds, "WINDOW": window}
     host = [mx.array(a) for a in (query_start_loc, seq_lens, tiles)]
-    inputs = (q, keys, values, block_tables, *host, scale)
+    inputs: list[mx.array | float] = [q, keys, values, block_tables, *host, scale]
     grid, threadgroup = (32 * simds, heads, len(tiles)), (32 * simds, 1, 1)
     return kernels.run(PREFILL, inputs, template, grid, threadgroup, [(tuple(q.shape), q.dtype)])[0]
 
