@@ -1,4 +1,4 @@
-"""python -m pytest examples/backend, once the package is installed."""
+"""Run with `python -m pytest examples/backend` after installing the package."""
 
 from llmrs_counting import CountingBackend, operations
 

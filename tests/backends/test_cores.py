@@ -1,4 +1,4 @@
-"""How many cores and threads are used, and how threads wait."""
+"""Cores, threads, and their wait policy."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ from llmrs.backends import cores
 from llmrs.backends.base import load_backend
 from llmrs.backends.cores import usable_cores
 
-linux = pytest.mark.skipif(sys.platform != "linux", reason="control groups and GNU's OpenMP are Linux's")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="cgroups and GNU OpenMP are Linux only")
 
 
 @linux
@@ -65,7 +65,7 @@ def test_backends_without_a_choice_refuse_the_option(name):
         load_backend(name)("cpu", "f32", "f32").configure(EngineConfig(threads=2))
 
 
-def test_steps_on_a_gpu_have_no_threads():
+def test_the_threads_option_needs_a_cpu():
     made = load_backend("torch")("cpu", "f32", "f32")
     made.at = torch.device("cuda:0")
     with pytest.raises(ConfigError, match="threads: steps run on"):
@@ -86,11 +86,11 @@ LOAD = "import os, llmrs.backends.torch; print(sorted(os.environ.keys() & {'OMP_
     ],
 )
 def test_torchs_threads_sleep_while_they_wait(code, given, spins, kept):
-    """How often they look before they sleep, as torch's OpenMP library prints it. What the user has set holds, and a
-    torch that is loaded already stays as it is; the environment is as it was."""
+    """Spin count as printed by torch's OpenMP library. The user's variables and an already loaded torch are left alone;
+    the environment is restored."""
     env = {**{k: v for k, v in os.environ.items() if k not in cores.WAITING}, **given, "OMP_DISPLAY_ENV": "verbose"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     if "GOMP_SPINCOUNT" not in done.stderr:
-        pytest.skip("torch comes with another OpenMP library than GNU's")
+        pytest.skip("torch does not use GNU OpenMP")
     assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr
     assert done.stdout.strip() == kept

@@ -5,28 +5,27 @@ import pytest
 
 mx = pytest.importorskip("mlx.core")
 
-from metal_cases import DTYPES, assert_close, assert_found, kernels, ragged, rounded, token_to_seq, without_barriers  # noqa: E402
+from metal_cases import DTYPES, assert_close, assert_found, attention_case, kernels, without_barriers  # noqa: E402
 
 from llmrs.backends.mlx.kernels import attention  # noqa: E402
-from llmrs.backends.reference.ops import KV, Context, attend  # noqa: E402
+from llmrs.backends.reference.ops import attend  # noqa: E402
 from llmrs.core.errors import BackendError  # noqa: E402
 
 
-def case(dtype=mx.float32, *, counts, lengths, block=16, heads=4, kv_heads=2, size=64, seed=0):
-    """The launcher's arrays, and the step with the reference's."""
-    rng = np.random.default_rng(seed)
-    batch, blocks = ragged(counts, lengths, block, rng)
-    q, q32 = rounded(rng.normal(size=(batch.query_start_loc[-1], heads, size)), dtype)
-    pools = [rounded(rng.normal(size=(blocks, block, kv_heads, size)), dtype) for _ in range(2)]
-    arrays = [q, *(p[0] for p in pools), *map(mx.array, (batch.block_tables, token_to_seq(batch), batch.positions + 1))]
-    return arrays, (Context(batch, block), q32, KV(pools[0][1], pools[1][1]))
+def case(**options):
+    """Arguments of paged_decode, and of the reference."""
+    arrays, (context, q, kv) = attention_case(**options)
+    batch = context.batch
+    token_to_seq = np.repeat(np.arange(len(batch.seq_lens), dtype=np.int32), np.diff(batch.query_start_loc))
+    return [*arrays, *map(mx.array, (batch.block_tables, token_to_seq, batch.positions + 1))], (context, q, kv)
 
 
 def compare(mutate=None, window=0, num_splits=0, **options):
     arrays, (context, q, kv) = case(**options)
-    scale = q.shape[-1] ** -0.5
-    options = {"scale": scale, "window": window, "num_splits": num_splits}
-    got = attention.paged_decode(kernels(mutate), *arrays, max_seq_len=int(context.batch.seq_lens.max()), **options)
+    scale, max_seq_len = q.shape[-1] ** -0.5, int(context.batch.seq_lens.max())
+    got = attention.paged_decode(
+        kernels(mutate), *arrays, scale=scale, window=window, max_seq_len=max_seq_len, num_splits=num_splits
+    )
     assert got.dtype == arrays[0].dtype
     assert_close(got, attend(context, q, kv, scale=scale, window=window).reshape(q.shape))
 
@@ -60,7 +59,7 @@ def test_any_token_of_a_ragged_step():
     compare(counts=[5, 1, 3], lengths=[5, 40, 18], block=8, num_splits=2)
 
 
-def test_a_padding_token_sees_nothing_and_gives_zeros():
+def test_a_token_without_context_gives_zeros():
     arrays, _ = case(counts=[1, 1], lengths=[9, 20])
     arrays[5] = mx.array([9, 0], dtype=mx.int32)
     for splits in (1, 2):
@@ -88,7 +87,7 @@ def test_a_mutated_kernel_fails(old, new):
     assert_found(old, new, lambda mutate: compare(mutate, **options))
 
 
-def test_what_the_launcher_refuses():
+def test_the_launcher_checks_its_arguments():
     arrays, _ = case(counts=[1, 1], lengths=[9, 20], heads=3, kv_heads=2)
     with pytest.raises(BackendError, match="3 query heads"):
         attention.paged_decode(kernels(), *arrays, scale=1.0, max_seq_len=20)

@@ -70,7 +70,7 @@ def test_a_mutated_norm_rope_fails(old, new):
 
 
 def tiny_values(mutate):
-    """Values that eps is felt by."""
+    """Values so small that eps matters."""
     x = mx.full((1, 3, 16), 1e-3)
     ones, zeros = mx.ones((16,)), mx.zeros((8,))
     q, *_ = elementwise.norm_rope(
@@ -119,7 +119,7 @@ def test_a_mutated_fused_add_rms_norm_fails(old, new):
 def act_and_mul(mutate=None, dtype=mx.float32, gelu=False, count=3, width=96):
     rng = np.random.default_rng(width)
     x = rng.normal(size=(count, 2 * width)) * 3
-    x[0, 0], x[0, 1] = 60, -60  # where tanh and exp reach their ends
+    x[0, 0], x[0, 1] = 60, -60  # saturates tanh and exp
     x, x32 = rounded(x, dtype)
     got = elementwise.act_and_mul(kernels(mutate), x, gelu=gelu)
     assert got.dtype == dtype
@@ -142,13 +142,13 @@ def test_a_mutated_act_and_mul_fails(old, new, gelu):
     assert_found(old, new, lambda mutate: act_and_mul(mutate, gelu=gelu))
 
 
-@pytest.mark.skipif(mx.metal.is_available(), reason="there is Metal")
-def test_mlx_takes_the_kernels_and_says_that_there_is_no_metal():
+@pytest.mark.skipif(mx.metal.is_available(), reason="needs a system without Metal")
+def test_without_metal_the_error_says_so():
     with pytest.raises(BackendError, match=r"act_and_mul can't be run.*No Metal back-end"):
         mx.eval(elementwise.act_and_mul(Kernels(), mx.zeros((2, 16)), gelu=False))
 
 
-def test_what_the_launchers_refuse():
+def test_the_launchers_check_their_arguments():
     x = mx.zeros((2, 16))
     with pytest.raises(BackendError, match=r"fused_add_rms_norm: residual has shape \(1, 16\), not \(2, 16\)"):
         elementwise.fused_add_rms_norm(kernels(), x, x[:1], x[0], eps=EPS)

@@ -191,7 +191,7 @@ def test_a_mutated_sample_gumbel_fails(old, new):
     assert_found(old, new, compare_draws)
 
 
-def test_what_the_launcher_refuses():
+def test_the_launcher_checks_its_arguments():
     params = parameters([{}])
     for wrong in (mx.zeros((1, 7)), mx.zeros((8,)), mx.zeros((1, 8), dtype=mx.int32)):
         with pytest.raises(BackendError, match="sample_gumbel"):

@@ -1,4 +1,4 @@
-"""The shim itself: it computes what MSL would, and reports what a GPU would hide."""
+"""The shim: results as on a GPU, and reports of errors that a GPU hides."""
 
 import numpy as np
 import pytest
