@@ -60,12 +60,12 @@ class BackendSuite:
     def test_logits(self, model: RandomModel) -> None:
         """Prompts of one token, one block, one more, several blocks, and longer than a window."""
         batch = prefill_batch(prompts(1, BLOCK, BLOCK + 1, 23, 64))
-        found = []
+        logits = []
         for backend in (self.make(), load_backend("reference")("cpu", "f32", "f32")):
             model.on(backend).allocate(100, BLOCK, 8, CONTEXT)
-            found.append(backend.to_host(backend.forward(batch)))
-        assert np.abs(found[1]).max() > 1
-        assert np.abs(found[0] - found[1]).max() < self.tolerance
+            logits.append(backend.to_host(backend.forward(batch)))
+        assert np.abs(logits[1]).max() > 1
+        assert np.abs(logits[0] - logits[1]).max() < self.tolerance
 
     def test_tokens_do_not_depend_on_batching(self, model: RandomModel) -> None:
         """Alone, batched, with chunked prefill, preempted, from the prefix cache: the reference's tokens."""
@@ -96,11 +96,11 @@ class BackendSuite:
         if "fp8" not in load_backend(self.backend).kv_dtypes:
             pytest.skip("no fp8")
         batch, reference = prefill_batch(prompts(1, 9, 21)), load_backend("reference")
-        found = []
+        logits = []
         for backend in (self.make("f32", "fp8"), reference("cpu", "f32", "fp8"), reference("cpu", "f32", "f32")):
             RandomModel.of("qwen3", num_hidden_layers=2).on(backend).allocate(100, BLOCK, 8, CONTEXT)
-            found.append(backend.to_host(backend.forward(batch)))
-        ours, expected, exact = found
+            logits.append(backend.to_host(backend.forward(batch)))
+        ours, expected, exact = logits
         assert np.linalg.norm(ours - expected) < 0.1 * np.linalg.norm(expected - exact)
 
     def test_a_kv_cache_in_fp8(self) -> None:
@@ -163,12 +163,12 @@ class BackendSuite:
             chosen = mask if seed % 2 else None
             tickets = [b.sample(b.to_device(logits), batch, chosen) for b in (ours, reference)]
             np.testing.assert_array_equal(tickets[0].tokens(), tickets[1].tokens())
-            found, expected = (t.logprobs() for t in tickets)
-            assert (found is None) == (expected is None) == (batch.logprobs < 0)
-            if found is not None and expected is not None:
-                np.testing.assert_array_equal(found.top_ids, expected.top_ids)
-                np.testing.assert_allclose(found.top, expected.top, atol=1e-5)
-                np.testing.assert_allclose(found.chosen, expected.chosen, atol=1e-5)
+            actual, expected = (t.logprobs() for t in tickets)
+            assert (actual is None) == (expected is None) == (batch.logprobs < 0)
+            if actual is not None and expected is not None:
+                np.testing.assert_array_equal(actual.top_ids, expected.top_ids)
+                np.testing.assert_allclose(actual.top, expected.top, atol=1e-5)
+                np.testing.assert_allclose(actual.chosen, expected.chosen, atol=1e-5)
 
     def test_placeholder_tokens(self) -> None:
         """A step with placeholders (-1 - slot) equals the step with the token ids."""
@@ -190,12 +190,12 @@ class BackendSuite:
     @pytest.mark.parametrize("dtype", ["bf16", "f16"])
     def test_half_precision_follows_float32(self, dtype: str) -> None:
         """Up to rounding; a wrong dtype anywhere would fail."""
-        model, found = RandomModel.of("qwen3"), []
+        model, logits = RandomModel.of("qwen3"), []
         for kind in ("f32", dtype):
             backend = model.on(self.make(kind))
             backend.allocate(64, BLOCK, 4, CONTEXT)
-            found.append(backend.to_host(backend.forward(prefill_batch(prompts(30, 7)))))
-        error = np.linalg.norm(found[0] - found[1]) / np.linalg.norm(found[0])
+            logits.append(backend.to_host(backend.forward(prefill_batch(prompts(30, 7)))))
+        error = np.linalg.norm(logits[0] - logits[1]) / np.linalg.norm(logits[0])
         assert error < 0.08
 
 

@@ -49,11 +49,11 @@ def rms_norm(weight: Array, *, eps: float, offset: float = 0.0) -> Run:
     """In four ops: mx.fast.rms_norm is a dozen on a CPU."""
     dtype, size = weight.dtype, weight.shape[0]
     wide = ((weight.astype(mx.float32) + offset) * size**0.5)[None]  # in float32: 1 + w would round w in bf16
-    floor = mx.full((1, 1), size * eps)
-    mx.eval(wide, floor)
+    scaled_eps = mx.full((1, 1), size * eps)
+    mx.eval(wide, scaled_eps)
 
     def run(_: Context, x: Array) -> Array:
-        return x * mx.rsqrt(mx.sum(mx.square(x), -1, True) + floor) * wide  # numerator and root both times sqrt(size)
+        return x * mx.rsqrt(mx.sum(mx.square(x), -1, True) + scaled_eps) * wide  # both times sqrt(size)
 
     return run if dtype == mx.float32 else lambda c, x: run(c, x.astype(mx.float32)).astype(dtype)
 

@@ -63,18 +63,18 @@ class Source:
 def translate(msl: str) -> Source:
     """The C++ of one kernel. Raises MetalError for invalid or unsupported MSL."""
     text = re.sub(r"/\*.*?\*/|//[^\n]*", lambda m: re.sub(r"[^\n]", " ", m[0]), msl, flags=re.DOTALL)
-    found = KERNEL.search(text)
-    if not found:
+    match = KERNEL.search(text)
+    if not match:
         raise MetalError("no [[kernel]] function")
     instances = INSTANCE.findall(text)
     if len(instances) > 1:
         raise MetalError("more than one instance of a kernel")
-    source = Source(instances[0].partition("<")[0] if instances else found[1])
-    arguments = [_argument(p, source) for p in _split(found[2])]
+    source = Source(instances[0].partition("<")[0] if instances else match[1])
+    arguments = [_argument(p, source) for p in _split(match[2])]
     text = INSTANCE.sub("", text)
     _check(text)
     text = re.sub(r"\[\[.*?\]\]", "", text)
-    call = f"{instances[0] if instances else found[1]}({', '.join(arguments)})"
+    call = f"{instances[0] if instances else match[1]}({', '.join(arguments)})"
     source.body = (
         "".join(_Rewriter(text).run()) + f"\nstatic void ms_body(const ms::Thread& t) {{ (void)t; {call}; }}\n"
     )
@@ -88,10 +88,10 @@ def _split(parameters: str) -> list[str]:
 
 def _argument(parameter: str, source: Source) -> str:
     """The shim's argument for a parameter of the kernel."""
-    found = re.fullmatch(r"(.*?)(\w+)\s*\[\[\s*(\w+)\s*(?:\(\s*(\d+)\s*\))?\s*\]\]", parameter, re.DOTALL)
-    if not found:
+    match = re.fullmatch(r"(.*?)(\w+)\s*\[\[\s*(\w+)\s*(?:\(\s*(\d+)\s*\))?\s*\]\]", parameter, re.DOTALL)
+    if not match:
         raise MetalError(f"a parameter without an attribute: {parameter}")
-    declared, name, attribute, number = (found[1].strip(), *found.groups()[1:])
+    declared, name, attribute, number = (match[1].strip(), *match.groups()[1:])
     if attribute == "buffer":
         if int(number) != len(source.buffers):
             raise MetalError(f"buffer {number} out of order")
@@ -120,8 +120,8 @@ def _check(text: str) -> None:
     for number in re.findall(r"(?<![\w.])(?:\d+\.\d*|\.\d+|\d+(?=[eE]))(?:[eE][+-]?\d+)?[\w.]*", text):
         if not number.endswith(("f", "h")):
             raise MetalError(f"{number}: C++ would take it for a double; say {number}f")
-    if found := re.search(r"\b0[xX][\da-fA-F.]+[pP]", text):
-        raise MetalError(f"{found[0]}: hexadecimal floats are newer than MSL's C++14")
+    if match := re.search(r"\b0[xX][\da-fA-F.]+[pP]", text):
+        raise MetalError(f"{match[0]}: hexadecimal floats are newer than MSL's C++14")
 
 
 class _Rewriter:
@@ -236,8 +236,8 @@ def _pop_const(out: list[str]) -> bool:
 
 
 def _shared(kind: str, declarator: str) -> str:
-    found = re.fullmatch(r"\s*(\w+)\s*\[([^\]]+)\]\s*", declarator)
-    if not found:
+    match = re.fullmatch(r"\s*(\w+)\s*\[([^\]]+)\]\s*", declarator)
+    if not match:
         raise MetalError(f"a threadgroup variable that is no one-dimensional array: {declarator.strip()}")
-    name, size = found.groups()
+    name, size = match.groups()
     return f'static ms::shared<{kind}, ({size})> ms_{name}; const auto {name} = ms_{name}.enter("{name}");'

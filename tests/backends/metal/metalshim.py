@@ -117,15 +117,15 @@ class Kernel:
     def _buffer(self, arrays, name: str) -> np.ndarray:
         if name in arrays:
             return arrays[name]
-        found = re.fullmatch(r"(\w+)_(shape|strides|ndim)", name)
-        if not found or found[1] not in arrays:
+        match = re.fullmatch(r"(\w+)_(shape|strides|ndim)", name)
+        if not match or match[1] not in arrays:
             raise MetalError(f"{self.source.name}: no array for the buffer {name}")
-        a = arrays[found[1]]
-        if found[2] == "shape":
+        a = arrays[match[1]]
+        if match[2] == "shape":
             return np.array(a.shape, np.int32)
         return (
             np.array([s // a.itemsize for s in a.strides], np.int64)
-            if found[2] == "strides"
+            if match[2] == "strides"
             else np.int32(a.ndim)[None]
         )
 

@@ -204,10 +204,10 @@ def test_a_cancelled_load_frees_memory():
     assert mx.get_active_memory() == before
 
 
-def tokens_in_a_thread(found, n):
+def tokens_in_a_thread(results, n):
     """Creates, runs and closes an engine."""
     backend = RandomModel.of("qwen3").on(make())
-    found[n] = run(core_on(backend), [request(p, 3, temperature=0.9, max_tokens=30) for p in prompts(9, 20, 5)])
+    results[n] = run(core_on(backend), [request(p, 3, temperature=0.9, max_tokens=30) for p in prompts(9, 20, 5)])
     backend.close()
 
 
@@ -215,8 +215,8 @@ def system_threads():
     return len(os.listdir("/proc/self/task")) if sys.platform == "linux" else threading.active_count()
 
 
-def run_threads(count, found):
-    threads = [threading.Thread(target=tokens_in_a_thread, args=(found, n)) for n in range(count)]
+def run_threads(count, results):
+    threads = [threading.Thread(target=tokens_in_a_thread, args=(results, n)) for n in range(count)]
     for t in threads:
         t.start()
     for t in threads:
@@ -225,15 +225,15 @@ def run_threads(count, found):
 
 def test_concurrent_and_consecutive_engines():
     """One thread each; no thread, stream or limit is left behind."""
-    found = {}
-    tokens_in_a_thread(found, "here")
+    results = {}
+    tokens_in_a_thread(results, "here")
     default, limit = mx.default_stream(mx.default_device()), mx.get_memory_limit()
-    run_threads(3, found)
-    assert [found[n] for n in range(3)] == [found["here"]] * 3
+    run_threads(3, results)
+    assert [results[n] for n in range(3)] == [results["here"]] * 3
     count = system_threads()
     for n in range(8):
         run_threads(1, again := {})
-        assert again[0] == found["here"], n
+        assert again[0] == results["here"], n
     assert system_threads() < count + 4  # an ended thread may still be listed
     assert (mx.default_stream(mx.default_device()), mx.get_memory_limit()) == (default, limit)
 
@@ -318,7 +318,7 @@ def test_without_mlx_the_error_has_a_hint(fresh, monkeypatch, system, machine, m
     assert caught.value.hint.startswith(hint)
 
 
-@pytest.mark.skipif(mx.metal.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(mx.metal.is_available(), reason="needs a system without Metal")
 def test_a_gpu_without_metal():
     with pytest.raises(BackendError, match="device 'gpu' is not available") as caught:
         make_backend(EngineConfig(backend="mlx", device="gpu"))
@@ -379,12 +379,12 @@ def test_fused_ops_equal_their_definitions(name):
 
     model = RandomModel.of(name)
     fused, plain = make(), make(kind=Plain)
-    found = [logits(b, model) for b in (fused, plain)]
+    results = [logits(b, model) for b in (fused, plain)]
     own = {"llama": "qkv_rope_write_kv", "qwen3": "qkv_norm_rope_write_kv", "gemma3": "merged_linear_gelu_and_mul"}
     used = [{e.op for f in b.graph.functions.values() for e in f.equations} for b in (fused, plain)]
     assert own[name] in used[0]
     assert used[1] <= {f.__name__ for f in ops.PLAIN}
-    assert np.abs(found[0] - found[1]).max() < 1e-5
+    assert np.abs(results[0] - results[1]).max() < 1e-5
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -393,21 +393,21 @@ def test_gpu_rules_equal_the_common_ones(name):
     model = RandomModel.of(name)
     common, fast = make(), make()
     fast.rules = {**ops.COMMON, **ops.FAST}
-    found = [logits(b, model) for b in (common, fast)]
-    assert np.abs(found[0] - found[1]).max() < 1e-4
+    results = [logits(b, model) for b in (common, fast)]
+    assert np.abs(results[0] - results[1]).max() < 1e-4
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_interleaved_and_separate_kv(name):
     """With either set of rules."""
-    model, found = RandomModel.of(name), []
+    model, results = RandomModel.of(name), []
     for rules in (ops.COMMON, {**ops.COMMON, **ops.FAST}):
         for interleaved in (True, False):
             backend = make()
             backend.rules, backend.interleaved_kv = rules, interleaved
-            found.append(logits(backend, model))
+            results.append(logits(backend, model))
             assert {len(kv.arrays()) for kv in backend.kv} == {1 if interleaved else 2}
-    assert max(np.abs(found[0] - other).max() for other in found) < 1e-4
+    assert max(np.abs(results[0] - other).max() for other in results) < 1e-4
 
 
 def test_a_kv_cache_of_another_dtype():
