@@ -1,4 +1,4 @@
-"""What a backend is, and how one is found and chosen."""
+"""The Backend interface, and how backends are looked up."""
 
 import platform
 import sys
@@ -22,12 +22,12 @@ from llmrs.quant.tensor import Tensor
 GROUP = "llmrs.backends"  # entry points; a third party registers a backend here
 DTYPE_BYTES = {"bf16": 2, "f16": 2, "f32": 4, "fp8": 1}
 DTYPES = ("bf16", "f16", "f32")
-SCALE_BYTES = 4  # of fp8, for each head of each token, beside its elements
+SCALE_BYTES = 4  # fp8 KV: one float32 scale per head and token
 
 
 @dataclass(frozen=True)
-class Ran:
-    """A kernel or a copy that ran on the device, or an op of a CPU; seconds of the profiler's own clock."""
+class KernelEvent:
+    """A kernel or copy on the device, or an op on a CPU; times in seconds on the profiler's clock."""
 
     name: str
     begin: float
@@ -37,13 +37,13 @@ class Ran:
 class Profiler(Protocol):
     """Records what runs on a device. Used by the backend's thread."""
 
-    asynchronous: bool  # whether the device runs beside the host, so that it may be idle while the host works
+    asynchronous: bool  # the device runs asynchronously to the host and can be idle
 
     def start(self) -> None:
-        """Records from now on."""
+        """Starts recording."""
 
-    def stop(self) -> list[Ran]:
-        """What ran since, in the order in which it began."""
+    def stop(self) -> list[KernelEvent]:
+        """Stops. Returns the events since `start` in order of their begin."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,21 +61,21 @@ class BackendOptions(Checked):
 
 
 class Backend(ABC):
-    """Runs a model's graph on a device. Used by one thread: the one that makes it.
+    """Runs a model's graph on a device. Used only by the thread that created it.
 
-    Life: `__init__`, `load`, `allocate`, any number of `launch`, `close`. Subclasses list the fused ops that they
-    have rules for; `load` gives them a graph rewritten to those.
+    Lifecycle: `__init__`, `load`, `allocate`, any number of `launch`, `close`. `load` rewrites the graph to the
+    subclass's `fused_ops`.
     """
 
     name: str
     fused_ops: frozenset[str] = frozenset()
-    max_in_flight = 1  # steps that may be launched before the first one's tokens are read
-    kv_dtypes: tuple[str, ...] = DTYPES  # that the KV cache may have
-    block_size = 16  # tokens of a KV block, where the user does not say
-    step_tokens = 2048  # of a step, where the user does not say
+    max_in_flight = 1  # steps launched before the first one's tokens are read
+    kv_dtypes: tuple[str, ...] = DTYPES  # supported KV cache dtypes
+    block_size = 16  # default tokens per KV block
+    step_tokens = 2048  # default max_num_batched_tokens
 
     def __init__(self, device: str, dtype: str, kv_dtype: str) -> None:
-        """`device` is "auto" or one of `devices()`. Raises BackendError when it, or `kv_dtype`, is not there."""
+        """`device` is "auto" or one of `devices()`. Raises BackendError if `kv_dtype` is not supported."""
         if kv_dtype not in self.kv_dtypes:
             has = ", ".join(("auto", *self.kv_dtypes))
             raise BackendError(f"kv_cache_dtype: backend {self.name} has no {kv_dtype} on {device}", f"it has: {has}")
@@ -100,21 +100,21 @@ class Backend(ABC):
     @classmethod
     @abstractmethod
     def devices(cls) -> list[str]:
-        """The devices of this machine that the backend can use, the best first."""
+        """Usable devices of this machine, best first."""
 
     @classmethod
     @abstractmethod
     def ops(cls) -> frozenset[str]:
-        """The ops, fused ones included, that it has a rule for."""
+        """Ops with a rule, fused ops included."""
 
     @abstractmethod
     def free_memory(self) -> int:
-        """Bytes that could still be allocated on the device."""
+        """Free device memory in bytes."""
 
     def load(self, graph: Graph, weights: Mapping[str, Tensor], progress: Callable[[int], None]) -> None:
-        """Takes in the weights, by canonical name; `progress` is given the bytes of each as it is taken.
+        """Loads weights by canonical name; `progress` receives the bytes of each.
 
-        Raises GraphError, which names op, backend and model, when the graph has an op without a rule.
+        Raises GraphError for an op without a rule, naming op, backend and model.
         """
         self.graph = fuse_graph(graph, self.fused_ops)
         functions = (*self.graph.functions.values(), self.graph.main)
@@ -125,7 +125,7 @@ class Backend(ABC):
 
     @abstractmethod
     def load_weights(self, weights: Mapping[str, Tensor], progress: Callable[[int], None]) -> None:
-        """Takes in the weights of `self.graph`."""
+        """Loads the weights of `self.graph`."""
 
     @abstractmethod
     def allocate(
@@ -135,51 +135,50 @@ class Backend(ABC):
         tokens: kernels are loaded, graphs captured."""
 
     def launch(self, batch: Batch) -> AsyncOutput:
-        """Starts a step, forward and sample, and returns at once where the device allows it."""
+        """Starts a step: forward and sample. Asynchronous where the device allows it."""
         return self.sample(self.forward(batch), batch)
 
     @abstractmethod
     def forward(self, batch: Batch) -> Any:
-        """Starts the first part of a step: logits float32 (R, V) of `batch.rows`, as the device holds them."""
+        """Starts the model: device logits float32 (R, V) of the rows `batch.logits_indices`."""
 
     @abstractmethod
     def sample(self, logits: Any, batch: Batch, mask: np.ndarray | None = None) -> AsyncOutput:
-        """Starts the second part, as `llmrs.core.sampling` defines it, and keeps the tokens for the next step.
+        """Starts sampling (defined in `llmrs.core.sampling`) and keeps the tokens on the device for the next step.
 
-        `mask` are the tokens that may be sampled, bits uint32 (S, ceil(V / 32)), the lowest bit of a word first.
+        `mask`: allowed tokens as bits, uint32 (S, ceil(V / 32)), lowest bit of a word first.
         """
 
     def idle(self) -> bool:
-        """Called while no request runs: may do some milliseconds of work that make later steps faster. True: there is
-        more of it."""
+        """Called while no request runs, for a few milliseconds of background work. True: more work is left."""
         return False
 
     @abstractmethod
     def to_host(self, logits: Any) -> np.ndarray:
-        """What `forward` gives, as float32 (R, V). For tests."""
+        """Device logits as float32 (R, V). For tests."""
 
     @abstractmethod
     def to_device(self, logits: np.ndarray) -> Any:
-        """What `forward` would give. For tests."""
+        """Inverse of `to_host`. For tests."""
 
-    def ceilings(self) -> tuple[float, float]:
-        """Bytes that the device reads in a second, and operations that it does in `dtype`, measured now."""
+    def measure_peak(self) -> tuple[float, float]:
+        """Measured peak memory read bandwidth (bytes/s) and compute in `dtype` (FLOP/s)."""
         data, matrix = np.ones(2**26, np.float32), np.ones((768, 768), np.float32)
-        reading = best_time(lambda: data.sum(), lambda: None)
-        return data.nbytes / reading, 2 * 768**3 / best_time(lambda: matrix @ matrix, lambda: None)
+        reading = bench(lambda: data.sum(), lambda: None)
+        return data.nbytes / reading, 2 * 768**3 / bench(lambda: matrix @ matrix, lambda: None)
 
     def profiler(self) -> Profiler | None:
-        """What tells when which kernel ran; None: that can't be measured here."""
+        """A kernel profiler; None: not supported."""
         return None
 
     @abstractmethod
     def close(self) -> None:
-        """Gives the memory back. A second call does nothing."""
+        """Frees the memory. Idempotent."""
 
 
-def best_time(start: Callable[[], Any], wait: Callable[[], None], rounds: int = 6, together: int = 1) -> float:
-    """Seconds of the fastest of some runs, the first not counted. `start` may return before the device is done; then
-    `together` starts share one wait, which takes its time too."""
+def bench(start: Callable[[], Any], wait: Callable[[], None], rounds: int = 6, together: int = 1) -> float:
+    """Best-of-`rounds` time in seconds after one warm-up. `wait` blocks until an asynchronous `start` is done;
+    `together` starts share one wait."""
     times = []
     for _ in range(rounds + 1):
         begin = time.perf_counter()
@@ -191,40 +190,40 @@ def best_time(start: Callable[[], Any], wait: Callable[[], None], rounds: int = 
 
 
 def names() -> list[str]:
-    """The registered backends."""
+    """Registered backends."""
     return sorted(e.name for e in entry_points(group=GROUP))
 
 
-def choose(name: str) -> str:
-    """The name itself, or for "auto" MLX on Apple silicon and Torch elsewhere."""
+def resolve(name: str) -> str:
+    """Resolves "auto": mlx on Apple silicon, torch elsewhere."""
     if name != "auto":
         return name
     apple = sys.platform == "darwin" and platform.machine() == "arm64" and "mlx" in names()
     return "mlx" if apple else "torch"
 
 
-def find(name: str) -> type[Backend]:
-    """The class of a backend. Raises BackendError that says what is there or what to install."""
-    found = list(entry_points(group=GROUP, name=name))
-    if not found:
-        raise BackendError(f"backend {name!r} is not there", did_you_mean(name, ("auto", *names())))
+def load_backend(name: str) -> type[Backend]:
+    """Class of a registered backend. Raises BackendError if it is unknown or cannot be imported."""
+    entries = list(entry_points(group=GROUP, name=name))
+    if not entries:
+        raise BackendError(f"backend {name!r} is not registered", did_you_mean(name, ("auto", *names())))
     try:
-        backend = found[0].load()
+        backend = entries[0].load()
     except ImportError as error:
         raise BackendError(f"backend {name!r} can't be loaded: {error}", f"pip install 'llmrs[{name}]'") from error
     if not (isinstance(backend, type) and issubclass(backend, Backend)):
-        raise BackendError(f"backend {name!r}: {found[0].value} is not a Backend class", "see llmrs.backends.base")
+        raise BackendError(f"backend {name!r}: {entries[0].value} is not a Backend class", "see llmrs.backends.base")
     return backend
 
 
 def pick_device(backend: type[Backend], device: str) -> str:
-    """The device that the user's word stands for: "auto" and "gpu" mean the best one (that is no CPU)."""
+    """Resolves a device option: "auto" is the best device, "gpu" the best that is not a CPU."""
     devices = backend.devices()
     wanted = [d for d in devices if d != "cpu"] if device == "gpu" else devices
     if device in ("auto", "gpu") and wanted:
         return wanted[0]
-    numbered = f"cuda:{device}" if device.isdigit() else f"{device}:0"  # "0" and "cuda" are what people write
+    numbered = f"cuda:{device}" if device.isdigit() else f"{device}:0"  # accepts "0" and "cuda"
     for candidate in (device, numbered):
         if candidate in devices:
             return candidate
-    raise BackendError(f"device {device!r} is not there", f"backend {backend.name} has: {', '.join(devices)}")
+    raise BackendError(f"device {device!r} is not available", f"backend {backend.name} has: {', '.join(devices)}")

@@ -1,4 +1,4 @@
-"""What every backend must pass: a suite for pytest, here or in a package of its own.
+"""The conformance suite of backends, for pytest, in this repository or in another package.
 
     from llmrs.backends.testing import BackendSuite
 
@@ -6,17 +6,17 @@
         backend = "mine"  # as registered under the entry points `llmrs.backends`
         device = "auto"
 
-Everything is compared with the reference backend, in float32, on small models with random weights.
+It compares with the reference backend in float32, on small models with random weights.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from llmrs.backends.base import Backend, find, pick_device
-from llmrs.core.batch import Batch
+from llmrs.backends.base import Backend, load_backend, pick_device
 from llmrs.core.request import Request, TokenLogprobs
 from llmrs.core.sampling import SamplingArrays
 from llmrs.random_model import (
@@ -37,109 +37,90 @@ from llmrs.random_model import (
 )
 
 __all__ = [
-    "BLOCK",
-    "CONTEXT",
-    "MODELS",
-    "SHAPE",
-    "VOCABULARY",
-    "BackendSuite",
-    "RandomModel",
-    "core_on",
-    "prefill_batch",
-    "prompts",
-    "random_sampling",
-    "random_step",
-    "request",
-    "run",
-    "sampling_batch",
-]
+    "BLOCK", "CONTEXT", "MODELS", "SHAPE", "VOCABULARY", "BackendSuite", "RandomModel", "core_on", "prefill_batch",
+    "prompts", "random_sampling", "random_step", "request", "run", "sampling_batch",
+]  # fmt: skip
 
 
 class BackendSuite:
-    """Subclass it as the module says."""
+    """Subclass it and set `backend`."""
 
     backend = "reference"
     device = "auto"
-    tolerance = 1e-4  # of logits in float32, which are about 10
+    tolerance = 1e-4  # of float32 logits, which are about 10
 
     def make(self, dtype: str = "f32", kv_dtype: str | None = None) -> Backend:
-        kind = find(self.backend)
+        kind = load_backend(self.backend)
         return kind(pick_device(kind, self.device), dtype, kv_dtype or dtype)
 
     @pytest.fixture(params=MODELS)
     def model(self, request: pytest.FixtureRequest) -> RandomModel:
         return RandomModel.of(request.param)
 
-    def answers(self, model: RandomModel, requests: Callable[[], Sequence[Request]], **core: Any) -> list[list[int]]:
-        backend = model.on(self.make())
-        found = run(core_on(backend, **core), requests())
-        backend.close()
-        return found
-
     def test_logits(self, model: RandomModel) -> None:
-        """On prompts of one token, of a block, of one more, of several, and longer than a window."""
+        """Prompts of one token, one block, one more, several blocks, and longer than a window."""
         batch = prefill_batch(prompts(1, BLOCK, BLOCK + 1, 23, 64))
-        found = []
-        for backend in (self.make(), find("reference")("cpu", "f32", "f32")):
+        logits = []
+        for backend in (self.make(), load_backend("reference")("cpu", "f32", "f32")):
             model.on(backend).allocate(100, BLOCK, 8, CONTEXT)
-            found.append(backend.to_host(backend.forward(batch)))
-        assert np.abs(found[1]).max() > 1
-        assert np.abs(found[0] - found[1]).max() < self.tolerance
+            logits.append(backend.to_host(backend.forward(batch)))
+        assert np.abs(logits[1]).max() > 1
+        assert np.abs(logits[0] - logits[1]).max() < self.tolerance
 
-    def test_tokens_do_not_depend_on_how_steps_are_cut(self, model: RandomModel) -> None:
-        """Alone, in a batch, in parts, preempted, from the prefix cache: the reference's tokens."""
+    def test_tokens_do_not_depend_on_batching(self, model: RandomModel) -> None:
+        """Alone, batched, with chunked prefill, preempted, from the prefix cache: the reference's tokens."""
 
         def ask() -> list[Request]:
             shared = prompts(30)[0]
             mixed = [request(p, max_tokens=24) for p in prompts(1, 9, 40)]
             return [*mixed, *(request([*shared, n], n, temperature=0.8, top_p=0.9, max_tokens=24) for n in range(3))]
 
-        reference = model.on(find("reference")("cpu", "f32", "f32"))
+        reference = model.on(load_backend("reference")("cpu", "f32", "f32"))
         expected = [run(core_on(reference), [r])[0] for r in ask()]
         backend = model.on(self.make())
         assert [run(core_on(backend), [r])[0] for r in ask()] == expected
-        for cut in (
+        for options in (
             {},
             {"max_num_batched_tokens": 8},
             {"blocks": 20, "max_num_seqs": 4},
             {"prefix_cache": False, "blocks": 30},
         ):
-            core = core_on(backend, **cut)
-            assert run(core, ask()) == expected, cut
-            assert run(core, ask()) == expected, cut  # the second time from the cache, where there is one
+            core = core_on(backend, **options)
+            assert run(core, ask()) == expected, options
+            assert run(core, ask()) == expected, options  # from the prefix cache, if enabled
         backend.close()
         backend.close()
 
     def test_logits_with_a_kv_cache_in_fp8(self) -> None:
-        """Near the reference's with the same cache, and farther from those with one that is exact."""
-        if "fp8" not in find(self.backend).kv_dtypes:
-            pytest.skip("has no fp8")
-        batch, reference = prefill_batch(prompts(1, 9, 21)), find("reference")
-        found = []
+        """Closer to the reference's fp8 logits than those are to its float32 logits."""
+        if "fp8" not in load_backend(self.backend).kv_dtypes:
+            pytest.skip("no fp8")
+        batch, reference = prefill_batch(prompts(1, 9, 21)), load_backend("reference")
+        logits = []
         for backend in (self.make("f32", "fp8"), reference("cpu", "f32", "fp8"), reference("cpu", "f32", "f32")):
             RandomModel.of("qwen3", num_hidden_layers=2).on(backend).allocate(100, BLOCK, 8, CONTEXT)
-            found.append(backend.to_host(backend.forward(batch)))
-        ours, expected, exact = found
+            logits.append(backend.to_host(backend.forward(batch)))
+        ours, expected, exact = logits
         assert np.linalg.norm(ours - expected) < 0.1 * np.linalg.norm(expected - exact)
 
     def test_a_kv_cache_in_fp8(self) -> None:
-        """The reference's tokens, however steps are cut: what is kept of a token depends on it alone."""
-        if "fp8" not in find(self.backend).kv_dtypes:
-            pytest.skip("has no fp8")
+        """The reference's tokens, however they are batched: a token's fp8 data depends on that token alone."""
+        if "fp8" not in load_backend(self.backend).kv_dtypes:
+            pytest.skip("no fp8")
         model = RandomModel.of("qwen3", num_hidden_layers=2)
 
         def ask() -> list[Request]:
             return [request(p, max_tokens=8) for p in prompts(1, 9, 21)]
 
-        expected = run(core_on(model.on(find("reference")("cpu", "f32", "fp8"))), ask())
+        expected = run(core_on(model.on(load_backend("reference")("cpu", "f32", "fp8"))), ask())
         backend = model.on(self.make("f32", "fp8"))
-        for cut in ({}, {"max_num_batched_tokens": 8}, {"blocks": 10, "max_num_seqs": 3}):
-            core = core_on(backend, **cut)
-            assert run(core, ask()) == expected, cut
-            assert run(core, ask()) == expected, cut
+        for options in ({}, {"max_num_batched_tokens": 8}, {"blocks": 10, "max_num_seqs": 3}):
+            core = core_on(backend, **options)
+            assert run(core, ask()) == expected, options
+            assert run(core, ask()) == expected, options
 
     def test_sampling_options_in_a_running_engine(self) -> None:
-        """Penalties, biases, masks, minimum lengths and log probabilities, with everything else in the batch."""
+        """Penalties, biases, minimum lengths and log probabilities in one batch."""
         model = RandomModel.of("qwen3")
         common = {"temperature": 0.9, "max_tokens": 20}
         each: list[dict[str, Any]] = [
@@ -157,23 +138,23 @@ class BackendSuite:
             ]
 
         lists = []
-        for backend in (self.make(), find("reference")("cpu", "f32", "f32")):
+        for backend in (self.make(), load_backend("reference")("cpu", "f32", "f32")):
             core = core_on(model.on(backend), max_num_batched_tokens=16)
             asked = ask()
             run(core, asked)
             lists.append(asked)
-            assert len(asked[3].output) == 16  # banned until then, and bound to come after
+            assert len(asked[3].output) == 16  # banned until then, certain afterwards
         for ours, expected in zip(*lists, strict=True):
             assert ours.output == expected.output
-            assert_alike(ours.logprobs, expected.logprobs)
-            assert_alike(ours.prompt_logprobs[1:], expected.prompt_logprobs[1:])
+            assert_logprobs_close(ours.logprobs, expected.logprobs)
+            assert_logprobs_close(ours.prompt_logprobs[1:], expected.prompt_logprobs[1:])
         assert len(lists[0][0].logprobs) == len(lists[0][0].output)
 
     @pytest.mark.parametrize("vocabulary", [2, 33, 211])
-    def test_sampling_alone(self, vocabulary: int) -> None:
-        """Random steps on one backend, so that slots are taken over from others."""
+    def test_sampling(self, vocabulary: int) -> None:
+        """Random steps on one backend, so that request slots are reused."""
         model = RandomModel.of("qwen3", num_hidden_layers=1)
-        ours, reference = model.on(self.make()), model.on(find("reference")("cpu", "f32", "f32"))
+        ours, reference = model.on(self.make()), model.on(load_backend("reference")("cpu", "f32", "f32"))
         for backend in (ours, reference):
             backend.allocate(1, BLOCK, 8, CONTEXT)
         for seed in range(40):
@@ -182,51 +163,44 @@ class BackendSuite:
             chosen = mask if seed % 2 else None
             tickets = [b.sample(b.to_device(logits), batch, chosen) for b in (ours, reference)]
             np.testing.assert_array_equal(tickets[0].tokens(), tickets[1].tokens())
-            found, expected = (t.logprobs() for t in tickets)
-            assert (found is None) == (expected is None) == (batch.logprobs < 0)
-            if found is not None and expected is not None:
-                np.testing.assert_array_equal(found.top_ids, expected.top_ids)
-                np.testing.assert_allclose(found.top, expected.top, atol=1e-5)
-                np.testing.assert_allclose(found.chosen, expected.chosen, atol=1e-5)
+            actual, expected = (t.logprobs() for t in tickets)
+            assert (actual is None) == (expected is None) == (batch.logprobs < 0)
+            if actual is not None and expected is not None:
+                np.testing.assert_array_equal(actual.top_ids, expected.top_ids)
+                np.testing.assert_allclose(actual.top, expected.top, atol=1e-5)
+                np.testing.assert_allclose(actual.chosen, expected.chosen, atol=1e-5)
 
-    def test_the_device_knows_the_last_token_of_a_slot(self) -> None:
-        """A step that names tokens by their slots is the step that names the tokens themselves."""
+    def test_placeholder_tokens(self) -> None:
+        """A step with placeholders (-1 - slot) equals the step with the token ids."""
         model = RandomModel.of("llama")
         results = []
-        for hidden in (False, True):
+        for placeholder in (False, True):
             backend = model.on(self.make())
             backend.allocate(100, BLOCK, 8, CONTEXT)
             first = prefill_batch(prompts(9, 3))
             tokens = backend.launch(first).tokens()
             step = sampling_batch(SamplingArrays.zeros(2))
-            fed = -1 - step.req_slots if hidden else tokens
+            fed = -1 - step.req_slots if placeholder else tokens
             lengths = first.seq_lens + 1
-            batch = Batch(
-                **{
-                    **vars(step),
-                    "input_ids": fed,
-                    "positions": lengths - 1,
-                    "seq_lens": lengths,
-                    "block_tables": first.block_tables,
-                }
-            )
+            tables = first.block_tables
+            batch = replace(step, input_ids=fed, positions=lengths - 1, seq_lens=lengths, block_tables=tables)
             results.append(backend.launch(batch).tokens().tolist())
         assert results[0] == results[1]
 
     @pytest.mark.parametrize("dtype", ["bf16", "f16"])
     def test_half_precision_follows_float32(self, dtype: str) -> None:
-        """As far as the mantissa carries; a wrong type somewhere would not."""
-        model, found = RandomModel.of("qwen3"), []
+        """Up to rounding; a wrong dtype anywhere would fail."""
+        model, logits = RandomModel.of("qwen3"), []
         for kind in ("f32", dtype):
             backend = model.on(self.make(kind))
             backend.allocate(64, BLOCK, 4, CONTEXT)
-            found.append(backend.to_host(backend.forward(prefill_batch(prompts(30, 7)))))
-        error = np.linalg.norm(found[0] - found[1]) / np.linalg.norm(found[0])
+            logits.append(backend.to_host(backend.forward(prefill_batch(prompts(30, 7)))))
+        error = np.linalg.norm(logits[0] - logits[1]) / np.linalg.norm(logits[0])
         assert error < 0.08
 
 
-def assert_alike(ours: Sequence[TokenLogprobs | None], expected: Sequence[TokenLogprobs | None]) -> None:
-    """Log probabilities that agree up to rounding."""
+def assert_logprobs_close(ours: Sequence[TokenLogprobs | None], expected: Sequence[TokenLogprobs | None]) -> None:
+    """Equal up to rounding."""
     assert len(ours) == len(expected)
     for a, b in zip(ours, expected, strict=True):
         assert a is not None

@@ -5,7 +5,7 @@ import os
 import platform
 from typing import Any
 
-from llmrs.backends.base import find
+from llmrs.backends.base import load_backend
 from llmrs.cli.options import BenchOptions
 from llmrs.cli.terminal import StatusLine
 
@@ -34,7 +34,7 @@ def host(options: BenchOptions) -> int:
 
 def mlx_host(options: BenchOptions) -> int:
     """The time to build MLX's graph of a decode step, against mlx-lm's where that is installed."""
-    find("mlx")  # raises BackendError where MLX is missing or too old
+    load_backend("mlx")  # raises BackendError where MLX is missing or too old
     from llmrs.bench import mlx_lm
 
     results: dict[int, Any] = {n: mlx_lm.host(n, "f32", "auto", 15) for n in options.batches or (1, 32)}

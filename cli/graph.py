@@ -41,7 +41,7 @@ def header(architecture: str, plain: Graph) -> str:
 
 
 def fused_ops(backend: str) -> frozenset[str]:
-    from llmrs.backends.base import choose, find
+    from llmrs.backends.base import load_backend, resolve
     from llmrs.backends.fusion import FUSED_OPS
 
-    return frozenset(FUSED_OPS) if backend == "all" else find(choose(backend)).fused_ops
+    return frozenset(FUSED_OPS) if backend == "all" else load_backend(resolve(backend)).fused_ops

@@ -96,7 +96,7 @@ def make_backend(config: EngineConfig) -> base.Backend:
     """The backend on its device. Raises BackendError or ConfigError."""
     if config.quant is not None:
         raise ConfigError(f"quant: {config.quant!r} is not there yet", "leave it out to run the weights as they are")
-    kind = base.find(base.choose(config.backend))
+    kind = base.load_backend(base.resolve(config.backend))
     kv_dtype = config.dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
     backend = kind(base.pick_device(kind, config.device), config.dtype, kv_dtype)
     backend.configure(config)

@@ -1,10 +1,10 @@
-"""What the rules know of a step, and paged attention in plain mx ops.
+"""The arrays of one step, and paged attention in mx ops.
 
-Sequences that feed one token are padded to the longest of them and run at once; a part of a prompt runs alone.
-Letters: T tokens, H query heads, Hk KV heads, d head size; s sequences of a part with n rows each, L keys.
+Decode tokens (sequences with one token) are padded to the longest context and run as one batch; each prefill chunk runs
+alone. Letters: T tokens, H query heads, Hk KV heads, d head_dim; s sequences of a group with n tokens each, L keys.
 
-A token's KV goes to a cell, and a head of its keys or values to a place there: a row of d elements. So keys are
-gathered as (s, Hk, L, d), as they are multiplied.
+A KV slot has `entries_per_slot` entries of d elements, one per head of K and V, so that keys are gathered directly
+as (s, Hk, L, d).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,301 +17,284 @@ import numpy as np
 from llmrs.core.batch import Batch
 from llmrs.core.ir import RopeFrequencies
 
-Key = tuple[Any, ...]  # a name and numbers
-Turns = tuple[mx.array, mx.array]  # float32 (T, 1, d): what a head's elements, and its halves exchanged, are times
+ArrayKey = tuple[Any, ...]  # a name and numbers
+CosSin = tuple[mx.array, mx.array]  # float32 (T, 1, d): [cos, cos] and [-sin, sin]
 
 
 class KV:
-    """The KV cache of one layer by places, (blocks * block_size * width, d): keys and values apart, or in one array.
+    """KV cache of one layer, (blocks * block_size * entries_per_slot, d): K and V apart, or interleaved in one array.
 
-    A store replaces arrays; it happens in place where nothing else holds the old ones.
+    A write replaces the arrays; MLX does it in place if nothing else holds the old ones.
     """
 
     def __init__(self, keys: mx.array, values: mx.array, heads: int) -> None:
-        """`keys` and `values` may be the same array, or in fp8 and without Metal what is used as one: `fp8.Scaled`."""
+        """`keys is values`: interleaved. On a CPU both may be a `kv_fp8.QuantizedKV`."""
         self.keys, self.values, self.heads = keys, values, heads
-        self.joint = keys is values
-        self.width, self.first_value = (2 * heads, heads) if self.joint else (heads, 0)  # places of a cell
+        self.interleaved = keys is values
+        self.entries_per_slot, self.v_offset = (2 * heads, heads) if self.interleaved else (heads, 0)
 
-    def write(self, places: mx.array, k: mx.array, v: mx.array) -> None:
-        """(T, Hk, d) each, to places (T, width)."""
-        if self.joint:
-            self.keys[places] = mx.concatenate([k, v], axis=1)
+    def write(self, slots: mx.array, k: mx.array, v: mx.array) -> None:
+        """k, v (T, Hk, d) to the entries `slots` (T, entries_per_slot)."""
+        if self.interleaved:
+            self.keys[slots] = mx.concatenate([k, v], axis=1)
         else:
-            self.keys[places] = k
-            self.values[places] = v
+            self.keys[slots] = k
+            self.values[slots] = v
 
-    def write_both(self, places: mx.array, kv: mx.array) -> None:
-        """The same of (T, 2 * Hk, d)."""
-        if self.joint:
-            self.keys[places] = kv
+    def write_interleaved(self, slots: mx.array, kv: mx.array) -> None:
+        """`write` for kv (T, 2 * Hk, d)."""
+        if self.interleaved:
+            self.keys[slots] = kv
         else:
-            self.write(places, *mx.split(kv, 2, axis=1))
+            self.write(slots, *mx.split(kv, 2, axis=1))
 
     def arrays(self) -> list[mx.array]:
-        """What it is made of."""
-        return [self.keys] if self.joint else [self.keys, self.values]
+        return [self.keys] if self.interleaved else [self.keys, self.values]
 
     def replace(self, arrays: Iterator[mx.array]) -> "KV":
-        """Takes the next ones, as many as it is made of."""
+        """Takes its arrays from the iterator."""
         keys = next(arrays)
-        self.keys, self.values = keys, keys if self.joint else next(arrays)
+        self.keys, self.values = keys, keys if self.interleaved else next(arrays)
         return self
 
 
-class Arrays:
-    """Arrays of a step by name and numbers, each made by the method `make_<name>` when first asked for."""
+class LazyArrays:
+    """Arrays by name and numbers, each made by the method `make_<name>` at first use."""
 
     def __init__(self) -> None:
-        self.arrays: dict[Key, mx.array] = {}
-        self.given = False  # whether `arrays` has been filled in, and nothing else may be asked for
+        self.arrays: dict[ArrayKey, mx.array] = {}
+        self.frozen = False  # inputs of a traced step: making another array would bake in a constant
 
-    def array(self, *key: Any) -> mx.array:  # a Key
+    def array(self, *key: Any) -> mx.array:
         if key not in self.arrays:
-            assert not self.given, f"{key} would become a constant of a compiled step"
+            assert not self.frozen, f"{key} would become a constant of a compiled step"
             name, *numbers = key
             self.arrays[key] = mx.array(getattr(self, f"make_{name}")(*numbers))
         return self.arrays[key]
 
 
-class Part(Arrays):
-    """Sequences that run in one call of the attention function, each with `n` rows.
+class AttnGroup(LazyArrays):
+    """Sequences of one attention call, `q_len` tokens each. The number of keys is a multiple of `key_bucket`."""
 
-    The number of keys is rounded up to a multiple of `multiple`.
-    """
-
-    def __init__(self, batch: Batch, block_size: int, group: np.ndarray, multiple: int) -> None:
+    def __init__(self, batch: Batch, block_size: int, sequences: np.ndarray, key_bucket: int) -> None:
         super().__init__()
-        self.first, self.n = (
-            int(batch.query_start_loc[group[0]]),
-            int(batch.query_start_loc[group[0] + 1] - batch.query_start_loc[group[0]]),
-        )
-        self.rows = batch.query_start_loc[group] if self.n == 1 else np.arange(self.first, self.first + self.n)
-        self.blocks, self.lengths = batch.block_tables[group], batch.seq_lens[group]
-        self.block_size, self.multiple = block_size, multiple
+        start, end = batch.query_start_loc[sequences[0] : sequences[0] + 2].tolist()
+        self.start, self.q_len = start, end - start
+        self.tokens = batch.query_start_loc[sequences] if self.q_len == 1 else np.arange(start, end)
+        self.block_tables, self.seq_lens = batch.block_tables[sequences], batch.seq_lens[sequences]
+        self.block_size, self.key_bucket = block_size, key_bucket
         self._biases: dict[int, mx.array] = {}
-        self._places: dict[tuple[int, int], tuple[mx.array, mx.array]] = {}
+        self._kv_indices: dict[tuple[int, int], tuple[mx.array, mx.array]] = {}
 
-    def of(self, x: mx.array) -> mx.array:
-        """Its rows (s * n, ...) of x (T, ...)."""
-        return x[self.array("rows")] if self.n == 1 else x[self.first : self.first + self.n]
+    def take(self, x: mx.array) -> mx.array:
+        """The group's rows (s * n, ...) of x (T, ...)."""
+        return x[self.array("tokens")] if self.q_len == 1 else x[self.start : self.start + self.q_len]
 
     def mask(self, window: int) -> mx.array | str | None:
-        """Which of its keys its rows see, positions up to their own: bool (s, 1, n, L), "causal", or None: all."""
-        alone = len(self.lengths) == 1 and self.multiple == 1
-        if alone and (self.n == 1 or not window):
-            return None if self.n == 1 else "causal"
+        """Causal mask: bool (s, 1, n, L), "causal", or None (all keys visible)."""
+        if len(self.seq_lens) == 1 and self.key_bucket == 1 and (self.q_len == 1 or not window):
+            return None if self.q_len == 1 else "causal"
         return self.array("mask", window)
 
     def bias(self, window: int, q: mx.array) -> mx.array:
-        """The mask as what is added to scores, in the type of q, which all layers share."""
+        """The mask as an additive bias in q's dtype, shared by all layers."""
         if window not in self._biases:
             mask = self.mask(window)
-            seen = mx.where(mask, 0.0, -mx.inf) if isinstance(mask, mx.array) else mx.zeros((1, 1, 1, 1))
-            self._biases[window] = seen.astype(q.dtype)
+            bias = mx.where(mask, 0.0, -mx.inf) if isinstance(mask, mx.array) else mx.zeros((1, 1, 1, 1))
+            self._biases[window] = bias.astype(q.dtype)
         return self._biases[window]
 
-    def make_rows(self) -> np.ndarray:
-        return self.rows.astype(np.int32)
+    def kv_indices(self, window: int, kv: KV) -> tuple[mx.array, mx.array]:
+        """Entries of the visible keys and values, int32 (s, Hk, L) each."""
+        key = window, kv.entries_per_slot  # all layers are interleaved or none
+        if key not in self._kv_indices:
+            keys = self.array("kv_indices", window, kv.entries_per_slot, kv.heads)
+            self._kv_indices[key] = keys, keys + kv.v_offset if kv.interleaved else keys
+        return self._kv_indices[key]
 
-    def places(self, window: int, kv: KV) -> tuple[mx.array, mx.array]:
-        """Where the keys and the values are that its rows may see, int32 (s, Hk, L) each."""
-        key = window, kv.width  # of a step, all layers are joint or none
-        if key not in self._places:
-            keys = self.array("places", window, kv.width, kv.heads)
-            self._places[key] = keys, keys + kv.first_value if kv.joint else keys
-        return self._places[key]
+    def make_tokens(self) -> np.ndarray:
+        return self.tokens.astype(np.int32)
 
-    def make_places(self, window: int, width: int, heads: int) -> np.ndarray:
-        positions = self._positions(window)
-        columns = np.minimum(positions // self.block_size, self.blocks.shape[1] - 1)
-        blocks = self.blocks[np.arange(len(self.blocks))[:, None], columns]
-        cells = blocks * self.block_size + positions % self.block_size  # (s, L)
-        return cells[:, None] * width + np.arange(heads, dtype=np.int32)[:, None]
+    def make_kv_indices(self, window: int, entries_per_slot: int, heads: int) -> np.ndarray:
+        positions = self._key_positions(window)
+        columns = np.minimum(positions // self.block_size, self.block_tables.shape[1] - 1)
+        blocks = self.block_tables[np.arange(len(self.block_tables))[:, None], columns]
+        slots = blocks * self.block_size + positions % self.block_size  # (s, L)
+        return slots[:, None] * entries_per_slot + np.arange(heads, dtype=np.int32)[:, None]
 
     def make_mask(self, window: int) -> np.ndarray:
-        own = self.lengths[:, None] - self.n + np.arange(self.n)  # (s, n): the rows' own positions
-        distance = own[:, None, :, None] - self._positions(window)[:, None, None, :]
+        q_positions = self.seq_lens[:, None] - self.q_len + np.arange(self.q_len)  # (s, n)
+        distance = q_positions[:, None, :, None] - self._key_positions(window)[:, None, None, :]
         return (distance >= 0) & (distance < window) if window else distance >= 0
 
-    def _positions(self, window: int) -> np.ndarray:
-        """int32 (s, L), or (1, L) for all: those that a row may see, and some that it may not."""
-        longest = int(self.lengths.max())
+    def _key_positions(self, window: int) -> np.ndarray:
+        """int32 (s, L), or (1, L) for all sequences; a superset of the visible positions."""
         if not window:
-            return np.arange(round_up(longest, self.multiple), dtype=np.int32)[None]
-        begin = np.maximum(self.lengths - self.n - window + 1, 0)
-        count = round_up(int((self.lengths - begin).max()), self.multiple)
+            return np.arange(round_up(int(self.seq_lens.max()), self.key_bucket), dtype=np.int32)[None]
+        begin = np.maximum(self.seq_lens - self.q_len - window + 1, 0)
+        count = round_up(int((self.seq_lens - begin).max()), self.key_bucket)
         return begin[:, None] + np.arange(count, dtype=np.int32)
 
 
-class Context(Arrays):
-    """What `store`, `attend`, `rope` and `last` need of a step.
+class Context(LazyArrays):
+    """What the ops `write_kv`, `attend`, `rope` and `gather_logits_rows` need of a step."""
 
-    `tables`, `owners`, `visible` and `longest` are what a ragged attention kernel takes.
-    """
-
-    def __init__(self, batch: Batch, block_size: int, multiple: int = 1) -> None:
+    def __init__(self, batch: Batch, block_size: int, key_bucket: int = 1) -> None:
         super().__init__()
-        self.batch, self.block_size, self.multiple = batch, block_size, multiple
-        self._turns: dict[int, Turns] = {}
-        self._spins: dict[tuple[int, int], mx.array] = {}
-        self._places: dict[int, mx.array] = {}
+        self.batch, self.block_size, self.key_bucket = batch, block_size, key_bucket
+        self._cos_sin: dict[int, CosSin] = {}
+        self._cis: dict[tuple[int, int], mx.array] = {}
 
     @cached_property
-    def counts(self) -> np.ndarray:
-        """int32 (S,): tokens of each sequence."""
+    def query_lens(self) -> np.ndarray:
+        """int32 (S,): tokens of each sequence in this step."""
         return self.batch.query_start_loc[1:] - self.batch.query_start_loc[:-1]
 
     @cached_property
-    def row_of(self) -> np.ndarray:
-        """int32 (T,): the sequence of each token."""
-        return np.repeat(np.arange(len(self.counts), dtype=np.int32), self.counts)
+    def is_decode_only(self) -> bool:
+        """One token per sequence, and logits for each."""
+        return len(self.batch.logits_indices) == len(self.batch.input_ids) == len(self.query_lens)
 
     @cached_property
-    def rows_are_all(self) -> bool:
-        """Whether every sequence has one token, and its logits are wanted."""
-        return len(self.batch.logits_indices) == len(self.batch.input_ids) == len(self.counts)
+    def num_decodes(self) -> int:
+        """Leading sequences with one token."""
+        return int(np.argmax(np.append(self.query_lens, 2) > 1))
 
     @cached_property
-    def singles(self) -> int:
-        """How many sequences of one token come first."""
-        return int(np.argmax(np.append(self.counts, 2) > 1))
+    def groups(self) -> Sequence[AttnGroup]:
+        decodes = np.flatnonzero(self.query_lens == 1)
+        groups = [decodes] if len(decodes) else []
+        groups += [np.array([s]) for s in np.flatnonzero(self.query_lens > 1)]
+        return [AttnGroup(self.batch, self.block_size, group, self.key_bucket) for group in groups]
 
     @cached_property
-    def parts(self) -> Sequence[Part]:
-        singles = np.flatnonzero(self.counts == 1)
-        groups = [singles] if len(singles) else []
-        if len(singles) < len(self.counts):
-            groups += [np.array([s]) for s in np.flatnonzero(self.counts > 1)]
-        return [Part(self.batch, self.block_size, group, self.multiple) for group in groups]
+    def in_batch_order(self) -> bool:
+        """Whether the tokens of the groups, concatenated, are in batch order."""
+        return bool((np.diff(np.concatenate([g.tokens for g in self.groups])) > 0).all())
 
     @cached_property
-    def in_order(self) -> bool:
-        """Whether the rows of the parts, one part after the other, are those of the batch."""
-        return bool((np.diff(np.concatenate([p.rows for p in self.parts])) > 0).all())
+    def max_seq_len(self) -> int:
+        """The longest context, rounded up to `key_bucket`."""
+        return round_up(int(self.batch.seq_lens.max()), self.key_bucket)
 
-    @cached_property
-    def longest(self) -> int:
-        """The largest of `visible`, or a little more."""
-        return round_up(int(self.batch.seq_lens.max()), self.multiple)
-
-    def places(self, width: int) -> mx.array:
-        """int32 (T, width): the places of each token's cell."""
-        if width not in self._places:
-            self._places[width] = self.array("places", width)
-        return self._places[width]
+    def slot_mapping(self, entries_per_slot: int) -> mx.array:
+        """int32 (T, entries_per_slot): KV entries of each token's slot."""
+        return self.array("slot_mapping", entries_per_slot)
 
     @property
-    def rows(self) -> mx.array:
-        """int32 (R,): rows whose logits are wanted."""
-        return self.array("rows")
+    def logits_indices(self) -> mx.array:
+        """int32 (R,)"""
+        return self.array("logits_indices")
 
     @property
-    def tables(self) -> mx.array:
-        """int32 (S, B): the blocks of each sequence."""
-        return self.array("tables")
+    def block_tables(self) -> mx.array:
+        """int32 (S, B)"""
+        return self.array("block_tables")
 
     @property
-    def owners(self) -> mx.array:
-        """int32 (T,): the sequence of each token."""
-        return self.array("owners")
+    def token_to_seq(self) -> mx.array:
+        """int32 (T,): sequence of each token."""
+        return self.array("token_to_seq")
 
     @property
-    def visible(self) -> mx.array:
-        """int32 (T,): how many positions of its sequence a token sees."""
-        return self.array("visible")
+    def context_lens(self) -> mx.array:
+        """int32 (T,): positions of its sequence that a token attends to."""
+        return self.array("context_lens")
 
-    def make_places(self, width: int) -> np.ndarray:
+    def make_slot_mapping(self, entries_per_slot: int) -> np.ndarray:
         b, size = self.batch, self.block_size
-        cells = b.block_tables[self.row_of, b.positions // size] * size + b.positions % size
-        return cells[:, None] * width + np.arange(width, dtype=np.int32)
+        slots = b.block_tables[self.make_token_to_seq(), b.positions // size] * size + b.positions % size
+        return slots[:, None] * entries_per_slot + np.arange(entries_per_slot, dtype=np.int32)
 
-    def make_rows(self) -> np.ndarray:
+    def make_logits_indices(self) -> np.ndarray:
         return self.batch.logits_indices
 
-    def make_tables(self) -> np.ndarray:
-        columns = -(-self.longest // self.block_size)
+    def make_block_tables(self) -> np.ndarray:
+        columns = -(-self.max_seq_len // self.block_size)
         tables = self.batch.block_tables[:, :columns]
         return np.pad(tables, [(0, 0), (0, columns - tables.shape[1])])
 
-    def make_owners(self) -> np.ndarray:
-        return self.row_of
+    def make_token_to_seq(self) -> np.ndarray:
+        return np.repeat(np.arange(len(self.query_lens), dtype=np.int32), self.query_lens)
 
-    def make_visible(self) -> np.ndarray:
+    def make_context_lens(self) -> np.ndarray:
         return self.batch.positions + 1
 
-    def make_order(self) -> np.ndarray:
-        """int32 (T,): where each row of the batch is among those of the parts."""
-        return np.argsort(np.concatenate([p.rows for p in self.parts])).astype(np.int32)
+    def make_batch_order(self) -> np.ndarray:
+        """int32 (T,): index of each token of the batch among the groups' tokens."""
+        return np.argsort(np.concatenate([g.tokens for g in self.groups])).astype(np.int32)
 
-    def turns(self, frequencies: RopeFrequencies, positions: mx.array) -> Turns:
-        """Cosines and signed sines of a step's positions, the same for all layers of a kind."""
-        key = id(frequencies)  # which the graph holds; its hash would cost more than all the rest
-        if key not in self._turns:
+    def cos_sin(self, frequencies: RopeFrequencies, positions: mx.array) -> CosSin:
+        """The step's rotation, shared by all layers with these frequencies."""
+        key = id(frequencies)  # the graph holds it; hashing the values would be slow
+        if key not in self._cos_sin:
             cos, sin = _cos_sin(frequencies, positions)
-            self._turns[key] = mx.concatenate([cos, cos], axis=-1), mx.concatenate([-sin, sin], axis=-1)
-        return self._turns[key]
+            self._cos_sin[key] = mx.concatenate([cos, cos], axis=-1), mx.concatenate([-sin, sin], axis=-1)
+        return self._cos_sin[key]
 
-    def spins(self, frequencies: RopeFrequencies, positions: mx.array, turned: int, heads: int) -> mx.array:
-        """complex64 (T, heads, d/2): what pairs of a head's elements are times, the heads from `turned` on times 1."""
+    def cis(self, frequencies: RopeFrequencies, positions: mx.array, rotated: int, heads: int) -> mx.array:
+        """The rotation as complex64 (T, heads, d/2), for interleaved pairs; 1 for heads from `rotated` on."""
         key = id(frequencies), heads
-        if key not in self._spins:
+        if key not in self._cis:
             cos, sin = _cos_sin(frequencies, positions)
             pairs = mx.flatten(mx.stack([cos, sin], axis=-1), -2).view(mx.complex64)  # (T, 1, d/2)
             count, _, half = pairs.shape
-            ones = mx.ones((count, heads - turned, half), mx.complex64)
-            self._spins[key] = mx.concatenate([mx.broadcast_to(pairs, (count, turned, half)), ones], axis=1)
-        return self._spins[key]
+            ones = mx.ones((count, heads - rotated, half), mx.complex64)
+            self._cis[key] = mx.concatenate([mx.broadcast_to(pairs, (count, rotated, half)), ones], axis=1)
+        return self._cis[key]
 
 
-def _cos_sin(frequencies: RopeFrequencies, positions: mx.array) -> Turns:
+def _cos_sin(frequencies: RopeFrequencies, positions: mx.array) -> CosSin:
     """float32 (T, 1, d/2) each, times the frequencies' scale."""
     angles = positions[:, None, None] * mx.array(np.array(frequencies.values, np.float32))
     cos, sin = mx.cos(angles), mx.sin(angles)
     return (cos, sin) if frequencies.scale == 1 else (cos * frequencies.scale, sin * frequencies.scale)
 
 
-def plain_singles(p: Part, q: mx.array, kv: KV, scale: float, window: int) -> mx.array:
-    """The answers of a part whose sequences have one row each, q (s, H, d) -> (s, H * d); what a CPU does fastest."""
-    k, v = _seen(p, q, kv, window)
+def decode_attention(g: AttnGroup, q: mx.array, kv: KV, scale: float, window: int) -> mx.array:
+    """Decode tokens q (s, H, d) -> (s, H * d) with plain matrix products: faster than SDPA on a CPU."""
+    k, v = _gather_kv(g, q, kv, window)
     q = mx.unflatten(q, 1, (kv.heads, -1))  # (s, Hk, H / Hk, d)
-    scores = mx.addmm(p.bias(window, q), q, k.swapaxes(2, 3), scale)  # (s, Hk, H / Hk, L)
+    scores = mx.addmm(g.bias(window, q), q, k.swapaxes(2, 3), scale)  # (s, Hk, H / Hk, L)
     return mx.flatten(mx.softmax(scores, -1, precise=True) @ v, 1)
 
 
-def fast_singles(p: Part, q: mx.array, kv: KV, scale: float, window: int) -> mx.array:
-    """The same through MLX's own attention."""
-    return mx.flatten(_attended(p, mx.expand_dims(q, 2), kv, scale, window), 1)
+def decode_sdpa(g: AttnGroup, q: mx.array, kv: KV, scale: float, window: int) -> mx.array:
+    """`decode_attention` with MLX's SDPA."""
+    return mx.flatten(_sdpa(g, mx.expand_dims(q, 2), kv, scale, window), 1)
 
 
-def _rows(p: Part, q: mx.array, kv: KV, scale: float, window: int) -> mx.array:
-    """One sequence's n rows, q (n, H, d) -> (n, H * d)."""
-    y = _attended(p, mx.expand_dims(q.swapaxes(0, 1), 0), kv, scale, window)
+def _prefill_sdpa(g: AttnGroup, q: mx.array, kv: KV, scale: float, window: int) -> mx.array:
+    """A prefill chunk of one sequence, q (n, H, d) -> (n, H * d)."""
+    y = _sdpa(g, mx.expand_dims(q.swapaxes(0, 1), 0), kv, scale, window)
     return mx.flatten(y[0].swapaxes(0, 1), 1)
 
 
-def _attended(p: Part, q: mx.array, kv: KV, scale: float, window: int) -> mx.array:
+def _sdpa(g: AttnGroup, q: mx.array, kv: KV, scale: float, window: int) -> mx.array:
     """q (s, H, n, d) -> the same."""
-    k, v = _seen(p, q, kv, window)
-    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=p.mask(window))
+    k, v = _gather_kv(g, q, kv, window)
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=g.mask(window))
 
 
-def _seen(p: Part, q: mx.array, kv: KV, window: int) -> tuple[mx.array, mx.array]:
-    """The keys and values (s, Hk, L, d) that its rows may see, in the type of q."""
-    keys, values = p.places(window, kv)
-    k, v = kv.keys[keys], kv.values[values]
+def _gather_kv(g: AttnGroup, q: mx.array, kv: KV, window: int) -> tuple[mx.array, mx.array]:
+    """Visible keys and values (s, Hk, L, d) in q's dtype."""
+    k_indices, v_indices = g.kv_indices(window, kv)
+    k, v = kv.keys[k_indices], kv.values[v_indices]
     return (k, v) if k.dtype == q.dtype else (k.astype(q.dtype), v.astype(q.dtype))
 
 
 def attend(
-    c: Context, q: mx.array, kv: KV, scale: float, window: int, singles: Callable[..., mx.array] = plain_singles
+    c: Context, q: mx.array, kv: KV, scale: float, window: int, decode: Callable[..., mx.array] = decode_attention
 ) -> mx.array:
     """q (T, H, d) -> (T, H * d)."""
-    if len(c.parts) == 1:
-        p = c.parts[0]
-        return (singles if p.n == 1 else _rows)(p, q, kv, scale, window)
-    y = mx.concatenate([(singles if p.n == 1 else _rows)(p, p.of(q), kv, scale, window) for p in c.parts])
-    return y if c.in_order else y[c.array("order")]
+
+    def run(g: AttnGroup, q: mx.array) -> mx.array:
+        return (decode if g.q_len == 1 else _prefill_sdpa)(g, q, kv, scale, window)
+
+    if len(c.groups) == 1:
+        return run(c.groups[0], q)
+    y = mx.concatenate([run(g, g.take(q)) for g in c.groups])
+    return y if c.in_batch_order else y[c.array("batch_order")]
 
 
 def round_up(number: int, multiple: int) -> int:

@@ -1,7 +1,7 @@
-"""Steps of one shape are traced once and replayed: MLX then builds their graph without Python, and fuses what it can.
+"""Decode steps of one shape are traced once and replayed: MLX then builds the graph without Python and fuses ops.
 
-A trace costs several steps' worth of building, so it is made when a shape has come a few times in a row, and only for
-steps of one token a sequence. The number of keys is part of the shape; it is rounded up so that it changes rarely.
+A trace costs several graph builds, so it is made only for decode-only steps whose shape repeats. The number of keys is
+part of the shape; it is rounded up to KEY_BUCKET so that it changes rarely.
 """
 
 from collections.abc import Callable
@@ -10,63 +10,63 @@ from typing import Any
 
 import mlx.core as mx
 
-from llmrs.backends.mlx.attention import KV, Arrays, Context, Key
+from llmrs.backends.mlx.attention import KV, ArrayKey, Context, LazyArrays
 from llmrs.backends.mlx.lowering import Program
 
-MULTIPLE = 64  # keys
-WORTH_IT = 4  # steps of one shape, in a row
+KEY_BUCKET = 64
+TRACE_AFTER = 4  # consecutive steps of one shape
 
 Traced = Callable[[list[mx.array], list[mx.array], list[mx.array]], tuple[mx.array, list[mx.array]]]
 
 
 class CompiledSteps:
-    """Runs a program's steps of single tokens."""
+    """Runs the decode-only steps of a program."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
         self.shape: tuple[int, ...] = ()
-        self.seen = 0
+        self.repeats = 0
         self.traced: Traced | None = None
-        self.names: list[list[Key]] = []  # of the arrays that the program asks for, by `_sources`
+        self.keys: list[list[ArrayKey]] = []  # arrays that the program reads, per `_sources`
 
     def run(self, context: Context, inputs: list[Any]) -> mx.array:
-        """What `Program.run` gives."""
-        shape = (len(context.counts), context.longest)
+        """Same result as `Program.run`."""
+        shape = (len(context.query_lens), context.max_seq_len)
         if shape != self.shape:
-            self.shape, self.seen, self.traced = shape, 0, None
-        self.seen += 1
-        if self.seen < WORTH_IT:
+            self.shape, self.repeats, self.traced = shape, 0, None
+        self.repeats += 1
+        if self.repeats < TRACE_AFTER:
             logits = self.program.run(context, inputs)
-            self.names = [list(source.arrays) for source in _sources(context)]
+            self.keys = [list(source.arrays) for source in _sources(context)]
             return logits
         kv: list[KV] = inputs[2:]
         if self.traced is None:
-            self.traced = mx.compile(_tracer(self.program, context, self.names, kv))
-        arrays = [s.array(*n) for s, names in zip(_sources(context), self.names, strict=True) for n in names]
+            self.traced = mx.compile(_tracer(self.program, context, self.keys, kv))
+        arrays = [s.array(*key) for s, keys in zip(_sources(context), self.keys, strict=True) for key in keys]
         logits, written = self.traced(inputs[:2], arrays, [x for c in kv for x in c.arrays()])
-        found = iter(written)
+        pools = iter(written)
         for cache in kv:
-            cache.replace(found)
+            cache.replace(pools)
         return logits
 
 
-def _tracer(program: Program, like: Context, names: list[list[Key]], kv: list[KV]) -> Traced:
-    """The program as a function of arrays alone, for steps that are shaped like this one."""
-    batch, block_size, multiple = like.batch, like.block_size, like.multiple
+def _tracer(program: Program, example: Context, keys: list[list[ArrayKey]], kv: list[KV]) -> Traced:
+    """The program as a function of arrays alone, for steps of the example's shape."""
+    batch, block_size, key_bucket = example.batch, example.block_size, example.key_bucket
 
     def run(tokens: list[mx.array], arrays: list[mx.array], pools: list[mx.array]) -> Any:
-        context, left = Context(batch, block_size, multiple), iter(arrays)
-        for source, wanted in zip(_sources(context), names, strict=True):
-            source.arrays = {name: next(left) for name in wanted}
-            source.given = True
-        given = iter(pools)
-        caches = [copy(c).replace(given) for c in kv]
+        context, remaining = Context(batch, block_size, key_bucket), iter(arrays)
+        for source, names in zip(_sources(context), keys, strict=True):
+            source.arrays = {name: next(remaining) for name in names}
+            source.frozen = True
+        pool = iter(pools)
+        caches = [copy(c).replace(pool) for c in kv]
         logits = program.run(context, [*tokens, *caches])
         return logits, [x for c in caches for x in c.arrays()]
 
     return run
 
 
-def _sources(context: Context) -> list[Arrays]:
-    (part,) = context.parts
-    return [context, part]
+def _sources(context: Context) -> list[LazyArrays]:
+    (group,) = context.groups
+    return [context, group]

@@ -1,6 +1,6 @@
-"""Rules that run Metal kernels, with the signatures of those in ops.py, which they fall back to.
+"""Rules that launch Metal kernels, with the signatures of ops.py.
 
-A fallback is for shapes that a kernel can't do, head sizes above all; it is chosen by shape, never by an error.
+They fall back to ops.py for shapes that a kernel does not support; a launch error is never a reason.
 """
 
 from collections.abc import Callable
@@ -21,14 +21,14 @@ from llmrs.core.sampling import SamplingArrays
 
 
 def rules(kernels: Kernels) -> dict[str, Callable[..., Run]]:
-    """What wins over the rules of mx ops on a Mac's GPU."""
+    """Overrides of the mx rules."""
     return {
         "attend": partial(attend, kernels),
         "qkv_rope_write_kv": partial(qkv_rope_write_kv, kernels),
         "qkv_norm_rope_write_kv": partial(qkv_norm_rope_write_kv, kernels),
         "fused_add_rms_norm": partial(fused_add_rms_norm, kernels),
-        "merged_linear_silu_and_mul": partial(gated, kernels, False),
-        "merged_linear_gelu_and_mul": partial(gated, kernels, True),
+        "merged_linear_silu_and_mul": partial(act_and_mul, kernels, False),
+        "merged_linear_gelu_and_mul": partial(act_and_mul, kernels, True),
     }
 
 
@@ -36,32 +36,33 @@ def attend(kernels: Kernels, *, scale: float, window: int = 0) -> Run:
     fallback = ops.fast_attend(scale=scale, window=window)
 
     def run(c: Context, q: Array, kv: KV) -> Array:  # (T, H, d) -> (T, H * d)
-        size, same = q.shape[2], q.dtype == kv.keys.dtype
-        if size % 8 or not 16 <= size <= 256 or not (same or c.singles == len(c.counts)):
+        size, prefills = q.shape[2], c.num_decodes < len(c.query_lens)
+        if size % 8 or not 16 <= size <= 256 or (prefills and q.dtype != kv.keys.dtype):
             return fallback(c, q, kv)
         keys, values = (mx.unflatten(x, 0, (-1, c.block_size, kv.heads)) for x in (kv.keys, kv.values))
-        parts = [_decode(kernels, c, q, keys, values, scale, window)] if c.singles else []
-        parts += [_prefill(kernels, c, q, keys, values, scale, window)] if c.singles < len(c.counts) else []
-        return mx.flatten(parts[0] if len(parts) == 1 else mx.concatenate(parts), 1)
+        y = [_decode(kernels, c, q, keys, values, scale, window)] if c.num_decodes else []
+        y += [_prefill(kernels, c, q, keys, values, scale, window)] if prefills else []
+        return mx.flatten(y[0] if len(y) == 1 else mx.concatenate(y), 1)
 
     return run
 
 
 def _decode(kernels: Kernels, c: Context, q: Array, keys: Array, values: Array, scale: float, window: int) -> Array:
-    """The sequences of one token that come first: n of them."""
-    n = c.singles
-    q, owners, visible = (x if n == len(x) else x[:n] for x in (q, c.owners, c.visible))
+    n = c.num_decodes
+    q, token_to_seq, context_lens = (x if n == len(x) else x[:n] for x in (q, c.token_to_seq, c.context_lens))
     return attention.paged_decode(
-        kernels, q, keys, values, c.tables, owners, visible, scale=scale, window=window, longest=c.longest
-    )
+        kernels, q, keys, values, c.block_tables, token_to_seq, context_lens,
+        scale=scale, window=window, max_seq_len=c.max_seq_len,
+    )  # fmt: skip
 
 
 def _prefill(kernels: Kernels, c: Context, q: Array, keys: Array, values: Array, scale: float, window: int) -> Array:
-    """All others."""
-    n, b = c.singles, c.batch
-    tables = c.tables[n:] if n else c.tables
-    starts, lengths = (b.query_start_loc[n:] - n).astype(np.int32), b.seq_lens[n:]
-    return attention.paged_prefill(kernels, q[n:], keys, values, tables, starts, lengths, scale=scale, window=window)
+    n, b = c.num_decodes, c.batch
+    tables = c.block_tables[n:] if n else c.block_tables
+    starts = (b.query_start_loc[n:] - n).astype(np.int32)
+    return attention.paged_prefill(
+        kernels, q[n:], keys, values, tables, starts, b.seq_lens[n:], scale=scale, window=window
+    )
 
 
 def qkv_rope_write_kv(
@@ -98,12 +99,12 @@ def _qkv(
     frequencies: RopeFrequencies,
     params: dict[str, Any],
 ) -> Run:
-    turns, kv_heads = mx.array(np.array(frequencies.values, np.float32)), widths[1] // size
+    inv_freq, kv_heads = mx.array(np.array(frequencies.values, np.float32)), widths[1] // size
     params = {**params, "kv_heads": kv_heads, "rope_scale": frequencies.scale}
 
     def run(c: Context, x: Array, positions: Array, kv: KV) -> tuple[Array, KV]:
         qkv = mx.unflatten(project(c, x), -1, (-1, size))  # (T, Hq + 2 Hk, d)
-        q, k, v = elementwise.norm_rope(kernels, qkv, positions, turns, norms, kv_dtype=kv.keys.dtype, **params)
+        q, k, v = elementwise.norm_rope(kernels, qkv, positions, inv_freq, norms, kv_dtype=kv.keys.dtype, **params)
         return q, ops.write(c, k, v, kv)
 
     return run
@@ -115,16 +116,15 @@ def fused_add_rms_norm(kernels: Kernels, weight: Array, *, eps: float, offset: f
     return lambda c, x, y: elementwise.fused_add_rms_norm(kernels, x, y, weight, eps=eps, offset=offset)
 
 
-def gated(kernels: Kernels, gelu: bool, weight: Array, bias: Array | None = None, *, split_sizes: list[int]) -> Run:
-    project = ops.fast_linear(weight, *([] if bias is None else [bias]))
-    return lambda c, x: _gated(kernels, project(c, x), gelu=gelu)
+def act_and_mul(
+    kernels: Kernels, gelu: bool, weight: Array, bias: Array | None = None, *, split_sizes: list[int]
+) -> Run:
+    project = ops.fast_linear(weight, bias)
+    return lambda c, x: elementwise.act_and_mul(kernels, project(c, x), gelu=gelu)
 
 
-_gated = elementwise.gated
-
-
-def draw(kernels: Kernels, logits: Array, params: SamplingArrays) -> Array:
-    """`llmrs.backends.mlx.sampling.draw`"""
+def sample(kernels: Kernels, logits: Array, params: SamplingArrays) -> Array:
+    """`llmrs.backends.mlx.sampling.sample`"""
     if logits.shape[1] < 8:
-        return sampling.draw(logits, params)
+        return sampling.sample(logits, params)
     return kernel_sampling.sample(kernels, logits, params)

@@ -1,7 +1,4 @@
-"""The rule of each op in mx. A rule is given once what stays, weights and params, and gives the function of each step.
-
-That function takes the step's context and the values that are the op's inputs, in their order.
-"""
+"""Lowering rules in mx ops: a rule binds an op's weights and params, and returns `run(context, *inputs)`."""
 
 from collections.abc import Callable
 from functools import partial
@@ -24,39 +21,39 @@ def embed(table: Array) -> Run:
 
 
 def linear(weight: Array, bias: Array | None = None) -> Run:
-    turned = weight.T
+    w = weight.T
     if weight.dtype == mx.float32:
-        turned = mx.contiguous(turned)  # for a view, MLX's product on a CPU takes twice as long
-        mx.eval(turned)
-    return _product(turned, bias)
+        w = mx.contiguous(w)  # MLX's CPU GEMM takes twice as long on a view
+        mx.eval(w)
+    return _gemm(w, bias)
 
 
-def _product(turned: Array, bias: Array | None) -> Run:
+def _gemm(w: Array, bias: Array | None) -> Run:  # w (K, N)
     if bias is None:
-        return lambda c, x: x @ turned
-    return lambda c, x: mx.addmm(bias, x, turned)
+        return lambda c, x: x @ w
+    return lambda c, x: mx.addmm(bias, x, w)
 
 
 def merged_linear(
     weight: Array, bias: Array | None = None, *, split_sizes: list[int], linear: Callable[..., Run] = linear
 ) -> Run:
-    run, cuts = linear(weight, bias), list(accumulate(split_sizes))[:-1]
-    return lambda c, x: mx.split(run(c, x), cuts, axis=-1)
+    run, offsets = linear(weight, bias), list(accumulate(split_sizes))[:-1]
+    return lambda c, x: mx.split(run(c, x), offsets, axis=-1)
 
 
 def mul_scalar(*, by: float) -> Run:
-    return lambda c, x: x * by  # a Python number takes x's type
+    return lambda c, x: x * by  # a Python number keeps x's dtype
 
 
 def rms_norm(weight: Array, *, eps: float, offset: float = 0.0) -> Run:
-    """In as few ops as can be: MLX's own is a dozen of them on a CPU."""
+    """In four ops: mx.fast.rms_norm is a dozen on a CPU."""
     dtype, size = weight.dtype, weight.shape[0]
-    wide = ((weight.astype(mx.float32) + offset) * size**0.5)[None]  # 1 + w would lose w's last bits in bf16
-    least = mx.full((1, 1), size * eps)
-    mx.eval(wide, least)
+    wide = ((weight.astype(mx.float32) + offset) * size**0.5)[None]  # in float32: 1 + w would round w in bf16
+    scaled_eps = mx.full((1, 1), size * eps)
+    mx.eval(wide, scaled_eps)
 
     def run(_: Context, x: Array) -> Array:
-        return x * mx.rsqrt(mx.sum(mx.square(x), -1, True) + least) * wide  # both times sqrt(size)
+        return x * mx.rsqrt(mx.sum(mx.square(x), -1, True) + scaled_eps) * wide  # both times sqrt(size)
 
     return run if dtype == mx.float32 else lambda c, x: run(c, x.astype(mx.float32)).astype(dtype)
 
@@ -69,7 +66,7 @@ def rope(*, frequencies: RopeFrequencies) -> Run:
     half = len(frequencies.values)
 
     def run(c: Context, x: Array, positions: Array) -> Array:  # (T, H, d), (T,)
-        cos, sin = c.turns(frequencies, positions)
+        cos, sin = c.cos_sin(frequencies, positions)
         return (x * cos + mx.roll(x, half, -1) * sin).astype(x.dtype)
 
     return run
@@ -80,7 +77,7 @@ def write_kv() -> Run:
 
 
 def write(c: Context, k: Array, v: Array, kv: KV) -> KV:  # (T, Hk, d) each
-    kv.write(c.places(kv.width), k, v)
+    kv.write(c.slot_mapping(kv.entries_per_slot), k, v)
     return kv
 
 
@@ -89,10 +86,10 @@ def attend(*, scale: float, window: int = 0) -> Run:
 
 
 def silu_and_mul() -> Run:
-    return _silu_mul
+    return _silu_and_mul
 
 
-def _silu_mul(_: Context, gate: Array, up: Array) -> Array:
+def _silu_and_mul(_: Context, gate: Array, up: Array) -> Array:
     return gate * mx.sigmoid(gate) * up
 
 
@@ -106,19 +103,19 @@ def gelu_and_mul() -> Run:
 
 
 def moe(router: Array, *stacks: Array, top_k: int, norm_topk_prob: bool) -> Run:
-    """Every token's experts at once: a matrix product that picks its matrices, (T, top_k) of them."""
-    count, turned = router.shape[0], router.T
+    """Gathered GEMMs over each token's top_k experts."""
+    count, router = router.shape[0], router.T
     gate, up, down = (w.reshape(count, -1, w.shape[1]).swapaxes(1, 2) for w in stacks)  # (E, K, N)
 
     def run(c: Context, x: Array) -> Array:
-        p = mx.softmax((x @ turned).astype(mx.float32), axis=-1)
+        p = mx.softmax((x @ router).astype(mx.float32), axis=-1)
         chosen = mx.argsort(-p, axis=-1)[:, :top_k]
         weights = mx.take_along_axis(p, chosen, axis=-1)
         if norm_topk_prob:
             weights = weights / weights.sum(axis=-1, keepdims=True)
         rows = mx.expand_dims(x, (1, 2))  # (T, 1, 1, D)
         g, u = (mx.gather_mm(rows, w, rhs_indices=chosen) for w in (gate, up))  # (T, top_k, 1, I)
-        y = mx.gather_mm(_silu_mul(c, g, u), down, rhs_indices=chosen)[:, :, 0]
+        y = mx.gather_mm(_silu_and_mul(c, g, u), down, rhs_indices=chosen)[:, :, 0]
         return (y * weights[..., None].astype(x.dtype)).sum(axis=1)
 
     return run
@@ -129,15 +126,15 @@ def add() -> Run:
 
 
 def gather_logits_rows() -> Run:
-    return lambda c, x: x if c.rows_are_all else x[c.rows]
+    return lambda c, x: x if c.is_decode_only else x[c.logits_indices]
 
 
 def lm_head(weight: Array) -> Run:
-    turned = weight.T
-    return lambda c, x: (x @ turned).astype(mx.float32)
+    w = weight.T
+    return lambda c, x: (x @ w).astype(mx.float32)
 
 
-# Fused ops: fewer calls a layer; the arithmetic is that of their definitions.
+# Fused ops: fewer calls per layer, the same arithmetic as their definitions.
 
 
 def fused_add_rms_norm(
@@ -156,20 +153,20 @@ def qk_norm_rope_write_kv(
     q_weight: Array, k_weight: Array, *, eps: float, frequencies: RopeFrequencies, offset: float = 0.0
 ) -> Run:
     q_norm, k_norm = (rms_norm(w, eps=eps, offset=offset) for w in (q_weight, k_weight))
-    turn = rope(frequencies=frequencies)
+    rotate = rope(frequencies=frequencies)
 
     def run(c: Context, q: Array, positions: Array, k: Array, v: Array, kv: KV) -> tuple[Array, KV]:
-        q, k = turn(c, q_norm(c, q), positions), turn(c, k_norm(c, k), positions)
+        q, k = rotate(c, q_norm(c, q), positions), rotate(c, k_norm(c, k), positions)
         return q, write(c, k, v, kv)
 
     return run
 
 
 def rope_write_kv(*, frequencies: RopeFrequencies) -> Run:
-    turn = rope(frequencies=frequencies)
+    rotate = rope(frequencies=frequencies)
 
     def run(c: Context, q: Array, positions: Array, k: Array, v: Array, kv: KV) -> tuple[Array, KV]:
-        return turn(c, q, positions), write(c, turn(c, k, positions), v, kv)
+        return rotate(c, q, positions), write(c, rotate(c, k, positions), v, kv)
 
     return run
 
@@ -177,17 +174,17 @@ def rope_write_kv(*, frequencies: RopeFrequencies) -> Run:
 def merged_linear_silu_and_mul(
     weight: Array, bias: Array | None = None, *, split_sizes: list[int], linear: Callable[..., Run] = linear
 ) -> Run:
-    return _gated(merged_linear(weight, bias, split_sizes=split_sizes, linear=linear), silu_and_mul())
+    return _act_and_mul(merged_linear(weight, bias, split_sizes=split_sizes, linear=linear), silu_and_mul())
 
 
 def merged_linear_gelu_and_mul(
     weight: Array, bias: Array | None = None, *, split_sizes: list[int], linear: Callable[..., Run] = linear
 ) -> Run:
-    return _gated(merged_linear(weight, bias, split_sizes=split_sizes, linear=linear), gelu_and_mul())
+    return _act_and_mul(merged_linear(weight, bias, split_sizes=split_sizes, linear=linear), gelu_and_mul())
 
 
-def _gated(merged: Run, product: Run) -> Run:
-    return lambda c, x: product(c, *merged(c, x))
+def _act_and_mul(merged: Run, act: Run) -> Run:
+    return lambda c, x: act(c, *merged(c, x))
 
 
 def qkv_rope_write_kv(
@@ -248,11 +245,11 @@ def _qkv(project: Run, split_sizes: list[int], size: int, norm: Run, rope: Run) 
     return run
 
 
-# Where MLX's own fast ops are one kernel each; on the CPU they are many small steps.
+# mx.fast ops: one kernel each on a GPU, many small ops on a CPU.
 
 
 def fast_linear(weight: Array, bias: Array | None = None) -> Run:
-    return _product(weight.T, bias)  # a view
+    return _gemm(weight.T, bias)
 
 
 def fast_rms_norm(weight: Array, *, eps: float, offset: float = 0.0) -> Run:
@@ -280,7 +277,7 @@ def fast_head_norm(weight: Array, eps: float) -> Run:
 
 
 def fast_attend(*, scale: float, window: int = 0) -> Run:
-    return lambda c, q, kv: attention.attend(c, q, kv, scale, window, attention.fast_singles)
+    return lambda c, q, kv: attention.attend(c, q, kv, scale, window, attention.decode_sdpa)
 
 
 FUSED = {
@@ -309,7 +306,7 @@ PLAIN = (
     lm_head,
 )
 COMMON: dict[str, Callable[..., Run]] = {f.__name__: f for f in (*PLAIN, *FUSED.values(), *OWN)}
-FAST: dict[str, Callable[..., Run]] = {  # what wins on a GPU: the same signatures
+FAST: dict[str, Callable[..., Run]] = {  # overrides on a GPU
     "linear": fast_linear,
     **{
         f.__name__: partial(f, linear=fast_linear)

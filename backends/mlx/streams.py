@@ -1,12 +1,11 @@
-"""MLX's process-wide state, borrowed while engines live: its memory limits, and a stream for each engine.
+"""MLX's process-wide state, leased to engines: its memory limits, and one stream per engine.
 
-Streams are never destroyed, and each holds a thread (CPU) or a command queue (Metal), so they are used again.
+Streams are never destroyed, and each holds a thread (CPU) or a command queue (Metal), so they are reused. MLX does not
+survive a fork: the stream threads exist only in the parent, and waiting for one in the child would hang.
 
-MLX does not survive a fork: its streams' threads are the parent's alone, and waiting for one there never ends.
-
-MLX has one memory limit for all engines of a process and for what the program itself does with MLX. So it is the sum of
-the engines' budgets and of what the program held before them; as soon as one engine has no budget, all that the GPU can
-hold. It is soft: near it MLX frees what it keeps and waits for running work, rather than fail.
+MLX has one memory limit per process. It is set to the sum of the engines' budgets plus what the program held before;
+if an engine has no budget, to the GPU's working set. The limit is soft: near it MLX frees its cache and waits for
+running work, rather than fail.
 """
 
 import os
@@ -19,72 +18,70 @@ import mlx.core as mx
 from llmrs.backends.host_memory import free_host_memory
 from llmrs.core.errors import BackendError
 
-MOST_CACHED = 1 << 30  # bytes of freed buffers that MLX may keep for the next step
+MAX_CACHE_BYTES = 1 << 30  # freed buffers that MLX may keep for the next step
 
-_lock = threading.RLock()  # an engine that nobody holds any more may end within
-_idle: dict[str, list[mx.Stream]] = {"cpu": [], "gpu": []}
-_loans: list["Loan"] = []
-_before: dict[str, int] = {}  # the limits that the program had set
-_held = 0  # bytes that it held before the first engine
-_process: int | None = None  # the first in which there was a loan
+_lock = threading.RLock()  # reentrant: garbage collection of an engine may release its lease inside
+_free_streams: dict[str, list[mx.Stream]] = {"cpu": [], "gpu": []}
+_leases: list["StreamLease"] = []
+_saved_limits: dict[str, int] = {}  # set by the program before the first lease
+_baseline_bytes = 0  # held by the program before the first lease
+_process: int | None = None  # process of the first lease
 
 
 @dataclass(eq=False)
-class Loan:
-    """What an engine has: a stream that nobody else uses, and bytes that it may fill; None: all that there is."""
+class StreamLease:
+    """An engine's own stream, and its memory budget in bytes; None: no budget."""
 
     device: str
     stream: mx.Stream
     budget: int | None = None
 
 
-def borrow(device: str) -> Loan:
-    """A loan on "cpu" or "gpu". While there is one, MLX's limits are the engines'.
+def acquire(device: str) -> StreamLease:
+    """A lease on "cpu" or "gpu"; sets MLX's limits while any lease is held.
 
-    Raises BackendError in a fork of a process that had one.
+    Raises BackendError in a fork of a process that held one.
     """
-    global _held, _process
+    global _baseline_bytes, _process
     _process = _process or os.getpid()
-    if _process != os.getpid():  # the lock may be held for ever there
+    if _process != os.getpid():  # before the lock, which may be held forever in a fork
         raise BackendError(
             "MLX has run in the parent of this process, and does not survive a fork",
             "start processes with multiprocessing's 'spawn' or 'forkserver', or use backend: torch",
         )
     with _lock:
-        if not _loans:
-            _held = mx.get_active_memory()
-        stream = _idle[device].pop() if _idle[device] else mx.new_thread_unsafe_stream(getattr(mx, device))
-        _loans.append(Loan(device, stream))
+        if not _leases:
+            _baseline_bytes = mx.get_active_memory()
+        free = _free_streams[device]
+        _leases.append(StreamLease(device, free.pop() if free else mx.new_thread_unsafe_stream(getattr(mx, device))))
         _set_limits()
-        return _loans[-1]
+        return _leases[-1]
 
 
-def bound(loan: Loan, budget: int | None) -> None:
-    """Gives an engine a budget."""
+def set_budget(lease: StreamLease, budget: int | None) -> None:
     with _lock:
-        loan.budget = budget
+        lease.budget = budget
         _set_limits()
 
 
-def give_back(loan: Loan) -> None:
-    """Ends a loan; the last one restores the limits. In a fork it does nothing: the loan is the parent's."""
+def release(lease: StreamLease) -> None:
+    """Ends a lease; the last one restores MLX's limits. No-op in a fork: the lease is the parent's."""
     if _process != os.getpid():
         return
     with _lock:
-        _loans.remove(loan)
-        _idle[loan.device].append(loan.stream)
+        _leases.remove(lease)
+        _free_streams[lease.device].append(lease.stream)
         mx.clear_cache()
-        if _loans:
+        if _leases:
             _set_limits()
         else:
             _restore_limits()
 
 
-def using(stream: mx.Stream) -> AbstractContextManager[object]:
-    """Runs what follows on this stream.
+def use_stream(stream: mx.Stream) -> AbstractContextManager[object]:
+    """Makes the stream current: within the context on the main thread, for good on an engine's thread.
 
-    Elsewhere than on the main thread, whose own stream comes back, it stays this thread's for good: a thread that is
-    asked for its stream gets one made, which nothing destroys, and an engine's thread does nothing else.
+    Reading an engine thread's own stream in order to restore it would create one that is never destroyed.
     """
     if threading.current_thread() is threading.main_thread():
         return mx.stream(stream)
@@ -107,24 +104,24 @@ def free_memory() -> int:
 
 def _set_limits() -> None:
     size = working_set()
-    budgets = [loan.budget for loan in _loans if loan.budget is not None]
-    most = _held + sum(budgets) if len(budgets) == len(_loans) else None
+    budgets = [lease.budget for lease in _leases if lease.budget is not None]
+    limit = _baseline_bytes + sum(budgets) if len(budgets) == len(_leases) else None
     if size is not None:
-        most = min(size, most or size)
-        _set("wired", most)  # else the system may page weights out between two answers
-    _set("cache", min(MOST_CACHED, (most or free_host_memory()) // 16))
-    if most is not None:
-        _set("memory", most)
-    elif "memory" in _before:
-        mx.set_memory_limit(_before["memory"])
+        limit = min(size, limit or size)
+        _set("wired", limit)  # else macOS may page weights out between requests
+    _set("cache", min(MAX_CACHE_BYTES, (limit or free_host_memory()) // 16))
+    if limit is not None:
+        _set("memory", limit)
+    elif "memory" in _saved_limits:
+        mx.set_memory_limit(_saved_limits["memory"])
 
 
 def _set(name: str, limit: int) -> None:
-    """Sets a limit, and keeps the first that it takes the place of."""
-    _before.setdefault(name, getattr(mx, f"set_{name}_limit")(limit))
+    """Sets a limit; saves the program's at the first call."""
+    _saved_limits.setdefault(name, getattr(mx, f"set_{name}_limit")(limit))
 
 
 def _restore_limits() -> None:
-    for name, limit in _before.items():
+    for name, limit in _saved_limits.items():
         getattr(mx, f"set_{name}_limit")(limit)
-    _before.clear()
+    _saved_limits.clear()

@@ -1,4 +1,4 @@
-"""Interprets a model's graph equation by equation."""
+"""The reference backend: interprets a graph equation by equation."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import numpy as np
 
 from llmrs.backends.base import Backend
 from llmrs.backends.host_memory import free_host_memory
-from llmrs.backends.reference.kv_fp8 import Scaled
+from llmrs.backends.reference.kv_fp8 import QuantizedKV
 from llmrs.backends.reference.ops import KV, OPS, Context
 from llmrs.backends.reference.sampling import apply_penalties, logprobs, sample
 from llmrs.core.batch import Batch, NewRequest
@@ -20,35 +20,33 @@ from llmrs.quant.tensor import Tensor
 
 @dataclass(frozen=True)
 class DoneTicket:
-    """A step that is done already."""
+    """The result of a synchronous step."""
 
-    result: np.ndarray
-    likely: Logprobs | None
+    _tokens: np.ndarray
+    _logprobs: Logprobs | None
 
     def tokens(self) -> np.ndarray:
-        return self.result
+        return self._tokens
 
     def logprobs(self) -> Logprobs | None:
-        return self.likely
+        return self._logprobs
 
 
 class ReferenceBackend(Backend):
-    """NumPy on the CPU, in float32 whatever `dtype` says, or fp8 for the KV cache. Slow on purpose: it is the
-    specification.
-    """
+    """NumPy on the CPU, always in float32 (KV cache: float32 or fp8). Slow on purpose: it is the specification."""
 
     name = "reference"
     kv_dtypes = (*Backend.kv_dtypes, "fp8")
-    block_size = 4  # small, so that short prompts cross blocks in tests
-    rules: Mapping[str, Callable[..., Any]] = OPS  # op -> what computes it; a backend built on this one may add some
+    block_size = 4  # small, so that short prompts span blocks in tests
+    rules: Mapping[str, Callable[..., Any]] = OPS  # op -> function; subclasses may add fused ops
 
     def __init__(self, device: str, dtype: str, kv_dtype: str) -> None:
         super().__init__(device, dtype, kv_dtype)
         self.dtype, self.kv_dtype = "f32", "fp8" if kv_dtype == "fp8" else "f32"
         self.weights: dict[str, np.ndarray] = {}
         self.kv: list[KV] = []
-        self.tokens = np.zeros((0, 0), np.int32)  # of each slot, as far as the device knows them
-        self.begun: dict[int, NewRequest] = {}
+        self.tokens = np.zeros((0, 0), np.int32)  # known tokens per request slot
+        self.requests: dict[int, NewRequest] = {}  # by slot
 
     @classmethod
     def devices(cls) -> list[str]:
@@ -71,7 +69,7 @@ class ReferenceBackend(Backend):
         self, num_blocks: int, block_size: int, max_num_seqs: int, max_model_len: int, max_num_batched_tokens: int = 0
     ) -> None:
         shapes = [(num_blocks, block_size, *t.sizes) for t in self.graph.kv_types()]
-        zeros = Scaled.zeros if self.kv_dtype == "fp8" else partial(np.zeros, dtype=np.float32)
+        zeros = QuantizedKV.zeros if self.kv_dtype == "fp8" else partial(np.zeros, dtype=np.float32)
         self.kv = [KV(zeros(s), zeros(s)) for s in shapes]
         self.block_size, self.tokens = block_size, np.zeros((max_num_seqs, max_model_len + 1), np.int32)
 
@@ -85,24 +83,24 @@ class ReferenceBackend(Backend):
         return logits
 
     def sample(self, logits: np.ndarray, batch: Batch, mask: np.ndarray | None = None) -> DoneTicket:
-        for begun in batch.new_requests:
-            self.tokens[begun.slot, : len(begun.tokens)] = begun.tokens
-        self.begun.update((begun.slot, begun) for begun in batch.new_requests)
-        tokens = sample(self._adjusted(logits, batch, mask), batch.sampling)
+        for request in batch.new_requests:
+            self.tokens[request.slot, : len(request.tokens)] = request.tokens
+            self.requests[request.slot] = request
+        tokens = sample(self._apply_logits_processors(logits, batch, mask), batch.sampling)
         self.tokens[batch.req_slots[batch.do_sample], batch.seq_lens[batch.do_sample]] = tokens[batch.do_sample]
-        likely = None
-        if batch.logprobs >= 0:
-            likely = logprobs(logits, np.concatenate([tokens, batch.prompt_logprob_ids]), batch.logprobs)
-        return DoneTicket(tokens, likely)
+        if batch.logprobs < 0:
+            return DoneTicket(tokens, None)
+        ids = np.concatenate([tokens, batch.prompt_logprob_ids])
+        return DoneTicket(tokens, logprobs(logits, ids, batch.logprobs))
 
-    def _adjusted(self, logits: np.ndarray, batch: Batch, mask: np.ndarray | None) -> np.ndarray:
-        """(S, V) after penalties, biases, and what must not be sampled."""
+    def _apply_logits_processors(self, logits: np.ndarray, batch: Batch, mask: np.ndarray | None) -> np.ndarray:
+        """(S, V) after penalties, biases, banned tokens and mask."""
         y = logits[: len(batch.req_slots)].copy()
         for s, (slot, length) in enumerate(zip(batch.req_slots.tolist(), batch.seq_lens, strict=True)):
             if batch.sampling.needs_history(s):
                 y[s] = apply_penalties(y[s], self.tokens[slot, :length], batch.sampling, s)
-            if slot in self.begun:
-                y[s, self.begun[slot].bias_ids] += self.begun[slot].bias
+            if slot in self.requests:
+                y[s, self.requests[slot].bias_ids] += self.requests[slot].bias
             if batch.banned_ids is not None:
                 y[s, batch.banned_ids[s][batch.banned_ids[s] >= 0]] = -np.inf
         return y if mask is None else np.where(allowed(mask, y.shape[1]), y, np.float32(-np.inf))
@@ -131,10 +129,10 @@ class ReferenceBackend(Backend):
         return [result] if len(e.outs) == 1 else list(result)
 
     def _weight(self, weight: Any) -> np.ndarray:
-        rows = [self.weights[s.tensor] for s in weight.segments]
-        return rows[0] if len(rows) == 1 else np.concatenate(rows)
+        tensors = [self.weights[s.tensor] for s in weight.segments]
+        return tensors[0] if len(tensors) == 1 else np.concatenate(tensors)
 
 
 def allowed(mask: np.ndarray, vocabulary: int) -> np.ndarray:
-    """bool (S, V) from bits uint32 (S, ceil(V / 32)), the lowest bit of a word first."""
+    """Bits uint32 (S, ceil(V / 32)), lowest bit of a word first -> bool (S, V)."""
     return np.unpackbits(mask.view(np.uint8), axis=-1, bitorder="little")[:, :vocabulary].astype(bool)

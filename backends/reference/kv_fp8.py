@@ -1,13 +1,12 @@
-"""The KV cache in 8-bit floats: what `kv_cache_dtype: fp8` keeps, in NumPy.
+"""The fp8 KV cache (`kv_cache_dtype: fp8`) in NumPy: the definition.
 
-A token's head (d,) of keys, and that of values, becomes d e4m3 codes and one float32 scale, its largest magnitude
-over 448, so that nothing overflows and nothing is calibrated: d + 4 bytes.
+A head (d,) of K or V of one token is stored as d e4m3 values and one float32 scale, absmax / 448: d + 4 bytes, no
+overflow, no calibration.
 
-    e4m3 (OCP 8-bit Floating Point Specification 1.0): sign, 4 bits of exponent with bias 7, 3 of mantissa; no
-    infinity, subnormals in steps of 2^-9, 448 the largest; 0x7f and 0xff are NaN.
+    e4m3 (OCP 8-bit Floating Point Specification 1.0): sign, 4 exponent bits with bias 7, 3 mantissa bits; no infinity,
+    subnormals in steps of 2^-9, maximum 448; 0x7f and 0xff are NaN.
 
-A head that is smaller than TINY is kept as zeros. One with an infinity or a NaN is kept with the scale NaN: all of it
-reads as NaN, and nothing hides that.
+A head below MIN_ABSMAX is stored as zeros. One with an infinity or NaN gets the scale NaN and reads as NaN.
 """
 
 from dataclasses import dataclass
@@ -17,8 +16,8 @@ import numpy as np
 
 Array = np.ndarray
 
-LARGEST = np.float32(448)
-TINY = np.float32(2.0**-100)  # whose inverse times 448 is far from infinity
+E4M3_MAX = np.float32(448)
+MIN_ABSMAX = np.float32(2.0**-100)  # 448 / MIN_ABSMAX is finite in float32
 
 
 def _value(code: int) -> float:
@@ -28,52 +27,51 @@ def _value(code: int) -> float:
     return sign * (mantissa * 2.0**-9 if exponent == 0 else (8 + mantissa) * 2.0 ** (exponent - 10))
 
 
-VALUES = np.array([_value(code) for code in range(256)], np.float32)
-MIDDLES = (VALUES[:126] + VALUES[1:127]) / 2  # between the magnitudes of one code and the next, exact
+E4M3_VALUES = np.array([_value(code) for code in range(256)], np.float32)
+MIDPOINTS = (E4M3_VALUES[:126] + E4M3_VALUES[1:127]) / 2  # between neighbouring magnitudes, exact
 
 
 def encode(x: Array) -> Array:
-    """The uint8 codes of the nearest e4m3 numbers, of two the even code, and of what is beyond 448 that of 448."""
-    size = np.abs(x)
-    down, up = (np.searchsorted(MIDDLES, size, side) for side in ("left", "right"))  # differ halfway between two
+    """Rounds to e4m3, ties to even, saturating at 448; the bits as uint8."""
+    magnitude = np.abs(x)
+    down, up = (np.searchsorted(MIDPOINTS, magnitude, side) for side in ("left", "right"))  # differ at a tie
     code = np.where(np.isnan(x), 0x7F, np.where(down % 2 == 0, down, up))
     return (code | np.where(np.signbit(x), 0x80, 0)).astype(np.uint8)
 
 
 def quantize(x: Array) -> tuple[Array, Array]:
-    """Codes uint8 (..., d) and scales float32 (...) of x float32 (..., d)."""
-    most = np.abs(x).max(axis=-1)
-    kept = ~(most < TINY)  # NaN too
+    """x float32 (..., d) -> data uint8 (..., d), scales float32 (...)."""
+    absmax = np.abs(x).max(axis=-1)
+    kept = ~(absmax < MIN_ABSMAX)  # NaN too
     with np.errstate(invalid="ignore"):  # infinity * 0
-        inverse = np.where(kept, LARGEST / np.where(kept, most, 1), np.float32(0))
-        codes = encode(x * inverse[..., None])
-    scales = np.where(np.isfinite(most), np.where(kept, most / LARGEST, np.float32(0)), np.float32("nan"))
-    return codes, scales.astype(np.float32)
+        inverse = np.where(kept, E4M3_MAX / np.where(kept, absmax, 1), np.float32(0))
+        data = encode(x * inverse[..., None])
+    scales = np.where(np.isfinite(absmax), np.where(kept, absmax / E4M3_MAX, np.float32(0)), np.float32("nan"))
+    return data, scales.astype(np.float32)
 
 
 @dataclass(frozen=True)
-class Scaled:
-    """An array float32 (..., d) kept as codes and scales: rounded where it is written, widened where it is read."""
+class QuantizedKV:
+    """An fp8 array (..., d) that reads and writes as float32. Indices do not reach into the last dimension."""
 
-    codes: Array  # uint8 (..., d)
+    data: Array  # uint8 (..., d)
     scales: Array  # float32 (...)
 
     @staticmethod
-    def zeros(shape: tuple[int, ...]) -> "Scaled":
-        return Scaled(np.zeros(shape, np.uint8), np.zeros(shape[:-1], np.float32))
+    def zeros(shape: tuple[int, ...]) -> "QuantizedKV":
+        return QuantizedKV(np.zeros(shape, np.uint8), np.zeros(shape[:-1], np.float32))
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.codes.shape
+        return self.data.shape
 
     @property
     def nbytes(self) -> int:
-        return self.codes.nbytes + self.scales.nbytes
+        return self.data.nbytes + self.scales.nbytes
 
     def __getitem__(self, at: Any) -> Array:
-        """`at` does not reach into the last dimension, here and below."""
-        found: Array = VALUES[self.codes[at]] * self.scales[at][..., None]
-        return found
+        values: Array = E4M3_VALUES[self.data[at]] * self.scales[at][..., None]
+        return values
 
     def __setitem__(self, at: Any, x: Array) -> None:
-        self.codes[at], self.scales[at] = quantize(x)
+        self.data[at], self.scales[at] = quantize(x)

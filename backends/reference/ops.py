@@ -1,6 +1,6 @@
-"""What each op of the IR computes, in NumPy and float32, plain enough to be read as the specification.
+"""Every op of the IR in NumPy float32: the specification.
 
-T tokens of S sequences; D hidden size; H query heads, Hk KV heads, d head size; V vocabulary.
+T tokens of S sequences; D hidden_size; H query heads, Hk KV heads, d head_dim; V vocab_size; R logits rows.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from llmrs.backends.reference.kv_fp8 import Scaled
+from llmrs.backends.reference.kv_fp8 import QuantizedKV
 from llmrs.core.batch import Batch
 from llmrs.core.ir import RopeFrequencies
 
@@ -18,15 +18,15 @@ Array = np.ndarray
 
 @dataclass
 class KV:
-    """The KV cache of one layer: keys and values (blocks, block_size, Hk, d)."""
+    """KV cache of one layer: keys and values (blocks, block_size, Hk, d)."""
 
-    keys: Array | Scaled
-    values: Array | Scaled
+    keys: Array | QuantizedKV
+    values: Array | QuantizedKV
 
 
 @dataclass
 class Context:
-    """What `store`, `attend` and `last` know beside their inputs."""
+    """The step, for `write_kv`, `attend` and `gather_logits_rows`."""
 
     batch: Batch
     block_size: int
@@ -62,32 +62,29 @@ def rope(_: Context, x: Array, positions: Array, *, frequencies: RopeFrequencies
 
 
 def write_kv(c: Context, k: Array, v: Array, kv: KV) -> KV:  # (T, Hk, d) each
-    """Token t of sequence s goes to row positions[t] % block_size of block blocks[s, positions[t] // block_size]."""
-    for s, rows in enumerate(sequences(c.batch)):
-        positions = c.batch.positions[rows]
+    """Token t of sequence s goes to block_tables[s, positions[t] // block_size], row positions[t] % block_size."""
+    for s, tokens in enumerate(sequences(c.batch)):
+        positions = c.batch.positions[tokens]
         blocks = c.batch.block_tables[s, positions // c.block_size]
-        kv.keys[blocks, positions % c.block_size] = k[rows]
-        kv.values[blocks, positions % c.block_size] = v[rows]
+        kv.keys[blocks, positions % c.block_size] = k[tokens]
+        kv.values[blocks, positions % c.block_size] = v[tokens]
     return kv
 
 
 def attend(c: Context, q: Array, kv: KV, *, scale: float, window: int = 0) -> Array:  # (T, H, d) -> (T, H * d)
-    """softmax(q k^T * scale) v over the positions up to the token's own; H / Hk query heads share a KV head.
-
-    With a window, over the last `window` of them.
-    """
+    """Causal softmax(q k^T * scale) v, over the last `window` positions if set; H / Hk query heads share a KV head."""
     y = np.empty_like(q)
-    for s, rows in enumerate(sequences(c.batch)):
+    for s, tokens in enumerate(sequences(c.batch)):
         length = c.batch.seq_lens[s]
         blocks = c.batch.block_tables[s, : -(-length // c.block_size)]
         group = q.shape[1] // kv.keys.shape[2]
         k, v = (np.repeat(np.concatenate(x[blocks])[:length], group, axis=1) for x in (kv.keys, kv.values))
-        scores = np.einsum("thd,khd->htk", q[rows], k) * np.float32(scale)
-        distance = c.batch.positions[rows][:, None] - np.arange(length)  # (t, k)
-        hidden = (distance < 0) | (distance >= (window or length))
-        scores = np.where(hidden, np.float32(-np.inf), scores)
+        scores = np.einsum("thd,khd->htk", q[tokens], k) * np.float32(scale)
+        distance = c.batch.positions[tokens][:, None] - np.arange(length)  # (t, k)
+        masked = (distance < 0) | (distance >= (window or length))
+        scores = np.where(masked, np.float32(-np.inf), scores)
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        y[rows] = np.einsum("htk,khd->thd", weights / weights.sum(axis=-1, keepdims=True), v)
+        y[tokens] = np.einsum("htk,khd->thd", weights / weights.sum(axis=-1, keepdims=True), v)
     return y.reshape(len(y), -1)
 
 
@@ -103,11 +100,11 @@ def gelu_and_mul(_: Context, gate: Array, up: Array) -> Array:
 def moe(
     c: Context, x: Array, router: Array, gate: Array, up: Array, down: Array, *, top_k: int, norm_topk_prob: bool
 ) -> Array:
-    """Softmax over all experts; a token's result is that of its likeliest ones, each times its probability."""
+    """Softmax router; the top_k experts' outputs, weighted by their probabilities."""
     scores = x @ router.T  # (T, E)
     p = np.exp(scores - scores.max(axis=-1, keepdims=True))
     p /= p.sum(axis=-1, keepdims=True)
-    chosen = np.argsort(-p, axis=-1, kind="stable")[:, :top_k]  # of equal ones, the first
+    chosen = np.argsort(-p, axis=-1, kind="stable")[:, :top_k]  # ties: the first
     total = np.take_along_axis(p, chosen, axis=-1).sum(axis=-1) if norm_topk_prob else np.ones(len(x), np.float32)
     gates, ups, downs = (w.reshape(len(router), -1, w.shape[1]) for w in (gate, up, down))
     y = np.zeros_like(x)
@@ -130,26 +127,14 @@ def lm_head(_: Context, x: Array, w: Array) -> Array:  # (R, D), (V, D) -> (R, V
 
 
 def sequences(batch: Batch) -> list[slice]:
-    """The rows of each sequence."""
+    """The tokens of each sequence."""
     return [slice(a, b) for a, b in zip(batch.query_start_loc[:-1], batch.query_start_loc[1:], strict=True)]
 
 
 OPS: dict[str, Callable[..., Any]] = {
     f.__name__: f
     for f in (
-        embed,
-        mul_scalar,
-        linear,
-        rms_norm,
-        heads,
-        rope,
-        write_kv,
-        attend,
-        silu_and_mul,
-        gelu_and_mul,
-        moe,
-        add,
-        gather_logits_rows,
-        lm_head,
+        embed, mul_scalar, linear, rms_norm, heads, rope, write_kv, attend, silu_and_mul, gelu_and_mul, moe, add,
+        gather_logits_rows, lm_head,
     )
-}
+}  # fmt: skip

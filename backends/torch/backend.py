@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from llmrs.backends.base import Backend, BackendOptions, best_time
+from llmrs.backends.base import Backend, BackendOptions, bench
 from llmrs.backends.cores import usable_cores
 from llmrs.backends.fusion import FUSED_OPS
 from llmrs.backends.host_memory import free_host_memory, keep_freed_memory, trim_host_memory, use_huge_pages
@@ -233,13 +233,13 @@ class TorchBackend(Backend):
         return Logits(on_device(logits, self.torch_device))
 
     @torch.inference_mode()
-    def ceilings(self) -> tuple[float, float]:
+    def measure_peak(self) -> tuple[float, float]:
         cuda = self.torch_device.type == "cuda"
         side, wait = (8192, lambda: torch.cuda.synchronize(self.torch_device)) if cuda else (1024, lambda: None)
         data = torch.ones(2**30 if cuda else 2**26, device=self.torch_device)
         matrix = torch.randn(side, side, device=self.torch_device).to(self.torch_dtype)
         reading, product = (
-            best_time(run, wait, together=10 if cuda else 1) for run in (data.sum, partial(torch.mm, matrix, matrix))
+            bench(run, wait, together=10 if cuda else 1) for run in (data.sum, partial(torch.mm, matrix, matrix))
         )
         return data.nbytes / reading, 2 * side**3 / product
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from llmrs.backends.base import best_time
+from llmrs.backends.base import bench
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
 
@@ -96,7 +96,7 @@ def measured(dtype: torch.dtype, threads: int) -> Forms:
 
     def seconds(form: str, rows: int) -> float | None:
         x = torch.ones(rows, SHAPE[1], dtype=dtype)
-        return best_time(lambda: candidates[form](x), lambda: None, ROUNDS) if form in candidates else None
+        return bench(lambda: candidates[form](x), lambda: None, ROUNDS) if form in candidates else None
 
     return fastest(seconds)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from llmrs.backends.base import Ran
+from llmrs.backends.base import KernelEvent
 
 
 class TorchProfiler:
@@ -22,7 +22,7 @@ class TorchProfiler:
         self.running = torch.profiler.profile(activities=[self.activity])
         self.running.start()
 
-    def stop(self) -> list[Ran]:
+    def stop(self) -> list[KernelEvent]:
         self._wait()
         self.running.stop()
         # raw events: torch's own tables take seconds for a workload
@@ -37,16 +37,16 @@ class TorchProfiler:
             torch.cuda.synchronize(self.device)
 
 
-def ran(events: Sequence[tuple[str, int, int]]) -> list[Ran]:
+def ran(events: Sequence[tuple[str, int, int]]) -> list[KernelEvent]:
     """From names, start times and durations in nanoseconds; seconds count from the first start."""
     first = min((begin for _, begin, _ in events), default=0)
-    found = [Ran(name, (at - first) * 1e-9, (at - first + lasts) * 1e-9) for name, at, lasts in events]
+    found = [KernelEvent(name, (at - first) * 1e-9, (at - first + lasts) * 1e-9) for name, at, lasts in events]
     return sorted(found, key=lambda r: (r.begin, -r.end))
 
 
-def outermost(found: list[Ran]) -> list[Ran]:
+def outermost(found: list[KernelEvent]) -> list[KernelEvent]:
     """Events that are not inside another one; the list is ordered by start."""
-    kept: list[Ran] = []
+    kept: list[KernelEvent] = []
     for r in found:
         if not kept or r.begin >= kept[-1].end:
             kept.append(r)

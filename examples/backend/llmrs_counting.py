@@ -1,4 +1,4 @@
-"""A backend in a package of its own: the reference backend, which also counts the arithmetic of each op.
+"""A backend in an external package: the reference backend, counting the operations of each op.
 
 pip install ./examples/backend
 llmrs run --backend counting --prompts "Hello" --max-tokens 8
@@ -21,13 +21,13 @@ operations: Counter[str] = Counter()  # floating-point operations by op, of all 
 def fused_add_rms_norm(
     c: Context, x: np.ndarray, y: np.ndarray, w: np.ndarray, **params: Any
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A fused op: the sum, and its norm. Its definition is in llmrs.backends.fusion."""
+    """A fused op; its definition is in llmrs.backends.fusion."""
     total = OPS["add"](c, x, y)
     return total, OPS["rms_norm"](c, total, w, **params)
 
 
 def counted(op: str, rule: Callable[..., Any]) -> Callable[..., Any]:
-    """The rule, and a count of what it computes: two operations for each weight and row, else one for each element."""
+    """Wraps a rule to count operations: 2 M N K for a GEMM, else one per element."""
 
     @wraps(rule)
     def run(context: Context, x: np.ndarray, *rest: Any, **params: Any) -> Any:

@@ -1,8 +1,8 @@
-"""python -m pytest examples/backend, once the package is installed."""
+"""Run with `python -m pytest examples/backend` after installing the package."""
 
 from llmrs_counting import CountingBackend, operations
 
-from llmrs.backends.base import find
+from llmrs.backends.base import load_backend
 from llmrs.backends.testing import BackendSuite, RandomModel, core_on, request, run
 
 
@@ -11,7 +11,7 @@ class TestCounting(BackendSuite):
 
 
 def test_it_counts():
-    model, backend = RandomModel.of("llama"), find("counting")("cpu", "f32", "f32")
+    model, backend = RandomModel.of("llama"), load_backend("counting")("cpu", "f32", "f32")
     assert isinstance(backend, CountingBackend)
     operations.clear()
     run(core_on(model.on(backend)), [request([1, 2, 3], max_tokens=1)])

@@ -1,9 +1,9 @@
-"""The MLX backend against mlx-lm, in turns in one process: python -m llmrs.bench.mlx_lm host | decode
+"""The MLX backend vs. mlx-lm, alternating in one process: python -m llmrs.bench.mlx_lm host | decode
 
-host:   CPU time to build the graph of a decode step, on a model so small that arithmetic vanishes
-decode: tokens per second from the first answer's token to the last, on a small model of Qwen3's shape
+host:   CPU time to build the graph of a decode step, on a tiny model
+decode: decode throughput in tokens/s, on a small model of Qwen3's shape
 
-Prints a line for each batch size, then all of it as JSON. mlx-lm (pip install --no-deps mlx-lm) may be missing.
+Prints a line per batch size, then JSON. mlx-lm (pip install --no-deps mlx-lm) is optional.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +25,7 @@ from llmrs.backends.base import pick_device
 from llmrs.backends.mlx.backend import MlxBackend
 from llmrs.backends.mlx.kernels.launch import Kernels
 from llmrs.backends.mlx.lowering import as_array
-from llmrs.backends.mlx.sampling import adjusted
+from llmrs.backends.mlx.sampling import apply_logits_processors
 from llmrs.core.sampling import SamplingArrays
 from llmrs.models.arch.families import family
 from llmrs.models.files.weights import _translate
@@ -49,19 +50,19 @@ SMALL = {
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
 }
-IN_A_ROW = 6  # steps that are built before they are computed
-CONTEXT = 64  # tokens that each sequence has before the measured steps
+STEPS_PER_ROUND = 6  # graphs built before one evaluation
+CONTEXT = 64  # tokens of each sequence before the measured steps
 
 
 def ours(model: RandomModel, dtype: str, device: str, compiles: bool = False) -> MlxBackend:
     backend = MlxBackend(pick_device(MlxBackend, device), dtype, dtype)
-    backend.compiles |= compiles
+    backend.use_compile |= compiles
     model.on(backend)
     return backend
 
 
 def theirs(model: RandomModel, shape: dict[str, Any], dtype: str) -> Any:
-    """mlx-lm's model with the same weights."""
+    """The mlx-lm model with the same weights."""
     from mlx_lm.models.qwen3 import Model, ModelArgs
 
     args = ModelArgs(model_type="qwen3", rms_norm_eps=1e-6, max_position_embeddings=4096, rope_theta=10000.0, **shape)
@@ -73,27 +74,20 @@ def theirs(model: RandomModel, shape: dict[str, Any], dtype: str) -> Any:
 
 
 def build_ours(backend: MlxBackend, batch: int) -> Callable[[int], Any]:
-    """Builds step n of a batch."""
+    """A function that builds step n: (CPU seconds, tokens)."""
     blocks = 16
     backend.allocate(batch * blocks, backend.block_size, batch, blocks * backend.block_size)
     tables = np.arange(batch * blocks, dtype=np.int32).reshape(batch, blocks)
-    fields = vars(sampling_batch(SamplingArrays.zeros(batch)))
+    first = sampling_batch(SamplingArrays.zeros(batch))
+    first = replace(first, input_ids=-1 - first.req_slots, block_tables=tables)
 
     def build(n: int) -> Any:
         lengths = np.full(batch, CONTEXT + n + 1, np.int32)
-        step = type(sampling_batch(SamplingArrays.zeros(1)))(
-            **{
-                **fields,
-                "input_ids": -1 - fields["req_slots"],
-                "positions": lengths - 1,
-                "seq_lens": lengths,
-                "block_tables": tables,
-            }
-        )
+        step = replace(first, positions=lengths - 1, seq_lens=lengths)
         begin = time.thread_time()
         logits = backend._build(step)
         assert backend.slots is not None
-        tokens = backend.draw(adjusted(logits, step, backend.slots, None), step.sampling)
+        tokens = backend.sampler(apply_logits_processors(logits, step, backend.slots, None), step.sampling)
         backend.slots.append(step, tokens)
         return time.thread_time() - begin, tokens
 
@@ -118,7 +112,7 @@ def build_theirs(lm: Any, batch: int) -> Callable[[int], Any]:
 
 
 def host(batch: int, dtype: str, device: str, rounds: int) -> dict[str, float]:
-    """Median seconds to build a step's graph. Several are built in a row: after a computation caches are cold."""
+    """Median seconds to build a step's graph, without the first of each round, which runs on cold caches."""
     model = RandomModel.of("qwen3", **TINY)
     builders = {
         "llmrs": build_ours(ours(model, dtype, device), batch),
@@ -127,29 +121,29 @@ def host(batch: int, dtype: str, device: str, rounds: int) -> dict[str, float]:
     if find_spec("mlx_lm"):
         builders["mlx-lm"] = build_theirs(theirs(model, TINY, dtype), batch)
     times: dict[str, list[float]] = {name: [] for name in builders}
-    for n in range(0, IN_A_ROW * rounds, IN_A_ROW):
+    for n in range(0, STEPS_PER_ROUND * rounds, STEPS_PER_ROUND):
         for name, build in builders.items():
-            seconds, tokens = zip(*(build(n + i) for i in range(IN_A_ROW)), strict=True)
+            seconds, tokens = zip(*(build(n + i) for i in range(STEPS_PER_ROUND)), strict=True)
             mx.eval(tokens[-1])
             times[name] += seconds[1:]
-    return {name: statistics.median(found) for name, found in times.items()}
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def per_layer() -> dict[str, int]:
-    """What a layer of a decode step is made of on Metal: launches of our kernels, and MLX's own primitives beside them.
+    """Kernel launches and other MLX primitives per layer of a decode step on Metal.
 
-    Counted in the graphs of two and of three layers. Arrays of zeros stand in for what kernels give; what kernels take
-    is looked at like a result.
+    The difference between graphs of three and two layers, with fake kernels that return evaluated zeros, and whose
+    inputs count as results.
     """
-    found = []
+    counts = []
     for layers in (2, 3):
-        taken: list[list[mx.array]] = []
+        launches: list[list[mx.array]] = []
 
         def make(name: str, **_: Any) -> Callable[..., list[mx.array]]:
             def launch(inputs: Any, output_shapes: Any, output_dtypes: Any, **_: Any) -> list[mx.array]:
-                taken.append([x for x in inputs if isinstance(x, mx.array)])  # noqa: B023  # of this round
+                launches.append([x for x in inputs if isinstance(x, mx.array)])  # noqa: B023
                 outputs = [mx.zeros(s, d) for s, d in zip(output_shapes, output_dtypes, strict=True)]
-                mx.eval(outputs)  # so that they are no part of the graph
+                mx.eval(outputs)
                 return outputs
 
             return launch
@@ -160,17 +154,17 @@ def per_layer() -> dict[str, int]:
         _, tokens = build_ours(backend, 1)(0)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "graph.dot"
-            seen = [tokens, *(x for kv in backend.kv for x in (kv.keys, kv.values)), *(x for xs in taken for x in xs)]
-            mx.export_to_dot(str(path), *seen)
+            pools = [x for kv in backend.kv for x in (kv.keys, kv.values)]
+            mx.export_to_dot(str(path), tokens, *pools, *(x for inputs in launches for x in inputs))
             primitives = path.read_text().count("shape=rectangle")
-        found.append((len(taken), primitives))
+        counts.append((len(launches), primitives))
         backend.close()
-    (kernels, primitives), (more_kernels, more_primitives) = found
-    return {"Metal kernels": more_kernels - kernels, "other primitives of MLX": more_primitives - primitives}
+    kernels, primitives = np.subtract(counts[1], counts[0]).tolist()
+    return {"Metal kernels": kernels, "MLX primitives": primitives}
 
 
 def rate_ours(backend: MlxBackend, batch: int, tokens: int) -> tuple[float, list[list[int]]]:
-    """Tokens per second after the first step, and the answers."""
+    """Decode tokens/s after the first token of every request, and the outputs."""
     core = core_on(backend, 32 * batch, 16, max_num_seqs=batch, max_num_batched_tokens=2048, prefix_cache=False)
     requests = [request([(7 * n + i) % 100 for i in range(CONTEXT)], max_tokens=tokens) for n in range(batch)]
     for r in requests:
@@ -189,26 +183,26 @@ def rate_theirs(lm: Any, batch: int, tokens: int) -> tuple[float, list[list[int]
 
     prompts = [[(7 * n + i) % 100 for i in range(CONTEXT)] for n in range(batch)]
     if batch == 1:
-        answer, begin = [], 0.0
+        output, begin = [], 0.0
         for n, (token, _) in enumerate(generate_step(mx.array(prompts[0]), lm, max_tokens=tokens)):
             begin = begin if n else time.perf_counter()
-            answer.append(int(token))
-        return (tokens - 1) / (time.perf_counter() - begin), [answer]
+            output.append(int(token))
+        return (tokens - 1) / (time.perf_counter() - begin), [output]
     generator = BatchGenerator(lm, max_tokens=tokens, completion_batch_size=batch, prefill_batch_size=batch)
     uids = generator.insert(prompts)
-    answers: dict[int, list[int]] = {uid: [] for uid in uids}
+    outputs: dict[int, list[int]] = {uid: [] for uid in uids}
     begin = before = 0.0
-    while not all(len(a) == tokens for a in answers.values()):
-        for found in generator.next_generated():
-            answers[found.uid].append(found.token)
-        if not begin and all(answers.values()):
-            begin, before = time.perf_counter(), sum(map(len, answers.values()))
+    while not all(len(o) == tokens for o in outputs.values()):
+        for response in generator.next_generated():
+            outputs[response.uid].append(response.token)
+        if not begin and all(outputs.values()):
+            begin, before = time.perf_counter(), sum(map(len, outputs.values()))
     generator.close()
-    return (tokens * batch - before) / (time.perf_counter() - begin), [answers[uid] for uid in uids]
+    return (tokens * batch - before) / (time.perf_counter() - begin), [outputs[uid] for uid in uids]
 
 
 def decode(batch: int, dtype: str, device: str, rounds: int, tokens: int = 96) -> dict[str, float]:
-    """The median rate of each; in float32 both must give the same tokens."""
+    """Median tokens/s; in float32 both must generate the same tokens."""
     model = RandomModel.of("qwen3", **SMALL)
     runs: dict[str, Callable[[], tuple[float, list[list[int]]]]] = {}
     backend = ours(model, dtype, device)
@@ -217,12 +211,12 @@ def decode(batch: int, dtype: str, device: str, rounds: int, tokens: int = 96) -
         lm = theirs(model, SMALL, dtype)
         runs["mlx-lm"] = lambda: rate_theirs(lm, batch, tokens)
     rates: dict[str, list[float]] = {name: [] for name in runs}
-    answers: dict[str, list[list[int]]] = {}
+    outputs: dict[str, list[list[int]]] = {}
     for _ in range(rounds):
         for name, run in runs.items():
-            rate, answers[name] = run()
+            rate, outputs[name] = run()
             rates[name].append(rate)
-    same = all(a == answers["llmrs"] for a in answers.values())
+    same = all(o == outputs["llmrs"] for o in outputs.values())
     return {**{n: statistics.median(r) for n, r in rates.items()}, "same tokens": same}
 
 
@@ -237,15 +231,13 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     for batch in args.batch or ([1, 32] if args.what == "host" else [1, 8]):
         if args.what == "host":
-            found = host(batch, args.dtype, args.device, args.rounds or 15)
-            shown = ", ".join(f"{name} {seconds * 1e3:.2f} ms" for name, seconds in found.items())
+            values = host(batch, args.dtype, args.device, args.rounds or 15)
+            line = ", ".join(f"{name} {seconds * 1e3:.2f} ms" for name, seconds in values.items())
         else:
-            found = decode(batch, args.dtype, args.device, args.rounds or 5)
-            shown = ", ".join(
-                f"{n} {rate:.1f} tokens/s" if n != "same tokens" else f"{n}: {rate}" for n, rate in found.items()
-            )
-        print(f"batch {batch}: {shown}")
-        results.append({"what": args.what, "batch": batch, "dtype": args.dtype, **found})
+            values = decode(batch, args.dtype, args.device, args.rounds or 5)
+            line = ", ".join(f"{n} {v:.1f} tokens/s" if n != "same tokens" else f"{n}: {v}" for n, v in values.items())
+        print(f"batch {batch}: {line}")
+        results.append({"what": args.what, "batch": batch, "dtype": args.dtype, **values})
     print(json.dumps({"mlx": version("mlx"), "device": str(mx.default_device()), "results": results}))
 
 

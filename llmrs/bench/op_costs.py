@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from llmrs.backends.base import DTYPE_BYTES, Ran
+from llmrs.backends.base import DTYPE_BYTES, KernelEvent
 from llmrs.backends.linearize import inline
 from llmrs.bench.roofline import Device, experts_of, met
 from llmrs.core.ir import Equation, Graph, S, T, Type, Value, Weight
@@ -120,13 +120,13 @@ def joined(found: Sequence[Cost]) -> list[Cost]:
     return merged
 
 
-def kernels(ran: Sequence[Ran], steps: int, found: Sequence[Cost], device: Device) -> list[Kernel]:
+def kernels(ran: Sequence[KernelEvent], steps: int, found: Sequence[Cost], device: Device) -> list[Kernel]:
     """The kernels of so many equal steps, the longest first, each beside the floor of what it computes.
 
     Where a step has as many kernels of a kind (matrix products) as equations of it, the first is the first's, and so
     on; else the kind has one row, with the floors of all.
     """
-    by_ops: dict[tuple[str, ...], list[Ran]] = {}
+    by_ops: dict[tuple[str, ...], list[KernelEvent]] = {}
     for r in ran:
         by_ops.setdefault(ops_of(r.name), []).append(r)
     if NORM in by_ops:  # our own kernels: they add and norm in one, between layers too
@@ -144,9 +144,9 @@ def kernels(ran: Sequence[Ran], steps: int, found: Sequence[Cost], device: Devic
     return sorted(rows, key=lambda k: -k.seconds)
 
 
-def _rows(pairs: Sequence[tuple[str, str, Ran, float | None]], steps: int) -> list[Kernel]:
+def _rows(pairs: Sequence[tuple[str, str, KernelEvent, float | None]], steps: int) -> list[Kernel]:
     """One row for each name and label."""
-    groups: dict[tuple[str, str], list[tuple[Ran, float | None]]] = {}
+    groups: dict[tuple[str, str], list[tuple[KernelEvent, float | None]]] = {}
     for name, label, r, floor in pairs:
         groups.setdefault((name, label), []).append((r, floor))
     found = []
@@ -158,7 +158,7 @@ def _rows(pairs: Sequence[tuple[str, str, Ran, float | None]], steps: int) -> li
     return found
 
 
-def _together(group: Sequence[Ran], due: Sequence[Cost], steps: int, device: Device) -> Kernel:
+def _together(group: Sequence[KernelEvent], due: Sequence[Cost], steps: int, device: Device) -> Kernel:
     names = list(dict.fromkeys(r.name for r in group))
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     seconds = sum(r.end - r.begin for r in group)

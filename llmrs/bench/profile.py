@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llmrs.backends.base import Backend, Ran
+from llmrs.backends.base import Backend, KernelEvent
 from llmrs.bench.op_costs import Kernel, costs, kernels
 from llmrs.bench.roofline import Device, Work
 from llmrs.bench.sweep import busy, decode_batch, profiled, run_steps, timed, too_large
@@ -45,7 +45,7 @@ def profile_step(engine: Engine, device: Device, batch: int, context: int) -> Pr
     return Profile(batch, context, seconds, busy(ran) / STEPS, floor, kernels(ran, STEPS, found, device))
 
 
-def recorded(backend: Backend, count: int, context: int) -> tuple[float, Sequence[Ran]]:
+def recorded(backend: Backend, count: int, context: int) -> tuple[float, Sequence[KernelEvent]]:
     """Seconds of a step, and what ran in STEPS of them."""
     profiler = backend.profiler()
     assert profiler is not None, "check says so"

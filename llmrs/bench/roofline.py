@@ -28,7 +28,7 @@ class Device:
     def of(engine: "Engine") -> "Device":
         """What an engine's device can do, measured now. Raises BackendError."""
         config = engine.config
-        return Device(f"{config.backend} {config.device}", *engine._worker.ask(lambda backend: backend.ceilings()))
+        return Device(f"{config.backend} {config.device}", *engine._worker.ask(lambda backend: backend.measure_peak()))
 
 
 class Rated:

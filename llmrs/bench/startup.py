@@ -74,7 +74,7 @@ def main(config: EngineConfig, since: float) -> list[float]:
     from llmrs.backends import base
     from llmrs.engine import Engine
 
-    base.find(base.choose(config.backend))
+    base.load_backend(base.resolve(config.backend))
     times = [time.time() - since]
     with Engine(config) as engine:
         times.append(time.time() - since)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmrs.backends.base import Backend, Profiler, Ran
+from llmrs.backends.base import Backend, KernelEvent, Profiler
 from llmrs.bench.roofline import Device, Work
 from llmrs.core.batch import Batch
 from llmrs.core.engine import AsyncOutput
@@ -142,7 +142,7 @@ def timed(backend: Backend, batch: Batch, clock: Callable[[], float]) -> tuple[f
     return min(lasts(steps) for _ in range(ROUNDS)) / steps, steps
 
 
-def profiled(profiler: Profiler, run: Callable[[], object]) -> list[Ran]:
+def profiled(profiler: Profiler, run: Callable[[], object]) -> list[KernelEvent]:
     """What ran on the device during a run."""
     profiler.start()
     try:
@@ -152,7 +152,7 @@ def profiled(profiler: Profiler, run: Callable[[], object]) -> list[Ran]:
     return found
 
 
-def busy(ran: Sequence[Ran]) -> float:
+def busy(ran: Sequence[KernelEvent]) -> float:
     """Seconds in which something ran, of a list in order of the beginnings; what overlaps counts once."""
     total, reached = 0.0, float("-inf")
     for r in ran:

@@ -9,7 +9,7 @@ import torch
 
 from llmrs import ConfigError, Engine, EngineConfig, SamplingParams
 from llmrs.backends import cores
-from llmrs.backends.base import find
+from llmrs.backends.base import load_backend
 from llmrs.backends.cores import usable_cores
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="control groups and GNU's OpenMP are Linux's")
@@ -54,7 +54,7 @@ def test_the_option_sets_torchs_threads(threads):
 def test_without_the_option_a_quota_bounds_them(threads, monkeypatch):
     torch.set_num_threads(2)
     monkeypatch.setattr("llmrs.backends.torch.backend.usable_cores", lambda: 1)
-    find("torch")("cpu", "f32", "f32").configure(EngineConfig())
+    load_backend("torch")("cpu", "f32", "f32").configure(EngineConfig())
     assert torch.get_num_threads() == 1
 
 
@@ -62,11 +62,11 @@ def test_without_the_option_a_quota_bounds_them(threads, monkeypatch):
 def test_backends_without_a_choice_refuse_the_option(name):
     pytest.importorskip("mlx" if name == "mlx" else "numpy")
     with pytest.raises(ConfigError, match="no choice of threads"):
-        find(name)("cpu", "f32", "f32").configure(EngineConfig(threads=2))
+        load_backend(name)("cpu", "f32", "f32").configure(EngineConfig(threads=2))
 
 
 def test_steps_on_a_gpu_have_no_threads():
-    made = find("torch")("cpu", "f32", "f32")
+    made = load_backend("torch")("cpu", "f32", "f32")
     made.torch_device = torch.device("cuda:0")
     with pytest.raises(ConfigError, match="threads: steps run on"):
         made.use_threads(2)

@@ -1,4 +1,4 @@
-"""A package outside the tree adds a backend and passes the suite that is there for it."""
+"""An external package adds a backend and passes the conformance suite."""
 
 import json
 import os
@@ -13,7 +13,7 @@ EXAMPLE = ROOT / "examples" / "backend"
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """The example, copied and installed into a folder of its own."""
+    """The example, copied and installed into its own folder."""
     folder = tmp_path_factory.mktemp("third-party")
     tree = folder / "tree"
     tree.mkdir()
@@ -40,18 +40,8 @@ def test_it_passes_the_suite(site):
     assert "skipped" not in done.stdout
 
 
-def test_it_is_a_backend_like_any_other(site):
-    command = [
-        sys.executable,
-        "-m",
-        "llmrs.cli",
-        "run",
-        "--backend",
-        "counting",
-        "--prompts",
-        "What is 7 + 5?",
-        "--json",
-    ]
-    done = run([*command, "--temperature", "0"], site, site)
+def test_the_command_line_accepts_it(site):
+    options = ["--backend", "counting", "--prompts", "What is 7 + 5?", "--json", "--temperature", "0"]
+    done = run([sys.executable, "-m", "llmrs.cli", "run", *options], site, site)
     assert json.loads(done.stdout)["text"] == "7 + 5 = 12."
     assert "operations" in done.stderr

@@ -29,7 +29,7 @@ import random_checkpoint
 import torch
 
 from llmrs import Engine, EngineConfig
-from llmrs.backends.base import find
+from llmrs.backends.base import load_backend
 from llmrs.backends.torch.kernels.paged_attention import AttnConfig, paged_attention
 from llmrs.bench import report, serving, startup, sweep
 from llmrs.bench.profile import profile_step
@@ -77,7 +77,7 @@ def ceilings() -> None:
 
 
 def made(dtype: str, *, graphs: bool, name: str, kv: str | None = None) -> Any:
-    backend = find("torch")(GPU, dtype, kv or dtype)
+    backend = load_backend("torch")(GPU, dtype, kv or dtype)
     backend.use_kernels("triton", graphs=graphs)
     return RandomModel.of(name).on(backend)
 
@@ -85,7 +85,7 @@ def made(dtype: str, *, graphs: bool, name: str, kv: str | None = None) -> Any:
 def correctness(names: tuple[str, ...] = ("qwen3",)) -> None:
     """Float32: the reference's tokens with graphs and without. Bfloat16: logits near float32's."""
     for name in names:
-        expected = answers(RandomModel.of(name).on(find("reference")("cpu", "f32", "f32")))
+        expected = answers(RandomModel.of(name).on(load_backend("reference")("cpu", "f32", "f32")))
         for graphs in (False, True):
             same = answers(made("f32", graphs=graphs, name=name)) == expected
             print(f"{name} f32 graphs={graphs}: {'the reference tokens' if same else 'OTHER TOKENS'}", flush=True)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from bench_gemm import captured
 
-from llmrs.backends.base import find
+from llmrs.backends.base import load_backend
 from llmrs.backends.torch.kernels.paged_attention import AttnConfig, default_config, paged_attention
 from llmrs.backends.torch.kv_fp8 import Scaled
 from llmrs.bench import serving, sweep
@@ -32,7 +32,7 @@ def fp8(bench: Any) -> None:
 def correctness(bench: Any, names: tuple[str, ...] = ("qwen3", "llama")) -> None:
     """Float32: the reference's tokens. Logits near the reference's with the same kind of cache."""
     for name in names:
-        reference = RandomModel.of(name).on(find("reference")("cpu", "f32", "fp8"))
+        reference = RandomModel.of(name).on(load_backend("reference")("cpu", "f32", "fp8"))
         expected = bench.answers(reference)
         for graphs in (False, True):
             same = bench.answers(bench.made("f32", graphs=graphs, name=name, kv="fp8")) == expected

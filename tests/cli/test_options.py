@@ -73,7 +73,7 @@ UNUSED = [
     (["bench", "--prefix-cache"], "prefix_cache: speed is measured without one"),
     (["bench", "--scale", "0.5"], "--workloads"),
     (["bench", "--workloads", "single", "--batches", "2"], "--contexts or --profile"),
-    (["graph", "--fused", ""], "backend '' is not there"),
+    (["graph", "--fused", ""], "backend '' is not registered"),
 ]
 
 

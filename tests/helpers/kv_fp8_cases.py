@@ -15,7 +15,7 @@ def zeros_in_torch(*shape: int, device: str = "cpu") -> fp8_in_torch.Scaled:
 def awkward() -> np.ndarray:
     """All e4m3 numbers, the midpoints and their neighbours, and random numbers of every magnitude, to 448."""
     rng = np.random.default_rng(0)
-    numbers = np.sort(kv_fp8.VALUES[~np.isnan(kv_fp8.VALUES)])
+    numbers = np.sort(kv_fp8.E4M3_VALUES[~np.isnan(kv_fp8.E4M3_VALUES)])
     halfway = (numbers[1:] + numbers[:-1]) / 2
     beside = [np.nextafter(halfway, np.float32(to)) for to in (-np.inf, np.inf)]
     several = np.ldexp(rng.uniform(-1, 1, 200_000), rng.integers(-20, 9, 200_000)).astype(np.float32)

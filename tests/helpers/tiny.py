@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from llmrs.backends import testing
-from llmrs.backends.base import Backend, find
+from llmrs.backends.base import Backend, load_backend
 from llmrs.backends.testing import core_on, prefill_batch, prompts, request, run
 from llmrs.models.arch.config import ModelConfig
 from llmrs.models.arch.families import family, graph_of, read_config
@@ -81,7 +81,7 @@ def write_checkpoint(name: str, folder: Path) -> Any:
 def empty_backend(name: str, dtype: str = "f32") -> Backend:
     """One of BACKENDS."""
     kind, _, device = name.partition(":")
-    return find(kind)(f"{device}:0" if device else "cpu", dtype, dtype)
+    return load_backend(kind)(f"{device}:0" if device else "cpu", dtype, dtype)
 
 
 def backend_on(name: str, folder: Path, dtype: str = "f32") -> tuple[Backend, ModelConfig]:

@@ -13,7 +13,7 @@ import pytest
 import random_checkpoint
 
 from llmrs import ConfigError, Engine, EngineConfig
-from llmrs.backends.base import Ran
+from llmrs.backends.base import KernelEvent
 from llmrs.backends.fusion import FUSED_OPS, fuse_graph
 from llmrs.backends.testing import RandomModel
 from llmrs.backends.torch.profiler import outermost, ran
@@ -176,7 +176,7 @@ class Busy:
 
     def stop(self):
         self.calls.append("stop")
-        return [Ran("kernel", 0.0, 0.1), Ran("kernel", 0.05, 0.1)]
+        return [KernelEvent("kernel", 0.0, 0.1), KernelEvent("kernel", 0.05, 0.1)]
 
 
 def test_the_idle_share_of_a_workload(engine, monkeypatch):
@@ -220,7 +220,7 @@ class MadeUp:
         self.unread += 1
         self.deepest = max(self.deepest, self.unread)
         if self.profiling is not None:
-            self.profiling.append(Ran("kernel", self.now, self.now + 0.0005))
+            self.profiling.append(KernelEvent("kernel", self.now, self.now + 0.0005))
         self.now += 0.002
         return self
 
@@ -292,9 +292,9 @@ def test_a_step_that_fails_is_named_and_the_engine_goes_on(engine, monkeypatch):
 
 
 def test_time_in_which_something_runs():
-    apart = [Ran("a", 0.0, 1.0), Ran("b", 2.0, 3.0)]
+    apart = [KernelEvent("a", 0.0, 1.0), KernelEvent("b", 2.0, 3.0)]
     assert busy(apart) == 2
-    assert busy([Ran("a", 0.0, 2.0), Ran("b", 1.0, 1.5), Ran("c", 1.0, 3.0)]) == 3  # they overlap
+    assert busy([KernelEvent("a", 0.0, 2.0), KernelEvent("b", 1.0, 1.5), KernelEvent("c", 1.0, 3.0)]) == 3
     assert busy([]) == 0
 
 
@@ -349,7 +349,7 @@ def test_kernels_get_the_floors_of_what_they_compute():
     step = [("gemm_a", 2e-6), ("paged_attention_kernel", 1e-6), ("combine_splits_kernel", 1e-7), ("gemm_a", 5e-6)]
     seen, at = [], 0.0
     for name, seconds in step * 2:
-        seen.append(Ran(name, at, at + seconds))
+        seen.append(KernelEvent(name, at, at + seconds))
         at += seconds
     rows = {(k.name, k.what): k for k in kernels(seen, 2, found, DEVICE)}
     assert rows["gemm_a", "linear 4x4"].floor == pytest.approx(1e-6)
@@ -362,7 +362,7 @@ def test_kernels_get_the_floors_of_what_they_compute():
 
 def test_kernels_that_can_not_be_told_apart_share_a_row():
     found = [Cost("linear", "linear 4x4", 1000), Cost("linear", "linear 8x4", 4000)]
-    seen = [Ran("gemm_a", 0.0, 1e-6), Ran("gemm_b", 1e-6, 2e-6), Ran("gemm_a", 2e-6, 8e-6)]
+    seen = [KernelEvent("gemm_a", 0.0, 1e-6), KernelEvent("gemm_b", 1e-6, 2e-6), KernelEvent("gemm_a", 2e-6, 8e-6)]
     (row,) = kernels(seen, 1, found, DEVICE)
     assert (row.name, row.what, row.count) == ("gemm_a and 1 more", "linear", 3)
     assert row.seconds == pytest.approx(8e-6)

@@ -31,7 +31,7 @@ import test_gemm_tma as tma
 import test_paged_attention as attention
 import test_triton_sampling as sampling
 
-from llmrs.backends.base import find
+from llmrs.backends.base import load_backend
 from llmrs.backends.testing import RandomModel, core_on, prompts, request, run
 from llmrs.backends.torch.kernels.gemm_tma import TmaConfig
 
@@ -76,7 +76,7 @@ def sampling_cases() -> None:
 
 def steps() -> None:
     """A model's steps with the device's configs: prefill, then decode."""
-    made = find("torch")("cuda:0" if GPU else "cpu", "f16", "f16")
+    made = load_backend("torch")("cuda:0" if GPU else "cpu", "f16", "f16")
     made.use_kernels("triton", graphs=False)
     asked = [request(prompts(5)[0], max_tokens=2), request(prompts(9)[0], max_tokens=2)]
     found = run(core_on(RandomModel.of("qwen3", num_hidden_layers=1).on(made)), asked)

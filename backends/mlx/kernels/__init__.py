@@ -1,1 +1,1 @@
-"""Metal kernels and what launches them. Each `.metal` file is the body of a kernel, or functions that bodies share."""
+"""Metal kernels and their launchers. A `.metal` file is the body of one kernel, or functions shared by several."""

@@ -1,21 +1,26 @@
-"""Attention over the paged KV cache: one query token at a time, or tiles of prompt tokens."""
+"""Paged attention: split-KV decode, and tiled prefill."""
 
 import mlx.core as mx
 import numpy as np
 
 from llmrs.backends.mlx.kernels.launch import FLOATS, Kernel, Kernels, Template, check, require
 
-DECODE = Kernel("paged_decode", ("q", "keys", "values", "tables", "owners", "visible", "scale"), ("out",))
+DECODE = Kernel(
+    "paged_decode", ("q", "keys", "values", "block_tables", "token_to_seq", "context_lens", "scale"), ("out",)
+)
 COMBINE = Kernel("paged_combine", ("partial",), ("out",))
 
 PREFILL = Kernel(
-    "paged_prefill", ("q", "keys", "values", "tables", "starts", "lengths", "tiles", "scale"), ("out",), ("matrices",)
+    "paged_prefill",
+    ("q", "keys", "values", "block_tables", "query_start_loc", "seq_lens", "tiles", "scale"),
+    ("out",),
+    ("matrices",),
 )
 
-SIMDS = 8  # simdgroups of a threadgroup
-LEAST = 64  # positions that are worth a threadgroup of their own
-MOST_SPLITS = 32
-THREADGROUPS = 320  # what fills a GPU of 40 cores; smaller ones run them in turn
+SIMDS = 8  # simdgroups per threadgroup
+MIN_KEYS_PER_SPLIT = 64
+MAX_SPLITS = 32
+TARGET_THREADGROUPS = 320  # one wave on a GPU of 40 cores
 
 
 def paged_decode(
@@ -23,47 +28,48 @@ def paged_decode(
     q: mx.array,  # (T, Hq, D)
     keys: mx.array,  # (blocks, block_size, Hk, D)
     values: mx.array,  # the same
-    tables: mx.array,  # int32 (S, B): block of position p of sequence s is tables[s, p // block_size]
-    owners: mx.array,  # int32 (T,): sequence of each token
-    visible: mx.array,  # int32 (T,): token t sees the first visible[t] positions of its sequence
+    block_tables: mx.array,  # int32 (S, B)
+    token_to_seq: mx.array,  # int32 (T,): sequence of each token
+    context_lens: mx.array,  # int32 (T,): token t attends to positions 0 .. context_lens[t] - 1
     *,
     scale: float,
-    window: int = 0,  # of those, the last `window`; 0: all
-    longest: int,  # the largest of `visible`, which the host knows
-    splits: int = 0,  # threadgroups that share a token's positions; 0: chosen here
+    window: int = 0,  # only the last `window` positions; 0: all
+    max_seq_len: int,  # largest of `context_lens`, known on the host
+    num_splits: int = 0,  # KV splits per token; 0: heuristic
 ) -> mx.array:
-    """softmax(q k^T * scale) v, (T, Hq, D) of q's type. Any token of a ragged step will do; it suits single ones.
+    """softmax(q k^T * scale) v, (T, Hq, D) in q's dtype. Accepts any token of a ragged step; fast for decode tokens.
 
-    Raises BackendError for shapes, types and head sizes that the kernel can't do.
+    Raises BackendError for unsupported shapes, dtypes and head sizes.
     """
-    _check(DECODE, q, keys, values, tables)
+    _check(DECODE, q, keys, values, block_tables)
     tokens, query_heads, size = q.shape
     _, block, kv_heads, _ = keys.shape
-    for name, array in (("owners", owners), ("visible", visible)):
+    for name, array in (("token_to_seq", token_to_seq), ("context_lens", context_lens)):
         check(DECODE, name, array, (tokens,), (mx.int32,))
-    elements = lane_elements(size)
-    heads = heads_together(query_heads // kv_heads, elements)
-    splits = splits or choose_splits(tokens * query_heads // heads, min(longest, window or longest))
-    dtype = mx.float32 if splits > 1 else q.dtype
+    elements = elems_per_lane(size)
+    heads = heads_per_threadgroup(query_heads // kv_heads, elements)
+    splits = num_splits or choose_num_splits(tokens * query_heads // heads, min(max_seq_len, window or max_seq_len))
+    split = splits > 1
+    dtype = mx.float32 if split else q.dtype
     template: Template = {"T": q.dtype, "O": dtype, "D": size, "E": elements, "BLOCK": block}
-    template |= {"HQ": query_heads, "HK": kv_heads, "G": heads, "SIMDS": SIMDS, "WINDOW": window, "SPLIT": splits > 1}
-    shape = (tokens, query_heads, *((splits, size + 2) if splits > 1 else (size,)))
+    template |= {"HQ": query_heads, "HK": kv_heads, "G": heads, "SIMDS": SIMDS, "WINDOW": window, "SPLIT": split}
+    shape = (tokens, query_heads, *((splits, size + 2) if split else (size,)))
     grid = (32 * SIMDS, query_heads // heads * splits, tokens)
-    inputs = (q, keys, values, tables, owners, visible, scale)
+    inputs = (q, keys, values, block_tables, token_to_seq, context_lens, scale)
     (out,) = kernels.run(DECODE, inputs, template, grid, (32 * SIMDS, 1, 1), [(shape, dtype)])
-    return _combine(kernels, out, q.dtype) if splits > 1 else out
+    return _combine(kernels, out, q.dtype) if split else out
 
 
 def _combine(kernels: Kernels, partial: mx.array, dtype: mx.Dtype) -> mx.array:
-    tokens, heads, _, width = partial.shape
-    size = width - 2
-    template: Template = {"O": dtype, "D": size}
+    tokens, heads, size = partial.shape[0], partial.shape[1], partial.shape[3] - 2
     grid, threadgroup = (size, tokens * heads, 1), (min(size, 256), 1, 1)
+    template: Template = {"O": dtype, "D": size}
     return kernels.run(COMBINE, (partial,), template, grid, threadgroup, [((tokens, heads, size), dtype)])[0]
 
 
-def _check(kernel: Kernel, q: mx.array, keys: mx.array, values: mx.array, tables: mx.array) -> None:
-    require(kernel, q.ndim == 3 and keys.ndim == 4 and tables.ndim == 2, "q, keys, tables have 3, 4, 2 dimensions")
+def _check(kernel: Kernel, q: mx.array, keys: mx.array, values: mx.array, block_tables: mx.array) -> None:
+    dims = q.ndim, keys.ndim, block_tables.ndim
+    require(kernel, dims == (3, 4, 2), "q, keys, block_tables have 3, 4, 2 dimensions")
     tokens, query_heads, size = q.shape
     blocks, block, kv_heads, _ = keys.shape
     require(kernel, tokens > 0, "no tokens")
@@ -72,65 +78,65 @@ def _check(kernel: Kernel, q: mx.array, keys: mx.array, values: mx.array, tables
     check(kernel, "q", q, (tokens, query_heads, size), FLOATS)
     for name, array in (("keys", keys), ("values", values)):
         check(kernel, name, array, (blocks, block, kv_heads, size), FLOATS)
-    check(kernel, "tables", tables, tuple(tables.shape), (mx.int32,))
+    check(kernel, "block_tables", block_tables, tuple(block_tables.shape), (mx.int32,))
 
 
 def paged_prefill(
     kernels: Kernels,
     q: mx.array,  # (T, Hq, D)
-    keys: mx.array,  # (blocks, block_size, Hk, D), of q's type
+    keys: mx.array,  # (blocks, block_size, Hk, D), in q's dtype
     values: mx.array,  # the same
-    tables: mx.array,  # int32 (S, B)
-    starts: np.ndarray,  # int32 (S + 1,), as in Batch
-    lengths: np.ndarray,  # int32 (S,), as in Batch
+    block_tables: mx.array,  # int32 (S, B)
+    query_start_loc: np.ndarray,  # int32 (S + 1,)
+    seq_lens: np.ndarray,  # int32 (S,)
     *,
     scale: float,
     window: int = 0,
 ) -> mx.array:
-    """The same for a ragged step: token t sees its sequence up to its own position. (T, Hq, D) of q's type.
+    """Causal attention of a ragged step, (T, Hq, D) in q's dtype.
 
-    Raises BackendError for shapes, types and head sizes that the kernel can't do.
+    Raises BackendError for unsupported shapes, dtypes and head sizes.
     """
-    _check(PREFILL, q, keys, values, tables)
+    _check(PREFILL, q, keys, values, block_tables)
     tokens, heads, size = q.shape
     require(PREFILL, keys.dtype == q.dtype == values.dtype, f"q is {q.dtype}, keys are {keys.dtype}")
-    require(PREFILL, starts[-1] == tokens and len(starts) == len(lengths) + 1 == tables.shape[0] + 1, "S differs")
+    same = len(query_start_loc) == len(seq_lens) + 1 == block_tables.shape[0] + 1
+    require(PREFILL, query_start_loc[-1] == tokens and same, "S differs")
     simds = tile_simds(size, q.dtype)
-    tiles = prompt_tiles(starts, 8 * simds)
+    tiles = prefill_tiles(query_start_loc, 8 * simds)
     template: Template = {"T": q.dtype, "D": size, "BLOCK": keys.shape[1], "HQ": heads, "HK": keys.shape[2]}
     template |= {"SIMDS": simds, "WINDOW": window}
-    steps = [mx.array(a) for a in (starts, lengths, tiles)]
+    host = [mx.array(a) for a in (query_start_loc, seq_lens, tiles)]
+    inputs: list[mx.array | float] = [q, keys, values, block_tables, *host, scale]
     grid, threadgroup = (32 * simds, heads, len(tiles)), (32 * simds, 1, 1)
-    return kernels.run(
-        PREFILL, (q, keys, values, tables, *steps, scale), template, grid, threadgroup, [(tuple(q.shape), q.dtype)]
-    )[0]
+    return kernels.run(PREFILL, inputs, template, grid, threadgroup, [(tuple(q.shape), q.dtype)])[0]
 
 
-def prompt_tiles(starts: np.ndarray, rows: int) -> np.ndarray:
-    """int32 (N, 2): sequence and first token of each tile of up to `rows` tokens of one sequence."""
-    counts = -(-np.diff(starts) // rows)
+def prefill_tiles(query_start_loc: np.ndarray, tile: int) -> np.ndarray:
+    """int32 (N, 2): sequence and first token of each tile of up to `tile` tokens of one sequence."""
+    counts = -(-np.diff(query_start_loc) // tile)
     sequences = np.repeat(np.arange(len(counts)), counts)
     number = np.arange(len(sequences)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return np.stack([sequences, starts[sequences] + number * rows], axis=1).astype(np.int32)
+    return np.stack([sequences, query_start_loc[sequences] + number * tile], axis=1).astype(np.int32)
 
 
 def tile_simds(size: int, dtype: mx.Dtype) -> int:
-    """Simdgroups of a tile, 8 tokens each: as many as 32 KiB of threadgroup memory hold."""
+    """Simdgroups per tile, 8 tokens each: the most that fit 32 KiB of threadgroup memory."""
     element = 4 if dtype == mx.float32 else 2
     return next(n for n in (4, 2, 1) if 8 * n * size * element + 256 * n * n + 256 * n <= 32768)
 
 
-def lane_elements(size: int) -> int:
-    """Elements of a head for each of 32 lanes: the least power of two that covers it, so that lanes stay aligned."""
+def elems_per_lane(size: int) -> int:
+    """Head elements per lane of 32: the smallest power of two that covers the head, for alignment."""
     return next(e for e in (1, 2, 4, 8) if 32 * e >= size)
 
 
-def heads_together(group: int, elements: int) -> int:
-    """Query heads, of the `group` that share a KV head, for one threadgroup: what fits in a lane's registers."""
+def heads_per_threadgroup(group: int, elements: int) -> int:
+    """Query heads of a GQA group that one threadgroup computes: the most that fit a lane's registers."""
     return max(n for n in range(1, group + 1) if group % n == 0 and (n == 1 or n * elements <= 32))
 
 
-def choose_splits(threadgroups: int, positions: int) -> int:
-    """How many threadgroups share a token's positions, where `threadgroups` there are without sharing."""
-    wanted = -(-THREADGROUPS // threadgroups)
-    return max(1, min(wanted, positions // LEAST, MOST_SPLITS))
+def choose_num_splits(threadgroups: int, keys: int) -> int:
+    """KV splits per token, given the threadgroups of an unsplit launch."""
+    wanted = -(-TARGET_THREADGROUPS // threadgroups)
+    return max(1, min(wanted, keys // MIN_KEYS_PER_SPLIT, MAX_SPLITS))

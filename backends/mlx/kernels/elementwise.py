@@ -1,4 +1,4 @@
-"""Kernels that work on one token at a time: norm and rope of heads, add and norm, the gated activation."""
+"""Tokenwise kernels: per-head RMSNorm + RoPE, residual add + RMSNorm, activation * up."""
 
 import mlx.core as mx
 
@@ -6,18 +6,18 @@ from llmrs.backends.mlx.kernels.launch import FLOATS, Kernel, Kernels, Template,
 
 NORM_ROPE = Kernel(
     "norm_rope",
-    ("qkv", "positions", "frequencies", "q_weight", "k_weight", "eps", "offset", "rope_scale"),
+    ("qkv", "positions", "inv_freq", "q_weight", "k_weight", "eps", "offset", "rope_scale"),
     ("q", "k", "v"),
 )
-ADD_NORM = Kernel("fused_add_rms_norm", ("x", "y", "weight", "eps", "offset"), ("total", "normed"))
-GATED = Kernel("gated", ("gate_up",), ("y",), exact=True)
+ADD_NORM = Kernel("fused_add_rms_norm", ("x", "residual", "weight", "eps", "offset"), ("residual_out", "out"))
+ACT_AND_MUL = Kernel("act_and_mul", ("gate_up",), ("y",), exact=True)
 
 
 def norm_rope(
     kernels: Kernels,
-    qkv: mx.array,  # (T, Hq + 2 Hk, D): query, key and value heads, as one merged linear gives them
+    qkv: mx.array,  # (T, Hq + 2 Hk, D), from one merged linear
     positions: mx.array,  # int32 (T,)
-    frequencies: mx.array,  # float32 (D / 2,), radians per position
+    inv_freq: mx.array,  # float32 (D / 2,), radians per position
     weights: tuple[mx.array, mx.array] | None,  # (D,) of q and k; None: no norm
     *,
     kv_heads: int,
@@ -26,7 +26,7 @@ def norm_rope(
     rope_scale: float = 1.0,  # multiplies cos and sin
     kv_dtype: mx.Dtype,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """q (T, Hq, D) and, for the caller to scatter into the pool, k and v (T, Hk, D) of `kv_dtype`."""
+    """q (T, Hq, D), and k and v (T, Hk, D) in `kv_dtype`, which the caller scatters into the KV cache."""
     require(NORM_ROPE, qkv.ndim == 3, "qkv has 3 dimensions")
     tokens, heads, size = qkv.shape
     query_heads = heads - 2 * kv_heads
@@ -34,18 +34,12 @@ def norm_rope(
     require(NORM_ROPE, size % 2 == 0 and size >= 16, f"head size {size} is odd or less than 16")
     check(NORM_ROPE, "qkv", qkv, (tokens, heads, size), FLOATS)
     check(NORM_ROPE, "positions", positions, (tokens,), (mx.int32,))
-    check(NORM_ROPE, "frequencies", frequencies, (size // 2,), (mx.float32,))
+    check(NORM_ROPE, "inv_freq", inv_freq, (size // 2,), (mx.float32,))
     for name, weight in zip(("q_weight", "k_weight"), weights or (), strict=False):
         check(NORM_ROPE, name, weight, (size,), FLOATS)
-    template: Template = {
-        "T": qkv.dtype,
-        "K": kv_dtype,
-        "D": size,
-        "HQ": query_heads,
-        "HK": kv_heads,
-        "NORM": weights is not None,
-    }
-    inputs = (qkv, positions, frequencies, *(weights or (frequencies, frequencies)), eps, offset, rope_scale)
+    norm = weights is not None
+    template: Template = {"T": qkv.dtype, "K": kv_dtype, "D": size, "HQ": query_heads, "HK": kv_heads, "NORM": norm}
+    inputs = (qkv, positions, inv_freq, *(weights or (inv_freq, inv_freq)), eps, offset, rope_scale)
     shapes = [(tokens, query_heads, size), *[(tokens, kv_heads, size)] * 2]
     outputs = list(zip(shapes, (qkv.dtype, kv_dtype, kv_dtype), strict=True))
     q, k, v = kernels.run(NORM_ROPE, inputs, template, (32, heads, tokens), (32, min(heads, 8), 1), outputs)
@@ -55,32 +49,31 @@ def norm_rope(
 def fused_add_rms_norm(
     kernels: Kernels,
     x: mx.array,  # (T, N)
-    y: mx.array,  # (T, N)
+    residual: mx.array,  # (T, N)
     weight: mx.array,  # (N,)
     *,
     eps: float,
     offset: float = 0.0,
 ) -> tuple[mx.array, mx.array]:
-    """x + y and its RMS norm, (T, N) each."""
+    """x + residual and its RMSNorm, (T, N) each."""
     require(ADD_NORM, x.ndim == 2 and x.size >= 8, "x is (T, N) of 8 elements or more")
-    rows, width = x.shape
-    for name, array in (("x", x), ("y", y)):
-        check(ADD_NORM, name, array, (rows, width), (x.dtype,) if x.dtype in FLOATS else FLOATS)
+    tokens, width = x.shape
+    for name, array in (("x", x), ("residual", residual)):
+        check(ADD_NORM, name, array, (tokens, width), (x.dtype,) if x.dtype in FLOATS else FLOATS)
     check(ADD_NORM, "weight", weight, (width,), FLOATS)
-    simds = min(max(width // 128, 1), 32)  # four elements a thread, up to 1024 threads
+    simds = min(max(width // 128, 1), 32)  # 4 elements per thread, up to 1024 threads
     template: Template = {"T": x.dtype, "N": width, "SIMDS": simds}
-    grid, threadgroup = (32 * simds, rows, 1), (32 * simds, 1, 1)
-    total, normed = kernels.run(
-        ADD_NORM, (x, y, weight, eps, offset), template, grid, threadgroup, [((rows, width), x.dtype)] * 2
-    )
-    return total, normed
+    grid, threadgroup = (32 * simds, tokens, 1), (32 * simds, 1, 1)
+    outputs = [((tokens, width), x.dtype)] * 2
+    residual_out, out = kernels.run(ADD_NORM, (x, residual, weight, eps, offset), template, grid, threadgroup, outputs)
+    return residual_out, out
 
 
-def gated(kernels: Kernels, gate_up: mx.array, *, gelu: bool) -> mx.array:
-    """act(gate) * up, (T, N), from gate_up (T, 2 N), as one merged linear gives it. act: SiLU, or GELU with tanh."""
-    require(GATED, gate_up.ndim == 2 and gate_up.shape[1] % 2 == 0, "gate_up is (T, 2 N)")
-    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-    check(GATED, "gate_up", gate_up, (rows, 2 * width), FLOATS)
+def act_and_mul(kernels: Kernels, gate_up: mx.array, *, gelu: bool) -> mx.array:
+    """act(gate) * up, (T, N), from gate_up (T, 2 N); act is SiLU or tanh GELU."""
+    require(ACT_AND_MUL, gate_up.ndim == 2 and gate_up.shape[1] % 2 == 0, "gate_up is (T, 2 N)")
+    tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
+    check(ACT_AND_MUL, "gate_up", gate_up, (tokens, 2 * width), FLOATS)
     template: Template = {"T": gate_up.dtype, "N": width, "GELU": gelu}
-    outputs = [((rows, width), gate_up.dtype)]
-    return kernels.run(GATED, (gate_up,), template, (width, rows, 1), (min(width, 256), 1, 1), outputs)[0]
+    grid, threadgroup = (width, tokens, 1), (min(width, 256), 1, 1)
+    return kernels.run(ACT_AND_MUL, (gate_up,), template, grid, threadgroup, [((tokens, width), gate_up.dtype)])[0]

@@ -1,4 +1,4 @@
-"""How a Metal kernel is described, made and launched."""
+"""Describing, building and launching Metal kernels."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ Template = dict[str, mx.Dtype | int | bool]
 
 @dataclass(frozen=True)
 class Kernel:
-    """`<name>.metal` with the names of its buffers, and the files whose functions it uses.
+    """`<name>.metal`, the names of its buffers, and its header files.
 
-    `exact` asks the compiler for IEEE arithmetic: no reciprocals for divisions, infinities and signed zeros kept.
+    `exact` asks the compiler for IEEE arithmetic: true divisions, infinities and signed zeros.
     """
 
     name: str
@@ -30,15 +30,12 @@ class Kernel:
 
 
 class Kernels:
-    """Kernels made by `make`, once each. By default that is mx.fast.metal_kernel, which needs a Mac to run them.
-
-    Used by one thread, the one that owns the device.
-    """
+    """Builds each kernel once, with `make` (default: mx.fast.metal_kernel). Used by the device's thread only."""
 
     def __init__(self, make: Callable[..., Any] | None = None) -> None:
         self._make: Callable[..., Any] = make or mx.fast.metal_kernel
-        self._made: dict[Kernel, Callable[..., list[mx.array]]] = {}
-        self._tried: set[Any] = set()  # kernels with their templates
+        self._built: dict[Kernel, Callable[..., list[mx.array]]] = {}
+        self._compiled: set[Any] = set()  # kernels with their templates
 
     def run(
         self,
@@ -49,13 +46,13 @@ class Kernels:
         threadgroup: tuple[int, int, int],
         outputs: Sequence[Output],
     ) -> list[mx.array]:
-        """The outputs, fresh arrays of the given shapes and types. `grid` counts threads."""
+        """New output arrays. `grid` counts threads. Raises BackendError if the kernel does not compile."""
         shapes, dtypes = zip(*outputs, strict=True)
-        variant = (kernel, *(t for t in template.items()))
+        variant = (kernel, *template.items())
         try:
-            if kernel not in self._made:
-                self._made[kernel] = self._compile(kernel)
-            results = self._made[kernel](
+            if kernel not in self._built:
+                self._built[kernel] = self._build(kernel)
+            results = self._built[kernel](
                 inputs=list(inputs),
                 template=list(template.items()),
                 grid=grid,
@@ -63,16 +60,16 @@ class Kernels:
                 output_shapes=list(shapes),
                 output_dtypes=list(dtypes),
             )
-            if variant not in self._tried:
-                mx.eval(results)  # Metal compiles it now, so that what it says is said of this kernel
-                self._tried.add(variant)
+            if variant not in self._compiled:
+                mx.eval(results)  # compiles now, so that an error names this kernel
+                self._compiled.add(variant)
         except (RuntimeError, ValueError) as error:
             raise BackendError(
-                f"the Metal kernel {kernel.name} can't be run: {error}", "kernels: plain does without our kernels"
+                f"the Metal kernel {kernel.name} can't be run: {error}", "kernels: plain uses MLX's ops only"
             ) from error
         return results
 
-    def _compile(self, kernel: Kernel) -> Callable[..., Any]:
+    def _build(self, kernel: Kernel) -> Callable[..., Any]:
         options: dict[str, Any] = {"compile_options": {"math_mode": "safe"}} if kernel.exact else {}
         return self._make(
             name=f"llmrs_{kernel.name}",
@@ -86,16 +83,16 @@ class Kernels:
 
 @cache
 def source(name: str) -> str:
-    """A .metal file without its comments: MLX takes names that it knows in a comment for uses of them."""
+    """A .metal file without comments: MLX scans the source for names such as thread_position_in_grid."""
     text = files(__package__).joinpath(f"{name}.metal").read_text(encoding="utf-8")
     lines = (line.partition("//")[0].rstrip() for line in text.splitlines())
     return "\n".join(line for line in lines if line) + "\n"
 
 
 def check(kernel: Kernel, name: str, array: mx.array, shape: tuple[int, ...], dtypes: Sequence[mx.Dtype]) -> None:
-    """Raises BackendError unless the array has this shape and one of these types.
+    """Raises BackendError unless the array has this shape and one of these dtypes.
 
-    MLX hides strides: an array that is not row-major is copied before the kernel runs.
+    Strides are not checked: MLX makes inputs row-major before the launch.
     """
     if tuple(array.shape) != shape:
         raise BackendError(f"{kernel.name}: {name} has shape {tuple(array.shape)}, not {shape}")
@@ -103,7 +100,7 @@ def check(kernel: Kernel, name: str, array: mx.array, shape: tuple[int, ...], dt
         raise BackendError(f"{kernel.name}: {name} is {array.dtype}, not {' or '.join(map(str, dtypes))}")
 
 
-def require(kernel: Kernel, good: bool, what: str) -> None:
-    """Raises BackendError: the kernel can't do `what`."""
-    if not good:
-        raise BackendError(f"{kernel.name}: {what}")
+def require(kernel: Kernel, condition: bool, message: str) -> None:
+    """Raises BackendError(message) unless the condition holds."""
+    if not condition:
+        raise BackendError(f"{kernel.name}: {message}")

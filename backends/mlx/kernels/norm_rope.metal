@@ -1,16 +1,15 @@
-// RMS norm of each head of q and k (where NORM), rotary embedding of both, and v as it is: what `store` and `attend` need.
+// Per-head RMSNorm (if NORM) and RoPE of q and k; v is copied. Input of write_kv and attend.
 //
-// Layouts (row-major): qkv T (tokens, HQ + 2 HK, D): the query heads, key heads, value heads of a token;
-// positions int32 (tokens,); frequencies float (D / 2,), in radians per position; q_weight, k_weight (D,), any type,
-// not read without NORM; eps, offset, rope_scale float, one number each. Norm: x / sqrt(mean(x^2) + eps) *
-// (weight + offset). Rotation of the pair (x[i], x[i + D / 2]) by position * frequencies[i]; cos and sin times rope_scale.
-// Outputs: q T (tokens, HQ, D); k, v K (tokens, HK, D), K being the type of the cache. MLX's arrays can't be updated in
-// place by a kernel, so the caller scatters k and v into the pool: row positions % BLOCK of the token's block.
+// Layouts (row-major): qkv T (tokens, HQ + 2 HK, D): query, key, value heads; positions int32 (tokens,); inv_freq float
+// (D / 2,), radians per position; q_weight, k_weight (D,), any float type, not read without NORM; eps, offset, rope_scale
+// float scalars. Norm: x / sqrt(mean(x^2) + eps) * (weight + offset). RoPE rotates the pairs (x[i], x[i + D / 2]) by
+// position * inv_freq[i], scaled by rope_scale.
+// Outputs: q T (tokens, HQ, D); k, v K (tokens, HK, D), K: dtype of the KV cache. The caller scatters k and v into the
+// cache, because a kernel can't update an MLX array in place.
 //
-// Grid: threads (32, HQ + 2 HK, tokens); a simdgroup works on one head of one token. No thread waits for another one
-// outside of its simdgroup.
+// Grid: threads (32, HQ + 2 HK, tokens); a simdgroup per head and token. No synchronization between simdgroups.
 // Bytes: 2 * (HQ + 2 HK) * D * sizeof(T) per token.
-// Formula: rms_norm and rope of backends/reference/ops.py; everything in float until the result.
+// Formula: rms_norm and rope of backends/reference/ops.py, in float32 until the result.
 constexpr uint HALF = D / 2;
 const uint lane = thread_index_in_simdgroup;
 const uint head = thread_position_in_grid.y, token = thread_position_in_grid.z;
@@ -23,19 +22,19 @@ if (head >= HQ + HK) {
 }
 
 const bool query = head < HQ;
-float inverse = 1.0f;
+float rstd = 1.0f;
 if (NORM) {
   float squares = 0.0f;
   for (uint i = lane; i < D; i += 32) squares += float(x[i]) * float(x[i]);
-  inverse = 1.0f / metal::precise::sqrt(simd_sum(squares) / float(D) + eps);
+  rstd = 1.0f / metal::precise::sqrt(simd_sum(squares) / float(D) + eps);
 }
 for (uint i = lane; i < HALF; i += 32) {
   float a = float(x[i]), b = float(x[i + HALF]);
   if (NORM) {
-    a *= inverse * (float(query ? q_weight[i] : k_weight[i]) + offset);
-    b *= inverse * (float(query ? q_weight[i + HALF] : k_weight[i + HALF]) + offset);
+    a *= rstd * (float(query ? q_weight[i] : k_weight[i]) + offset);
+    b *= rstd * (float(query ? q_weight[i + HALF] : k_weight[i + HALF]) + offset);
   }
-  const float angle = float(positions[token]) * frequencies[i];
+  const float angle = float(positions[token]) * inv_freq[i];
   const float c = metal::precise::cos(angle) * rope_scale, s = metal::precise::sin(angle) * rope_scale;
   const float left = a * c - b * s, right = b * c + a * s;
   if (query) {

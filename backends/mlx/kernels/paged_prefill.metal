@@ -1,59 +1,57 @@
-// Attention of prompt tokens over a paged KV cache, a tile of them at a time: y = softmax(q k^T * scale) v, causal.
+// Causal attention of prefill chunks over the paged KV cache, in tiles of query tokens: y = softmax(q k^T * scale) v.
 //
-// Layouts (row-major): q T (tokens, HQ, D); keys, values T (blocks, BLOCK, HK, D); tables int32 (sequences, columns):
-// position p of sequence s lies in row p % BLOCK of block tables[s, p / BLOCK]; starts int32 (sequences + 1,): sequence s
-// has the tokens starts[s] .. starts[s + 1] - 1; lengths int32 (sequences,): its positions, whose last ones those tokens
-// are; tiles int32 (N, 2): sequence and first token of each tile; scale float, one number. A token sees the positions up
-// to its own, of them the last WINDOW where WINDOW > 0. Output: out T (tokens, HQ, D).
+// Layouts (row-major): q, out T (tokens, HQ, D); keys, values T (blocks, BLOCK, HK, D); block_tables int32 (sequences,
+// columns): position p of sequence s is row p % BLOCK of block block_tables[s, p / BLOCK]; query_start_loc int32
+// (sequences + 1,); seq_lens int32 (sequences,): context including this step's tokens; tiles int32 (N, 2): sequence and
+// first token of each tile; scale float. A token attends to the positions up to its own, the last WINDOW if WINDOW > 0.
 //
-// Grid: threadgroups (1, HQ, N) of SIMDS simdgroups. A threadgroup works on ROWS = 8 * SIMDS tokens of one sequence and
-// one head; each simdgroup on 8 of the tokens. In each step ROWS keys, then their values come into threadgroup memory.
-// Everything is made of 8x8 matrices: scores = query * key^T, result = diagonal(kept) * result + weights * value. Which
-// lane holds which element of a matrix is not documented, so scores go through threadgroup memory, where four lanes share
-// a row, and a row is scaled by multiplying with a diagonal matrix.
-// Work: 4 * D * (positions seen) FLOPs per token and head. Bytes: 2 * (positions seen) * D * sizeof(T) per tile and head.
-// Formula: the running maximum and sum of "Online normalizer calculation for softmax" (arXiv 1805.02867), in tiles as in
-// "FlashAttention-2" (arXiv 2307.08691).
-constexpr uint ROWS = 8 * SIMDS, THREADS = 32 * SIMDS;
-constexpr uint COLUMNS = ROWS / 4;  // of the scores of a row, for each of its four lanes
-constexpr float NONE = -1e30f;      // less than every score; finite, because infinities cancel to NaN
-threadgroup T tile[ROWS * D];
-threadgroup float scores[SIMDS * 8 * ROWS];
+// Grid: threadgroups (1, HQ, N) of SIMDS simdgroups. A threadgroup computes TILE = 8 * SIMDS tokens of one head, 8 per
+// simdgroup; in each iteration TILE keys, then their values are loaded to threadgroup memory.
+// Everything is 8x8 matrices: scores = q * k^T, acc = diag(alpha) * acc + p * v. The lane that holds a matrix element is
+// undocumented, so scores go through threadgroup memory, four lanes per row, and rows are scaled by a diagonal matrix.
+// FLOPs: 4 * D * context_len per token and head. Bytes: 2 * context_len * D * sizeof(T) per tile and head.
+// Formula: "Online normalizer calculation for softmax" (arXiv 1805.02867), tiled as in "FlashAttention-2" (arXiv
+// 2307.08691).
+constexpr uint TILE = 8 * SIMDS, THREADS = 32 * SIMDS;
+constexpr uint COLS = TILE / 4;    // scores per lane, four lanes per row
+constexpr float NEG_INF = -1e30f;  // finite: inf - inf is NaN
+threadgroup T tile[TILE * D];
+threadgroup float scores[SIMDS * 8 * TILE];
 threadgroup float diagonal[SIMDS * 64];
 
 const uint tid = thread_index_in_threadgroup, lane = thread_index_in_simdgroup, simd = simdgroup_index_in_threadgroup;
 const uint head = threadgroup_position_in_grid.y, kv_head = head / (HQ / HK);
 const uint sequence = tiles[2 * threadgroup_position_in_grid.z], token = tiles[2 * threadgroup_position_in_grid.z + 1];
-const uint after = starts[sequence + 1];
-const uint count = min(ROWS, after - token);
-const int first = lengths[sequence] - int(after - token);  // position of the tile's first token
-const int end = first + int(count);                        // no token of the tile sees this position
+const uint after = query_start_loc[sequence + 1];
+const uint count = min(TILE, after - token);
+const int first = seq_lens[sequence] - int(after - token);  // position of the first token
+const int end = first + int(count);  // exclusive
 const int begin = WINDOW > 0 ? max(first - WINDOW + 1, 0) : 0;
-threadgroup float* my_scores = scores + simd * 8 * ROWS;    // 8 rows of ROWS
+threadgroup float* my_scores = scores + simd * 8 * TILE;  // (8, TILE)
 threadgroup float* my_diagonal = diagonal + simd * 64;
 
-// queries: 8 rows of each simdgroup, as D / 8 matrices
-for (uint i = tid; i < ROWS * D; i += THREADS) {
+// load queries: 8 rows per simdgroup, as D / 8 matrices
+for (uint i = tid; i < TILE * D; i += THREADS) {
   const uint r = i / D;
   tile[i] = r < count ? q[(size_t(token + r) * HQ + head) * D + i % D] : T(0.0f);
 }
 for (uint i = lane; i < 64; i += 32) my_diagonal[i] = 0.0f;
 threadgroup_barrier(mem_flags::mem_threadgroup);
 simdgroup_matrix<T, 8, 8> query[D / 8];
-simdgroup_matrix<float, 8, 8> result[D / 8];
+simdgroup_matrix<float, 8, 8> acc[D / 8];
 UNROLLED (uint c = 0; c < D / 8; c++) {
   simdgroup_load(query[c], tile + simd * 8 * D + c * 8, D);
-  result[c] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+  acc[c] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
 }
 
-const uint r = lane / 4, column = lane % 4 * COLUMNS;  // this lane's part of the scores
+const uint r = lane / 4, column = lane % 4 * COLS;  // this lane's scores
 const int position = first + int(simd * 8 + r);
-float m = NONE, l = 0.0f;
-for (int key = begin; key < end; key += ROWS) {
-  threadgroup_barrier(mem_flags::mem_threadgroup);  // what the tile held has been read
-  for (uint i = tid; i < ROWS * D; i += THREADS) {
+float m = NEG_INF, l = 0.0f;
+for (int key = begin; key < end; key += TILE) {
+  threadgroup_barrier(mem_flags::mem_threadgroup);  // all reads of `tile` are done
+  for (uint i = tid; i < TILE * D; i += THREADS) {
     const int p = key + int(i / D);
-    const size_t block = p < end ? tables[sequence * tables_shape[1] + p / BLOCK] : 0;
+    const size_t block = p < end ? block_tables[sequence * block_tables_shape[1] + p / BLOCK] : 0;
     tile[i] = p < end ? keys[((block * BLOCK + p % BLOCK) * HK + kv_head) * D + i % D] : T(0.0f);
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -64,56 +62,56 @@ for (int key = begin; key < end; key += ROWS) {
       simdgroup_load(k, tile + j * 8 * D + c * 8, D, ulong2(0, 0), true);
       simdgroup_multiply_accumulate(score, query[c], k, score);
     }
-    simdgroup_store(score, my_scores + j * 8, ROWS);
+    simdgroup_store(score, my_scores + j * 8, TILE);
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  for (uint i = tid; i < ROWS * D; i += THREADS) {
+  for (uint i = tid; i < TILE * D; i += THREADS) {
     const int p = key + int(i / D);
-    const size_t block = p < end ? tables[sequence * tables_shape[1] + p / BLOCK] : 0;
+    const size_t block = p < end ? block_tables[sequence * block_tables_shape[1] + p / BLOCK] : 0;
     tile[i] = p < end ? values[((block * BLOCK + p % BLOCK) * HK + kv_head) * D + i % D] : T(0.0f);
   }
 
-  // weights in place of the scores; what the rows of the result are to be multiplied with. Where a row has seen nothing
-  // yet, its weights are 1, and the first score that it sees makes `kept` 0.
-  float grown = m, sum = 0.0f;
-  for (uint j = column; j < column + COLUMNS; j++) {
+  // online softmax: p replaces the scores, alpha rescales acc. While all keys of a row are masked, p is 1; the first
+  // unmasked score then makes alpha 0.
+  float m_new = m, sum = 0.0f;
+  for (uint j = column; j < column + COLS; j++) {
     const int p = key + int(j);
-    const bool seen = p <= position && (WINDOW == 0 || position - p < WINDOW);
-    my_scores[r * ROWS + j] = seen ? my_scores[r * ROWS + j] * scale : NONE;
-    grown = max(grown, my_scores[r * ROWS + j]);
+    const bool unmasked = p <= position && (WINDOW == 0 || position - p < WINDOW);
+    my_scores[r * TILE + j] = unmasked ? my_scores[r * TILE + j] * scale : NEG_INF;
+    m_new = max(m_new, my_scores[r * TILE + j]);
   }
-  grown = max(grown, simd_shuffle_xor(grown, 1));
-  grown = max(grown, simd_shuffle_xor(grown, 2));
-  for (uint j = column; j < column + COLUMNS; j++) {
-    const float weight = fast::exp(my_scores[r * ROWS + j] - grown);
-    my_scores[r * ROWS + j] = weight;
-    sum += weight;
+  m_new = max(m_new, simd_shuffle_xor(m_new, 1));
+  m_new = max(m_new, simd_shuffle_xor(m_new, 2));
+  for (uint j = column; j < column + COLS; j++) {
+    const float p_score = fast::exp(my_scores[r * TILE + j] - m_new);
+    my_scores[r * TILE + j] = p_score;
+    sum += p_score;
   }
   sum += simd_shuffle_xor(sum, 1);
   sum += simd_shuffle_xor(sum, 2);
-  const float kept = fast::exp(m - grown);
-  l = l * kept + sum;
-  m = grown;
-  if (lane % 4 == 0) my_diagonal[r * 9] = kept;
+  const float alpha = fast::exp(m - m_new);
+  l = l * alpha + sum;
+  m = m_new;
+  if (lane % 4 == 0) my_diagonal[r * 9] = alpha;
   threadgroup_barrier(mem_flags::mem_threadgroup);
   simdgroup_matrix<float, 8, 8> scaling;
   simdgroup_load(scaling, my_diagonal, 8);
-  UNROLLED (uint c = 0; c < D / 8; c++) simdgroup_multiply(result[c], scaling, result[c]);
+  UNROLLED (uint c = 0; c < D / 8; c++) simdgroup_multiply(acc[c], scaling, acc[c]);
   for (uint j = 0; j < SIMDS; j++) {
-    simdgroup_matrix<float, 8, 8> weights;
-    simdgroup_load(weights, my_scores + j * 8, ROWS);
+    simdgroup_matrix<float, 8, 8> p_tile;
+    simdgroup_load(p_tile, my_scores + j * 8, TILE);
     UNROLLED (uint c = 0; c < D / 8; c++) {
       simdgroup_matrix<T, 8, 8> v;
       simdgroup_load(v, tile + j * 8 * D + c * 8, D);
-      simdgroup_multiply_accumulate(result[c], weights, v, result[c]);
+      simdgroup_multiply_accumulate(acc[c], p_tile, v, acc[c]);
     }
   }
 }
 
-// eight columns of the result at a time, through the memory of the scores
+// store 8 columns at a time, through the scores' memory
 UNROLLED (uint c = 0; c < D / 8; c++) {
   simdgroup_barrier(mem_flags::mem_threadgroup);
-  simdgroup_store(result[c], my_scores, 8);
+  simdgroup_store(acc[c], my_scores, 8);
   simdgroup_barrier(mem_flags::mem_threadgroup);
   const uint row = simd * 8 + r;
   for (uint e = 0; e < 2; e++) {

@@ -1,4 +1,4 @@
-"""Sampling on the GPU, as `llmrs.core.sampling` defines it, from logits that penalties and masks were applied to."""
+"""Sampling kernels, as `llmrs.core.sampling` defines it, from logits after penalties, biases and masks."""
 
 import mlx.core as mx
 import numpy as np
@@ -6,54 +6,58 @@ import numpy as np
 from llmrs.backends.mlx.kernels.launch import FLOATS, Kernel, Kernels, Template, check, require
 from llmrs.core.sampling import SamplingArrays
 
-SHARED = ("random",)
-KEEP = Kernel("sample_keep", ("logits", "temperature", "top_k", "top_p"), ("edges",), SHARED, exact=True)
-PART = Kernel("sample_part", ("logits", "temperature", "min_p", "keys", "edges"), ("scores", "ids"), SHARED, exact=True)
-PICK = Kernel("sample_pick", ("scores", "ids"), ("tokens",), exact=True)
+HEADERS = ("random",)
+THRESHOLDS = Kernel(
+    "find_thresholds", ("logits", "temperature", "top_k", "top_p"), ("thresholds",), HEADERS, exact=True
+)
+SAMPLE = Kernel(
+    "sample_gumbel",
+    ("logits", "temperature", "min_p", "rng_keys", "thresholds"),
+    ("partial_max", "partial_argmax"),
+    HEADERS,
+    exact=True,
+)
+REDUCE = Kernel("reduce_argmax", ("partial_max", "partial_argmax"), ("tokens",), exact=True)
 
-SIMDS = 8  # simdgroups of a threadgroup that looks at a part of the vocabulary
-PART_TOKENS = 4096
-LIST_TOKENS = 2048  # that sample_keep holds in threadgroup memory
+SIMDS = 8  # simdgroups per threadgroup of sample_gumbel
+BLOCK_V = 4096  # tokens per threadgroup of sample_gumbel
+MAX_CANDIDATES = 2048  # tokens that find_thresholds holds in threadgroup memory
 
 
-def sample(kernels: Kernels, logits: mx.array, params: SamplingArrays, part: int = PART_TOKENS) -> mx.array:
-    """Token ids int32 (S,) from logits (S, V), for parameters (S,) on the host. No row may hold a NaN.
+def sample(kernels: Kernels, logits: mx.array, params: SamplingArrays, block_v: int = BLOCK_V) -> mx.array:
+    """Token ids int32 (S,) from logits (S, V) without NaN, and host parameters (S,).
 
-    A threadgroup looks at `part` tokens. Raises BackendError for a shape or type that the kernels can't do.
+    Raises BackendError for unsupported shapes and dtypes.
     """
-    require(PART, logits.ndim == 2, "logits are (S, V)")
+    require(SAMPLE, logits.ndim == 2, "logits are (S, V)")
     rows, vocabulary = logits.shape
-    require(PART, rows > 0 and 8 <= vocabulary <= 2**24, f"{rows} rows of {vocabulary} tokens")
-    check(PART, "logits", logits, (rows, vocabulary), FLOATS)
-    temperature, min_p, keys = map(mx.array, (params.temperature, params.min_p, params.rng_key))
-    filtered = cuts(params, vocabulary)
-    edges = keep(kernels, logits, params) if filtered else keys  # which are not read
-    parts = -(-vocabulary // part)
-    template: Template = {
-        "T": logits.dtype,
-        "VOCAB": vocabulary,
-        "PART": part,
-        "SIMDS": SIMDS,
-        "FILTER": filtered,
-    }
-    best = kernels.run(
-        PART, (logits, temperature, min_p, keys, edges), template, (32 * SIMDS * parts, rows, 1), (32 * SIMDS, 1, 1),
-        [((rows, parts), mx.float32), ((rows, parts), mx.int32)],
-    )  # fmt: skip
-    return kernels.run(PICK, best, {"VOCAB": vocabulary}, (32, rows, 1), (32, 1, 1), [((rows,), mx.int32)])[0]
+    require(SAMPLE, rows > 0 and 8 <= vocabulary <= 2**24, f"{rows} rows of {vocabulary} tokens")
+    check(SAMPLE, "logits", logits, (rows, vocabulary), FLOATS)
+    temperature, min_p, rng_keys = map(mx.array, (params.temperature, params.min_p, params.rng_key))
+    filtered = needs_filter(params, vocabulary)
+    thresholds = find_thresholds(kernels, logits, params) if filtered else rng_keys  # a placeholder, not read
+    blocks = -(-vocabulary // block_v)
+    template: Template = {"T": logits.dtype, "VOCAB": vocabulary, "BLOCK_V": block_v, "SIMDS": SIMDS}
+    inputs = (logits, temperature, min_p, rng_keys, thresholds)
+    outputs = [((rows, blocks), mx.float32), ((rows, blocks), mx.int32)]
+    grid, threadgroup = (32 * SIMDS * blocks, rows, 1), (32 * SIMDS, 1, 1)
+    partials = kernels.run(SAMPLE, inputs, template | {"FILTER": filtered}, grid, threadgroup, outputs)
+    return kernels.run(REDUCE, partials, {"VOCAB": vocabulary}, (32, rows, 1), (32, 1, 1), [((rows,), mx.int32)])[0]
 
 
-def cuts(params: SamplingArrays, vocabulary: int) -> bool:
-    """Whether top-k, top-p or min-p drop anything from a row that is drawn."""
+def needs_filter(params: SamplingArrays, vocabulary: int) -> bool:
+    """Whether top-k, top-p or min-p apply to any row that is not greedy."""
     top_k = (params.top_k > 0) & (params.top_k < vocabulary)
     return bool(((params.temperature > 0) & (top_k | (params.top_p < 1) | (params.min_p > 0))).any())
 
 
-def keep(kernels: Kernels, logits: mx.array, params: SamplingArrays, listed: int = LIST_TOKENS) -> mx.array:
-    """What sample_keep finds, uint32 (S, 3); it searches up to `listed` tokens in fast memory."""
+def find_thresholds(
+    kernels: Kernels, logits: mx.array, params: SamplingArrays, max_candidates: int = MAX_CANDIDATES
+) -> mx.array:
+    """uint32 (S, 3), see find_thresholds.metal."""
     rows, vocabulary = logits.shape
-    simds = min(max(vocabulary // 256, 1), 32)  # eight tokens a thread, up to 1024 threads
+    simds = min(max(vocabulary // 256, 1), 32)  # 8 tokens per thread, up to 1024 threads
     inputs = (logits, *map(mx.array, (params.temperature, params.top_k.astype(np.int32), params.top_p)))
-    template: Template = {"T": logits.dtype, "VOCAB": vocabulary, "SIMDS": simds, "LIST": listed}
+    template: Template = {"T": logits.dtype, "VOCAB": vocabulary, "SIMDS": simds, "MAX_CANDIDATES": max_candidates}
     grid, threadgroup = (32 * simds, rows, 1), (32 * simds, 1, 1)
-    return kernels.run(KEEP, inputs, template, grid, threadgroup, [((rows, 3), mx.uint32)])[0]
+    return kernels.run(THRESHOLDS, inputs, template, grid, threadgroup, [((rows, 3), mx.uint32)])[0]

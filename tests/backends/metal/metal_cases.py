@@ -1,4 +1,4 @@
-"""Random inputs for the kernels, their references in NumPy, and how close results must be."""
+"""Random inputs of the kernels, and comparison with NumPy references."""
 
 import re
 
@@ -9,49 +9,54 @@ from metal_mlx import Shim
 from metal_source import MetalError
 
 from llmrs.backends.mlx.kernels.launch import Kernels, source
+from llmrs.backends.reference.ops import KV, Context
 from llmrs.core.batch import Batch
 from llmrs.core.sampling import SamplingArrays
 
 DTYPES = {"f32": mx.float32, "f16": mx.float16, "bf16": mx.bfloat16}
-ERROR = {mx.float32: 2e-6, mx.float16: 1e-3, mx.bfloat16: 8e-3}  # of the largest value: half a step, and some float32
+ERROR = {
+    mx.float32: 2e-6,
+    mx.float16: 1e-3,
+    mx.bfloat16: 8e-3,
+}  # relative to the largest value: half an ulp, plus float32 rounding
 
 
 def kernels(mutate=None) -> Kernels:
-    """Kernels on the GPU where there is Metal, else on the shim. Mutated ones run on the shim only."""
+    """Kernels on the GPU with Metal, else on the shim. Mutated kernels always run on the shim."""
     return Kernels() if mx.metal.is_available() and not mutate else Kernels(Shim(mutate))
 
 
 class Mutation:
-    """A bug to be found: `old`, which must occur once in a kernel's text, replaced by `new`."""
+    """A seeded bug: replaces `old`, which must occur once in a kernel, by `new`."""
 
     def __init__(self, old: str, new: str) -> None:
-        self.old, self.new, self.places = old, new, 0
+        self.old, self.new, self.count = old, new, 0
 
     def __call__(self, text: str) -> str:
-        self.places = max(self.places, text.count(self.old))
+        self.count = max(self.count, text.count(self.old))
         return text.replace(self.old, self.new)
 
 
 def assert_found(old: str, new: str, work) -> None:
-    """That `work(mutate)` fails, by a wrong result or by what the shim reports, on kernels with this bug."""
+    """Asserts that `work(mutate)` fails with this bug, by a wrong result or a report of the shim."""
     mutation = Mutation(old, new)
     with pytest.raises((AssertionError, MetalError)):
         work(mutation)
-    assert mutation.places == 1, f"{old[:200]!r} occurs {mutation.places} times"
+    assert mutation.count == 1, f"{old[:200]!r} occurs {mutation.count} times"
 
 
 def without_barriers(name: str) -> list:
-    """Mutations (old, new) of a .metal file, each of which lacks one of its barriers."""
+    """Mutations (old, new) of a .metal file, each without one of its barriers."""
     text = source(name)
-    found = re.finditer(r"(thread|simd)group_barrier[^;]*;", text)
+    barriers = re.finditer(r"(thread|simd)group_barrier[^;]*;", text)
     return [
         pytest.param(text, text[: m.start()] + text[m.end() :], id=f"{name}: barrier {n} missing")
-        for n, m in enumerate(found, 1)
+        for n, m in enumerate(barriers, 1)
     ]
 
 
 def rounded(a: np.ndarray, dtype) -> tuple[mx.array, np.ndarray]:
-    """An array of the type, and the float32 values that it holds."""
+    """The array in this dtype, and its values in float32."""
     x = mx.array(a.astype(np.float32)).astype(dtype)
     return x, np.array(x.astype(mx.float32))
 
@@ -65,7 +70,7 @@ def assert_close(got: mx.array, expected: np.ndarray, dtype=None) -> None:
 
 
 def ragged(counts, lengths, block: int, rng) -> tuple[Batch, int]:
-    """A step of the last counts[s] tokens of sequences of lengths[s], in blocks at random; and how many blocks."""
+    """A step of the last counts[s] tokens of sequences of lengths[s], in random blocks; and the number of blocks."""
     counts, lengths = np.array(counts, np.int32), np.array(lengths, np.int32)
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
     needed = -(-lengths // block)
@@ -75,22 +80,15 @@ def ragged(counts, lengths, block: int, rng) -> tuple[Batch, int]:
     for s, n in enumerate(needed):
         tables[s, :n], order = order[:n], order[n:]
     positions = np.concatenate([np.arange(n - c, n) for c, n in zip(counts, lengths, strict=True)]).astype(np.int32)
-    none = np.zeros(len(counts), np.int32)
-    sampling = SamplingArrays.zeros(len(counts))
-    batch = Batch(
-        positions,
-        positions,
-        starts,
-        lengths,
-        tables,
-        none,
-        none > 0,
-        sampling,
-        logits_indices=starts[1:] - 1,
-        prompt_logprob_ids=none[:0],
-    )
-    return batch, total
+    zeros, sampling = np.zeros(len(counts), np.int32), SamplingArrays.zeros(len(counts))
+    rest = (zeros, zeros > 0, sampling, starts[1:] - 1, zeros[:0])
+    return Batch(positions, positions, starts, lengths, tables, *rest), total
 
 
-def owners(batch: Batch) -> np.ndarray:
-    return np.repeat(np.arange(len(batch.seq_lens), dtype=np.int32), np.diff(batch.query_start_loc))
+def attention_case(dtype=mx.float32, *, counts, lengths, block=16, heads=4, kv_heads=2, size=64):
+    """q, keys and values for a kernel, and context, q and KV cache for the reference's `attend`."""
+    rng = np.random.default_rng(0)
+    batch, blocks = ragged(counts, lengths, block, rng)
+    q, q32 = rounded(rng.normal(size=(batch.query_start_loc[-1], heads, size)), dtype)
+    (k, k32), (v, v32) = (rounded(rng.normal(size=(blocks, block, kv_heads, size)), dtype) for _ in range(2))
+    return (q, k, v), (Context(batch, block), q32, KV(k32, v32))

@@ -1,4 +1,4 @@
-// What <metal_stdlib> and <metal_simdgroup_matrix> give a compute kernel, on a CPU.
+// <metal_stdlib> and <metal_simdgroup_matrix> on a CPU.
 #pragma once
 #include "metal_threads.h"
 
@@ -95,8 +95,8 @@ MS_ATOMIC(add, o + x) MS_ATOMIC(sub, o - x) MS_ATOMIC(max, o < x ? x : o) MS_ATO
 template <class P> auto atomic_load_explicit(P p, memory_order) { return p->v; }
 template <class P, class U> void atomic_store_explicit(P p, U u, memory_order) { p->v = u; }
 
-// ---- 8x8 matrices, two elements a lane. Apple does not document which lane holds which element, and no kernel of ours
-// asks: there is no thread_elements(), and the order here is one that nobody would guess.
+// ---- 8x8 matrices, two elements per lane. Apple does not document the layout, so the one here is arbitrary, without
+// thread_elements().
 template <class T, int R = 8, int C = 8> struct simdgroup_matrix {
   static_assert(R == 8 && C == 8 && ms_real<T>);
   vec<T, 2> e;
@@ -110,7 +110,7 @@ template <class T, int R, int C> simdgroup_matrix<T, R, C> make_filled_simdgroup
 inline uint ms_row(uint lane) { return (lane * 13 + 7) % 32 / 4; }
 inline uint ms_column(uint lane) { return (lane * 13 + 7) % 4 * 2; }
 inline uint ms_lane(uint row, uint column) { return (row * 4 + column / 2 + 25) * 5 % 32; }
-// Loads and stores do not wait for the other lanes, so a kernel that needs a barrier around one is found out.
+// Loads and stores do not synchronize the lanes, so that a missing barrier is detected.
 template <class T, ms::Space S, class U>
 void simdgroup_load(simdgroup_matrix<T>& m, ms::ptr<S, U> p, ulong stride = 8, ulong2 origin = ulong2(0ul), bool transposed = false) {
   static_assert(std::is_same_v<T, std::remove_const_t<U>>);

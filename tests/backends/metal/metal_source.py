@@ -1,7 +1,7 @@
-"""From a kernel in the Metal Shading Language (MSL), as MLX generates it, to C++ for the shim.
+"""Translates a kernel in the Metal Shading Language (MSL), as MLX generates it, to C++ for the shim.
 
-What C++ would accept and MSL would not is refused: pointers without an address space, double, std::, unknown
-attributes, and the rest of REFUSED. Pointers become `ms::ptr<space, type>`, threadgroup arrays `ms::shared`.
+Rejects C++ that is not MSL: pointers without an address space, double, std::, unknown attributes, and the rest of
+REFUSED. Pointers become `ms::ptr<space, type>`, threadgroup arrays `ms::shared`.
 """
 
 import re
@@ -28,7 +28,7 @@ REFUSED = {
         ("concept", "requires", "consteval", "constinit", "co_await", "co_return"), "newer than MSL's C++14"
     ),
 }
-ATTRIBUTES = {  # of a kernel's parameters: its type, and the field of ms::Thread or an expression
+ATTRIBUTES = {  # of kernel parameters: type, and the expression in the shim
     "thread_position_in_grid": ("uint3", "t.in_grid"),
     "thread_position_in_threadgroup": ("uint3", "t.in_group"),
     "threadgroup_position_in_grid": ("uint3", "t.group"),
@@ -48,12 +48,12 @@ INSTANCE = re.compile(
 
 
 class MetalError(Exception):
-    """The kernel is not MSL, does not compile, or did something wrong while it ran."""
+    """The kernel is not MSL, does not compile, or misbehaves at run time."""
 
 
 @dataclass
 class Source:
-    """A kernel as C++. `buffers` are its buffer parameters in order; `body` holds the translated text."""
+    """A kernel as C++: its buffer parameters in order, and the translated text."""
 
     name: str
     buffers: list[str] = field(default_factory=list)
@@ -61,20 +61,20 @@ class Source:
 
 
 def translate(msl: str) -> Source:
-    """The C++ of one kernel. Raises MetalError for what is not MSL, or not known here."""
+    """The C++ of one kernel. Raises MetalError for invalid or unsupported MSL."""
     text = re.sub(r"/\*.*?\*/|//[^\n]*", lambda m: re.sub(r"[^\n]", " ", m[0]), msl, flags=re.DOTALL)
-    found = KERNEL.search(text)
-    if not found:
+    match = KERNEL.search(text)
+    if not match:
         raise MetalError("no [[kernel]] function")
     instances = INSTANCE.findall(text)
     if len(instances) > 1:
         raise MetalError("more than one instance of a kernel")
-    source = Source(instances[0].partition("<")[0] if instances else found[1])
-    arguments = [_argument(p, source) for p in _split(found[2])]
+    source = Source(instances[0].partition("<")[0] if instances else match[1])
+    arguments = [_argument(p, source) for p in _split(match[2])]
     text = INSTANCE.sub("", text)
     _check(text)
     text = re.sub(r"\[\[.*?\]\]", "", text)
-    call = f"{instances[0] if instances else found[1]}({', '.join(arguments)})"
+    call = f"{instances[0] if instances else match[1]}({', '.join(arguments)})"
     source.body = (
         "".join(_Rewriter(text).run()) + f"\nstatic void ms_body(const ms::Thread& t) {{ (void)t; {call}; }}\n"
     )
@@ -82,16 +82,16 @@ def translate(msl: str) -> Source:
 
 
 def _split(parameters: str) -> list[str]:
-    """A list of parameters, without commas inside of brackets."""
+    """Splits parameters at commas outside of brackets."""
     return [p.strip() for p in re.split(r",(?![^<(\[]*[>)\]])", parameters) if p.strip()]
 
 
 def _argument(parameter: str, source: Source) -> str:
-    """What the shim passes for a parameter of the kernel."""
-    found = re.fullmatch(r"(.*?)(\w+)\s*\[\[\s*(\w+)\s*(?:\(\s*(\d+)\s*\))?\s*\]\]", parameter, re.DOTALL)
-    if not found:
+    """The shim's argument for a parameter of the kernel."""
+    match = re.fullmatch(r"(.*?)(\w+)\s*\[\[\s*(\w+)\s*(?:\(\s*(\d+)\s*\))?\s*\]\]", parameter, re.DOTALL)
+    if not match:
         raise MetalError(f"a parameter without an attribute: {parameter}")
-    declared, name, attribute, number = (found[1].strip(), *found.groups()[1:])
+    declared, name, attribute, number = (match[1].strip(), *match.groups()[1:])
     if attribute == "buffer":
         if int(number) != len(source.buffers):
             raise MetalError(f"buffer {number} out of order")
@@ -120,12 +120,12 @@ def _check(text: str) -> None:
     for number in re.findall(r"(?<![\w.])(?:\d+\.\d*|\.\d+|\d+(?=[eE]))(?:[eE][+-]?\d+)?[\w.]*", text):
         if not number.endswith(("f", "h")):
             raise MetalError(f"{number}: C++ would take it for a double; say {number}f")
-    if found := re.search(r"\b0[xX][\da-fA-F.]+[pP]", text):
-        raise MetalError(f"{found[0]}: hexadecimal floats are newer than MSL's C++14")
+    if match := re.search(r"\b0[xX][\da-fA-F.]+[pP]", text):
+        raise MetalError(f"{match[0]}: hexadecimal floats are newer than MSL's C++14")
 
 
 class _Rewriter:
-    """Walks over the tokens. `run` gives the C++, piece by piece."""
+    """Rewrites the tokens; `run` returns pieces of C++."""
 
     def __init__(self, text: str) -> None:
         self.tokens = TOKEN.findall(text)
@@ -152,7 +152,7 @@ class _Rewriter:
         return "" if token.startswith("#include") else token
 
     def peek(self, ahead: int) -> str:
-        """The `ahead`th token from here that is no space; empty at the end."""
+        """The `ahead`th token from here that is not a space; empty at the end."""
         solid = (t for t in self.tokens[self.at :] if not t.isspace())
         for _ in range(ahead):
             next(solid, "")
@@ -225,7 +225,7 @@ class _Rewriter:
 
 
 def _pop_const(out: list[str]) -> bool:
-    """Takes a `const` before the address space out of what was written."""
+    """Removes a `const` before the address space from the output."""
     at = len(out) - 1
     while at >= 0 and out[at].isspace():
         at -= 1
@@ -236,8 +236,8 @@ def _pop_const(out: list[str]) -> bool:
 
 
 def _shared(kind: str, declarator: str) -> str:
-    found = re.fullmatch(r"\s*(\w+)\s*\[([^\]]+)\]\s*", declarator)
-    if not found:
+    match = re.fullmatch(r"\s*(\w+)\s*\[([^\]]+)\]\s*", declarator)
+    if not match:
         raise MetalError(f"a threadgroup variable that is no one-dimensional array: {declarator.strip()}")
-    name, size = found.groups()
+    name, size = match.groups()
     return f'static ms::shared<{kind}, ({size})> ms_{name}; const auto {name} = ms_{name}.enter("{name}");'

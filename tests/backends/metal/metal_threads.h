@@ -1,5 +1,5 @@
-// Runs a kernel one threadgroup at a time, every thread a fiber that runs until it waits for others. Memory is reached
-// through pointers that know their buffer and check every access.
+// Runs a kernel one threadgroup at a time; every thread is a fiber that runs until it waits. Pointers know their buffer
+// and check every access.
 #pragma once
 #include "metal_types.h"
 
@@ -24,7 +24,7 @@ struct Thread {
   uint index, lane, simdgroup;
   uint3 in_grid, in_group, group, group_size, groups, grid;
 };
-struct Simdgroup {  // `slot` holds what the lanes bring to an operation; two of them, used in turn
+struct Simdgroup {  // `slot` holds the operands of an operation, double-buffered
   uint arrived, live, turn, barriers;
   int operation;
   uint mask[2];
@@ -85,9 +85,9 @@ template <class... A> [[gnu::noinline, noreturn]] static void fail(const char* f
   for (;;) yield();
 }
 
-// ---- races in threadgroup memory: a byte that one thread writes and another one touches, without a barrier in between.
-// simd_sum and its like are no barriers. What a thread touches is noted with its old value; when the thread comes to an
-// operation that others take part in, what has changed by then is what it wrote.
+// ---- races in threadgroup memory: a byte that one thread writes and another accesses without a barrier in between;
+// simdgroup reductions are no barriers. Accesses are logged with the old value; at the thread's next collective
+// operation, changed bytes count as writes, all others as reads.
 struct Mark { int thread; uint group_barriers, simd_barriers; };
 struct Shadow { Mark writer, readers[2]; };
 struct Touch { const Region* region; char* at; uint bytes; unsigned char old[SLOT]; };
@@ -172,7 +172,7 @@ struct Argument {  // buffer number `index`, as whatever pointer the kernel's si
 };
 template <class T> T& reference(uint index) { return *(T*)regions[index].begin; }
 
-// ---- threadgroup arrays: poisoned when the first thread of a threadgroup comes to the declaration
+// ---- threadgroup arrays: poisoned when the first thread of a threadgroup reaches the declaration
 static size_t shared_bytes;
 static void add_shared(const char* name, char* begin, size_t bytes) {
   for (uint i = 0; i < region_count; i++) if (regions[i].begin == begin) return;
@@ -221,7 +221,7 @@ static void entry() {
   if (g.arrived && g.arrived == g.live) release(g, t.simdgroup);
   for (;;) yield();
 }
-// Every live lane of the simdgroup comes with the same operation of the same line; then f(simdgroup, turn, lane).
+// All live lanes must reach the same operation on the same line; then returns f(simdgroup, turn, lane).
 template <class T, class F> [[gnu::noinline]] static auto together(int operation, const T& v, F f) {
   static_assert(sizeof(T) <= SLOT);
   settle();
@@ -280,8 +280,8 @@ static bool run_ready(const uint* turn, uint from, uint to) {
   }
   return ran;
 }
-// Forward and reversed, a simdgroup runs as far as it can before the next one does, so that one which does not wait for
-// the others gets ahead of them. Shuffled, the threads of all simdgroups take turns.
+// Forward and reversed: a simdgroup runs as far as it can before the next one, so that a missing barrier shows. Shuffled:
+// the threads of all simdgroups interleave.
 static void run_group(int order, uint& random) {
   static uint turn[MOST];
   for (uint i = 0; i < count; i++) turn[i] = order == REVERSED ? count - 1 - i : i;
@@ -322,7 +322,7 @@ static const char* run(void (*kernel)(const Thread&), uint buffers, const uint* 
 }
 }  // namespace ms
 
-// -fsanitize=bounds,shift,integer-divide-by-zero reports what goes wrong in a thread's own arrays and numbers here.
+// Handlers of -fsanitize=bounds,shift,integer-divide-by-zero: errors in thread-local arrays and arithmetic.
 struct ms_place { const char* file; uint32_t line, column; };
 extern "C" {
 void __ubsan_handle_out_of_bounds(ms_place* at, uintptr_t index) {

@@ -12,9 +12,8 @@ typedef unsigned short ushort;
 typedef unsigned int uint;
 typedef unsigned long ulong;
 
-// half and bfloat. Every operation between two of a type rounds to it; with a float it gives a float. Making one from
-// a float is explicit here (MSL allows it silently for half only), so a kernel that is right for all types says where
-// it rounds.
+// half and bfloat. Operations within a type round to it; with a float they give a float. Conversion from float is
+// explicit (MSL converts silently to half only), so that one kernel source is valid for all types.
 struct ms_half_bits {
   static uint16_t pack(float f) { _Float16 h = _Float16(f); uint16_t u; std::memcpy(&u, &h, 2); return u; }
   static float unpack(uint16_t u) { _Float16 h; std::memcpy(&h, &u, 2); return float(h); }

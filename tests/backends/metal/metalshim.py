@@ -1,8 +1,8 @@
-"""Runs Metal kernels on a CPU: builds them with g++ against metal_shim.h, and checks what they do.
+"""Runs Metal kernels on a CPU: builds them with g++ against metal_shim.h, and checks their memory accesses.
 
 `Kernel(msl).run(arrays, ...)` runs the kernel three times, with the threads of a threadgroup forward, reversed and
-shuffled, on memory filled differently each time: results that differ mean a missing barrier or a read of memory that
-nobody wrote; elements that keep the filling were never written. The rest is reported by the thread that does it.
+shuffled, on memory filled differently each time. Different results mean a missing barrier or a read of uninitialized
+memory; elements that keep the fill value were never written. Threads report all other errors themselves.
 """
 
 import atexit
@@ -25,12 +25,12 @@ FLAGS = (
     "-std=c++20 -O1 -fPIC -Werror=vla -ffp-contract=off -ftrivial-auto-var-init=pattern "
     "-fsanitize=bounds,shift,integer-divide-by-zero"
 ).split()
-RUNS = ((0, 0xFF), (1, 0xA5), (2, 0x3C))  # order of the threads, filling of memory
+RUNS = ((0, 0xFF), (1, 0xA5), (2, 0x3C))  # order of the threads, fill byte
 
 
 @cache
 def folder() -> Path:
-    """A folder of this session with the shim's header, compiled once."""
+    """A temporary folder with the precompiled header of the shim."""
     made = Path(tempfile.mkdtemp(prefix="metalshim-"))
     atexit.register(shutil.rmtree, made, ignore_errors=True)
     for header in ("metal_shim.h", "metal_threads.h", "metal_types.h"):
@@ -65,7 +65,7 @@ def _library(program: str) -> ctypes.CDLL:
     stem = folder() / hashlib.sha256(program.encode()).hexdigest()[:20]
     stem.with_suffix(".cpp").write_text(program, encoding="utf-8")
     _compile("-c", str(stem.with_suffix(".cpp")), "-o", str(stem.with_suffix(".o")))
-    # linked without the sanitizer's library: the shim has its own handlers
+    # without the sanitizer's library: the shim has its own handlers
     link = [COMPILER, "-shared", str(stem.with_suffix(".o")), "-o", str(stem.with_suffix(".so"))]
     subprocess.run(link, check=True, capture_output=True)
     return ctypes.CDLL(str(stem.with_suffix(".so")))
@@ -77,7 +77,7 @@ def program(source: Source) -> str:
 
 
 class Kernel:
-    """A kernel, built. Raises MetalError where it is not MSL or does not compile."""
+    """A compiled kernel. Raises MetalError for invalid MSL."""
 
     def __init__(self, msl: str) -> None:
         self.source = translate(msl)
@@ -88,9 +88,9 @@ class Kernel:
         self.entry.restype = ctypes.c_char_p
 
     def run(self, arrays: dict[str, np.ndarray], outputs: list[str], grid, threadgroup, initial=None) -> None:
-        """Runs in all orders and leaves the results in the arrays named by `outputs`. Raises MetalError.
+        """Runs in all orders; the arrays named by `outputs` hold the results. Raises MetalError.
 
-        Every array is contiguous. `<name>_shape`, `<name>_strides` and `<name>_ndim` are made where the kernel asks.
+        Arrays are contiguous. `<name>_shape`, `<name>_strides` and `<name>_ndim` are passed if the kernel uses them.
         """
         results = []
         for order, fill in RUNS:
@@ -117,15 +117,15 @@ class Kernel:
     def _buffer(self, arrays, name: str) -> np.ndarray:
         if name in arrays:
             return arrays[name]
-        found = re.fullmatch(r"(\w+)_(shape|strides|ndim)", name)
-        if not found or found[1] not in arrays:
+        match = re.fullmatch(r"(\w+)_(shape|strides|ndim)", name)
+        if not match or match[1] not in arrays:
             raise MetalError(f"{self.source.name}: no array for the buffer {name}")
-        a = arrays[found[1]]
-        if found[2] == "shape":
+        a = arrays[match[1]]
+        if match[2] == "shape":
             return np.array(a.shape, np.int32)
         return (
             np.array([s // a.itemsize for s in a.strides], np.int64)
-            if found[2] == "strides"
+            if match[2] == "strides"
             else np.int32(a.ndim)[None]
         )
 

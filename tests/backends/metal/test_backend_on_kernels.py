@@ -1,4 +1,4 @@
-"""The MLX backend with the rules of Metal, its kernels on the shim, against its rules of mx ops."""
+"""The MLX backend with Metal kernels on the shim vs. with mx ops."""
 
 import sys
 
@@ -10,14 +10,16 @@ from llmrs.backends.mlx.backend import MlxBackend
 from llmrs.backends.mlx.kernels.launch import Kernels
 from llmrs.backends.testing import BLOCK, CONTEXT, MODELS, RandomModel, core_on, prefill_batch, prompts, request, run
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the shim runs on Linux; on a Mac TestMlx has the GPU")
-ALL = {"paged_decode", "paged_prefill", "norm_rope", "fused_add_rms_norm", "gated"}
-MISSING = {  # the kernels that a family does not reach; those of attention want heads of 16 or more
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux", reason="the shim needs Linux; on a Mac, TestMlx covers the GPU"
+)
+ALL = {"paged_decode", "paged_prefill", "norm_rope", "fused_add_rms_norm", "act_and_mul"}
+MISSING = {  # kernels that a family does not use; attention needs heads of 16 or more
     "mistral": {"paged_decode", "paged_prefill", "norm_rope"},
-    "qwen3-moe": {"gated"},
+    "qwen3-moe": {"act_and_mul"},
     "gemma3": {"fused_add_rms_norm"},
 }
-SAMPLING = {"sample_keep", "sample_part", "sample_pick"}
+SAMPLING = {"find_thresholds", "sample_gumbel", "reduce_argmax"}
 
 
 def on_shim(model, dtype="f32", kv_dtype="f32"):
@@ -28,22 +30,22 @@ def on_shim(model, dtype="f32", kv_dtype="f32"):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_and_tokens(name):
-    """A prompt alone, then answers among parts of a prompt, greedy and drawn."""
+    """A prefill, then mixed steps, greedy and random."""
     model = RandomModel.of(name, num_hidden_layers=7 if name == "gemma3" else 2)
     plain = model.on(MlxBackend("cpu", "f32", "f32"))
     metal, shim = on_shim(model)
-    found = []
+    logits = []
     for backend in (plain, metal):
         backend.allocate(100, BLOCK, 8, CONTEXT)
-        found.append(backend.to_host(backend.forward(prefill_batch(prompts(1, BLOCK + 1, 23)))))
-    assert np.abs(found[0] - found[1]).max() < 1e-4
+        logits.append(backend.to_host(backend.forward(prefill_batch(prompts(1, BLOCK + 1, 23)))))
+    assert np.abs(logits[0] - logits[1]).max() < 1e-4
 
     def ask():
-        drawn = [request(p, n, temperature=0.8, top_p=0.9, max_tokens=4) for n, p in enumerate(prompts(7, 19))]
-        return [request(prompts(3)[0], max_tokens=6), *drawn]
+        sampled = [request(p, n, temperature=0.8, top_p=0.9, max_tokens=4) for n, p in enumerate(prompts(7, 19))]
+        return [request(prompts(3)[0], max_tokens=6), *sampled]
 
-    answers = [run(core_on(b, max_num_batched_tokens=12), ask()) for b in (plain, metal)]
-    assert answers[0] == answers[1]
+    outputs = [run(core_on(b, max_num_batched_tokens=12), ask()) for b in (plain, metal)]
+    assert outputs[0] == outputs[1]
     called = {c.removeprefix("llmrs_") for c in shim.calls}
     assert (ALL | SAMPLING) - MISSING.get(name, set()) <= called
     plain.close()
@@ -53,16 +55,16 @@ def test_logits_and_tokens(name):
 @pytest.mark.parametrize("name", ["qwen3", "gemma3"])
 @pytest.mark.parametrize("dtypes", [("bf16", "bf16"), ("f16", "f16"), ("f32", "f16")], ids="-".join)
 def test_half_precision(name, dtypes):
-    """As near to float32 as the rules of mx ops are, up to a factor."""
+    """As close to float32 as mx ops, up to a factor."""
     model = RandomModel.of(name, num_hidden_layers=2)
     exact, plain = (model.on(MlxBackend("cpu", *types)) for types in (("f32", "f32"), dtypes))
     metal, shim = on_shim(model, *dtypes)
-    found = []
+    logits = []
     for backend in (exact, plain, metal):
         backend.allocate(100, BLOCK, 8, CONTEXT)
         first = backend.to_host(backend.forward(prefill_batch(prompts(1, 9, 23))))
-        found.append(np.concatenate([first, backend.to_host(backend.forward(prefill_batch(prompts(1))))]))
-    errors = [np.linalg.norm(f - found[0]) / np.linalg.norm(found[0]) for f in found[1:]]
+        logits.append(np.concatenate([first, backend.to_host(backend.forward(prefill_batch(prompts(1))))]))
+    errors = [np.linalg.norm(f - logits[0]) / np.linalg.norm(logits[0]) for f in logits[1:]]
     assert 0 < errors[1] < 1.5 * errors[0]
     assert "llmrs_paged_decode" in shim.calls
     for backend in (exact, plain, metal):

@@ -1,4 +1,4 @@
-"""norm_rope, fused_add_rms_norm and gated against the ops of the reference backend."""
+"""norm_rope, fused_add_rms_norm and act_and_mul against the ops of the reference backend."""
 
 import numpy as np
 import pytest
@@ -70,7 +70,7 @@ def test_a_mutated_norm_rope_fails(old, new):
 
 
 def tiny_values(mutate):
-    """Values that eps is felt by."""
+    """Values so small that eps matters."""
     x = mx.full((1, 3, 16), 1e-3)
     ones, zeros = mx.ones((16,)), mx.zeros((8,))
     q, *_ = elementwise.norm_rope(
@@ -93,12 +93,12 @@ def fused_add_rms_norm(mutate=None, dtype=mx.float32, count=3, width=640, offset
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_add_norm_types(dtype):
+def test_fused_add_rms_norm_types(dtype):
     fused_add_rms_norm(dtype=DTYPES[dtype], offset=1.0)
 
 
 @pytest.mark.parametrize(("count", "width"), [(1, 8), (2, 100), (1, 1025), (2, 4096)])
-def test_add_norm_shapes(count, width):
+def test_fused_add_rms_norm_shapes(count, width):
     fused_add_rms_norm(count=count, width=width)
 
 
@@ -112,25 +112,25 @@ def test_add_norm_shapes(count, width):
         ("y) * N;", "x) * N;"),
     ],
 )
-def test_a_mutated_add_norm_fails(old, new):
+def test_a_mutated_fused_add_rms_norm_fails(old, new):
     assert_found(old, new, lambda mutate: fused_add_rms_norm(mutate))
 
 
-def gated(mutate=None, dtype=mx.float32, gelu=False, count=3, width=96):
+def act_and_mul(mutate=None, dtype=mx.float32, gelu=False, count=3, width=96):
     rng = np.random.default_rng(width)
     x = rng.normal(size=(count, 2 * width)) * 3
-    x[0, 0], x[0, 1] = 60, -60  # where tanh and exp reach their ends
+    x[0, 0], x[0, 1] = 60, -60  # saturates tanh and exp
     x, x32 = rounded(x, dtype)
-    got = elementwise.gated(kernels(mutate), x, gelu=gelu)
+    got = elementwise.act_and_mul(kernels(mutate), x, gelu=gelu)
     assert got.dtype == dtype
     assert_close(got, (ops.gelu_and_mul if gelu else ops.silu_and_mul)(None, *np.split(x32, 2, axis=1)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gelu", [False, True])
-def test_gated(dtype, gelu):
-    gated(dtype=DTYPES[dtype], gelu=gelu)
-    gated(dtype=DTYPES[dtype], gelu=gelu, count=1, width=301)
+def test_act_and_mul(dtype, gelu):
+    act_and_mul(dtype=DTYPES[dtype], gelu=gelu)
+    act_and_mul(dtype=DTYPES[dtype], gelu=gelu, count=1, width=301)
 
 
 @pytest.mark.parametrize(
@@ -138,22 +138,22 @@ def test_gated(dtype, gelu):
     [("2 * N + N + i", "2 * N + N + i + 1", False), ("1.0f + metal::precise::exp", "metal::precise::exp", False),
      ("0.044715f", "0.044f", True)],
 )  # fmt: skip
-def test_a_mutated_gated_fails(old, new, gelu):
-    assert_found(old, new, lambda mutate: gated(mutate, gelu=gelu))
+def test_a_mutated_act_and_mul_fails(old, new, gelu):
+    assert_found(old, new, lambda mutate: act_and_mul(mutate, gelu=gelu))
 
 
-@pytest.mark.skipif(mx.metal.is_available(), reason="there is Metal")
-def test_mlx_takes_the_kernels_and_says_that_there_is_no_metal():
-    with pytest.raises(BackendError, match=r"gated can't be run.*No Metal back-end"):
-        mx.eval(elementwise.gated(Kernels(), mx.zeros((2, 16)), gelu=False))
+@pytest.mark.skipif(mx.metal.is_available(), reason="needs a system without Metal")
+def test_without_metal_the_error_says_so():
+    with pytest.raises(BackendError, match=r"act_and_mul can't be run.*No Metal back-end"):
+        mx.eval(elementwise.act_and_mul(Kernels(), mx.zeros((2, 16)), gelu=False))
 
 
-def test_what_the_launchers_refuse():
+def test_the_launchers_check_their_arguments():
     x = mx.zeros((2, 16))
-    with pytest.raises(BackendError, match=r"fused_add_rms_norm: y has shape \(1, 16\), not \(2, 16\)"):
+    with pytest.raises(BackendError, match=r"fused_add_rms_norm: residual has shape \(1, 16\), not \(2, 16\)"):
         elementwise.fused_add_rms_norm(kernels(), x, x[:1], x[0], eps=EPS)
-    with pytest.raises(BackendError, match=r"gated: gate_up is mlx\.core\.int32"):
-        elementwise.gated(kernels(), x.astype(mx.int32), gelu=False)
+    with pytest.raises(BackendError, match=r"act_and_mul: gate_up is mlx\.core\.int32"):
+        elementwise.act_and_mul(kernels(), x.astype(mx.int32), gelu=False)
     with pytest.raises(BackendError, match="norm_rope: head size 15"):
         elementwise.norm_rope(
             kernels(), mx.zeros((1, 3, 15)), mx.array([0]), mx.zeros((7,)), None, kv_heads=1, kv_dtype=mx.float32

@@ -5,39 +5,20 @@ import pytest
 
 mx = pytest.importorskip("mlx.core")
 
-from metal_cases import DTYPES, assert_close, assert_found, kernels, ragged, rounded, without_barriers  # noqa: E402
+from metal_cases import DTYPES, assert_close, assert_found, attention_case, kernels, without_barriers  # noqa: E402
 
 from llmrs.backends.mlx.kernels import attention  # noqa: E402
-from llmrs.backends.reference.ops import KV, Context, attend  # noqa: E402
+from llmrs.backends.reference.ops import attend  # noqa: E402
 from llmrs.core.errors import BackendError  # noqa: E402
 
 
-def compare(
-    mutate=None, dtype=mx.float32, *, counts, lengths, window=0, block=16, heads=2, kv_heads=1, size=64, seed=0
-):
-    rng = np.random.default_rng(seed)
-    batch, blocks = ragged(counts, lengths, block, rng)
-    q, q32 = rounded(rng.normal(size=(batch.query_start_loc[-1], heads, size)), dtype)
-    pools = [rounded(rng.normal(size=(blocks, block, kv_heads, size)), dtype) for _ in range(2)]
-    for array, values in pools:  # what is not stored must not be felt
-        assert array.dtype == dtype
-        assert values.shape[0] == blocks
-    tables = mx.array(batch.block_tables)
-    scale = size**-0.5
-    got = attention.paged_prefill(
-        kernels(mutate),
-        q,
-        pools[0][0],
-        pools[1][0],
-        tables,
-        batch.query_start_loc,
-        batch.seq_lens,
-        scale=scale,
-        window=window,
-    )
-    assert got.dtype == dtype
-    expected = attend(Context(batch, block), q32, KV(pools[0][1], pools[1][1]), scale=scale, window=window)
-    assert_close(got, expected.reshape(q32.shape))
+def compare(mutate=None, window=0, heads=2, kv_heads=1, **options):
+    arrays, (context, q, kv) = attention_case(heads=heads, kv_heads=kv_heads, **options)
+    batch, scale = context.batch, q.shape[-1] ** -0.5
+    steps = (mx.array(batch.block_tables), batch.query_start_loc, batch.seq_lens)
+    got = attention.paged_prefill(kernels(mutate), *arrays, *steps, scale=scale, window=window)
+    assert got.dtype == arrays[0].dtype == options.get("dtype", mx.float32)
+    assert_close(got, attend(context, q, kv, scale=scale, window=window).reshape(q.shape))
 
 
 RAGGED = {"counts": [33, 1, 7, 20], "lengths": [33, 1, 50, 20]}
@@ -70,12 +51,12 @@ def test_windows(window):
         ("p <= position &&", "p <= position + 1 &&"),
         ("position - p < WINDOW", "position - p <= WINDOW"),
         ("first - WINDOW + 1", "first - WINDOW + 2"),
-        ("min(ROWS, after - token)", "ROWS"),
+        ("min(TILE, after - token)", "TILE"),
         ("ulong2(0, 0), true", "ulong2(0, 0), false"),
         ("my_diagonal[r * 9]", "my_diagonal[r * 8]"),
         ("simd_shuffle_xor(sum, 2)", "simd_shuffle_xor(sum, 1)"),
         ("head / (HQ / HK)", "head % HK"),
-        ("key += ROWS", "key += ROWS - 1"),
+        ("key += TILE", "key += TILE - 1"),
         ("row < count", "true"),
         *without_barriers("paged_prefill"),
     ],
@@ -86,7 +67,7 @@ def test_a_mutated_kernel_fails(old, new):
 
 
 def test_tiles():
-    tiles = attention.prompt_tiles(np.array([0, 33, 34, 34, 66]), 32)
+    tiles = attention.prefill_tiles(np.array([0, 33, 34, 34, 66]), 32)
     assert tiles.tolist() == [[0, 0], [0, 32], [1, 33], [3, 34]]
 
 
@@ -96,7 +77,7 @@ def test_tiles_fit_threadgroup_memory(size):
     assert attention.tile_simds(size, mx.bfloat16) == 4
 
 
-def test_what_the_launcher_refuses():
+def test_the_launcher_checks_its_arguments():
     q, pool = mx.zeros((3, 2, 16)), mx.zeros((2, 16, 1, 16))
     good = (q, pool, pool, mx.zeros((1, 1), dtype=mx.int32), np.array([0, 3]), np.array([3]))
     for index, wrong in ((1, pool.astype(mx.float16)), (4, np.array([0, 2])), (5, np.array([3, 3]))):

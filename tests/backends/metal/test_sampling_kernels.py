@@ -36,38 +36,37 @@ def parameters(options, seed=0):
     params = SamplingArrays.zeros(len(rows))
     for name in WHOLE:
         getattr(params, name)[:] = [r[name] for r in rows]
-    params.key[:] = rng.integers(0, 2**32, len(rows), dtype=np.uint32)
+    params.rng_key[:] = rng.integers(0, 2**32, len(rows), dtype=np.uint32)
     return params
 
 
-def draw(mutate=None, options=OPTIONS, vocabulary=1237, dtype=mx.float32, seed=0, logits=None, part=4096):
-    """Draws once and compares."""
+def draw(mutate=None, options=OPTIONS, vocabulary=1237, dtype=mx.float32, seed=0, logits=None, block_v=4096):
+    """Samples once and compares."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(len(options), vocabulary)) * 3 if logits is None else logits
     x, x32 = rounded(x, dtype)
     params = parameters(options, seed)
-    got = sampling.sample(kernels(mutate), x, params, part)
+    got = sampling.sample(kernels(mutate), x, params, block_v)
     assert got.dtype == mx.int32
     np.testing.assert_array_equal(np.array(got), reference.sample(x32, params))
 
 
-def kept(mutate, x32, params, listed):
-    """Which tokens sample_keep lets stay, bool (S, V)."""
-    edges = np.array(sampling.keep(kernels(mutate), mx.array(x32), params, listed))
-    bits = (
-        (x32 / np.where(params.temperature > 0, params.temperature, 1)[:, None] + 0).astype(np.float32).view(np.uint32)
-    )
-    keys = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
-    return (keys > edges[:, :1]) | ((keys == edges[:, :1]) & (np.arange(x32.shape[1]) <= edges[:, 1:2]))
+def kept(mutate, x32, params, candidates):
+    """Tokens that find_thresholds keeps, bool (S, V)."""
+    thresholds = np.array(sampling.find_thresholds(kernels(mutate), mx.array(x32), params, candidates))
+    scaled = x32 / np.where(params.temperature > 0, params.temperature, 1)[:, None] + 0
+    bits = scaled.astype(np.float32).view(np.uint32)
+    bits = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
+    return (bits > thresholds[:, :1]) | ((bits == thresholds[:, :1]) & (np.arange(x32.shape[1]) <= thresholds[:, 1:2]))
 
 
-def compare_kept(mutate=None, vocabulary=1237, scale=3.0, decimals=9, seed=0, listed=64):
+def compare_kept(mutate=None, vocabulary=1237, scale=3.0, decimals=9, seed=0, candidates=64):
     rng = np.random.default_rng(seed)
     x = np.round(rng.normal(size=(len(OPTIONS), vocabulary)) * scale, decimals).astype(np.float32)
     params = parameters(OPTIONS)
-    got = kept(mutate, x, params, listed)
+    got = kept(mutate, x, params, candidates)
     for s in np.flatnonzero(params.temperature > 0):
-        top_p = params.top_p[s] if params.top_p[s] < 1 else 2  # 1 cuts off what float32 sums lose at their end
+        top_p = params.top_p[s] if params.top_p[s] < 1 else 2  # 1 would drop what float32 sums lose
         expected = reference.filter_logits(x[s] / params.temperature[s], params.top_k[s], top_p, 0.0)
         np.testing.assert_array_equal(np.flatnonzero(got[s]), np.flatnonzero(np.isfinite(expected)), err_msg=str(s))
 
@@ -83,9 +82,9 @@ def test_vocabularies(vocabulary):
     draw(vocabulary=vocabulary, seed=3)
 
 
-def test_many_parts():
-    draw(vocabulary=9001, part=256)
-    draw(part=256, logits=spikes())
+def test_many_blocks():
+    draw(vocabulary=9001, block_v=256)
+    draw(block_v=256, logits=spikes())
 
 
 def test_one_row():
@@ -94,10 +93,10 @@ def test_one_row():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_what_stays(seed):
-    for listed in (1, 64, 2048):  # none of them fits, some do, all do
-        compare_kept(seed=seed, listed=listed)
-        compare_kept(seed=seed, listed=listed, decimals=0)  # many equal ones
+def test_kept_tokens(seed):
+    for candidates in (1, 64, 2048):  # fewer than the kept tokens, some, all
+        compare_kept(seed=seed, candidates=candidates)
+        compare_kept(seed=seed, candidates=candidates, decimals=0)  # many ties
     compare_kept(seed=seed, scale=1e-3)
     compare_kept(seed=seed, decimals=1, scale=30)
 
@@ -117,7 +116,7 @@ def test_masked_tokens_are_never_drawn():
 
 
 def test_noise():
-    """It may differ in the last places from NumPy's, whose logarithms are others."""
+    """Up to rounding: NumPy has other logarithms."""
     text = "noise[thread_position_in_grid.x] = gumbel(keys[0], thread_position_in_grid.x);"
     keys = np.array([0x89ABCDEF] * 8, np.uint32)
     made = kernels()._make(
@@ -130,7 +129,7 @@ def test_noise():
     np.testing.assert_allclose(np.array(noise), reference.gumbel(keys[:1], np.arange(20000))[0], rtol=3e-6, atol=1e-6)
 
 
-def found_by_what_stays(mutate):
+def compare_all_kept(mutate):
     for decimals in (9, 0):
         compare_kept(mutate, decimals=decimals)
     compare_kept(mutate, scale=0.0, vocabulary=300)
@@ -139,34 +138,34 @@ def found_by_what_stays(mutate):
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("sums[j] < most", "sums[j] <= most"),
-        ("sums[3 + j] < limit", "sums[j] < limit"),
-        ("uint low = ordered(bottom) - 1", "uint low = ordered(bottom)"),
+        ("sums[j] < max_count", "sums[j] <= max_count"),
+        ("sums[3 + j] < max_mass", "sums[j] < max_mass"),
+        ("uint low = ordered_bits(bottom) - 1", "uint low = ordered_bits(bottom)"),
         ("above_low - above_high > 1)", "above_low - above_high > 2)"),
-        ("above_low <= LIST", "above_low <= 4 * LIST"),
+        ("above_low <= MAX_CANDIDATES", "above_low <= 4 * MAX_CANDIDATES"),
         ("size = above_low;", "size = above_low - 1;"),
-        ("surplus > 0) sum[0]", "false) sum[0]"),
-        ("list[at++] = key", "list[at] = key"),
-        ("before == room", "before == room + 1"),
+        ("ties_dropped > 0) sum[0]", "false) sum[0]"),
+        ("candidates[at++] = bits", "candidates[at] = bits"),
+        ("rank == ties_kept", "rank == ties_kept + 1"),
         ("g < simd; g++", "g + 1 < simd; g++"),
         ("low + (j + 1) * step : high", "low + (j + 1) * step : low"),
         ("bits >> 31 ? ~bits", "bits >> 31 ? bits"),
-        *without_barriers("sample_keep"),
+        *without_barriers("find_thresholds"),
         *without_barriers("random"),
     ],
 )
-def test_a_mutated_keep_fails(old, new):
-    assert_found(old, new, found_by_what_stays)
+def test_a_mutated_find_thresholds_fails(old, new):
+    assert_found(old, new, compare_all_kept)
 
 
-def found_by_draws(mutate):
-    draw(mutate, part=32, vocabulary=1237)
-    draw(mutate, part=512, logits=np.zeros((len(OPTIONS), 2000)))
-    draw(mutate, part=256, logits=spikes())
+def compare_draws(mutate):
+    draw(mutate, block_v=32, vocabulary=1237)
+    draw(mutate, block_v=512, logits=np.zeros((len(OPTIONS), 2000)))
+    draw(mutate, block_v=256, logits=spikes())
 
 
 def spikes():
-    """Logits with one likely token each, at the ends of parts."""
+    """Logits with one likely token each, at the ends of blocks."""
     x = np.zeros((len(OPTIONS), 9001))
     x[np.arange(len(OPTIONS)), [255, 256, 511, 512, 767, 9000, 8960, 8959, 0, 8191, 8192, 31]] = 50
     return x
@@ -175,26 +174,26 @@ def spikes():
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("(part + 1) * PART, uint(VOCAB)", "(part + 1) * PART, uint(VOCAB + 1)"),
-        ("(part + 1) * PART, uint(VOCAB)", "(part + 1) * PART - 1, uint(VOCAB)"),
+        ("(block + 1) * BLOCK_V, uint(VOCAB)", "(block + 1) * BLOCK_V, uint(VOCAB + 1)"),
+        ("(block + 1) * BLOCK_V, uint(VOCAB)", "(block + 1) * BLOCK_V - 1, uint(VOCAB)"),
         ("x > best)", "x >= best)"),
         ("id = simd_min(best == top ? id : uint(VOCAB));", ""),
-        ("x /= heat", "x *= heat"),
+        ("x /= temp", "x *= temp"),
         ("< min_p[s]", "< 0.5f * min_p[s]"),
-        ("i > edges[3 * s + 1]", "i >= edges[3 * s + 1]"),
-        ("p += 32", "p += 33"),
-        ("p = lane; p < parts", "p = lane; p + 1 < parts"),
+        ("i > thresholds[3 * s + 1]", "i >= thresholds[3 * s + 1]"),
+        ("b += 32", "b += 33"),
+        ("b = lane; b < blocks", "b = lane; b + 1 < blocks"),
         ("0x7FEB352Du", "0x7FEB352Fu"),
-        ("mixed(token) ^ key", "token ^ key"),
-        *without_barriers("sample_part"),
+        ("mix32(token) ^ rng_key", "token ^ rng_key"),
+        *without_barriers("sample_gumbel"),
     ],
 )
-def test_a_mutated_draw_fails(old, new):
-    assert_found(old, new, found_by_draws)
+def test_a_mutated_sample_gumbel_fails(old, new):
+    assert_found(old, new, compare_draws)
 
 
-def test_what_the_launcher_refuses():
+def test_the_launcher_checks_its_arguments():
     params = parameters([{}])
     for wrong in (mx.zeros((1, 7)), mx.zeros((8,)), mx.zeros((1, 8), dtype=mx.int32)):
-        with pytest.raises(BackendError, match="sample_part"):
+        with pytest.raises(BackendError, match="sample_gumbel"):
             sampling.sample(kernels(), wrong, params)

@@ -1,4 +1,4 @@
-"""The shim itself: it computes what MSL would, and reports what a GPU would hide."""
+"""The shim: results as on a GPU, and reports of errors that a GPU hides."""
 
 import numpy as np
 import pytest
@@ -32,18 +32,18 @@ def run(body, x=None, size=64, header=""):
 
 
 REVERSE = """
-  threadgroup float part[N];
-  part[i] = x[i];
+  threadgroup float shared[N];
+  shared[i] = x[i];
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  y[i] = part[N - 1 - i];
+  y[i] = shared[N - 1 - i];
 """
 
 WITHIN = """
-  threadgroup float part[N];
-  part[i] = x[i];
+  threadgroup float shared[N];
+  shared[i] = x[i];
   float s = simd_sum(x[i]);
   simdgroup_barrier(mem_flags::mem_threadgroup);
-  y[i] = part[i ^ 31] + 0.0f * s;
+  y[i] = shared[i ^ 31] + 0.0f * s;
 """
 
 
@@ -61,13 +61,13 @@ def test_threadgroup_memory_and_barriers():
         ("const device float* p = x + 60; y[i] = p[i / 8];", r"x\[64\] is out of bounds"),
         ("const device float4* p = reinterpret_cast<const device float4*>(x + 2); y[i] = p[0].x;", "not aligned"),
         ("y[i] = x[i] + x_shape[1];", r"x_shape\[1\] is out of bounds"),
-        (REVERSE.replace("N - 1 - i", "N - i"), r"part\[64\] is out of bounds"),
+        (REVERSE.replace("N - 1 - i", "N - i"), r"shared\[64\] is out of bounds"),
         ("float a[4] = {0, 0, 0, 0}; y[i] = a[i];", "index 4 of a thread's array is out of bounds"),
         ("y[i] = x[i] + float(1 << i);", "shift by 32"),
-        (REVERSE.replace("threadgroup_barrier", "// "), r"part\[\d+\]: one thread writes it and another one"),
-        (REVERSE.replace("mem_threadgroup", "mem_device"), r"part\[\d+\]: one thread writes it and another one"),
-        (WITHIN.replace("mem_threadgroup", "mem_none"), r"part\[\d+\]: one thread writes it and another one"),
-        (WITHIN.replace("simdgroup_barrier", "// "), r"part\[\d+\]: one thread writes it and another one"),
+        (REVERSE.replace("threadgroup_barrier", "// "), r"shared\[\d+\]: one thread writes it and another one"),
+        (REVERSE.replace("mem_threadgroup", "mem_device"), r"shared\[\d+\]: one thread writes it and another one"),
+        (WITHIN.replace("mem_threadgroup", "mem_none"), r"shared\[\d+\]: one thread writes it and another one"),
+        (WITHIN.replace("simdgroup_barrier", "// "), r"shared\[\d+\]: one thread writes it and another one"),
         (
             REVERSE.replace("threadgroup_barrier", "if (i < 32) threadgroup_barrier"),
             "a thread returned while others wait|without a barrier",
@@ -88,7 +88,7 @@ def test_threadgroup_memory_and_barriers():
         ),
         ("if (i > 2) y[i] = x[i];", r"y\[0\] and 2 more were never written"),
         (
-            REVERSE.replace("part[i] = x[i];", "if (i > 2) part[i] = x[i];"),
+            REVERSE.replace("shared[i] = x[i];", "if (i > 2) shared[i] = x[i];"),
             "depend on the order of the threads or on memory",
         ),
         ("for (;;) simdgroup_barrier(mem_flags::mem_none);", "a loop without an end"),

@@ -1,4 +1,4 @@
-"""What is particular to the MLX backend: KV writes in place, MLX's process-wide state, threads, and its rules."""
+"""The MLX backend: KV writes in place, process-wide state, threads, rules."""
 
 import gc
 import os
@@ -25,7 +25,7 @@ from llmrs.memory import token_bytes
 
 mx = pytest.importorskip("mlx.core")
 
-from llmrs.backends.mlx import NEEDED, ops, streams  # noqa: E402
+from llmrs.backends.mlx import MIN_MLX, ops, streams  # noqa: E402
 from llmrs.backends.mlx.backend import MlxBackend  # noqa: E402
 from llmrs.backends.mlx.kernels.launch import Kernels  # noqa: E402
 
@@ -37,7 +37,7 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="MLX com
 
 def make(dtype="f32", kv_dtype=None, kind=MlxBackend, compiles=False):
     backend = kind("cpu", dtype, kv_dtype or dtype)
-    backend.compiles = compiles
+    backend.use_compile = compiles
     return backend
 
 
@@ -49,10 +49,10 @@ def logits(backend, model):
 @pytest.mark.parametrize(
     ("chunk", "compiles"),
     [(64, False), (4, False), pytest.param(64, True, marks=needs_compiler)],
-    ids=["answers", "prompts among answers", "compiled"],
+    ids=["decode", "mixed", "compiled"],
 )
 def test_memory_does_not_grow_with_steps(chunk, compiles):
-    """A copy of the KV cache, even of one layer's, would show: the cache is nearly all of the memory."""
+    """A copy of one layer's KV cache would show: the cache is nearly all of the memory."""
     backend = RandomModel.of("qwen3").on(make(compiles=compiles))
     core = core_on(backend, blocks=BLOCKS, max_num_batched_tokens=chunk, max_num_seqs=4, prefix_cache=False)
     mx.synchronize(backend.stream)
@@ -66,14 +66,14 @@ def test_memory_does_not_grow_with_steps(chunk, compiles):
         for _ in range(count):
             core.step()
         peaks.append(mx.get_peak_memory())
-    assert core.scheduler.running  # until the end
+    assert core.scheduler.running
     assert peaks[1] <= 1.05 * peaks[0]
     assert peaks[0] < cache * 1.05
     backend.close()
 
 
-def test_after_a_step_that_failed_others_go_on():
-    """Half a graph was built, and stores of the failed step are in it."""
+def test_later_steps_survive_a_failed_one():
+    """It fails halfway through the graph, after some KV writes."""
     backend = RandomModel.of("qwen3").on(make())
     core = core_on(backend)
 
@@ -95,10 +95,10 @@ def test_after_a_step_that_failed_others_go_on():
 
 
 def test_close_gives_memory_and_limits_back(monkeypatch):
-    monkeypatch.setattr(streams, "_loans", [])  # other tests may have left some
-    monkeypatch.setattr(streams, "_before", {})
-    monkeypatch.setattr(streams, "working_set", lambda: 10**12)  # as a Mac's
-    gc.collect()  # what tests that failed have left
+    monkeypatch.setattr(streams, "_leases", [])  # other tests may hold some
+    monkeypatch.setattr(streams, "_saved_limits", {})
+    monkeypatch.setattr(streams, "working_set", lambda: 10**12)
+    gc.collect()  # left by failed tests
     before = mx.get_active_memory()
     limits = mx.get_memory_limit(), mx.set_cache_limit(1 << 20)
     backends = [RandomModel.of("qwen3").on(make()) for _ in range(2)]
@@ -106,7 +106,7 @@ def test_close_gives_memory_and_limits_back(monkeypatch):
         run(core_on(backend), [request(p, max_tokens=5) for p in prompts(9, 3)])
     assert mx.get_active_memory() > before
     backends[0].close()
-    assert mx.set_cache_limit(streams.MOST_CACHED) > 1 << 20  # the other still lives
+    assert mx.set_cache_limit(streams.MAX_CACHE_BYTES) > 1 << 20  # one engine is left
     assert mx.get_memory_limit() == 10**12
     backends[1].close()
     backends[1].close()
@@ -116,9 +116,9 @@ def test_close_gives_memory_and_limits_back(monkeypatch):
 
 @pytest.fixture
 def limits(monkeypatch):
-    """MLX's memory and wired limit, where no engine lives, and a GPU of the given size, or none."""
-    monkeypatch.setattr(streams, "_loans", [])
-    monkeypatch.setattr(streams, "_before", {})
+    """MLX's memory and wired limits, without engines, on a GPU of the given size or none."""
+    monkeypatch.setattr(streams, "_leases", [])
+    monkeypatch.setattr(streams, "_saved_limits", {})
     wired = [7]
     monkeypatch.setattr(mx, "set_wired_limit", lambda limit: wired.append(limit) or wired[-2])  # needs a GPU
 
@@ -144,7 +144,7 @@ def test_limits_are_the_sum_of_the_engines_budgets(limits):
     first = with_budget(3 * 10**8)
     assert now() == (held + 3 * 10**8,) * 2
     second = with_budget(None)
-    assert now() == (10**12,) * 2  # this one may have all there is
+    assert now() == (10**12,) * 2  # no budget
     third = with_budget(2 * 10**8)
     second.close()
     assert now() == (held + 5 * 10**8,) * 2
@@ -154,7 +154,7 @@ def test_limits_are_the_sum_of_the_engines_budgets(limits):
     assert now() == before
 
 
-def test_limits_are_at_most_what_the_gpu_can_hold(limits):
+def test_limits_are_at_most_the_working_set(limits):
     now = limits(10**9)
     before, backend = now(), with_budget(10**10)
     assert now() == (10**9,) * 2
@@ -189,7 +189,7 @@ def test_a_model_over_the_budget_is_refused_and_leaves_no_limit(limits):
     assert now() == before
 
 
-def test_a_load_that_is_cancelled_gives_memory_back():
+def test_a_cancelled_load_frees_memory():
     before = mx.get_active_memory()
     backend, model, done = make(), RandomModel.of("qwen3"), []
 
@@ -204,10 +204,10 @@ def test_a_load_that_is_cancelled_gives_memory_back():
     assert mx.get_active_memory() == before
 
 
-def tokens_in_a_thread(found, n):
-    """One engine's life, on a thread of its own."""
+def tokens_in_a_thread(results, n):
+    """Creates, runs and closes an engine."""
     backend = RandomModel.of("qwen3").on(make())
-    found[n] = run(core_on(backend), [request(p, 3, temperature=0.9, max_tokens=30) for p in prompts(9, 20, 5)])
+    results[n] = run(core_on(backend), [request(p, 3, temperature=0.9, max_tokens=30) for p in prompts(9, 20, 5)])
     backend.close()
 
 
@@ -215,26 +215,26 @@ def system_threads():
     return len(os.listdir("/proc/self/task")) if sys.platform == "linux" else threading.active_count()
 
 
-def run_threads(count, found):
-    threads = [threading.Thread(target=tokens_in_a_thread, args=(found, n)) for n in range(count)]
+def run_threads(count, results):
+    threads = [threading.Thread(target=tokens_in_a_thread, args=(results, n)) for n in range(count)]
     for t in threads:
         t.start()
     for t in threads:
         t.join()
 
 
-def test_engines_at_once_and_one_after_the_other():
-    """Each on a thread of its own; none leaves anything behind, and the program's own device stays."""
-    found = {}
-    tokens_in_a_thread(found, "here")
+def test_concurrent_and_consecutive_engines():
+    """One thread each; no thread, stream or limit is left behind."""
+    results = {}
+    tokens_in_a_thread(results, "here")
     default, limit = mx.default_stream(mx.default_device()), mx.get_memory_limit()
-    run_threads(3, found)
-    assert [found[n] for n in range(3)] == [found["here"]] * 3
+    run_threads(3, results)
+    assert [results[n] for n in range(3)] == [results["here"]] * 3
     count = system_threads()
     for n in range(8):
         run_threads(1, again := {})
-        assert again[0] == found["here"], n
-    assert system_threads() < count + 4  # a thread that has ended may still be listed
+        assert again[0] == results["here"], n
+    assert system_threads() < count + 4  # an ended thread may still be listed
     assert (mx.default_stream(mx.default_device()), mx.get_memory_limit()) == (default, limit)
 
 
@@ -254,7 +254,7 @@ def test_importing_changes_nothing(tmp_path):
 
 @pytest.fixture
 def fresh(monkeypatch):
-    """Importing the backend anew, with the stand-in for mlx.core that is given."""
+    """Reimports the backend with a fake mlx.core."""
 
     def use(core):
         for name in [n for n in sys.modules if n.startswith("llmrs.backends.mlx") or n == "llmrs.bench.mlx_lm"]:
@@ -276,7 +276,7 @@ def old_mlx():
 @pytest.mark.parametrize("backend", ["mlx", "auto"])
 def test_an_mlx_that_is_too_old(fresh, monkeypatch, backend):
     fresh(old_mlx())
-    monkeypatch.setattr(base, "choose", lambda name: "mlx")  # as on a Mac
+    monkeypatch.setattr(base, "resolve", lambda name: "mlx")  # as on a Mac
     with pytest.raises(BackendError) as caught:
         make_backend(EngineConfig(backend=backend))
     assert caught.value.message == "MLX 0.25.1 is too old; 0.32 or later is needed"
@@ -292,10 +292,10 @@ def test_the_command_line_with_an_mlx_that_is_too_old(fresh, capsys, words):
     assert "pip install -U mlx" in shown
 
 
-def test_the_package_asks_for_the_mlx_that_the_backend_needs():
+def test_the_package_requires_the_minimum_mlx():
     wanted = [r for r in requires("llmrs") if r.startswith("mlx")]
     assert wanted
-    assert all(">=" + ".".join(map(str, NEEDED)) in r for r in wanted)
+    assert all(">=" + ".".join(map(str, MIN_MLX)) in r for r in wanted)
 
 
 @pytest.mark.parametrize(
@@ -308,19 +308,19 @@ def test_the_package_asks_for_the_mlx_that_the_backend_needs():
         ("win32", "AMD64", "", "MLX needs macOS or Linux; backend: torch runs here"),
     ],
 )
-def test_without_mlx_an_error_says_what_helps(fresh, monkeypatch, system, machine, macos, hint):
+def test_without_mlx_the_error_has_a_hint(fresh, monkeypatch, system, machine, macos, hint):
     fresh(None)
     monkeypatch.setattr(sys, "platform", system)
     monkeypatch.setattr(platform, "machine", lambda: machine)
     monkeypatch.setattr(platform, "mac_ver", lambda: (macos, ("", "", ""), machine))
     with pytest.raises(BackendError, match="MLX can't be loaded") as caught:
-        base.find("mlx")
+        base.load_backend("mlx")
     assert caught.value.hint.startswith(hint)
 
 
-@pytest.mark.skipif(mx.metal.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(mx.metal.is_available(), reason="needs a system without Metal")
 def test_a_gpu_without_metal():
-    with pytest.raises(BackendError, match="device 'gpu' is not there") as caught:
+    with pytest.raises(BackendError, match="device 'gpu' is not available") as caught:
         make_backend(EngineConfig(backend="mlx", device="gpu"))
     assert caught.value.hint == "backend mlx has: cpu"
     with pytest.raises(BackendError, match="no Metal"):
@@ -331,15 +331,14 @@ def test_a_gpu_without_metal():
     ("system", "machine", "expected"),
     [("darwin", "arm64", "mlx"), ("darwin", "x86_64", "torch"), ("linux", "aarch64", "torch")],
 )
-def test_what_is_chosen(monkeypatch, system, machine, expected):
+def test_auto_backend(monkeypatch, system, machine, expected):
     monkeypatch.setattr(sys, "platform", system)
     monkeypatch.setattr(base.platform, "machine", lambda: machine)
-    assert base.choose("auto") == expected
-    assert base.choose("reference") == "reference"
+    assert base.resolve("auto") == expected
+    assert base.resolve("reference") == "reference"
 
 
-def test_free_memory_is_what_the_gpu_can_hold(monkeypatch):
-    """As on a Mac; here MLX has no Metal."""
+def test_free_memory_on_a_gpu(monkeypatch):
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 10**12})
     assert make().devices() == ["gpu", "cpu"]
@@ -349,7 +348,7 @@ def test_free_memory_is_what_the_gpu_can_hold(monkeypatch):
 @needs_compiler
 @pytest.mark.parametrize("name", MODELS)
 def test_compiled_steps_give_the_same_tokens(name, monkeypatch):
-    """While answers begin and end, over a change of the number of keys, and with MLX's fast ops."""
+    """While requests start and finish, across a key bucket boundary, with mx.fast ops."""
     model = RandomModel.of(name)
 
     def ask():
@@ -380,41 +379,40 @@ def test_fused_ops_equal_their_definitions(name):
 
     model = RandomModel.of(name)
     fused, plain = make(), make(kind=Plain)
-    found = [logits(b, model) for b in (fused, plain)]
+    results = [logits(b, model) for b in (fused, plain)]
     own = {"llama": "qkv_rope_write_kv", "qwen3": "qkv_norm_rope_write_kv", "gemma3": "merged_linear_gelu_and_mul"}
     used = [{e.op for f in b.graph.functions.values() for e in f.equations} for b in (fused, plain)]
     assert own[name] in used[0]
     assert used[1] <= {f.__name__ for f in ops.PLAIN}
-    assert np.abs(found[0] - found[1]).max() < 1e-5
+    assert np.abs(results[0] - results[1]).max() < 1e-5
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_rules_with_the_fast_ops_equal_the_common_ones(name):
-    """A GPU gets them; they run anywhere."""
+def test_gpu_rules_equal_the_common_ones(name):
+    """They run on a CPU too."""
     model = RandomModel.of(name)
     common, fast = make(), make()
     fast.rules = {**ops.COMMON, **ops.FAST}
-    found = [logits(b, model) for b in (common, fast)]
-    assert np.abs(found[0] - found[1]).max() < 1e-4
+    results = [logits(b, model) for b in (common, fast)]
+    assert np.abs(results[0] - results[1]).max() < 1e-4
 
 
-def test_a_kv_cache_of_another_type():
+def test_a_kv_cache_of_another_dtype():
     model = RandomModel.of("qwen3")
     exact, rounded = logits(make(), model), logits(make(kv_dtype="f16"), model)
     error = np.linalg.norm(exact - rounded) / np.linalg.norm(exact)
     assert 0 < error < 0.02
 
 
-def test_what_a_layer_is_made_of_on_metal():
+def test_ops_per_layer_on_metal():
     from llmrs.bench import mlx_lm
 
-    found = mlx_lm.per_layer()
-    assert found["Metal kernels"] == 5  # norm + rope, attention, gated, add + norm twice
-    assert found["other primitives of MLX"] >= 6  # four matrix products and two scatters at least
+    counts = mlx_lm.per_layer()
+    assert counts["Metal kernels"] == 5  # norm_rope, attention, act_and_mul, fused_add_rms_norm twice
+    assert counts["MLX primitives"] >= 6  # at least four GEMMs and two scatters
 
 
-def test_a_metal_kernel_that_fails_is_named():
-    """At its first launch, with what would help."""
+def test_the_error_of_a_metal_kernel_names_it():
 
     def make(name, **_):
         def launch(**_):
@@ -432,9 +430,9 @@ def test_a_metal_kernel_that_fails_is_named():
     backend.close()
 
 
-def test_kernels_of_mlx_are_an_option():
+def test_the_kernels_option():
     backend = MlxBackend("cpu", "f32", "f32")
-    backend.compiles = True  # as on a Mac's GPU
+    backend.use_compile = True  # as on a Mac's GPU
     backend.use_metal(Kernels())
     backend.configure(EngineConfig())
     assert backend.rules["attend"] is not ops.FAST["attend"]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from llmrs.backends.base import find
+from llmrs.backends.base import load_backend
 from llmrs.backends.testing import RandomModel, core_on, prompts, request, run
 from llmrs.backends.torch.async_output import OutputCopier, TorchOutput
 
@@ -77,7 +77,7 @@ def test_answers_are_the_same_with_an_outbox(graphs: bool):
     pytest.importorskip("triton")
     found = []
     for aside in (False, True):
-        backend = find("torch")(str(DEVICE), "f32", "f32")
+        backend = load_backend("torch")(str(DEVICE), "f32", "f32")
         backend.use_kernels("triton", graphs=graphs)
         backend.runner.copy_output, backend.max_in_flight = aside, 1 + aside
         backend = RandomModel.of("qwen3", num_hidden_layers=1).on(backend)

@@ -82,7 +82,7 @@ def test_decode_and_prefill_both_count():
 def test_what_is_measured_is_a_choice_and_measured_once(dtype, monkeypatch):
     forms = measured(dtype, torch.get_num_threads())
     assert forms.plain_max_m in {1, *(2**n for n in range(1, PREFILL_M.bit_length())), ALL_ROWS}
-    monkeypatch.setattr(cpu_linear, "best_time", None)
+    monkeypatch.setattr(cpu_linear, "bench", None)
     assert measured(dtype, torch.get_num_threads()) is forms
 
 

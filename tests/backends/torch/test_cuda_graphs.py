@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import llmrs.backends.torch
-from llmrs.backends.base import find
+from llmrs.backends.base import load_backend
 from llmrs.backends.testing import BLOCK, RandomModel, core_on, prefill_batch, prompts, request, run, sampling_batch
 from llmrs.backends.torch.program import Program, Programs
 from llmrs.config import EngineConfig
@@ -49,7 +49,7 @@ DEVICE = "cuda:0" if torch.cuda.is_available() else "cpu"
 
 
 def backend(graphs: bool = True, name: str = "qwen3"):
-    made = find("torch")(DEVICE, "f32", "f32")
+    made = load_backend("torch")(DEVICE, "f32", "f32")
     made.use_kernels("triton", graphs=graphs)
     return RandomModel.of(name, num_hidden_layers=1).on(made)
 
@@ -235,7 +235,7 @@ def test_shapes_that_are_run_and_captured_at_load():
 
 def test_calls_that_are_alike_are_made_once():
     """Of a model's layers, to load their kernels."""
-    made = find("torch")(DEVICE, "f32", "f32")
+    made = load_backend("torch")(DEVICE, "f32", "f32")
     made.use_kernels("triton")
     ours = RandomModel.of("qwen3", num_hidden_layers=3).on(made)
     ours.allocate(4, BLOCK, 2, 16)
@@ -295,7 +295,7 @@ def test_models_whose_rules_ask_the_device_are_not_recorded():
 def test_without_triton_auto_warns_and_triton_is_an_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "llmrs.backends.torch.model_runner", None)
     monkeypatch.delattr(llmrs.backends.torch, "model_runner", raising=False)
-    made = find("torch")("cpu", "f32", "f32")
+    made = load_backend("torch")("cpu", "f32", "f32")
     with pytest.raises(BackendError, match="Triton can't be loaded"):
         made.use_kernels("triton")
     made.torch_device = torch.device("cuda:0")
@@ -306,12 +306,12 @@ def test_without_triton_auto_warns_and_triton_is_an_error(monkeypatch):
 
 def test_a_backend_without_a_choice_refuses_one():
     with pytest.raises(ConfigError, match="no choice of kernels"):
-        find("reference")("cpu", "f32", "f32").configure(EngineConfig(kernels="triton"))
+        load_backend("reference")("cpu", "f32", "f32").configure(EngineConfig(kernels="triton"))
 
 
 def test_memory_for_steps_is_reserved_before_the_cache():
     graph = RandomModel.of("qwen3").graph
-    made = find("torch")("cpu", "f32", "f32")
+    made = load_backend("torch")("cpu", "f32", "f32")
     assert made.workspace_bytes(graph, 256, 2048) == 0
     made.torch_device = torch.device("cuda:0")
     small, large = made.workspace_bytes(graph, 8, 64), made.workspace_bytes(graph, 256, 2048)
@@ -324,7 +324,7 @@ def test_memory_for_steps_is_reserved_before_the_cache():
 )
 def test_a_gpu_without_bf16(monkeypatch, dtype, kv_dtype, option):
     """Older than Ampere: its kernels can't be compiled for bf16."""
-    made = find("torch")("cpu", dtype, kv_dtype)
+    made = load_backend("torch")("cpu", dtype, kv_dtype)
     made.torch_device = torch.device("cuda:0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda at: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda at: "Tesla T4")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from llmrs.backends.base import find
+from llmrs.backends.base import load_backend
 from llmrs.backends.testing import BLOCK, RandomModel, core_on, prefill_batch, prompts, request, run
 
 pytest.importorskip("triton")
@@ -126,7 +126,7 @@ def test_which_kernel_runs(monkeypatch: pytest.MonkeyPatch):
 
 
 def backend(name: str, dtype: str = "f32", **changes):
-    made = find("torch")("cuda:0" if DEVICE == "cuda" else DEVICE, dtype, dtype)
+    made = load_backend("torch")("cuda:0" if DEVICE == "cuda" else DEVICE, dtype, dtype)
     made.use_kernels("triton", graphs=False)
     return RandomModel.of(name, num_hidden_layers=2, **changes).on(made)
 
@@ -206,7 +206,7 @@ def test_the_fused_program_is_the_unfused_one(name: str, dtype: str, way: str, m
 @pytest.mark.parametrize("name", ["qwen2", "qwen3", "gemma3"])  # the suite of test_backends.py has the others
 def test_greedy_tokens_are_the_reference_s(name: str):
     made = backend(name)
-    reference = RandomModel.of(name, num_hidden_layers=2).on(find("reference")("cpu", "f32", "f32"))
+    reference = RandomModel.of(name, num_hidden_layers=2).on(load_backend("reference")("cpu", "f32", "f32"))
     answers = [run(core_on(b), [request(p, max_tokens=3) for p in prompts(1, 4)]) for b in (made, reference)]
     assert answers[0] == answers[1]
 
@@ -214,7 +214,7 @@ def test_greedy_tokens_are_the_reference_s(name: str):
 def test_one_token_with_two_wanted_rows():
     """A prompt that comes token by token, with its log probabilities: the last token's own row, and the answer's."""
     found = []
-    for made in (find("reference")("cpu", "f32", "f32"), None):
+    for made in (load_backend("reference")("cpu", "f32", "f32"), None):
         model = RandomModel.of("qwen3", num_hidden_layers=2).on(made) if made else backend("qwen3")
         core = core_on(model, max_num_batched_tokens=1, max_num_seqs=1, prefix_cache=False)
         asked = request(prompts(5)[0], max_tokens=2, prompt_logprobs=1)

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from llmrs.backends.base import find
+from llmrs.backends.base import load_backend
 from llmrs.backends.fusion import FUSED_ADD_RMS_NORM, fuse
 from llmrs.backends.linearize import hoist_logits_gather, inline
 from llmrs.backends.testing import MODELS, RandomModel, prefill_batch, prompts
@@ -16,7 +16,7 @@ from llmrs.models.arch.layers import matrix, vector
 X = Type("act", (T, 8))
 
 
-class Hoisted(find("torch")):
+class Hoisted(load_backend("torch")):
     """Plain torch with the gather hoisted, as the kernels have it."""
 
     def load_weights(self, weights, progress):
@@ -29,7 +29,7 @@ def test_only_logits_rows_go_through_the_end_of_the_last_layer(name: str):
     batch = prefill_batch(prompts(9, 1, 17))
     batch = dataclasses.replace(batch, logits_indices=np.array([3, 8, 9, 26], np.int32))
     logits = []
-    for kind in (find("torch"), Hoisted):
+    for kind in (load_backend("torch"), Hoisted):
         backend = RandomModel.of(name).on(kind("cpu", "f32", "f32"))
         backend.allocate(64, 4, 8, 64)
         logits.append(backend.to_host(backend.forward(batch)).copy())
@@ -94,7 +94,7 @@ def test_weights_are_bound_once_for_all_programs():
     interpreted = pytest.importorskip("llmrs.backends.torch.kernels.launch").interpreted
     if not interpreted():
         pytest.skip("needs Triton's interpreter")
-    backend, loaded = find("torch")("cpu", "f32", "f32"), []
+    backend, loaded = load_backend("torch")("cpu", "f32", "f32"), []
     backend.use_kernels("triton", graphs=False)
     model = RandomModel.of("qwen3", num_hidden_layers=2)
     backend.load(model.graph, model.weights, loaded.append)

@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("triton")
 import triton.language as tl
 
-from llmrs.backends.base import find
+from llmrs.backends.base import load_backend
 from llmrs.backends.testing import RandomModel, core_on, prompts, run
 from llmrs.backends.testing import request as asked_for
 from llmrs.backends.torch import kernels, model_runner
@@ -51,7 +51,7 @@ def calls(monkeypatch) -> list[str]:
 
 def answers(dtype: str) -> list[list[int]]:
     """Of greedy, sampled and filtered requests, prefill and decode."""
-    backend = find("torch")("cpu", dtype, dtype)
+    backend = load_backend("torch")("cpu", dtype, dtype)
     backend.use_kernels("triton", graphs=False)
     model = RandomModel.of("qwen3", num_hidden_layers=1).on(backend)
     asked = [asked_for(p, n, max_tokens=2, temperature=0.9, top_k=5 * n) for n, p in enumerate(prompts(3, 5))]
@@ -71,7 +71,7 @@ def test_every_cta_waits_once_and_then_launches_dependents(dtype: str, request: 
 
 @pytest.mark.skipif(not launch.interpreted(), reason="compiled kernels call nothing of ours")
 def test_only_in_steps_of_few_tokens(monkeypatch, calls):
-    backend = find("torch")("cpu", "f32", "f32")
+    backend = load_backend("torch")("cpu", "f32", "f32")
     backend.use_kernels("triton", graphs=False)
     model, seen = RandomModel.of("qwen3", num_hidden_layers=1).on(backend), []
     core, original = core_on(model), Program.run

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from llmrs.backends.base import find
+from llmrs.backends.base import load_backend
 from llmrs.backends.testing import RandomModel, prefill_batch, prompts
 from llmrs.core.errors import BackendError
 
@@ -83,7 +83,7 @@ def test_a_model_with_it(monkeypatch):
         triton_ops, "prefill_attention_tma", lambda *args, **how: (calls.append(how["config"]), launch(*args, **how))
     )
     for name, dtype in (("reference", "f32"), ("torch", "f16")):
-        backend = find(name)(f"{DEVICE}:0" if DEVICE == "cuda" and name == "torch" else "cpu", dtype, dtype)
+        backend = load_backend(name)(f"{DEVICE}:0" if DEVICE == "cuda" and name == "torch" else "cpu", dtype, dtype)
         if name == "torch":
             backend.use_kernels("triton", graphs=False)
         RandomModel.of("qwen3").on(backend).allocate(64, 16, 4, 256)

@@ -1,10 +1,10 @@
-// y = act(gate) * up, for the gated feed-forward; act is SiLU, or GELU with tanh where GELU is true.
+// y = act(gate) * up; act is SiLU, or tanh GELU if GELU.
 //
-// Layouts (row-major): gate_up T (rows, 2, N): the gate's N elements of a row, then up's. Output: y T (rows, N).
-// Grid: threads (N, rows, 1); a thread makes one element.
+// Layouts (row-major): gate_up T (rows, 2, N): gate, then up; y T (rows, N).
+// Grid: threads (N, rows, 1), one element each.
 // Bytes: 3 * N * sizeof(T) per row.
-// Formula: silu_mul and gelu_mul of backends/reference/ops.py. precise::tanh, because the fast one is NaN far
-// from 0; exp may give infinity.
+// Formula: silu_and_mul and gelu_and_mul of backends/reference/ops.py. precise::tanh, because fast::tanh is NaN far from
+// 0; exp may overflow to infinity.
 const uint i = thread_position_in_grid.x;
 const size_t row = thread_position_in_grid.y;
 const float g = float(gate_up[row * 2 * N + i]), u = float(gate_up[row * 2 * N + N + i]);
