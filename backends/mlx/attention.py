@@ -22,40 +22,26 @@ Turns = tuple[mx.array, mx.array]  # float32 (T, 1, d): what a head's elements, 
 
 
 class KV:
-    """The KV cache of one layer by places, (blocks * block_size * width, d): keys and values apart, or in one array.
+    """The KV cache of one layer by places, (blocks * block_size * heads, d).
 
     A store replaces arrays; it happens in place where nothing else holds the old ones.
     """
 
     def __init__(self, keys: mx.array, values: mx.array, heads: int) -> None:
-        """`keys` and `values` may be the same array, or in fp8 and without Metal what is used as one: `fp8.Scaled`."""
+        """`keys` and `values`: arrays, or `kv_fp8.Scaled`."""
         self.keys, self.values, self.heads = keys, values, heads
-        self.joint = keys is values
-        self.width, self.first_value = (2 * heads, heads) if self.joint else (heads, 0)  # places of a cell
 
     def write(self, places: mx.array, k: mx.array, v: mx.array) -> None:
-        """(T, Hk, d) each, to places (T, width)."""
-        if self.joint:
-            self.keys[places] = mx.concatenate([k, v], axis=1)
-        else:
-            self.keys[places] = k
-            self.values[places] = v
-
-    def write_both(self, places: mx.array, kv: mx.array) -> None:
-        """The same of (T, 2 * Hk, d)."""
-        if self.joint:
-            self.keys[places] = kv
-        else:
-            self.write(places, *mx.split(kv, 2, axis=1))
+        """(T, Hk, d) each, to places (T, Hk)."""
+        self.keys[places] = k
+        self.values[places] = v
 
     def arrays(self) -> list[mx.array]:
-        """What it is made of."""
-        return [self.keys] if self.joint else [self.keys, self.values]
+        return [self.keys, self.values]
 
     def replace(self, arrays: Iterator[mx.array]) -> "KV":
-        """Takes the next ones, as many as it is made of."""
-        keys = next(arrays)
-        self.keys, self.values = keys, keys if self.joint else next(arrays)
+        """Takes the next two."""
+        self.keys, self.values = next(arrays), next(arrays)
         return self
 
 
@@ -90,7 +76,6 @@ class Part(Arrays):
         self.blocks, self.lengths = batch.block_tables[group], batch.seq_lens[group]
         self.block_size, self.multiple = block_size, multiple
         self._biases: dict[int, mx.array] = {}
-        self._places: dict[tuple[int, int], tuple[mx.array, mx.array]] = {}
 
     def of(self, x: mx.array) -> mx.array:
         """Its rows (s * n, ...) of x (T, ...)."""
@@ -114,20 +99,12 @@ class Part(Arrays):
     def make_rows(self) -> np.ndarray:
         return self.rows.astype(np.int32)
 
-    def places(self, window: int, kv: KV) -> tuple[mx.array, mx.array]:
-        """Where the keys and the values are that its rows may see, int32 (s, Hk, L) each."""
-        key = window, kv.width  # of a step, all layers are joint or none
-        if key not in self._places:
-            keys = self.array("places", window, kv.width, kv.heads)
-            self._places[key] = keys, keys + kv.first_value if kv.joint else keys
-        return self._places[key]
-
-    def make_places(self, window: int, width: int, heads: int) -> np.ndarray:
+    def make_places(self, window: int, heads: int) -> np.ndarray:
         positions = self._positions(window)
         columns = np.minimum(positions // self.block_size, self.blocks.shape[1] - 1)
         blocks = self.blocks[np.arange(len(self.blocks))[:, None], columns]
         cells = blocks * self.block_size + positions % self.block_size  # (s, L)
-        return cells[:, None] * width + np.arange(heads, dtype=np.int32)[:, None]
+        return cells[:, None] * heads + np.arange(heads, dtype=np.int32)[:, None]
 
     def make_mask(self, window: int) -> np.ndarray:
         own = self.lengths[:, None] - self.n + np.arange(self.n)  # (s, n): the rows' own positions
@@ -154,7 +131,6 @@ class Context(Arrays):
         super().__init__()
         self.batch, self.block_size, self.multiple = batch, block_size, multiple
         self._turns: dict[int, Turns] = {}
-        self._spins: dict[tuple[int, int], mx.array] = {}
         self._places: dict[int, mx.array] = {}
 
     @cached_property
@@ -252,17 +228,6 @@ class Context(Arrays):
             self._turns[key] = mx.concatenate([cos, cos], axis=-1), mx.concatenate([-sin, sin], axis=-1)
         return self._turns[key]
 
-    def spins(self, frequencies: RopeFrequencies, positions: mx.array, turned: int, heads: int) -> mx.array:
-        """complex64 (T, heads, d/2): what pairs of a head's elements are times, the heads from `turned` on times 1."""
-        key = id(frequencies), heads
-        if key not in self._spins:
-            cos, sin = _cos_sin(frequencies, positions)
-            pairs = mx.flatten(mx.stack([cos, sin], axis=-1), -2).view(mx.complex64)  # (T, 1, d/2)
-            count, _, half = pairs.shape
-            ones = mx.ones((count, heads - turned, half), mx.complex64)
-            self._spins[key] = mx.concatenate([mx.broadcast_to(pairs, (count, turned, half)), ones], axis=1)
-        return self._spins[key]
-
 
 def _cos_sin(frequencies: RopeFrequencies, positions: mx.array) -> Turns:
     """float32 (T, 1, d/2) each, times the frequencies' scale."""
@@ -298,8 +263,8 @@ def _attended(p: Part, q: mx.array, kv: KV, scale: float, window: int) -> mx.arr
 
 def _seen(p: Part, q: mx.array, kv: KV, window: int) -> tuple[mx.array, mx.array]:
     """The keys and values (s, Hk, L, d) that its rows may see, in the type of q."""
-    keys, values = p.places(window, kv)
-    k, v = kv.keys[keys], kv.values[values]
+    places = p.array("places", window, kv.heads)  # int32 (s, Hk, L)
+    k, v = kv.keys[places], kv.values[places]
     return (k, v) if k.dtype == q.dtype else (k.astype(q.dtype), v.astype(q.dtype))
 
 

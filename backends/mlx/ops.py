@@ -80,7 +80,7 @@ def write_kv() -> Run:
 
 
 def write(c: Context, k: Array, v: Array, kv: KV) -> KV:  # (T, Hk, d) each
-    kv.write(c.places(kv.width), k, v)
+    kv.write(c.places(kv.heads), k, v)
     return kv
 
 
