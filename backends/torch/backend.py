@@ -158,16 +158,8 @@ class TorchBackend(Backend):
         if self.kernels:
             self.kernels.check(self.graph, self.type)
         function = inline(self.graph)
-        lowering = Lowering(
-            self.rules,
-            self.bind,
-            self.at,
-            self.type,
-            weights,
-            progress,
-            tied=tied_weights(function),
-            make_linear=self.make_linear,
-        )
+        tied = tied_weights(function)
+        lowering = Lowering(self.rules, self.bind, self.at, self.type, weights, progress, tied, self.make_linear)
         if self.kernels:
             functions = program_functions(hoist_logits_gather(function), self.can_fuse_norm)
             self.programs = Programs(*map(lowering.program, functions))
