@@ -44,14 +44,6 @@ class Line(NamedTuple):
         return new
 
 
-class Step(NamedTuple):
-    """How an equation for a line is found: it makes or uses the value with a name that is bound before."""
-
-    line: int
-    name: str
-    makes: bool
-
-
 def fused(op: str, group: Sequence[Equation], outs: tuple[Value, ...]) -> Equation | None:
     """One equation for the group: inputs in order of first use, params of all. None where params differ."""
     params: dict[str, Any] = {}
@@ -118,15 +110,15 @@ class Rule:
         return tuple({n: None for line in self.lines for n in line.operands if n not in made and n[0] != "*"})
 
     @cached_property
-    def plan(self) -> tuple[Step, ...]:
-        """The lines after the first, in an order in which each is connected to those before."""
+    def plan(self) -> tuple[tuple[int, str, bool], ...]:
+        """The lines after the first, each with the known name of a value that it makes (True) or uses."""
         known, left, steps = {*self.lines[0].results, *self.lines[0].operands}, {*range(1, len(self.lines))}, []
         while left:
-            ways = [Step(n, name, True) for n in sorted(left) for name in self.lines[n].results if name in known]
-            ways += [Step(n, name, False) for n in sorted(left) for name in self.lines[n].operands if name in known]
-            step = next(way for way in ways if not way.name.startswith("*"))
-            left.remove(step.line)
-            known.update(self.lines[step.line].results, self.lines[step.line].operands)
+            ways = [(n, name, True) for n in sorted(left) for name in self.lines[n].results if name in known]
+            ways += [(n, name, False) for n in sorted(left) for name in self.lines[n].operands if name in known]
+            step = next(way for way in ways if way[1][0] != "*")
+            left.remove(step[0])
+            known.update(self.lines[step[0]].results, self.lines[step[0]].operands)
             steps.append(step)
         return tuple(steps)
 
@@ -213,19 +205,18 @@ class _Rewriter:
                 if new is None:
                     continue
                 if rest:
-                    found = self._match(rule, now, new, rest[0].line, self._candidates(rest[0], new[rest[0].name]))
+                    number, name, makes = rest[0]
+                    found = self._match(rule, now, new, number, self._candidates(new[name], makes))
                 else:
                     found = self._fuse(rule, [now[i] for i in range(len(now))], new)
                 if found:
                     return found
         return None
 
-    def _candidates(self, step: Step, value: Any) -> Sequence[Equation]:
+    def _candidates(self, value: Any, makes: bool) -> Sequence[Equation]:
         if not isinstance(value, Value):
             return ()
-        if step.makes:
-            return [self.maker[value.name]] if value.name in self.maker else ()
-        return self.users[value.name]
+        return self.users[value.name] if not makes else [self.maker[value.name]] if value.name in self.maker else ()
 
     def _fuse(self, rule: Rule, group: list[Equation], bound: Bound) -> Equation | None:
         """The new equation in the group's place, unless others use what it does not give."""

@@ -6,17 +6,10 @@ from typing import Any
 
 from llmrs.core.ir import Equation, Function, Graph, Operand, S, Type, Value, Weight, at_layer
 
-TOKENWISE_OPS = {
-    "linear",
-    "merged_linear",
-    "rms_norm",
-    "add",
-    "fused_add_rms_norm",
-    "mul_scalar",
-    "silu_and_mul",
-    "gelu_and_mul",
-    "moe",
-}  # each token's row by itself
+TOKENWISE_OPS = {  # each token's row by itself
+    *("linear", "merged_linear", "rms_norm", "add", "fused_add_rms_norm"),
+    *("mul_scalar", "silu_and_mul", "gelu_and_mul", "moe"),
+}
 
 
 def inline(graph: Graph) -> Function:

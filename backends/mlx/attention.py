@@ -3,8 +3,7 @@
 Decode tokens (sequences with one token) are padded to the longest context and run as one batch; each prefill chunk runs
 alone. Letters: T tokens, H query heads, Hk KV heads, d head_dim; s sequences of a group with n tokens each, L keys.
 
-A KV slot has `entries_per_slot` entries of d elements, one per head of K and V, so that keys are gathered directly
-as (s, Hk, L, d).
+A KV slot has an entry of d elements per KV head, so that keys are gathered directly as (s, Hk, L, d).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,39 +21,26 @@ CosSin = tuple[mx.array, mx.array]  # float32 (T, 1, d): [cos, cos] and [-sin, s
 
 
 class KV:
-    """KV cache of one layer, (blocks * block_size * entries_per_slot, d): K and V apart, or interleaved in one array.
+    """KV cache of one layer: keys and values (blocks * block_size * heads, d).
 
     A write replaces the arrays; MLX does it in place if nothing else holds the old ones.
     """
 
     def __init__(self, keys: mx.array, values: mx.array, heads: int) -> None:
-        """`keys is values`: interleaved. On a CPU both may be a `kv_fp8.QuantizedKV`."""
+        """`keys` and `values`: arrays, or `kv_fp8.QuantizedKV`."""
         self.keys, self.values, self.heads = keys, values, heads
-        self.interleaved = keys is values
-        self.entries_per_slot, self.v_offset = (2 * heads, heads) if self.interleaved else (heads, 0)
 
     def write(self, slots: mx.array, k: mx.array, v: mx.array) -> None:
-        """k, v (T, Hk, d) to the entries `slots` (T, entries_per_slot)."""
-        if self.interleaved:
-            self.keys[slots] = mx.concatenate([k, v], axis=1)
-        else:
-            self.keys[slots] = k
-            self.values[slots] = v
-
-    def write_interleaved(self, slots: mx.array, kv: mx.array) -> None:
-        """`write` for kv (T, 2 * Hk, d)."""
-        if self.interleaved:
-            self.keys[slots] = kv
-        else:
-            self.write(slots, *mx.split(kv, 2, axis=1))
+        """k, v (T, Hk, d) to the entries `slots` (T, Hk)."""
+        self.keys[slots] = k
+        self.values[slots] = v
 
     def arrays(self) -> list[mx.array]:
-        return [self.keys] if self.interleaved else [self.keys, self.values]
+        return [self.keys, self.values]
 
     def replace(self, arrays: Iterator[mx.array]) -> "KV":
         """Takes its arrays from the iterator."""
-        keys = next(arrays)
-        self.keys, self.values = keys, keys if self.interleaved else next(arrays)
+        self.keys, self.values = next(arrays), next(arrays)
         return self
 
 
@@ -84,7 +70,6 @@ class AttnGroup(LazyArrays):
         self.block_tables, self.seq_lens = batch.block_tables[sequences], batch.seq_lens[sequences]
         self.block_size, self.key_bucket = block_size, key_bucket
         self._biases: dict[int, mx.array] = {}
-        self._kv_indices: dict[tuple[int, int], tuple[mx.array, mx.array]] = {}
 
     def take(self, x: mx.array) -> mx.array:
         """The group's rows (s * n, ...) of x (T, ...)."""
@@ -104,23 +89,16 @@ class AttnGroup(LazyArrays):
             self._biases[window] = bias.astype(q.dtype)
         return self._biases[window]
 
-    def kv_indices(self, window: int, kv: KV) -> tuple[mx.array, mx.array]:
-        """Entries of the visible keys and values, int32 (s, Hk, L) each."""
-        key = window, kv.entries_per_slot  # all layers are interleaved or none
-        if key not in self._kv_indices:
-            keys = self.array("kv_indices", window, kv.entries_per_slot, kv.heads)
-            self._kv_indices[key] = keys, keys + kv.v_offset if kv.interleaved else keys
-        return self._kv_indices[key]
-
     def make_tokens(self) -> np.ndarray:
         return self.tokens.astype(np.int32)
 
-    def make_kv_indices(self, window: int, entries_per_slot: int, heads: int) -> np.ndarray:
+    def make_kv_indices(self, window: int, heads: int) -> np.ndarray:
+        """Entries of the visible keys and values, int32 (s, Hk, L)."""
         positions = self._key_positions(window)
         columns = np.minimum(positions // self.block_size, self.block_tables.shape[1] - 1)
         blocks = self.block_tables[np.arange(len(self.block_tables))[:, None], columns]
         slots = blocks * self.block_size + positions % self.block_size  # (s, L)
-        return slots[:, None] * entries_per_slot + np.arange(heads, dtype=np.int32)[:, None]
+        return slots[:, None] * heads + np.arange(heads, dtype=np.int32)[:, None]
 
     def make_mask(self, window: int) -> np.ndarray:
         q_positions = self.seq_lens[:, None] - self.q_len + np.arange(self.q_len)  # (s, n)
@@ -143,7 +121,6 @@ class Context(LazyArrays):
         super().__init__()
         self.batch, self.block_size, self.key_bucket = batch, block_size, key_bucket
         self._cos_sin: dict[int, CosSin] = {}
-        self._cis: dict[tuple[int, int], mx.array] = {}
 
     @cached_property
     def query_lens(self) -> np.ndarray:
@@ -177,9 +154,9 @@ class Context(LazyArrays):
         """The longest context, rounded up to `key_bucket`."""
         return round_up(int(self.batch.seq_lens.max()), self.key_bucket)
 
-    def slot_mapping(self, entries_per_slot: int) -> mx.array:
-        """int32 (T, entries_per_slot): KV entries of each token's slot."""
-        return self.array("slot_mapping", entries_per_slot)
+    def slot_mapping(self, num_kv_heads: int) -> mx.array:
+        """int32 (T, num_kv_heads): KV entries of each token's slot."""
+        return self.array("slot_mapping", num_kv_heads)
 
     @property
     def logits_indices(self) -> mx.array:
@@ -201,10 +178,10 @@ class Context(LazyArrays):
         """int32 (T,): positions of its sequence that a token attends to."""
         return self.array("context_lens")
 
-    def make_slot_mapping(self, entries_per_slot: int) -> np.ndarray:
+    def make_slot_mapping(self, num_kv_heads: int) -> np.ndarray:
         b, size = self.batch, self.block_size
         slots = b.block_tables[self.make_token_to_seq(), b.positions // size] * size + b.positions % size
-        return slots[:, None] * entries_per_slot + np.arange(entries_per_slot, dtype=np.int32)
+        return slots[:, None] * num_kv_heads + np.arange(num_kv_heads, dtype=np.int32)
 
     def make_logits_indices(self) -> np.ndarray:
         return self.batch.logits_indices
@@ -231,17 +208,6 @@ class Context(LazyArrays):
             cos, sin = _cos_sin(frequencies, positions)
             self._cos_sin[key] = mx.concatenate([cos, cos], axis=-1), mx.concatenate([-sin, sin], axis=-1)
         return self._cos_sin[key]
-
-    def cis(self, frequencies: RopeFrequencies, positions: mx.array, rotated: int, heads: int) -> mx.array:
-        """The rotation as complex64 (T, heads, d/2), for interleaved pairs; 1 for heads from `rotated` on."""
-        key = id(frequencies), heads
-        if key not in self._cis:
-            cos, sin = _cos_sin(frequencies, positions)
-            pairs = mx.flatten(mx.stack([cos, sin], axis=-1), -2).view(mx.complex64)  # (T, 1, d/2)
-            count, _, half = pairs.shape
-            ones = mx.ones((count, heads - rotated, half), mx.complex64)
-            self._cis[key] = mx.concatenate([mx.broadcast_to(pairs, (count, rotated, half)), ones], axis=1)
-        return self._cis[key]
 
 
 def _cos_sin(frequencies: RopeFrequencies, positions: mx.array) -> CosSin:
@@ -278,8 +244,8 @@ def _sdpa(g: AttnGroup, q: mx.array, kv: KV, scale: float, window: int) -> mx.ar
 
 def _gather_kv(g: AttnGroup, q: mx.array, kv: KV, window: int) -> tuple[mx.array, mx.array]:
     """Visible keys and values (s, Hk, L, d) in q's dtype."""
-    k_indices, v_indices = g.kv_indices(window, kv)
-    k, v = kv.keys[k_indices], kv.values[v_indices]
+    indices = g.array("kv_indices", window, kv.heads)
+    k, v = kv.keys[indices], kv.values[indices]
     return (k, v) if k.dtype == q.dtype else (k.astype(q.dtype), v.astype(q.dtype))
 
 

@@ -25,7 +25,7 @@ def rules(kernels: Kernels) -> dict[str, Callable[..., Run]]:
     return {
         "attend": partial(attend, kernels),
         "qkv_rope_write_kv": partial(qkv_rope_write_kv, kernels),
-        "qkv_norm_rope_write_kv": partial(qkv_norm_rope_write_kv, kernels),
+        "qkv_norm_rope_write_kv": partial(qkv_rope_write_kv, kernels),
         "fused_add_rms_norm": partial(fused_add_rms_norm, kernels),
         "merged_linear_silu_and_mul": partial(act_and_mul, kernels, False),
         "merged_linear_gelu_and_mul": partial(act_and_mul, kernels, True),
@@ -66,45 +66,33 @@ def _prefill(kernels: Kernels, c: Context, q: Array, keys: Array, values: Array,
 
 
 def qkv_rope_write_kv(
-    kernels: Kernels, *matrix: Array, split_sizes: list[int], size: int, frequencies: RopeFrequencies
-) -> Run:
-    if size < 16 or size % 2:
-        return ops.FAST["qkv_rope_write_kv"](*matrix, split_sizes=split_sizes, size=size, frequencies=frequencies)
-    return _qkv(kernels, ops.fast_linear(*matrix), None, split_sizes, size, frequencies, {})
-
-
-def qkv_norm_rope_write_kv(
     kernels: Kernels,
     *weights: Array,
     split_sizes: list[int],
     size: int,
-    eps: float,
     frequencies: RopeFrequencies,
-    offset: float = 0.0,
+    **norm: float,  # eps, and offset if any; none without norms
 ) -> Run:
-    params: dict[str, Any] = {"eps": eps, "offset": offset}
     if size < 16 or size % 2:
-        params |= {"split_sizes": split_sizes, "size": size, "frequencies": frequencies}
-        return ops.FAST["qkv_norm_rope_write_kv"](*weights, **params)
-    *matrix, q_norm, k_norm = weights
-    return _qkv(kernels, ops.fast_linear(*matrix), (q_norm, k_norm), split_sizes, size, frequencies, params)
-
-
-def _qkv(
-    kernels: Kernels,
-    project: Run,
-    norms: tuple[Array, Array] | None,
-    widths: list[int],
-    size: int,
-    frequencies: RopeFrequencies,
-    params: dict[str, Any],
-) -> Run:
-    inv_freq, kv_heads = mx.array(np.array(frequencies.values, np.float32)), widths[1] // size
-    params = {**params, "kv_heads": kv_heads, "rope_scale": frequencies.scale}
+        params: dict[str, Any] = {"split_sizes": split_sizes, "size": size, "frequencies": frequencies}
+        return ops.FAST["qkv_rope_write_kv"](*weights, **params, **norm)
+    matrix, norms = (weights[:-2], (weights[-2], weights[-1])) if norm else (weights, None)
+    project, inv_freq = ops.fast_linear(*matrix), mx.array(np.array(frequencies.values, np.float32))
+    scale, kv_heads = frequencies.scale, split_sizes[1] // size
 
     def run(c: Context, x: Array, positions: Array, kv: KV) -> tuple[Array, KV]:
         qkv = mx.unflatten(project(c, x), -1, (-1, size))  # (T, Hq + 2 Hk, d)
-        q, k, v = elementwise.norm_rope(kernels, qkv, positions, inv_freq, norms, kv_dtype=kv.keys.dtype, **params)
+        q, k, v = elementwise.norm_rope(
+            kernels,
+            qkv,
+            positions,
+            inv_freq,
+            norms,
+            kv_dtype=kv.keys.dtype,
+            kv_heads=kv_heads,
+            rope_scale=scale,
+            **norm,
+        )
         return q, ops.write(c, k, v, kv)
 
     return run

@@ -77,7 +77,7 @@ def write_kv() -> Run:
 
 
 def write(c: Context, k: Array, v: Array, kv: KV) -> KV:  # (T, Hk, d) each
-    kv.write(c.slot_mapping(kv.entries_per_slot), k, v)
+    kv.write(c.slot_mapping(kv.heads), k, v)
     return kv
 
 
@@ -171,54 +171,47 @@ def rope_write_kv(*, frequencies: RopeFrequencies) -> Run:
     return run
 
 
-def merged_linear_silu_and_mul(
-    weight: Array, bias: Array | None = None, *, split_sizes: list[int], linear: Callable[..., Run] = linear
+def gated_linear(
+    activation: Callable[[], Run],
+    weight: Array,
+    bias: Array | None = None,
+    *,
+    split_sizes: list[int],
+    linear: Callable[..., Run] = linear,
 ) -> Run:
-    return _act_and_mul(merged_linear(weight, bias, split_sizes=split_sizes, linear=linear), silu_and_mul())
-
-
-def merged_linear_gelu_and_mul(
-    weight: Array, bias: Array | None = None, *, split_sizes: list[int], linear: Callable[..., Run] = linear
-) -> Run:
-    return _act_and_mul(merged_linear(weight, bias, split_sizes=split_sizes, linear=linear), gelu_and_mul())
-
-
-def _act_and_mul(merged: Run, act: Run) -> Run:
-    return lambda c, x: act(c, *merged(c, x))
+    merged, act_and_mul = merged_linear(weight, bias, split_sizes=split_sizes, linear=linear), activation()
+    return lambda c, x: act_and_mul(c, *merged(c, x))
 
 
 def qkv_rope_write_kv(
-    *matrix: Array,
-    split_sizes: list[int],
-    size: int,
-    frequencies: RopeFrequencies,
-    linear: Callable[..., Run] = linear,
-    rope: Callable[..., Run] = rope,
-) -> Run:
-    return _qkv(linear(*matrix), split_sizes, size, lambda c, x: x, rope(frequencies=frequencies))
-
-
-def qkv_norm_rope_write_kv(
     *weights: Array,
     split_sizes: list[int],
     size: int,
-    eps: float,
     frequencies: RopeFrequencies,
+    eps: float | None = None,
     offset: float = 0.0,
     linear: Callable[..., Run] = linear,
     rope: Callable[..., Run] = rope,
     norm: Callable[[Array, float], Run] | None = None,
 ) -> Run:
-    """Queries and keys are normalized at once, with weights (Hq + Hk, d)."""
-    *matrix, q_weight, k_weight = weights
-    weight = mx.concatenate(
-        [
-            mx.broadcast_to(w.astype(mx.float32) + offset if offset else w, (n // size, size))
-            for w, n in zip((q_weight, k_weight), split_sizes, strict=False)
-        ]
-    )
-    mx.eval(weight)
-    return _qkv(linear(*matrix), split_sizes, size, (norm or _head_norm)(weight, eps), rope(frequencies=frequencies))
+    """With `eps` queries and keys are normalized, at once: the last two weights are their norms'."""
+    heads = [n // size for n in split_sizes]
+    if eps is None:
+        project, normed = linear(*weights), None
+    else:
+        wide = [w.astype(mx.float32) + offset if offset else w for w in weights[-2:]]
+        both = mx.concatenate([mx.broadcast_to(w, (n, size)) for w, n in zip(wide, heads, strict=False)])
+        mx.eval(both)
+        project, normed = linear(*weights[:-2]), (norm or _head_norm)(both, eps)
+    turn = rope(frequencies=frequencies)
+
+    def run(c: Context, x: Array, positions: Array, kv: KV) -> tuple[Array, KV]:
+        qk, v = mx.split(mx.unflatten(project(c, x), -1, (-1, size)), [heads[0] + heads[1]], axis=1)
+        qk = turn(c, normed(c, qk) if normed else qk, positions)
+        q, k = mx.split(qk.astype(x.dtype), [heads[0]], axis=1)
+        return q, write(c, k, v, kv)
+
+    return run
 
 
 def _head_norm(weight: Array, eps: float) -> Run:
@@ -230,17 +223,6 @@ def _head_norm(weight: Array, eps: float) -> Run:
     def run(_: Context, x: Array) -> Array:
         x = x if x.dtype == mx.float32 else x.astype(mx.float32)
         return x * mx.rsqrt(mx.sum(mx.square(x), -1, True) + least) * wide
-
-    return run
-
-
-def _qkv(project: Run, split_sizes: list[int], size: int, norm: Run, rope: Run) -> Run:
-    query_heads, turned = split_sizes[0] // size, (split_sizes[0] + split_sizes[1]) // size
-
-    def run(c: Context, x: Array, positions: Array, kv: KV) -> tuple[Array, KV]:
-        qk, v = mx.split(mx.unflatten(project(c, x), -1, (-1, size)), [turned], axis=1)
-        q, k = mx.split(rope(c, norm(c, qk), positions).astype(x.dtype), [query_heads], axis=1)
-        return q, write(c, k, v, kv)
 
     return run
 
@@ -283,12 +265,12 @@ def fast_attend(*, scale: float, window: int = 0) -> Run:
 FUSED = {
     f.__name__: f for f in (merged_linear, fused_add_rms_norm, qk_norm_rope_write_kv, rope_write_kv)
 }  # of llmrs.backends.fusion
-OWN = (
-    merged_linear_silu_and_mul,
-    merged_linear_gelu_and_mul,
-    qkv_rope_write_kv,
-    qkv_norm_rope_write_kv,
-)  # of fusion.py here
+OWN: dict[str, Callable[..., Run]] = {  # of fusion.py here
+    "merged_linear_silu_and_mul": partial(gated_linear, silu_and_mul),
+    "merged_linear_gelu_and_mul": partial(gated_linear, gelu_and_mul),
+    "qkv_rope_write_kv": qkv_rope_write_kv,
+    "qkv_norm_rope_write_kv": qkv_rope_write_kv,
+}
 PLAIN = (
     embed,
     mul_scalar,
@@ -305,17 +287,17 @@ PLAIN = (
     gather_logits_rows,
     lm_head,
 )
-COMMON: dict[str, Callable[..., Run]] = {f.__name__: f for f in (*PLAIN, *FUSED.values(), *OWN)}
+COMMON: dict[str, Callable[..., Run]] = {**{f.__name__: f for f in PLAIN}, **FUSED, **OWN}
+_fast_qkv = partial(qkv_rope_write_kv, linear=fast_linear, rope=fast_rope, norm=fast_head_norm)
 FAST: dict[str, Callable[..., Run]] = {  # overrides on a GPU
     "linear": fast_linear,
-    **{
-        f.__name__: partial(f, linear=fast_linear)
-        for f in (merged_linear, merged_linear_silu_and_mul, merged_linear_gelu_and_mul)
-    },
+    "merged_linear": partial(merged_linear, linear=fast_linear),
+    "merged_linear_silu_and_mul": partial(gated_linear, silu_and_mul, linear=fast_linear),
+    "merged_linear_gelu_and_mul": partial(gated_linear, gelu_and_mul, linear=fast_linear),
     "rope": fast_rope,
     "attend": fast_attend,
     "rms_norm": fast_rms_norm,
     "fused_add_rms_norm": partial(fused_add_rms_norm, rms_norm=fast_rms_norm),
-    "qkv_rope_write_kv": partial(qkv_rope_write_kv, linear=fast_linear, rope=fast_rope),
-    "qkv_norm_rope_write_kv": partial(qkv_norm_rope_write_kv, linear=fast_linear, rope=fast_rope, norm=fast_head_norm),
+    "qkv_rope_write_kv": _fast_qkv,
+    "qkv_norm_rope_write_kv": _fast_qkv,
 }

@@ -143,16 +143,9 @@ class TorchBackend(Backend):
 
     def load_weights(self, weights: Mapping[str, Tensor], progress: Callable[[int], None]) -> None:
         function = inline(self.graph)
-        lowering = Lowering(
-            self.ops_table,
-            self.bind,
-            self.torch_device,
-            self.torch_dtype,
-            weights,
-            progress,
-            tied=tied_weights(function),
-            make_linear=self.make_linear,
-        )
+        tied, ops_table = tied_weights(function), self.ops_table
+        device, dtype = self.torch_device, self.torch_dtype
+        lowering = Lowering(ops_table, self.bind, device, dtype, weights, progress, tied, self.make_linear)
         if self.runner:
             functions = program_functions(hoist_logits_gather(function), self.can_fuse_norm)
             self.programs = Programs(*map(lowering.program, functions))

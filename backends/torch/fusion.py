@@ -43,8 +43,8 @@ def with_prologue(
 
 
 ACTIVATION = Rule(OP, f"g u = merged_linear x *w; h = {'|'.join(ACTIVATIONS)} g u -> h", fused_linear)
-RESIDUAL = Rule(OP, "y = linear x *w; s = add y r -> s", fused_linear)
-RESIDUAL_NORM = Rule(OP, "y = linear x *w; s *n = add|fused_add_rms_norm y r *v -> s *n", fused_linear)
+RESIDUAL = Rule(OP, "y = linear x *w; s = add r y -> s", fused_linear)
+RESIDUAL_NORM = Rule(OP, "y = linear x *w; s *n = add|fused_add_rms_norm r y *v -> s *n", fused_linear)
 PROLOGUE = Rule(OP, "n = rms_norm x v; *y = linear|merged_linear|fused_linear n *w -> *y")
 SMALL_BATCH_RULES = (
     ACTIVATION,

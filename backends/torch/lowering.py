@@ -25,7 +25,6 @@ class Lowering:
         dtype: torch.dtype,
         weights: Mapping[str, Tensor],
         progress: Callable[[int], None],
-        *,
         tied: Collection[Weight] = (),
         make_linear: Callable[..., Linear] = make_linear,
     ) -> None:

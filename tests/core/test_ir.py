@@ -1,12 +1,15 @@
 """The IR: what is refused, how it prints, and that fused graphs mean what they replace."""
 
 import dataclasses
+import random
 
 import numpy as np
 import pytest
 import tiny
 
-from llmrs.backends.fusion import FUSED_OPS, expand, fuse_graph
+from llmrs.backends.fusion import FUSED_OPS, RULES, expand, fuse, fuse_graph
+from llmrs.backends.linearize import inline
+from llmrs.backends.torch.fusion import SMALL_BATCH_RULES, single_token_rules
 from llmrs.core.errors import GraphError
 from llmrs.core.ir import Graph, S, T, Type, Weight, check
 from llmrs.models.arch.builder import Builder
@@ -135,6 +138,54 @@ def test_results_used_before_the_fused_equation_are_moved_behind_it():
     out = b("add", n, double, to="out")
     fused = fuse_graph(Graph("test", {}, b.done(out)), ["fused_add_rms_norm"])
     assert [e.op for e in fused.main.equations] == ["fused_add_rms_norm", "add", "add"]
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_functions_keep_their_equations(seed):
+    """Each value is still assigned before its use, and the definitions are the equations of before."""
+    rng = random.Random(seed)
+    b = Builder("main", x=X, y=X)
+    values = list(b.inputs)
+    for n in range(rng.randrange(3, 40)):
+        x, y = rng.choice(values[-4:]), rng.choice(values[-4:])
+        op = rng.choice(["add", "add", "rms_norm", "linear", "linear", "silu_and_mul"])
+        operands = {"rms_norm": [x, vector(f"n{n}", 8)], "linear": [x, matrix(f"w{n}", 8, 8)]}.get(op, [x, y])
+        params = {"rms_norm": {"eps": 1e-6}, "linear": {"shard": "rows"}}.get(op, {})
+        values.append(b(op, *operands, to="v", **params))
+    function = b.done(*rng.sample(values[2:], 2))
+    for rules in (RULES.values(), [*RULES.values(), *SMALL_BATCH_RULES], single_token_rules(lambda matrix: True)):
+        fused = fuse(function, rules)
+        check(Graph("random", {}, fused))
+        assert sorted(map(str, expand(fused).equations)) == sorted(map(str, function.equations))
+
+
+def test_fused_linear_takes_what_stands_around_it():
+    b = Builder("main", x=X, y=X)
+    x, y = b.inputs
+    n = b("rms_norm", x, vector("n", 8), eps=1e-6, to="n")
+    g, u = (b("linear", n, matrix(w, 8, 8), shard="rows", to=w) for w in ("g", "u"))
+    d = b("linear", b("silu_and_mul", g, u, to="h"), matrix("d", 8, 8), shard="columns", to="d")
+    merged = fuse(b.done(b("add", y, d, to="s")), RULES.values())
+    one = fuse(merged, single_token_rules(lambda matrix: True))
+    assert [(e.op, [b.op for b in e.body]) for e in one.equations] == [
+        ("fused_linear", ["rms_norm", "linear", "linear", "silu_and_mul"]),
+        ("fused_linear", ["linear", "add"]),
+    ]
+    assert [str(o) for o in one.equations[1].inputs] == ["h", "@d[8,8]", "y"]
+    assert fuse(merged, single_token_rules(lambda matrix: False)).equations[0].op == "rms_norm"
+
+
+def test_inlined_graphs_compute_the_same(checkpoints):
+    backend, config = tiny.backend_on("reference", checkpoints.folder("qwen3"))
+    backend.allocate(64, 4, 4, 256)
+    batch = tiny.prefill_batch(tiny.prompts(9, 2), 4)
+    plain = backend.forward(batch)
+    for graph in (graph_of(config), fuse_graph(graph_of(config), FUSED_OPS)):
+        function = inline(graph)
+        check(Graph(graph.name, {}, function))
+        backend.graph = Graph(graph.name, {}, expand(function))
+        np.testing.assert_array_equal(backend.forward(batch), plain)
+        assert list(backend.graph.weights()) == list(graph_of(config).weights())
 
 
 def test_a_backend_without_a_rule_names_op_backend_and_model(checkpoints, monkeypatch):
