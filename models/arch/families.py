@@ -1,7 +1,4 @@
-"""The families: each architecture's graph, the names of its weights, and what its config.json may leave out.
-
-A new one is an entry here, and a graph where it is not one that is there.
-"""
+"""Supported architectures: graph, weight names and config defaults of each. A new one is an entry in FAMILIES."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,19 +10,17 @@ from llmrs.core.ir import Graph, check
 from llmrs.models.arch import gemma3, llama, qwen3
 from llmrs.models.arch.config import MODEL_TYPES, Fixed, ModelConfig, architecture, parse
 from llmrs.models.arch.layers import HF_NAMES
-from llmrs.models.files.json_reader import SHORT, read_json
+from llmrs.models.files.json_reader import read_json, short_repr
 
 
 @dataclass(frozen=True)
 class Family:
-    """How an architecture is described."""
-
     graph: Callable[[ModelConfig], Graph]
     names: Mapping[str, str]  # canonical -> Hugging Face weight name
-    defaults: Mapping[str, Any] = field(default_factory=dict)  # of config fields, as transformers' classes have them
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # of config fields
 
 
-# What the classes of transformers 5 have for fields that a config.json leaves out, where it is not config.DEFAULTS.
+# Config defaults of transformers 5, where they differ from config.DEFAULTS.
 LLAMA = {
     "vocab_size": 32000,
     "hidden_size": 4096,
@@ -79,28 +74,28 @@ FAMILIES = {
 
 
 def family(name: str) -> Family:
-    """Raises ModelError for an architecture that is not supported."""
+    """Raises ModelError for an unsupported architecture."""
     if name not in FAMILIES:
-        raise ModelError(f"architecture {SHORT.repr(name)} is not supported", f"supported are {', '.join(FAMILIES)}")
+        raise ModelError(f"architecture {short_repr(name)} is not supported", f"supported are {', '.join(FAMILIES)}")
     return FAMILIES[name]
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """A folder's config.json. Raises ModelError that names the field, or the architecture."""
+    """Parses a folder's config.json. Raises ModelError."""
     path = folder / "config.json"
     data = read_json(path)
     name = architecture(path, data)
     defaults, kind = family(name).defaults, data.get("model_type")
     if kind not in (None, MODEL_TYPES[name]):
         raise ModelError(
-            f"{path}: model_type is {SHORT.repr(kind)}, and architectures names {name}",
-            f"the model_type of {name} is {MODEL_TYPES[name]}; others may compute something else",
+            f"{path}: model_type is {short_repr(kind)}, and architectures names {name}",
+            f"the model_type of {name} is {MODEL_TYPES[name]}",
         )
     return parse(path, data, defaults)
 
 
 def graph_of(config: ModelConfig) -> Graph:
-    """The checked graph of a model."""
+    """The model's graph, type-checked."""
     graph = family(config.architecture).graph(config)
     check(graph)
     return graph

@@ -1,7 +1,9 @@
-"""Gemma 3 (text): norms before and after each part, local and global layers in turn, and scaled embeddings.
+"""Gemma 3 (text): pre- and post-norms, interleaved sliding-window layers, scaled embeddings (arXiv 2503.19786).
 
-Its norms multiply by 1 + weight. The report is arXiv 2503.19786.
+Its RMS norms scale by 1 + weight.
 """
+
+from functools import partial
 
 from llmrs.core.ir import Function, Graph
 from llmrs.models.arch import layers
@@ -37,7 +39,7 @@ DEFAULTS = {
 
 
 def graph(c: ModelConfig) -> Graph:
-    return decoder(c, lambda kind, name: layer(c, kind, name), embedding_scale=c.hidden_size**0.5, norm_offset=1.0)
+    return decoder(c, partial(layer, c), embedding_scale=c.hidden_size**0.5, norm_offset=1.0)
 
 
 def layer(c: ModelConfig, kind: LayerKind, name: str) -> Function:

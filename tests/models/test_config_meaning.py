@@ -16,7 +16,7 @@ from llmrs.core.errors import ModelError
 from llmrs.models.arch.config import MODEL_TYPES
 from llmrs.models.arch.families import FAMILIES, graph_of, read_config
 from llmrs.models.arch.rope import frequencies
-from llmrs.models.files.weights import parameters
+from llmrs.models.files.weights import num_parameters
 
 CONFIGS = Path(__file__).resolve().parents[3] / "shared" / "data" / "configs"
 SMALL = {
@@ -49,7 +49,7 @@ def theirs(folder):
     blocks = [layer.mlp for layer in layers if hasattr(layer.mlp, "gate") and hasattr(layer.mlp, "experts")]
     norm = model.model.norm
     return {
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": sum(p.numel() for p in model.num_parameters()),
         "layers": len(layers),
         "rope": [angles(rotary, getattr(layer.self_attn, "layer_type", None)) for layer in layers],
         "windows": [getattr(layer.self_attn, "sliding_window", window) or 0 for layer in layers],
@@ -75,19 +75,19 @@ def ours(folder):
     """The same, from our config and graph."""
     c = read_config(folder)
     graph = graph_of(c)
-    turns = [frequencies(c.local_rope if kind.window else c.rope, c) for kind in dict.fromkeys(c.layer_kinds)]
-    turns = dict(zip(dict.fromkeys(c.layer_kinds), turns, strict=True))
+    freqs = [frequencies(c.local_rope if kind.window else c.rope, c) for kind in dict.fromkeys(c.layer_kinds)]
+    freqs = dict(zip(dict.fromkeys(c.layer_kinds), freqs, strict=True))
     e = c.experts
     sparse = sum(kind.is_moe for kind in c.layer_kinds)
     return {
-        "parameters": parameters(graph),
-        "layers": c.layers,
-        "rope": [(Counter(f"{v:.5e}" for v in turns[k].values), f"{turns[k].scale:.5f}") for k in c.layer_kinds],
+        "parameters": num_parameters(graph),
+        "layers": c.num_layers,
+        "rope": [(Counter(f"{v:.5e}" for v in freqs[k].values), f"{freqs[k].scale:.5f}") for k in c.layer_kinds],
         "windows": [kind.window for kind in c.layer_kinds],
         "scale": {c.attention_scale},
         "eps": {c.norm_eps},
         "activation": {ACTIVATIONS[c.activation]},
-        "experts": {(e.count, e.per_token, e.normalize)} if e and sparse else set(),
+        "experts": {(e.num_experts, e.num_experts_per_tok, e.norm_topk_prob)} if e and sparse else set(),
         "sparse": sparse,
         "tied": c.tie_word_embeddings,
     }

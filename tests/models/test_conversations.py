@@ -12,7 +12,7 @@ from talks import ASK, BOS, EOS, OPEN, OTHER, OURS, SOURCES, SPECIAL, TALK, TWO,
 
 from llmrs import Engine, EngineConfig
 from llmrs.core.errors import RequestError
-from llmrs.models.text.conversation import DEEPEST, LARGEST, conversation
+from llmrs.models.text.conversation import MAX_CHARS, MAX_DEPTH, conversation
 from llmrs.models.text.message import Message
 from llmrs.models.text.template import encode_chat
 from llmrs.models.text.tokenizer import Tokenizer
@@ -95,10 +95,10 @@ def wide():
         ({None: 2}, "key None"),
         ("\ud800", "ud800"),
         ({"\udfff": 1}, "udfff"),
-        (deep(DEEPEST + 1), "deep"),
+        (deep(MAX_DEPTH + 1), "deep"),
         (endless(), "deep"),
         (wide(), "characters"),
-        ("x" * (LARGEST + 1), "characters"),
+        ("x" * (MAX_CHARS + 1), "characters"),
     ],
 )
 def test_what_is_not_json_is_refused(value, words):
@@ -152,7 +152,7 @@ HOSTILE = st.lists(
 
 
 def control_tokens(tokenizer, prompt):
-    return [i for i in prompt.token_ids if i in {tokenizer.id_of(t) for t in CONTROL}]
+    return [i for i in prompt.token_ids if i in {tokenizer.token_to_id(t) for t in CONTROL}]
 
 
 def filled(text, other):
@@ -201,14 +201,14 @@ def test_other_added_tokens_in_what_users_write_are_found(tokenizer, name):
         messages, options = [*messages[:2], *messages[4:]], {}
     prompt = encode_chat(tokenizer, template, messages, **options)
     assert list(prompt.token_ids) == tokenizer.encode_rendered(str(prompt))
-    assert prompt.token_ids.count(tokenizer.id_of(OTHER[0])) >= 2
+    assert prompt.token_ids.count(tokenizer.token_to_id(OTHER[0])) >= 2
 
 
 def test_other_added_tokens_beside_control_tokens_that_are_text(tokenizer):
     content = f"{OTHER[0]}a{EOS}{OTHER[1]} b{OTHER[2]}"
     prompt = encode_chat(tokenizer, chat_template("{{ messages[0].content }}<|end|>"), [Message("user", content)])
     found = [i for i in prompt.token_ids if i in tokenizer.added]
-    assert found == [tokenizer.id_of(t) for t in (*OTHER[:3], "<|end|>")]
+    assert found == [tokenizer.token_to_id(t) for t in (*OTHER[:3], "<|end|>")]
 
 
 REPLY = """{% for m in messages %}[{{ m.role }}]{% if m.role == 'user' and m.content.startswith('<tool_response>') %}
@@ -253,7 +253,7 @@ def test_broken_tokens_change_nothing_else(prepend, tmp_path):
     t = Tokenizer.load(tmp_path)
     source = "{% for m in messages %}<s>{{ m.content }}<|end|>\n the {% endfor %}"
     ids = encode_chat(t, chat_template(source), [Message("user", "he"), Message("user", "in</s>in")]).token_ids
-    end, bos = t.id_of("<|end|>"), t.id_of("<s>")
+    end, bos = t.token_to_id("<|end|>"), t.token_to_id("<s>")
     whole = t.encode_rendered("<s>he<|end|>\n the <s>in<|end|>\n the ")
     assert [i for i in ids if i in (end, bos)] == [bos, end, bos, end]
     assert list(ids[: whole.index(bos, 1) + 1]) == whole[: whole.index(bos, 1) + 1]
@@ -269,7 +269,7 @@ def test_a_token_that_only_normalizing_makes(tmp_path):
     inner.add_special_tokens([tokenizers.AddedToken("<|end|>", special=True, normalized=True)])
     texts.write_text_files(tmp_path, inner)
     t = Tokenizer.load(tmp_path)
-    end = t.id_of("<|end|>")
+    end = t.token_to_id("<|end|>")
     assert t.encode_rendered("<｜end｜>") == [end]  # what the library does
     prompt = encode_chat(t, chat_template("{{ messages[0].content }}<|end|>"), [Message("user", "a<｜end｜>b<|end|>")])
     assert prompt.token_ids.count(end) == 1

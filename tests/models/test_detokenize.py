@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models
 
-from llmrs.models.text.decoder import BYTE, LETTERS
+from llmrs.models.text.decoder import BYTE, BYTE_OF_LETTER
 from llmrs.models.text.detokenize import Detokenizer
 from llmrs.models.text.tokenizer import Tokenizer
 
@@ -60,18 +60,18 @@ def tokenizer(request, tmp_path_factory):
 
 
 def byte_ids(t, data):
-    names = {b: c for c, b in LETTERS.items()} if isinstance(t.inner.decoder, decoders.ByteLevel) else {}
-    return [t.id_of(names.get(b, f"<0x{b:02X}>")) for b in data]
+    names = {b: c for c, b in BYTE_OF_LETTER.items()} if isinstance(t.inner.decoder, decoders.ByteLevel) else {}
+    return [t.token_to_id(names.get(b, f"<0x{b:02X}>")) for b in data]
 
 
 def text_of(t, ids, stops=(), minimum=0, **options):
     d = Detokenizer(t, tuple(stops), minimum, **options)
-    return "".join([*map(d.push, ids), d.flush()])
+    return "".join([*map(d.add, ids), d.flush()])
 
 
 def between(t, ids, skip):
     """What `tokenizers` decodes the ids to, in the middle of a text."""
-    a = t.id_of("a")
+    a = t.token_to_id("a")
     before, whole = t.inner.decode([a]), t.inner.decode([a, *ids, a], skip_special_tokens=skip)
     after = t.inner.decode([a, a])[len(before) :]
     assert (whole[: len(before)], whole[len(whole) - len(after) :]) == (before, after)
@@ -80,7 +80,7 @@ def between(t, ids, skip):
 
 def runs(t, ids, skip):
     """The bytes that ByteFallback decodes together."""
-    words = [t.inner.id_to_token(i) for i in ids if t.inner.id_to_token(i) and not (skip and i in t.control)]
+    words = [t.inner.id_to_token(i) for i in ids if t.inner.id_to_token(i) and not (skip and i in t.special_ids)]
     for fallback, run in groupby(words, lambda w: bool(BYTE.fullmatch(w))):
         if fallback:
             yield bytes(int(w[3:5], 16) for w in run)
@@ -100,7 +100,7 @@ CHUNKS = st.one_of(
 
 def ids_of(t, chunks):
     for kind, value in chunks:
-        yield from value if kind == "ids" else [t.id_of(value)] if kind == "added" else byte_ids(t, value)
+        yield from value if kind == "ids" else [t.token_to_id(value)] if kind == "added" else byte_ids(t, value)
 
 
 @pytest.mark.parametrize("skip", [True, False])
@@ -144,10 +144,10 @@ class Pieces:
     errors = "replace"
 
     def __init__(self, pieces, control=()):
-        self.written, self.control = pieces, frozenset(control)
+        self.all_pieces, self.special_ids = pieces, frozenset(control)
 
     def pieces(self, skip):
-        return ["" if skip and n in self.control else p for n, p in enumerate(self.written)]
+        return ["" if skip and n in self.special_ids else p for n, p in enumerate(self.all_pieces)]
 
 
 def whole(data: bytes, stops):
@@ -168,7 +168,7 @@ def test_every_way_of_splitting_gives_the_same_text(words, junk, cuts, stops):
     places = sorted(cuts.draw(st.sets(st.integers(0, len(data)))) | {0, len(data)})
     pieces = [data[a:b] for a, b in pairwise(places)]
     d = Detokenizer(Pieces(pieces), tuple(stops))
-    shown = [d.push(i) for i in range(len(pieces))]
+    shown = [d.add(i) for i in range(len(pieces))]
     expected = whole(data, stops)
     assert "".join([*shown, d.flush()]) == expected
     assert (d.stopped is None) == (expected == data.decode("utf-8", "replace"))
@@ -193,7 +193,7 @@ def test_stop_texts_see_control_tokens_and_wait_for_the_minimum(pieces, control,
     places = [(n, c) for n, p in enumerate(pieces) for c in p][:cut]
     expected = "".join(c for n, c in places if not (skip and n in control))
     d = Detokenizer(tokenizer, tuple(stops), minimum, skip_special_tokens=skip)
-    shown = [d.push(n) for n in range(len(pieces))]
+    shown = [d.add(n) for n in range(len(pieces))]
     assert "".join([*shown, d.flush()]) == expected
     assert d.stopped == (min(ends)[2] if ends else None)
 
@@ -220,7 +220,7 @@ def test_a_control_token_does_not_split_a_character():
 
 def test_only_what_could_begin_a_stop_text_is_held_back():
     d = Detokenizer(Pieces([b"Hello S", b"TO", b"R", b"STOP", b"more"]), ("STOP",))
-    assert [d.push(i) for i in range(5)] == ["Hello ", "", "STOR", "", ""]
+    assert [d.add(i) for i in range(5)] == ["Hello ", "", "STOR", "", ""]
     assert d.stopped == "STOP"
     assert d.flush() == ""
 
@@ -228,12 +228,12 @@ def test_only_what_could_begin_a_stop_text_is_held_back():
 def test_half_a_character_waits_for_the_rest():
     euro = "€".encode()
     d = Detokenizer(Pieces([euro[:1], euro[1:2], euro[2:], euro[:2]]))
-    assert [d.push(i) for i in range(3)] == ["", "", "€"]
-    assert d.push(3) == ""
+    assert [d.add(i) for i in range(3)] == ["", "", "€"]
+    assert d.add(3) == ""
     assert d.flush() == "�"
 
 
 def test_half_a_character_at_the_end_may_complete_a_stop_text():
     d = Detokenizer(Pieces(["a", "€".encode()[:2]]), ("a\ufffd",))
-    assert [d.push(0), d.push(1), d.flush()] == ["", "", ""]
+    assert [d.add(0), d.add(1), d.flush()] == ["", "", ""]
     assert d.stopped == "a\ufffd"

@@ -15,14 +15,14 @@ from model_configs import QWEN3
 
 from llmrs.core.errors import LlmrsError, ModelError
 from llmrs.loading import read_folder
-from llmrs.models.arch.config import LARGEST_HEAD, MOST_MATRICES, SCALING_KEYS
+from llmrs.models.arch.config import MAX_EXPERT_WEIGHTS, MAX_HEAD_DIM, SCALING_KEYS
 from llmrs.models.arch.families import FAMILIES, graph_of, read_config
 from llmrs.models.files.generation import read_generation
 from llmrs.models.files.safetensors import SafetensorsSource
 from llmrs.models.files.untrusted import JSON_LIMIT
-from llmrs.models.files.weights import parameters
+from llmrs.models.files.weights import num_parameters
 from llmrs.models.text.template import ChatTemplate
-from llmrs.models.text.tokenizer import MOST_WORDS, Tokenizer
+from llmrs.models.text.tokenizer import MAX_VOCAB_SIZE, Tokenizer
 
 links = pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege on Windows")
 pipes = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes")
@@ -135,10 +135,10 @@ def bounded(folder):
         graph = graph_of(config)
         assert len(graph.main.equations) <= 1010
         assert sum(len(e.inputs) for f in graph.functions.values() for e in f.equations) < 10_000
-        turns = [e.params["frequencies"] for f in graph.functions.values() for e in f.equations if e.op == "rope"]
-        assert all(len(t.values) <= LARGEST_HEAD // 2 for t in turns)
+        freqs = [e.params["frequencies"] for f in graph.functions.values() for e in f.equations if e.op == "rope"]
+        assert all(len(t.values) <= MAX_HEAD_DIM // 2 for t in freqs)
         assert sum(len(w.segments) for f in graph.functions.values() for e in f.equations for w in e.inputs
-                   if hasattr(w, "segments")) * config.layers <= 20 * MOST_MATRICES  # fmt: skip
+                   if hasattr(w, "segments")) * config.num_layers <= 20 * MAX_EXPERT_WEIGHTS  # fmt: skip
         return str(graph)
 
     return usable_or_refused(read)
@@ -185,10 +185,10 @@ def test_what_no_config_may_ask_for(change, tmp_path):
 
 def test_the_largest_graph_that_is_allowed_is_small(tmp_path):
     layers = 512
-    experts = MOST_MATRICES // layers
+    experts = MAX_EXPERT_WEIGHTS // layers
     more = {**MOE, "num_hidden_layers": layers, "num_experts": experts, "vocab_size": 2**31 - 1}
     put(tmp_path, "config.json", {**FULL, **more})
-    assert parameters(graph_of(read_config(tmp_path))) > 2**31
+    assert num_parameters(graph_of(read_config(tmp_path))) > 2**31
 
 
 @quick
@@ -257,11 +257,11 @@ def test_a_tokenizer_with_parts_of_other_types(maker, tmp_path):
             loaded = usable_or_refused(lambda: Tokenizer.load(tmp_path))
             if loaded is not None:
                 loaded.encode("Hello wörld")
-                loaded.encode_plain("Hello")
+                loaded.encode_ordinary("Hello")
 
 
 @pytest.mark.parametrize(
-    "change", [("vocab", {"a": MOST_WORDS}), ("vocab", {"a": 2**31}), ("merges", [["x", "<0x00>"]])]
+    "change", [("vocab", {"a": MAX_VOCAB_SIZE}), ("vocab", {"a": 2**31}), ("merges", [["x", "<0x00>"]])]
 )
 def test_a_vocabulary_that_would_make_the_library_panic_or_fill_memory(change, tmp_path):
     data = json.loads(texts.sentencepiece().to_str())

@@ -7,7 +7,7 @@ import tiny
 import transformers
 from model_configs import CLASSES, QWEN3, parsed, refused
 
-from llmrs.models.arch.config import ONLY, SCALING_KEYS
+from llmrs.models.arch.config import SCALING_KEYS, UNSUPPORTED
 from llmrs.models.arch.families import FAMILIES, graph_of, read_config
 from llmrs.models.arch.rope import frequencies
 
@@ -52,7 +52,7 @@ def test_what_a_file_leaves_out_is_what_transformers_takes_it_for(architecture, 
     assert not differ
 
 
-@pytest.mark.parametrize("field", ONLY)
+@pytest.mark.parametrize("field", UNSUPPORTED)
 def test_fields_that_change_the_result_and_are_not_implemented(field, tmp_path):
     assert parsed(tmp_path, {**QWEN3, field: None}) == parsed(tmp_path, QWEN3)
     refused(tmp_path, {**QWEN3, field: 0.37}, field, "0.37")
@@ -143,5 +143,11 @@ def test_windows_of_every_family(tmp_path):
 
 def test_yarn_extends_the_context(tmp_path):
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1000}
-    assert parsed(tmp_path, {**QWEN3, "max_position_embeddings": 1000, "rope_scaling": yarn}).context == 4000
-    assert parsed(tmp_path, {**QWEN3, "max_position_embeddings": 8000, "rope_scaling": yarn}).context == 8000
+    assert (
+        parsed(tmp_path, {**QWEN3, "max_position_embeddings": 1000, "rope_scaling": yarn}).max_position_embeddings
+        == 4000
+    )
+    assert (
+        parsed(tmp_path, {**QWEN3, "max_position_embeddings": 8000, "rope_scaling": yarn}).max_position_embeddings
+        == 8000
+    )

@@ -70,7 +70,7 @@ def test_token_ids_equal_transformers(tokenizer, tmp_path):
 
 
 def control_counts(tokenizer, prompt):
-    return [prompt.token_ids.count(tokenizer.id_of(c)) for c in texts.CONTROL]
+    return [prompt.token_ids.count(tokenizer.token_to_id(c)) for c in texts.CONTROL]
 
 
 HOSTILE = st.lists(st.sampled_from([*texts.CONTROL, "</think>", "<|im_", "end|>", "<", "|", ">", "a", " ", "\n", "é"]))
@@ -83,9 +83,10 @@ def test_control_tokens_in_a_message_are_text(tokenizer, contents):
     prompt = encode_chat(tokenizer, chat, talk)
     assert prompt == chat.render(talk)  # what is shown is what was written
     assert control_counts(tokenizer, prompt) == [0, len(contents) + 1, len(contents)]
-    assert prompt.token_ids.count(tokenizer.id_of("</think>")) == prompt.count("</think>")  # which is none
+    assert prompt.token_ids.count(tokenizer.token_to_id("</think>")) == prompt.count("</think>")  # which is none
     text = "".join(
-        next((c for c in texts.CONTROL if tokenizer.id_of(c) == i), None) or tokenizer.token_bytes(i).decode("latin-1")
+        next((c for c in texts.CONTROL if tokenizer.token_to_id(c) == i), None)
+        or tokenizer.token_bytes(i).decode("latin-1")
         for i in prompt.token_ids
     )
     assert text.encode("latin-1").decode() == prompt  # and the ids say the same

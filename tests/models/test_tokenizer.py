@@ -35,22 +35,22 @@ def byte_fallback(tmp_path_factory):
 def test_what_marks_places_in_plain_text_is_refused(tokenizer, character):
     for first in (True, False):
         with pytest.raises(RequestError, match="FDD0"):
-            tokenizer.encode_plain(f"a{character}b", first=first)
+            tokenizer.encode_ordinary(f"a{character}b", first=first)
 
 
 @given(text=st.text(st.characters(exclude_characters="\ufdd0\ufdd1", codec="utf-8"), max_size=40))
 def test_bytes_of_tokens_are_the_text(tokenizer, text):
-    ids = tokenizer.encode_plain(text)
+    ids = tokenizer.encode_ordinary(text)
     joined = b"".join(map(tokenizer.token_bytes, ids)).decode()
     assert joined == text or joined == " " + text  # SentencePiece begins each text with a space
 
 
 def test_control_tokens_are_parsed_in_prompts_and_text_elsewhere(tokenizer):
-    control = tokenizer.specials["eos"]
+    control = tokenizer.special_tokens["eos"]
     (eos,) = tokenizer.eos_ids
     assert eos in tokenizer.encode(f"a{control}b")
     assert eos in tokenizer.encode_rendered(f"a{control}b")
-    plain = tokenizer.encode_plain(f"a{control}b")
+    plain = tokenizer.encode_ordinary(f"a{control}b")
     assert eos not in plain
     assert b"".join(map(tokenizer.token_bytes, plain)).decode().strip() == f"a{control}b"
     assert tokenizer.token_bytes(eos) == b""
@@ -59,9 +59,9 @@ def test_control_tokens_are_parsed_in_prompts_and_text_elsewhere(tokenizer):
 def test_added_tokens_that_are_no_control_tokens_are_part_of_the_answer(tmp_path):
     texts.write_text_files(tmp_path)
     t = Tokenizer.load(tmp_path)
-    think = t.id_of("</think>")
+    think = t.token_to_id("</think>")
     assert t.token_bytes(think) == b"</think>"
-    for encode in (t.encode, t.encode_plain, t.encode_rendered):
+    for encode in (t.encode, t.encode_ordinary, t.encode_rendered):
         assert think in encode("a</think>")
 
 
@@ -78,20 +78,20 @@ def test_tokens_that_the_settings_call_special_are_control_tokens(given_settings
     """As for transformers: they are left out of the text, parsed in prompts, and text in messages."""
     texts.write_text_files(tmp_path, tokenizer_class="PreTrainedTokenizerFast", **{"eos_token": None, **given_settings})
     t, theirs = Tokenizer.load(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
-    ids = [t.id_of(word) for word in ("a", "</think>", "b", "the", "<|im_end|>")]
+    ids = [t.token_to_id(word) for word in ("a", "</think>", "b", "the", "<|im_end|>")]
     for skip in (True, False):
         ours = b"".join(t.token_bytes(i, skip_special_tokens=skip) for i in ids).decode()
         assert ours == theirs.decode(ids, skip_special_tokens=skip)
     assert t.encode("a</think>the") == theirs.encode("a</think>the")
     word = "the" if given_settings == SETTINGS[-1] else "</think>"
-    assert t.id_of(word) in t.control
-    assert t.id_of(word) not in t.encode_plain(f"a{word}b")
+    assert t.token_to_id(word) in t.special_ids
+    assert t.token_to_id(word) not in t.encode_ordinary(f"a{word}b")
 
 
 def test_one_beginning_of_sequence(tmp_path):
     texts.write_text_files(tmp_path, texts.byte_level(bos="<|begin|>"), bos_token="<|begin|>")
     t = Tokenizer.load(tmp_path)
-    bos = t.id_of("<|begin|>")
+    bos = t.token_to_id("<|begin|>")
     assert t.encode("Hello")[0] == bos
     assert t.encode("<|begin|>Hello") == t.encode("Hello")
     assert t.encode_rendered("<|begin|>Hello") == t.encode("Hello")
@@ -100,7 +100,7 @@ def test_one_beginning_of_sequence(tmp_path):
 
 def test_unknown_characters_are_bytes(byte_fallback):
     t = byte_fallback
-    assert t.encode_plain("a😀")[-4:] == [t.id_of(f"<0x{byte:02X}>") for byte in "😀".encode()]
+    assert t.encode_ordinary("a😀")[-4:] == [t.token_to_id(f"<0x{byte:02X}>") for byte in "😀".encode()]
 
 
 BEGINNINGS = {
@@ -118,10 +118,10 @@ def test_a_template_decides_about_the_beginning_of_sequence(kind, writes, tmp_pa
     texts.write_text_files(tmp_path, inner, bos_token=bos, eos_token=eos)
     t = Tokenizer.load(tmp_path)
     source = ("{{ bos_token }}" if writes else "") + "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
-    chat = ChatTemplate(source, t.specials, tmp_path)
+    chat = ChatTemplate(source, t.special_tokens, tmp_path)
     for content in ("Hello", f"{bos}Hello", f"Hello{bos}{eos}"):
         prompt = encode_chat(t, chat, [{"role": "user", "content": content}])
-        assert prompt.token_ids.count(t.id_of(bos)) == int(writes)
+        assert prompt.token_ids.count(t.token_to_id(bos)) == int(writes)
         assert prompt.token_ids.count(*t.eos_ids) == 1
     prompt = encode_chat(t, chat, [{"role": "user", "content": "Hello"}])
     if writes:
@@ -142,7 +142,7 @@ def test_a_file_that_asks_for_truncation_is_not_obeyed(tmp_path):
 
 
 def test_a_lone_surrogate_is_refused(tokenizer):
-    for encode in (tokenizer.encode, tokenizer.encode_plain, tokenizer.encode_rendered):
+    for encode in (tokenizer.encode, tokenizer.encode_ordinary, tokenizer.encode_rendered):
         with pytest.raises(RequestError, match=r"\\ud800"):
             encode("Hi \ud800")
 
@@ -227,9 +227,9 @@ def test_no_model_makes_control_tokens_of_plain_text(make, tmp_path):
     inner.add_tokens([tokenizers.AddedToken("<b>", special=False, normalized=False)])
     texts.write_text_files(tmp_path, inner, eos_token="</s>")
     t = Tokenizer.load(tmp_path)
-    assert t.encode("a </s> <b>").count(t.id_of("</s>")) == 1
-    plain = t.encode_plain("a <s> </s> <b>")
-    assert t.control.isdisjoint(plain)
-    assert plain[-1] == t.id_of("<b>")
+    assert t.encode("a </s> <b>").count(t.token_to_id("</s>")) == 1
+    plain = t.encode_ordinary("a <s> </s> <b>")
+    assert t.special_ids.isdisjoint(plain)
+    assert plain[-1] == t.token_to_id("<b>")
     assert max(plain) < t.vocab_size
-    assert t.encode_plain("a b") == t.encode_rendered("a b")
+    assert t.encode_ordinary("a b") == t.encode_rendered("a b")
