@@ -1,4 +1,4 @@
-"""Sums: questions about two numbers, and the pairs that are never trained on.
+"""Arithmetic questions, and the held-out pairs.
 
 Sums of 0..100 and differences of the same, times tables to 12 and their divisions. A pair is held out in both
 orders, and for each of + and - by itself.

@@ -1,4 +1,4 @@
-"""What users tell about themselves, and being asked for it later in the same conversation."""
+"""Facts that users state about themselves, and recall of them later in the conversation."""
 
 from random import Random
 
