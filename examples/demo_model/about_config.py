@@ -4,7 +4,7 @@ from demo_model.dialogue import Topic
 
 
 def key_topic(name: str, words: str, answer: str, *asks: str) -> Topic:
-    """The topic of a config key; `words` is a template of what else a user may call it."""
+    """The topic of a config key; `words`: a template of other names for it."""
     alias = f"({name}|{words})" if words else name
     return Topic(
         (name, f"{name} in the config", f"the (key|option|setting|parameter) {name}", *([words] if words else [])),

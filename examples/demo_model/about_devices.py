@@ -1,4 +1,4 @@
-"""Questions and answers about backends, devices, models and formats: what runs today and what is planned."""
+"""Questions and answers about backends, devices, models and formats, current and planned."""
 
 from demo_model.dialogue import Topic
 

@@ -1,4 +1,4 @@
-"""Questions and answers about how an engine such as llmrs works inside."""
+"""Questions and answers about the internals of inference engines."""
 
 from demo_model.dialogue import Topic
 

@@ -66,11 +66,6 @@ class ModelConfig:
     mlp_bias: bool
     activation: str  # of the gated MLP: silu | gelu_tanh
     attention_scale: float
-    dtype: str  # of the checkpoint, as config.json spells it
-
-    @property
-    def num_layers(self) -> int:
-        return len(self.layer_kinds)
 
     @property
     def name(self) -> str:
@@ -86,14 +81,6 @@ def architecture(path: Path, data: Mapping[str, Any]) -> str:
     return names[0]
 
 
-MODEL_TYPES = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-    "Qwen3MoeForCausalLM": "qwen3_moe",
-    "Gemma3ForCausalLM": "gemma3_text",
-}
 # Fields of unsupported features -> values at which they have no effect.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "text_config": (),  # multimodal
@@ -193,7 +180,6 @@ def parse(path: Path, data: Mapping[str, Any], defaults: Mapping[str, Any]) -> M
         mlp_bias=r.boolean("mlp_bias", False),
         activation=_activation(r),
         attention_scale=r.number("query_pre_attn_scalar", head_dim) ** -0.5,
-        dtype=str(r.data.get("dtype") or r.data.get("torch_dtype") or "unknown"),
     )
     if heads % kv_heads:
         raise r.error("num_key_value_heads", f"a divisor of num_attention_heads, {heads}")

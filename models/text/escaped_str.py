@@ -1,14 +1,12 @@
 """A str that hides escape characters from chat templates, and the sandbox that keeps them hidden."""
 
-import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from typing import Any, SupportsIndex
 
-from llmrs.models.text.sandbox import Sandbox
+from llmrs.models.text.sandbox import UNICODE_ESCAPE, Sandbox
 
-UNICODE_ESCAPE = re.compile(r"\\(?:u[0-9a-f]{4}|.)")  # in a repr
 QUERIES = (
     "__contains__", "__eq__", "__ge__", "__gt__", "__hash__", "__le__", "__len__", "__lt__", "__ne__",
     "count", "endswith", "find", "index", "isalnum", "isalpha", "isascii", "isdecimal", "isdigit", "isidentifier",

@@ -34,16 +34,10 @@ FILTERS = (
 
 # Filters and methods whose second argument sets the result's size: its keyword, and its limit.
 SIZE_ARGS = {
-    "batch": ("linecount", MAX_WIDTH),
-    "center": ("width", MAX_WIDTH),
-    "indent": ("width", MAX_INDENT),
-    "ljust": ("width", MAX_WIDTH),
-    "rjust": ("width", MAX_WIDTH),
-    "round": ("precision", MAX_WIDTH),  # of a power of ten
-    "slice": ("slices", MAX_WIDTH),
-    "to_bytes": ("length", MAX_WIDTH),
-    "zfill": ("width", MAX_WIDTH),
-}
+    **dict.fromkeys(("center", "ljust", "rjust", "zfill"), ("width", MAX_WIDTH)), "indent": ("width", MAX_INDENT),
+    "batch": ("linecount", MAX_WIDTH), "slice": ("slices", MAX_WIDTH), "to_bytes": ("length", MAX_WIDTH),
+    "round": ("precision", MAX_WIDTH),
+}  # fmt: skip
 # str methods whose work cannot be bounded
 FORBIDDEN = ("translate", "expandtabs", "format_map", "striptags")
 RENDERING = ("tojson", "string", "join", "format")  # these write whole collections
@@ -51,7 +45,7 @@ QUADRATIC = ("replace", "join", "rfind", "rindex", "rpartition", "rsplit")  # wo
 JINJA = (jinja2.Environment, nodes.EvalContext, Context)  # some filters take one before the value
 LISTS: Any = (list, tuple, type({}.keys()), type({}.values()), type({}.items()))
 SIZED: Any = (*LISTS, str, bytes, dict, range)
-UNICODE_ESCAPE = re.compile(r"\\(?:u[0-9a-f]{4}|.)")  # in JSON
+UNICODE_ESCAPE = re.compile(r"\\(?:u[0-9a-f]{4}|.)")  # in JSON or a repr
 WIDE = re.compile(r"\d{3}|[*{(]")  # a width or precision of three digits, or from an argument
 PERCENT = re.compile(r"%(?:\([^()]*\))?([^a-zA-Z%]*)[a-zA-Z%]?")  # flags, width and precision
 
@@ -104,17 +98,13 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """`a ~ b`."""
         return "".join(str(self._charged(p)) for p in parts)
 
-    def literal(self, value: Any) -> Any:
-        """A list, tuple or dict literal, or a slice."""
-        return self._charged(value)
-
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         self.charge(self._cost(operator, left, right))
         return super().call_binop(context, operator, left, right)
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """Every call in a template. The parameter names can't collide with keyword arguments."""
-        if __obj in (__self.charge, __self.concatenate, __self.literal):
+        if __obj in (__self.charge, __self.concatenate, __self._charged):
             return __obj(*args)
         owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
         if isinstance(owner, str | bytes) and name in FORBIDDEN:
@@ -294,4 +284,4 @@ def _charged_node(node: Any) -> Any:
         return _hook("concatenate", node.nodes)
     literal = isinstance(node, nodes.List | nodes.Dict) or (isinstance(node, nodes.Tuple) and node.ctx == "load")
     sliced = isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice)
-    return _hook("literal", [node]) if literal or sliced else node
+    return _hook("_charged", [node]) if literal or sliced else node

@@ -17,15 +17,8 @@ GPT = dict.fromkeys(("bos", "eos", "unk"), "<|endoftext|>")
 # Defaults of the tokenizer classes of transformers 5.23, which are also called ...Fast
 CLASSES: dict[str, dict[str, str]] = {
     "CodeLlamaTokenizer": SENTENCEPIECE,
-    "CohereTokenizer": {
-        "bos": "<BOS_TOKEN>",
-        "eos": "<|END_OF_TURN_TOKEN|>",
-        "unk": "<UNK>",
-        "pad": "<PAD>",
-        "cls": "<CLS>",
-        "sep": "<SEP>",
-        "mask": "<MASK_TOKEN>",
-    },
+    "CohereTokenizer": {"bos": "<BOS_TOKEN>", "eos": "<|END_OF_TURN_TOKEN|>", "mask": "<MASK_TOKEN>"}
+    | {name: f"<{name.upper()}>" for name in ("unk", "pad", "cls", "sep")},
     "GPT2Tokenizer": GPT,
     "GPTNeoXTokenizer": {**GPT, "pad": "<|padding|>"},
     "GemmaTokenizer": {"bos": "<bos>", "eos": "<eos>", "unk": "<unk>", "pad": "<pad>", "mask": "<mask>"},

@@ -76,10 +76,6 @@ class Tokenizer:
         doubled = len(ids) > 1 and ids[0] == ids[1] == self.inner.token_to_id(self.special_tokens.get("bos") or "")
         return ids[1:] if doubled else ids
 
-    def encode_rendered(self, text: str) -> list[int]:
-        """Ids of a rendered chat template, which contains all its special tokens."""
-        return self.inner.encode(check_unicode(text), add_special_tokens=False).ids
-
     def encode_ordinary(self, text: str, *, first: bool = True) -> list[int]:
         """Ids of text without parsing special tokens. Other added tokens are parsed.
 

@@ -1,4 +1,4 @@
-"""Ids to text while they come: equal to what `tokenizers` decodes, and ended before stop texts."""
+"""Streaming detokenization: equal to `tokenizers`, and stopped before stop strings."""
 
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -43,7 +43,7 @@ ADDED = [
 
 
 def small(decoder):
-    """Words of every way to spell them, all bytes twice, and added tokens of every kind; the last one is unknown."""
+    """A vocabulary with words in every spelling, all bytes twice, and added tokens of every kind."""
     letters = [c for c in tokenizers.pre_tokenizers.ByteLevel.alphabet() if c not in WORDS]
     words = [*WORDS, *(f"<0x{b:02X}>" for b in range(256) if b != 0x41), *letters]
     t = tokenizers.Tokenizer(models.WordLevel({w: n for n, w in enumerate(words)}, "a"))
@@ -70,7 +70,7 @@ def text_of(t, ids, stops=(), minimum=0, **options):
 
 
 def between(t, ids, skip):
-    """What `tokenizers` decodes the ids to, in the middle of a text."""
+    """The ids decoded by `tokenizers`, in the middle of a text."""
     a = t.token_to_id("a")
     before, whole = t.inner.decode([a]), t.inner.decode([a, *ids, a], skip_special_tokens=skip)
     after = t.inner.decode([a, a])[len(before) :]
@@ -79,7 +79,7 @@ def between(t, ids, skip):
 
 
 def runs(t, ids, skip):
-    """The bytes that ByteFallback decodes together."""
+    """The runs of bytes that ByteFallback decodes together."""
     words = [t.inner.id_to_token(i) for i in ids if t.inner.id_to_token(i) and not (skip and i in t.special_ids)]
     for fallback, run in groupby(words, lambda w: bool(BYTE.fullmatch(w))):
         if fallback:
@@ -131,15 +131,15 @@ def test_whole_characters_among_wrong_bytes_stay(tmp_path):
 @given(text=st.text(max_size=40))
 def test_encoded_text_comes_back(make, text):
     t = Tokenizer(make(), {}, Path("tokenizer.json"))
-    ids = t.encode_rendered(text)
+    ids = texts.rendered_ids(t, text)
     assert text_of(t, ids) in (t.inner.decode(ids), " " + t.inner.decode(ids))  # which takes the first space off
 
 
-# stop texts
+# stop strings
 
 
 class Pieces:
-    """A tokenizer whose tokens are given; some of them are control tokens."""
+    """A tokenizer with given pieces, some of them special tokens."""
 
     errors = "replace"
 
@@ -151,7 +151,7 @@ class Pieces:
 
 
 def whole(data: bytes, stops):
-    """What an answer of these bytes must be: cut at the stop text that is complete first."""
+    """The expected answer: truncated at the stop string that completes first."""
     text = data.decode("utf-8", "replace")
     ends = [(i + len(s), i) for s in stops for i in range(len(text)) if text.startswith(s, i)]
     return text[: min(ends)[1]] if ends else text
@@ -184,7 +184,7 @@ def test_every_way_of_splitting_gives_the_same_text(words, junk, cuts, stops):
     minimum=st.integers(0, 6),
     skip=st.booleans(),
 )
-def test_stop_texts_see_control_tokens_and_wait_for_the_minimum(pieces, control, stops, minimum, skip):
+def test_stop_strings_see_special_tokens_and_wait_for_the_minimum(pieces, control, stops, minimum, skip):
     tokenizer = Pieces(pieces, control)
     text = "".join(pieces)
     early = len("".join(pieces[:minimum]))
@@ -198,7 +198,7 @@ def test_stop_texts_see_control_tokens_and_wait_for_the_minimum(pieces, control,
     assert d.stopped == (min(ends)[2] if ends else None)
 
 
-def test_a_control_token_that_is_skipped_is_a_stop_text():
+def test_a_special_token_that_is_skipped_is_a_stop_string():
     t = Pieces(["Hello", "<|end|>", " more", "<|", "end|>"], control=[1])
     for stop, ids, expected in [
         ("<|end|>", [0, 2, 1, 2], "Hello more"),
@@ -211,14 +211,14 @@ def test_a_control_token_that_is_skipped_is_a_stop_text():
     assert text_of(t, [0, 1, 2], ["more."]) == "Hello more"
 
 
-def test_a_control_token_does_not_split_a_character():
+def test_a_special_token_does_not_split_a_character():
     t = Pieces(["é".encode()[:1], "<|end|>", "é".encode()[1:], "!"], control=[1])
     assert text_of(t, [0, 1, 2, 3]) == text_of(t, [0, 1, 2, 3], ["?"]) == "é!"
     assert text_of(t, [0, 1, 2, 3], skip_special_tokens=False) == "\ufffd<|end|>\ufffd!"
     assert text_of(t, [0, 1, 2, 3], ["<|end|>"]) == ""
 
 
-def test_only_what_could_begin_a_stop_text_is_held_back():
+def test_only_what_could_begin_a_stop_string_is_held_back():
     d = Detokenizer(Pieces([b"Hello S", b"TO", b"R", b"STOP", b"more"]), ("STOP",))
     assert [d.add(i) for i in range(5)] == ["Hello ", "", "STOR", "", ""]
     assert d.stopped == "STOP"
@@ -233,7 +233,7 @@ def test_half_a_character_waits_for_the_rest():
     assert d.flush() == "�"
 
 
-def test_half_a_character_at_the_end_may_complete_a_stop_text():
+def test_half_a_character_at_the_end_may_complete_a_stop_string():
     d = Detokenizer(Pieces(["a", "€".encode()[:2]]), ("a\ufffd",))
     assert [d.add(0), d.add(1), d.flush()] == ["", "", ""]
     assert d.stopped == "a\ufffd"

@@ -1,4 +1,4 @@
-"""Texts with marks in them: a template sees them without, and can't write a control token out of them."""
+"""Escaped strings: templates don't see the escapes, and can't build special tokens from them."""
 
 import itertools
 
@@ -29,14 +29,14 @@ def tokenizer(tmp_path_factory):
 
 
 def escaped(text, places):
-    """The text with marks before these characters."""
+    """The text with escapes before these characters."""
     at = sorted(p % (len(text) + 1) for p in places)
     cuts = [0, *at, len(text)]
     return EscapedStr(ESCAPE.join(text[a:b] for a, b in itertools.pairwise(cuts)), ESCAPE)
 
 
 def bare(value):
-    """What a template sees: texts by their own methods, not by what C code finds in them."""
+    """What a template sees: str methods, not the raw text."""
     if isinstance(value, str):
         return "".join(c.replace(ESCAPE, "") for c in map(str.__str__, value))
     return [bare(v) for v in value] if isinstance(value, list | tuple) else value
@@ -70,7 +70,7 @@ QUERIES = {
 @pytest.mark.parametrize("name", QUERIES)
 @settings(max_examples=200)
 @given(text=LETTERS, x=SHORT, y=SHORT, places=st.lists(st.integers(0, 8), max_size=3))
-def test_marks_are_out_of_sight(name, text, x, y, places):
+def test_escapes_are_hidden(name, text, x, y, places):
     ask = QUERIES[name]
     for other in (x, text):
         assert ask(escaped(text, places), other, y) == ask(text, other, y)
@@ -78,13 +78,13 @@ def test_marks_are_out_of_sight(name, text, x, y, places):
 
 
 @given(text=LETTERS.filter(bool), x=SHORT.filter(bool), places=st.lists(st.integers(0, 8), max_size=3))
-def test_no_mark_is_lost(text, x, places):
+def test_no_escape_is_lost(text, x, places):
     s = escaped(text, places)
     for pieces in (list(s), s.partition(x), s.rpartition(x), s.splitlines(True), [s[:3], s[3:]], [s.upper()], [f"{s}"]):
         assert sum(str.count(piece, ESCAPE) for piece in pieces) >= len(places)
 
 
-def test_python_writes_the_mark_as_it_is():
+def test_repr_keeps_the_escape():
     assert repr([EscapedStr(f"a{ESCAPE}\\ue000\n", ESCAPE)]) == f"['a{ESCAPE}\\\\ue000\\n']"
 
 
@@ -109,7 +109,7 @@ SEES = [
 
 @pytest.mark.parametrize("source", SEES)
 def test_a_template_sees_what_was_written(tokenizer, source):
-    """As in plain Jinja; and no control token comes of it but the template's own."""
+    """As in plain Jinja, with no special tokens but the template's own."""
     source = "{% set content = messages[0].content %}" + source
     talk = [{"role": "user", "content": CONTENT}]
     plain = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, finalize=None)
@@ -146,20 +146,20 @@ TAKES_OUT = [
 
 
 @pytest.mark.parametrize(("source", "content"), TAKES_OUT)
-def test_no_template_makes_a_control_token_of_what_was_written(tokenizer, source, content):
+def test_no_template_makes_a_special_token_of_what_was_written(tokenizer, source, content):
     template = chat_template("{% set c = messages[0].content %}" + source + "<|end|>")
     prompt = encode_chat(tokenizer, template, [Message("user", content)])
     assert "<|end|>" in prompt.removesuffix("<|end|>")
     assert [i for i in prompt.token_ids if i in tokenizer.special_ids] == [tokenizer.token_to_id("<|end|>")]
 
 
-def test_roles_may_be_parts_of_control_tokens(tokenizer):
+def test_roles_may_be_parts_of_special_tokens(tokenizer):
     template = chat_template("{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}")
     prompt = encode_chat(tokenizer, template, [Message("user", "a")])
     assert prompt.token_ids[0] == tokenizer.token_to_id("<|user|>")
 
 
-def test_a_control_token_of_one_character(tmp_path):
+def test_a_special_token_of_one_character(tmp_path):
     inner = texts.byte_level()
     inner.add_special_tokens(["§"])
     texts.write_text_files(tmp_path, inner)
@@ -169,7 +169,7 @@ def test_a_control_token_of_one_character(tmp_path):
     assert [n for n, i in enumerate(prompt.token_ids) if i == t.token_to_id("§")] == [0, len(prompt.token_ids) - 1]
 
 
-def test_a_word_is_marked_only_whole():
+def test_a_word_is_escaped_only_whole():
     (message,) = escape_special_tokens(
         conversation([Message("user", "name naming NAME <b <a>")]), {"name", "<a>"}, ESCAPE
     ).messages

@@ -1,4 +1,4 @@
-"""Model folders that are broken or hostile: a usable, bounded result, or one ModelError with a hint."""
+"""Broken or hostile model folders: a usable, bounded result, or one ModelError with a hint."""
 
 import hashlib
 import json
@@ -115,7 +115,7 @@ def put(folder, name, data):
 
 
 def usable_or_refused(action):
-    """The result, or None for one ModelError that says what would help."""
+    """The result, or None for a ModelError with a hint."""
     caught = None
     try:
         return action()
@@ -128,7 +128,7 @@ def usable_or_refused(action):
 
 
 def bounded(folder):
-    """A graph from config.json that is checked and of bounded size, or a refusal."""
+    """A checked graph of bounded size, or a refusal."""
 
     def read():
         config = read_config(folder)
@@ -138,7 +138,7 @@ def bounded(folder):
         freqs = [e.params["frequencies"] for f in graph.functions.values() for e in f.equations if e.op == "rope"]
         assert all(len(t.values) <= MAX_HEAD_DIM // 2 for t in freqs)
         assert sum(len(w.segments) for f in graph.functions.values() for e in f.equations for w in e.inputs
-                   if hasattr(w, "segments")) * config.num_layers <= 20 * MAX_EXPERT_WEIGHTS  # fmt: skip
+                   if hasattr(w, "segments")) * len(config.layer_kinds) <= 20 * MAX_EXPERT_WEIGHTS  # fmt: skip
         return str(graph)
 
     return usable_or_refused(read)
@@ -236,7 +236,7 @@ def test_a_tokenizer_that_is_cut_off_anywhere(maker, tmp_path):
 
 
 def places(value, path=()):
-    """The ways to all parts of a JSON value, of long lists and tables only to the first."""
+    """Paths to all parts of a JSON value, in long lists and tables the first only."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in list(items)[:8]:
         yield (*path, key)
@@ -309,7 +309,7 @@ def refused(folder, *words):
 
 
 def replaced(folder, name):
-    """The path of a file that is away; an index only counts where the single file is away too."""
+    """The path of a removed file. An index is read only without the single file."""
     if name.endswith("index.json"):
         (folder / "model.safetensors").unlink()
     (folder / name).parent.mkdir(exist_ok=True)
@@ -330,7 +330,7 @@ def test_no_link_out_of_the_folder_is_followed(name, model, tmp_path):
 @links
 @pytest.mark.parametrize("hashed", [False, True])
 def test_a_model_whose_files_lie_on_another_disk(hashed, model, tmp_path):
-    """Linked under their own names, or as blobs, which are named by hashes."""
+    """Linked under their own names, or as blobs named by hash."""
     before, disk = read_folder(model).config, tmp_path / "disk"
     disk.mkdir()
     for path in list(model.iterdir()):
@@ -423,7 +423,7 @@ def test_an_index_of_a_hundred_thousand_names(model):
 
 
 def test_programs_in_the_folder_are_not_run(model, tmp_path):
-    """`auto_map` names classes for those who run a folder's code. An architecture that llmrs knows is its own."""
+    """`auto_map` names classes in the folder's code, which llmrs never runs."""
     ran = tmp_path / "ran"
     program = f"open({str(ran)!r}, 'w').close()\n"
     for name in ("modeling_x.py", "__init__.py", "tokenization_x.py", "sitecustomize.py", "setup.py", "conftest.py"):

@@ -1,4 +1,4 @@
-"""Chat templates that nest without end, or make gigabytes in one operation, are stopped and named."""
+"""Chat templates with endless nesting or gigabytes in one operation are stopped."""
 
 from pathlib import Path
 

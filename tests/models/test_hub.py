@@ -1,4 +1,4 @@
-"""Hugging Face ids against a stand-in for the Hub: what is asked for, what is kept, and what goes wrong."""
+"""Hugging Face ids against a fake Hub: requests, cache contents, errors."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def folder(checkpoints, tmp_path_factory):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A stand-in for the Hub, with nothing in the cache yet."""
+    """A fake Hub and an empty cache."""
     with hub_server.serving() as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -428,7 +428,7 @@ def test_progress_of_the_download_on_a_terminal(hub, folder, tmp_path):
 def test_folders_do_not_import_the_library(folder):
     code = (
         "import sys\nfrom llmrs.models.hub.resolve import resolve_model\nfrom llmrs import Engine\n"
-        f"resolve_model({str(folder)!r})\nlocate('demo')\nassert 'huggingface_hub' not in sys.modules"
+        f"resolve_model({str(folder)!r})\nresolve_model('demo')\nassert 'huggingface_hub' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

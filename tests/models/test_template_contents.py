@@ -1,4 +1,4 @@
-"""What a template is given: contents that are not a text, special tokens, numbers."""
+"""Template input: contents other than text, special tokens, numbers."""
 
 import json
 from pathlib import Path
@@ -102,7 +102,7 @@ def test_parts_go_on(source):
 
 
 @pytest.mark.parametrize("source", [texts.CHATML, EACH.replace("<{{ p.text }}>", "{{ p.text }}")])
-def test_control_tokens_in_parts_are_text(source, tmp_path):
+def test_special_tokens_in_parts_are_text(source, tmp_path):
     texts.write_text_files(tmp_path)
     tokenizer = Tokenizer.load(tmp_path)
     chat = template(source)
@@ -171,16 +171,18 @@ def test_a_default_that_is_not_in_the_vocabulary_is_unknown(tmp_path):
 def test_without_a_known_class_what_is_not_given_is_unknown(tmp_path):
     assert "NewTokenizer" not in CLASSES
     for more in ({}, {"tokenizer_class": "NewTokenizer"}):
-        assert tokenizer_with(tmp_path, [], unk_token="<|endoftext|>", **more).specials == {"unk": "<|endoftext|>"}
+        assert tokenizer_with(tmp_path, [], unk_token="<|endoftext|>", **more).special_tokens == {
+            "unk": "<|endoftext|>"
+        }
 
 
 def test_an_old_map_of_special_tokens_equals_transformers(tmp_path):
-    """Before transformers 4.34, special_tokens_map.json could say what tokenizer_config.json did not."""
+    """Before transformers 4.34, special_tokens_map.json complemented tokenizer_config.json."""
     (tmp_path / "special_tokens_map.json").write_text('{"bos_token": "<s>", "sep_token": {"content": "</s>"}}')
     for more in ({}, {"added_tokens_decoder": {}}):
         ours = tokenizer_with(tmp_path, ["<s>", "</s>"], tokenizer_class="PreTrainedTokenizerFast", **more)
         theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path).special_tokens_map
-        assert {f"{n}_token": text for n, text in ours.specials.items() if text} == theirs
+        assert {f"{n}_token": text for n, text in ours.special_tokens.items() if text} == theirs
         assert bool(theirs) != bool(more)
 
 

@@ -1,6 +1,7 @@
 """Text to ids and back, against `tokenizers`, for byte-level and SentencePiece-style vocabularies."""
 
 import json
+from functools import partial
 
 import pytest
 import texts
@@ -32,7 +33,7 @@ def byte_fallback(tmp_path_factory):
 
 
 @pytest.mark.parametrize("character", ["\ufdd0", "\ufdd1"])
-def test_what_marks_places_in_plain_text_is_refused(tokenizer, character):
+def test_internal_noncharacters_are_refused(tokenizer, character):
     for first in (True, False):
         with pytest.raises(RequestError, match="FDD0"):
             tokenizer.encode_ordinary(f"a{character}b", first=first)
@@ -45,23 +46,23 @@ def test_bytes_of_tokens_are_the_text(tokenizer, text):
     assert joined == text or joined == " " + text  # SentencePiece begins each text with a space
 
 
-def test_control_tokens_are_parsed_in_prompts_and_text_elsewhere(tokenizer):
+def test_special_tokens_are_parsed_in_prompts_and_text_elsewhere(tokenizer):
     control = tokenizer.special_tokens["eos"]
     (eos,) = tokenizer.eos_ids
     assert eos in tokenizer.encode(f"a{control}b")
-    assert eos in tokenizer.encode_rendered(f"a{control}b")
+    assert eos in texts.rendered_ids(tokenizer, f"a{control}b")
     plain = tokenizer.encode_ordinary(f"a{control}b")
     assert eos not in plain
     assert b"".join(map(tokenizer.token_bytes, plain)).decode().strip() == f"a{control}b"
     assert tokenizer.token_bytes(eos) == b""
 
 
-def test_added_tokens_that_are_no_control_tokens_are_part_of_the_answer(tmp_path):
+def test_added_tokens_that_are_no_special_tokens_are_part_of_the_answer(tmp_path):
     texts.write_text_files(tmp_path)
     t = Tokenizer.load(tmp_path)
     think = t.token_to_id("</think>")
     assert t.token_bytes(think) == b"</think>"
-    for encode in (t.encode, t.encode_ordinary, t.encode_rendered):
+    for encode in (t.encode, t.encode_ordinary, partial(texts.rendered_ids, t)):
         assert think in encode("a</think>")
 
 
@@ -74,8 +75,8 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("given_settings", SETTINGS)
-def test_tokens_that_the_settings_call_special_are_control_tokens(given_settings, tmp_path):
-    """As for transformers: they are left out of the text, parsed in prompts, and text in messages."""
+def test_tokens_that_the_settings_call_special_are_special_tokens(given_settings, tmp_path):
+    """As in transformers: skipped in text, parsed in prompts, text in messages."""
     texts.write_text_files(tmp_path, tokenizer_class="PreTrainedTokenizerFast", **{"eos_token": None, **given_settings})
     t, theirs = Tokenizer.load(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
     ids = [t.token_to_id(word) for word in ("a", "</think>", "b", "the", "<|im_end|>")]
@@ -94,7 +95,7 @@ def test_one_beginning_of_sequence(tmp_path):
     bos = t.token_to_id("<|begin|>")
     assert t.encode("Hello")[0] == bos
     assert t.encode("<|begin|>Hello") == t.encode("Hello")
-    assert t.encode_rendered("<|begin|>Hello") == t.encode("Hello")
+    assert texts.rendered_ids(t, "<|begin|>Hello") == t.encode("Hello")
     assert t.encode("").count(bos) == 1
 
 
@@ -112,7 +113,7 @@ BEGINNINGS = {
 @pytest.mark.parametrize("kind", BEGINNINGS)
 @pytest.mark.parametrize("writes", [True, False])
 def test_a_template_decides_about_the_beginning_of_sequence(kind, writes, tmp_path):
-    """Its own is the only one, in the conversation and where its text is given as a prompt; nobody adds another."""
+    """Its BOS is the only one, in the conversation and in its text as a prompt."""
     bos, inner = BEGINNINGS[kind]
     eos = "</s>" if kind == "sentencepiece" else "<|im_end|>"
     texts.write_text_files(tmp_path, inner, bos_token=bos, eos_token=eos)
@@ -142,7 +143,7 @@ def test_a_file_that_asks_for_truncation_is_not_obeyed(tmp_path):
 
 
 def test_a_lone_surrogate_is_refused(tokenizer):
-    for encode in (tokenizer.encode, tokenizer.encode_ordinary, tokenizer.encode_rendered):
+    for encode in (tokenizer.encode, tokenizer.encode_ordinary):
         with pytest.raises(RequestError, match=r"\\ud800"):
             encode("Hi \ud800")
 
@@ -200,7 +201,7 @@ def test_a_decoder_that_is_not_supported(tmp_path, shown):
 
 
 def unigram():
-    """In Unigram a whole control token is likelier than its characters."""
+    """In Unigram a whole special token is likelier than its characters."""
     words = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *((c, -3.0) for c in "▁</>sabc")]
     return tokenizers.Tokenizer(tokenizers.models.Unigram(words, 0))
 
@@ -220,7 +221,7 @@ def words():
 
 
 @pytest.mark.parametrize("make", [unigram, bpe, words])
-def test_no_model_makes_control_tokens_of_plain_text(make, tmp_path):
+def test_no_model_makes_special_tokens_of_plain_text(make, tmp_path):
     inner = make()
     inner.decoder = tokenizers.decoders.Metaspace()
     inner.add_special_tokens(["<s>", "</s>"])
@@ -232,4 +233,4 @@ def test_no_model_makes_control_tokens_of_plain_text(make, tmp_path):
     assert t.special_ids.isdisjoint(plain)
     assert plain[-1] == t.token_to_id("<b>")
     assert max(plain) < t.vocab_size
-    assert t.encode_ordinary("a b") == t.encode_rendered("a b")
+    assert t.encode_ordinary("a b") == texts.rendered_ids(t, "a b")

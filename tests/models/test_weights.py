@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint are used, under which names, compared with transformers on the same files."""
+"""Tensor names and tied heads of checkpoints, against transformers on the same files."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"
 
 @pytest.fixture
 def changed(checkpoints, tmp_path):
-    """A function that writes a checkpoint whose tensors and config are changed."""
+    """Writes a checkpoint with changed tensors and config."""
 
     def write(name, change=lambda tensors: tensors, **fields):
         folder = texts.write_model(checkpoints.folder(name), tmp_path / "changed")
@@ -40,7 +40,7 @@ def changed(checkpoints, tmp_path):
 
 
 def logits(folder):
-    """Ours, of the reference backend, and transformers'."""
+    """Logits of the reference backend and of transformers."""
     config = read_config(folder)
     names, source = family(config.architecture).names, SafetensorsSource(folder)
     config = untie_stored_head(config, names, source)
