@@ -46,11 +46,7 @@ SAYS = (
     "how does {a} (sound|go)?",
     "(make|do) the sound of {a}.",
 )
-WHO_SAYS = (
-    "(which|what) animal (says|goes) {s}?",
-    "(which|what) animal makes the (sound|noise) {s}?",
-    "who says {s}?",
-)
+WHO_SAYS = ("(which|what) animal (says|goes) {s}?", "(which|what) animal makes the (sound|noise) {s}?", "who says {s}?")
 LEGS = ("how many legs does {a} have?", "how many legs has {a}?", "(count|number of) the legs of {a}.")
 YOUNG = (
     "what is (a baby {n}|the baby of {a}|the young of {a}|a young {n}) called?",
@@ -249,9 +245,7 @@ def _next(rng: Random, names: list[str], after: tuple[str, ...], before: tuple[s
     if rng.random() < 0.6:
         found = names[(i + 1) % len(names)]
         return Turn(
-            ask(rng, rng.choice(after), keep=False, **{slot: names[i]}),
-            f"{found} comes after {names[i]}.",
-            f"{found}.",
+            ask(rng, rng.choice(after), keep=False, **{slot: names[i]}), f"{found} comes after {names[i]}.", f"{found}."
         )
     found = names[i - 1]
     return Turn(

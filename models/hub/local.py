@@ -30,7 +30,7 @@ class LocalModel:
 
 
 def list_local(cache: Path, folders: Iterable[Path]) -> Iterator[LocalModel]:
-    """Every local model, with unusable ones. Raises nothing."""
+    """Every local model, including unusable ones. Raises nothing."""
     for name, folder in BUNDLED.items():
         yield describe(name, "", "bundled", folder)
     for repository in subfolders(cache):

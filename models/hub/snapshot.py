@@ -88,7 +88,7 @@ class Download:
         total, before = sum(f.size for f in files), 0
         self._check_disk(files)
         for file in files:
-            fetch(file, self.repository, self.snapshot, lambda done: progress(before + done, total))  # noqa: B023
+            fetch(file, self.repository, self.snapshot, lambda done: progress(before + done, total))  # noqa: B023  (called at once)
             before += file.size
 
     def weights(self) -> list[str]:
