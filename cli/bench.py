@@ -136,6 +136,8 @@ def with_room(config: EngineConfig, mine: BenchOptions, workloads: "Sequence[Wor
 def model_context(config: EngineConfig) -> int:
     """Tokens of a context of the model."""
     from llmrs.models.arch.families import read_config
-    from llmrs.models.hub.locate import locate
+    from llmrs.models.hub.resolve import resolve_model
 
-    return read_config(locate(config.model_path, config.revision, offline=config.offline)).max_position_embeddings
+    return read_config(
+        resolve_model(config.model_path, config.revision, offline=config.offline)
+    ).max_position_embeddings

@@ -169,7 +169,7 @@ class Chat:
         if p.skip_special_tokens:
             return output.text
         detokenizer = Detokenizer(self.engine.model.tokenizer, tuple(p.stop or ()), p.min_tokens)
-        return "".join([*map(detokenizer.push, output.token_ids), detokenizer.flush()])
+        return "".join([*map(detokenizer.add, output.token_ids), detokenizer.flush()])
 
     def print_stats(self) -> None:
         if self.last is None:

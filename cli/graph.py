@@ -20,9 +20,9 @@ def show(model: str, revision: str | None, offline: bool, fused: str | None) -> 
     # here, since `llmrs --help` should not wait for them
     from llmrs.backends.fusion import fuse_graph
     from llmrs.models.arch.families import graph_of, read_config
-    from llmrs.models.hub.locate import locate
+    from llmrs.models.hub.resolve import resolve_model
 
-    config = read_config(locate(model, revision, offline=offline, weights=False))
+    config = read_config(resolve_model(model, revision, offline=offline, weights=False))
     plain = graph_of(config)
     shown = fuse_graph(plain, fused_ops(fused)) if fused is not None else plain
     print(f"{header(config.architecture, plain)}\n\n{shown}")
@@ -32,12 +32,10 @@ def show(model: str, revision: str | None, offline: bool, fused: str | None) -> 
 def header(architecture: str, plain: Graph) -> str:
     """One line: what is in the graph, in numbers."""
     from llmrs.memory import token_bytes
-    from llmrs.models.files.weights import parameters
+    from llmrs.models.files.weights import num_parameters
 
-    layers, kv_bytes = len(plain.kv_types()), token_bytes(plain, "bf16")
-    return (
-        f"{architecture}: {layers} layers, {parameters(plain):,} parameters, {kv_bytes:,} bytes of KV per token in bf16"
-    )
+    layers, count, kv_bytes = len(plain.kv_types()), num_parameters(plain), token_bytes(plain, "bf16")
+    return f"{architecture}: {layers} layers, {count:,} parameters, {kv_bytes:,} bytes of KV per token in bf16"
 
 
 def fused_ops(backend: str) -> frozenset[str]:

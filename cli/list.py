@@ -12,7 +12,7 @@ from llmrs.cli.terminal import guarded, note, one_line
 from llmrs.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from llmrs.models.hub.catalog import Entry
+    from llmrs.models.hub.local import LocalModel
 
 HEADINGS = ("model", "weights", "architecture", "type", "where")
 
@@ -29,10 +29,10 @@ def list_models(
 
 def show(folders: Sequence[str], as_json: bool) -> int:
     # here, since `llmrs --help` should not wait for them
-    from llmrs.models.hub.catalog import catalog
-    from llmrs.models.hub.resolve import cache_folder
+    from llmrs.models.hub.local import list_local
+    from llmrs.models.hub.snapshot import cache_folder
 
-    entries = list(catalog(cache_folder(), models_in(folders)))
+    entries = list(list_local(cache_folder(), models_in(folders)))
     if as_json:
         for entry in entries:
             print(json.dumps(asdict(entry), ensure_ascii=False))
@@ -44,7 +44,7 @@ def show(folders: Sequence[str], as_json: bool) -> int:
 
 def models_in(folders: Sequence[str]) -> list[Path]:
     """The model folders that are meant. Raises ConfigError for a folder that is not there, or that holds none."""
-    from llmrs.models.hub.catalog import holds_model, local_models, subfolders
+    from llmrs.models.hub.local import find_models, holds_model, subfolders
 
     if not folders:
         return [f for place in (Path(), Path("models")) for f in subfolders(place) if holds_model(f)]
@@ -52,14 +52,14 @@ def models_in(folders: Sequence[str]) -> list[Path]:
     for folder in (Path(f).expanduser() for f in folders):
         if not folder.is_dir():
             raise ConfigError(f"there is no folder {folder}", "give model folders, or folders of them")
-        models = local_models(folder)
+        models = find_models(folder)
         if not models:
             note(f"{folder} holds no models with safetensors")
         found += models
     return found
 
 
-def table(entries: Sequence["Entry"]) -> list[str]:
+def table(entries: Sequence["LocalModel"]) -> list[str]:
     """Aligned lines; what is wrong with a model stands at the end of its line."""
     rows = [HEADINGS, *(cells(e) for e in entries)]
     widths = [max(len(row[n]) for row in rows) for n in range(len(HEADINGS))]
@@ -68,7 +68,7 @@ def table(entries: Sequence["Entry"]) -> list[str]:
     return [f"{line}{problem}".rstrip() for line, problem in zip(lines, problems, strict=True)]
 
 
-def cells(entry: "Entry") -> tuple[str, ...]:
+def cells(entry: "LocalModel") -> tuple[str, ...]:
     from llmrs.memory import size
 
     where = {"cache": "Hugging Face cache"}.get(entry.where, entry.where)

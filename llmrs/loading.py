@@ -16,8 +16,8 @@ from llmrs.models.arch.config import ModelConfig
 from llmrs.models.arch.families import family, graph_of, read_config
 from llmrs.models.files.generation import read_generation
 from llmrs.models.files.safetensors import SafetensorsSource
-from llmrs.models.files.weights import Weights, with_stored_head
-from llmrs.models.hub.locate import locate
+from llmrs.models.files.weights import Weights, untie_stored_head
+from llmrs.models.hub.resolve import resolve_model
 from llmrs.models.text.template import ChatTemplate
 from llmrs.models.text.tokenizer import Tokenizer
 
@@ -56,7 +56,7 @@ def read_model(config: EngineConfig, on_download: Progress = ignore_progress) ->
         if on_download(done, total) is False:
             raise LoadCancelledError("the download of the model was cancelled", "the next one goes on where it was")
 
-    folder = locate(config.model_path, config.revision, offline=config.offline, progress=advance)
+    folder = resolve_model(config.model_path, config.revision, offline=config.offline, progress=advance)
     return read_folder(folder)
 
 
@@ -76,18 +76,18 @@ def read_folder(folder: Path) -> Model:
         config,
         graph,
         tokenizer,
-        ChatTemplate.load(folder, tokenizer.specials),
+        ChatTemplate.load(folder, tokenizer.special_tokens),
         SamplingParams(**generation.sampling),
         generation.eos_ids,
     )
 
 
 def _with_stored_head(folder: Path, config: ModelConfig) -> ModelConfig:
-    """See `with_stored_head`. The weights are opened only where they are to be tied."""
+    """See `untie_stored_head`. The weights are opened only where they are to be tied."""
     if not config.tie_word_embeddings:
         return config
     source = SafetensorsSource(folder)
-    found = with_stored_head(config, family(config.architecture).names, source)
+    found = untie_stored_head(config, family(config.architecture).names, source)
     source.close()
     return found
 

@@ -7,7 +7,7 @@ from llmrs.backends.base import DTYPE_BYTES, SCALE_BYTES
 from llmrs.config import EngineConfig
 from llmrs.core.errors import ConfigError, MemoryLimitError
 from llmrs.core.ir import Graph
-from llmrs.models.files.weights import parameters
+from llmrs.models.files.weights import num_parameters
 
 DEFAULT_CONTEXT = 4096  # tokens of prompt and answer, where the user does not say and the model allows it
 SHORTEST = 2  # tokens of a context: one of a prompt, one of an answer
@@ -150,7 +150,7 @@ def fit(
 
     Raises ConfigError for a max_model_len beyond the model's `context`.
     """
-    weights, token = parameters(graph) * DTYPE_BYTES[dtypes[0]], token_bytes(graph, dtypes[1])
+    weights, token = num_parameters(graph) * DTYPE_BYTES[dtypes[0]], token_bytes(graph, dtypes[1])
     there, free = free, min(free, config.memory_limit or free)
     wanted = context_length(config, context)
     cache = -(-wanted // block_size) * block_size * token

@@ -41,7 +41,7 @@ class Sink:
         if len(request.output) == len(tokens):  # up to the first token
             self._hand_over(request.computed_tokens)
         for token in tokens:
-            self._put(self.detokenizer.push(token))
+            self._put(self.detokenizer.add(token))
         if request.finish_reason is not None:
             self._put(self.detokenizer.flush())
         if self.detokenizer.stopped is not None:

@@ -1,4 +1,4 @@
-"""A tensor as its file holds it, and the formats that it may have there."""
+"""Weight tensors in the format of their file."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ FORMATS: dict[str, np.dtype[Any]] = {
 
 @dataclass(frozen=True)
 class Tensor:
-    """Read-only data in a file's format: "f32", "f16", or "bf16", which numpy lacks and holds as uint16."""
+    """Read-only data in a file's format: f32, f16, or bf16 (stored as uint16, as NumPy has no bf16)."""
 
     format: str
     shape: tuple[int, ...]
@@ -32,12 +32,12 @@ class Tensor:
         if self.format == "bf16":  # the upper half of a float32
             return (self.data.astype(np.uint32) << np.uint32(16)).view(np.float32)
         if self.format not in FORMATS:
-            raise ModelError(f"format {self.format!r} is not known", f"known are {', '.join(FORMATS)}")
+            raise ModelError(f"unknown format {self.format!r}", f"known are {', '.join(FORMATS)}")
         return self.data.astype(np.float32)
 
 
 class WeightSource(Protocol):
-    """Where tensors come from, by their name in the file."""
+    """Tensors by their name in the file."""
 
     def names(self) -> Iterable[str]: ...
 

@@ -1,1 +1,1 @@
-"""The bundled model: its training text, training and evaluation. Run `python -m demo_model.train` in `examples/`."""
+"""Training of the bundled model: text, training, evaluation. Run `python -m demo_model.train` in `examples/`."""

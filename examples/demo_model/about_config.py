@@ -4,7 +4,7 @@ from demo_model.dialogue import Topic
 
 
 def key_topic(name: str, words: str, answer: str, *asks: str) -> Topic:
-    """The topic of a config key; `words` is a template of what else a user may call it."""
+    """The topic of a config key; `words`: a template of other names for it."""
     alias = f"({name}|{words})" if words else name
     return Topic(
         (name, f"{name} in the config", f"the (key|option|setting|parameter) {name}", *([words] if words else [])),
@@ -139,9 +139,7 @@ KEYS = (
         "top_p keeps the likeliest tokens that together make up this probability, such as 0.95.",
     ),
     key_topic(
-        "min_p",
-        "(min-p|min p)",
-        "min_p drops the tokens that are less likely than this part of the likeliest one.",
+        "min_p", "(min-p|min p)", "min_p drops the tokens that are less likely than this part of the likeliest one."
     ),
     key_topic(
         "seed",
@@ -159,11 +157,7 @@ KEYS = (
         "stop is a list of texts that end the answer. The answer stops before the first of them.",
         "how (do i|can i) (end|stop) an answer at a word?",
     ),
-    key_topic(
-        "stop_token_ids",
-        "stop tokens",
-        "stop_token_ids is a list of token numbers that end the answer.",
-    ),
+    key_topic("stop_token_ids", "stop tokens", "stop_token_ids is a list of token numbers that end the answer."),
     key_topic(
         "prompts",
         "the prompts key",

@@ -1,4 +1,4 @@
-"""Questions and answers about backends, devices, models and formats: what runs today and what is planned."""
+"""Questions and answers about backends, devices, models and formats, current and planned."""
 
 from demo_model.dialogue import Topic
 
@@ -154,11 +154,7 @@ DEVICES = (
         "Qwen3 is a family of language models. llmrs runs it, and I have the same architecture, only much smaller.",
         "It uses RMS norms on queries and keys, and grouped-query attention.",
     ),
-    Topic(
-        ("llama 3", "llama3", "llama"),
-        "Llama 3 is a family of language models that llmrs can run.",
-        "",
-    ),
+    Topic(("llama 3", "llama3", "llama"), "Llama 3 is a family of language models that llmrs can run.", ""),
     Topic(
         (),
         "Not today. llmrs runs Qwen3 and Llama 3 models; more families are planned.",

@@ -1,4 +1,4 @@
-"""Questions and answers about how an engine such as llmrs works inside."""
+"""Questions and answers about the internals of inference engines."""
 
 from demo_model.dialogue import Topic
 
@@ -148,14 +148,8 @@ ENGINE = (
         "",
         ("what happens in (a step|one step)?",),
     ),
-    Topic(
-        ("a ticket",),
-        "A ticket stands for a step that was launched. Waiting for it gives the new tokens.",
-    ),
-    Topic(
-        ("a request", "requests"),
-        "A request is one prompt to be answered, with its sampling parameters.",
-    ),
+    Topic(("a ticket",), "A ticket stands for a step that was launched. Waiting for it gives the new tokens."),
+    Topic(("a request", "requests"), "A request is one prompt to be answered, with its sampling parameters."),
     Topic(
         ("sampling",),
         "Sampling is how the next token is chosen: the model gives each token a probability, and one is drawn.",
@@ -186,10 +180,7 @@ ENGINE = (
         "",
         ("how does (the model|a model) know when to stop?", "when does an answer end?"),
     ),
-    Topic(
-        ("throughput",),
-        "Throughput is how many tokens an engine makes per second for all requests together.",
-    ),
+    Topic(("throughput",), "Throughput is how many tokens an engine makes per second for all requests together."),
     Topic(
         ("latency", "the time to first token"),
         "Latency is how long one waits, for example for the first token of an answer.",
@@ -203,8 +194,5 @@ ENGINE = (
         ("triton", "a triton kernel"),
         "Triton is a language for GPU programs, written in Python. llmrs is to use it for its own kernels.",
     ),
-    Topic(
-        ("a kernel", "a gpu kernel"),
-        "A kernel is a small program that runs on the GPU, in many threads at once.",
-    ),
+    Topic(("a kernel", "a gpu kernel"), "A kernel is a small program that runs on the GPU, in many threads at once."),
 )

@@ -72,8 +72,7 @@ MODELS = (
         "RMS norm scales a vector so that its size stays about the same from layer to layer.",
     ),
     Topic(
-        ("an embedding", "embeddings"),
-        "An embedding is the list of numbers that stands for a token inside a model.",
+        ("an embedding", "embeddings"), "An embedding is the list of numbers that stands for a token inside a model."
     ),
     Topic(
         ("a layer", "layers[ of a model]"),
@@ -106,13 +105,9 @@ MODELS = (
         ("a gpu", "a graphics card", "gpus"),
         "A GPU is a chip that does very many sums at the same time, so it runs models fast.",
     ),
+    Topic(("a cpu", "a processor"), "A CPU is the main chip of a computer. It runs small models well."),
     Topic(
-        ("a cpu", "a processor"),
-        "A CPU is the main chip of a computer. It runs small models well.",
-    ),
-    Topic(
-        ("pytorch", "torch"),
-        "PyTorch is a library for neural networks in Python. llmrs uses it in the Torch backend.",
+        ("pytorch", "torch"), "PyTorch is a library for neural networks in Python. llmrs uses it in the Torch backend."
     ),
     Topic(("numpy",), "NumPy is a Python library for arrays of numbers. The reference backend of llmrs uses it."),
     Topic(("mlx",), "MLX is a library by Apple for machine learning on Macs. A backend with it is planned for llmrs."),

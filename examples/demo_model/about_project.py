@@ -1,4 +1,4 @@
-"""Questions and answers about llmrs: what it is, what runs on what, and what is planned. Only true statements."""
+"""Questions and answers about llmrs: purpose, platforms, plans. Only true statements."""
 
 from demo_model.dialogue import Topic
 

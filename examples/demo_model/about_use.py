@@ -1,4 +1,4 @@
-"""Questions and answers about using llmrs: installing, commands, Python, and how to get what one wants."""
+"""Questions and answers about using llmrs: installation, commands, Python, tasks."""
 
 from demo_model.dialogue import Topic
 

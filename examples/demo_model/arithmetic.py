@@ -1,4 +1,4 @@
-"""Sums: questions about two numbers, and the pairs that are never trained on.
+"""Arithmetic questions, and the held-out pairs.
 
 Sums of 0..100 and differences of the same, times tables to 12 and their divisions. A pair is held out in both
 orders, and for each of + and - by itself.
@@ -85,12 +85,12 @@ def result(op: str, a: int, b: int) -> int:
 
 
 def held_out(op: str, a: int, b: int) -> bool:
-    """Whether a pair is kept for testing: one in ten, whichever way round."""
+    """Whether a pair is a test pair: one in ten, in either order."""
     return op in "+-" and zlib.crc32(f"{min(a, b)}{op}{max(a, b)}".encode()) % 10 == 0
 
 
 def operands(rng: Random, op: str) -> tuple[int, int]:
-    """Two numbers that may be trained on."""
+    """A training pair."""
     if op in "*/":
         a, b = rng.randint(0, TABLE), rng.randint(0, TABLE)
         return (a, b) if op == "*" else (a * max(b, 1), max(b, 1))
@@ -109,13 +109,13 @@ def spell(rng: Random, n: int) -> str:
 
 
 def sum_answer(op: str, a: int, b: int, spoken: bool) -> str:
-    """The whole sentence: `7 + 5 = 12.` or, as an answer to a spoken sum, `7 plus 5 is 12.`"""
+    """The answer: `7 + 5 = 12.`, or `7 plus 5 is 12.` to a spoken question."""
     c = result(op, a, b)
     return f"{a} {WORDS[op]} {b} is {c}." if spoken else f"{a} {op} {b} = {c}."
 
 
 def sum_question(rng: Random, op: str, a: int, b: int, frames: tuple[str, ...] = WHAT) -> tuple[str, bool]:
-    """A question for a op b, and whether the operation was spoken rather than written as a sign."""
+    """A question for a op b, and whether the operator is spelled out."""
     if frames is WHAT and rng.random() < 0.3:
         spelled = rng.random() < 0.4
         left, right = (spell(rng, n) if spelled else str(n) for n in (a, b))
@@ -139,7 +139,7 @@ def one_sum(rng: Random, op: str, frames: tuple[str, ...] = WHAT) -> tuple[Turn,
 
 
 def sums(rng: Random, person: Person) -> list[Turn]:
-    """A sum, and sometimes another one or one that goes on from its result."""
+    """A sum, sometimes with a second one, which may start from its result."""
     turn, c = one_sum(rng, rng.choice("+++---**/"))
     turns = [turn]
     if rng.random() < 0.15:
@@ -157,7 +157,7 @@ def _further(rng: Random, a: int) -> list[Turn]:
 
 
 def odd_sums(rng: Random, person: Person) -> list[Turn]:
-    """Sums of other kinds: three numbers, squares, halves, negative numbers, remainders, and what it can't do."""
+    """Other sums: three numbers, squares, halves, negative results, remainders, impossible ones."""
     kinds = (_three, _three, _square, _half, _negative, _remainder, _story, _story, _story, _story, _refused, _refused)
     return [rng.choice(kinds)(rng)]
 

@@ -1,7 +1,7 @@
-"""The corpus: conversations that mix the skills, and some plain text. `python -m demo_model.corpus` shows some.
+"""The corpus: conversations that mix the skills, and some plain text. `python -m demo_model.corpus` prints samples.
 
-A document is a rendered conversation, or plain text that ends in <|endoftext|>. The text of a seed is always the
-same, and the seeds of training and of testing begin with different words.
+A document is a rendered conversation, or plain text that ends in <|endoftext|>. Text is deterministic per seed;
+training and test seeds begin with different words.
 """
 
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ from demo_model.world_talk import animals, calendar, capitals, colours, foods, l
 END_OF_TEXT, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
 TOPICS: tuple[Topic, ...] = (*PROJECT, *USE, *KEYS, *ENGINE, *DEVICES, *MODELS)
-NAMED = [topic for topic in TOPICS + SELF if topic.names]  # their answers make sense without a question
+NAMED = [topic for topic in TOPICS + SELF if topic.names]  # answers that make sense without a question
 about_llmrs, about_self = topics_skill(TOPICS), topics_skill(SELF)
 
 MEMORY: dict[Skill, float] = {name: 4, favourite: 2, about_me: 2, pet: 1.5, likes: 0.5}
@@ -36,7 +36,7 @@ SKILLS: dict[Skill, float] = {
     foods: 1.5, calendar: 2, lists: 2, greeting: 3, how_are_you: 1.5, mood: 1.5, manners: 3, weather: 1, goodbye: 1,
     joke: 1.5, stories: 1.5, unknown: 8, nonsense: 1, **MEMORY,
 }  # fmt: skip
-BRIEF: dict[Skill, float] = {  # these often have an answer in one word, and remember nothing
+BRIEF: dict[Skill, float] = {  # skills with one-word answers
     about_llmrs: 1, about_self: 1, sums: 4, odd_sums: 1, numbers: 2, words: 2, capitals: 2, animals: 1, colours: 1,
     foods: 1, calendar: 1,
 }  # fmt: skip
@@ -71,7 +71,7 @@ def draw(rng: Random, skills: dict[Skill, float]) -> Skill:
 
 
 def talk(rng: Random, person: Person, exchanges: int) -> list[Turn]:
-    """At least so many exchanges of any kind, one after another."""
+    """At least `exchanges` turns of any skill."""
     turns: list[Turn] = []
     while len(turns) < exchanges:
         back = (person.name or person.facts) and rng.random() < 0.06
@@ -80,7 +80,7 @@ def talk(rng: Random, person: Person, exchanges: int) -> list[Turn]:
 
 
 def remembering(rng: Random, person: Person) -> list[Turn]:
-    """The user tells something, perhaps talks of something else, and comes back to it."""
+    """The user states facts, maybe changes the subject, and asks for them."""
     turns: list[Turn] = []
     for _ in range(rng.choice((1, 1, 2, 3))):
         turns += draw(rng, MEMORY)(rng, person)
@@ -91,7 +91,7 @@ def remembering(rng: Random, person: Person) -> list[Turn]:
 
 
 def turns_of(rng: Random) -> list[Turn]:
-    """The exchanges of one conversation; a few conversations are long."""
+    """The turns of one conversation, which is seldom long."""
     person = Person()
     kind = rng.random()
     if kind < 0.40:
@@ -112,28 +112,28 @@ def conversation(rng: Random) -> list[dict[str, str]]:
 
 
 def brief(rng: Random) -> list[Turn]:
-    """Exchanges with answers in one word."""
+    """Turns with one-word answers."""
     turns: list[Turn] = []
     exchanges = rng.choice((1, 1, 1, 2, 3, 4))
     while len(turns) < exchanges:
-        found = draw(rng, BRIEF)(rng, Person())
-        turns += [Turn(turn.user, turn.short) for turn in found if turn is found[0] and turn.short]
+        made = draw(rng, BRIEF)(rng, Person())
+        turns += [Turn(turn.user, turn.short) for turn in made if turn is made[0] and turn.short]
     return turns
 
 
 def in_one_word(rng: Random, turn: Turn) -> Turn:
-    """Now and then the user asks for one word, where there is such an answer."""
+    """Sometimes asks for a one-word answer, if the turn has one."""
     if not turn.short or rng.random() > 0.03:
         return turn
     return Turn(turn.user + rng.choice(IN_ONE_WORD), turn.short)
 
 
 def messages(system: str, turns: list[Turn]) -> list[dict[str, str]]:
-    found = [{"role": "system", "content": system}] if system else []
+    made = [{"role": "system", "content": system}] if system else []
     for turn in turns:
-        assert "<|" not in turn.user + turn.answer, "a control token inside a message would be read as one"
-        found += [{"role": "user", "content": turn.user}, {"role": "assistant", "content": turn.answer}]
-    return found
+        assert "<|" not in turn.user + turn.answer, "special token in a message"
+        made += [{"role": "user", "content": turn.user}, {"role": "assistant", "content": turn.answer}]
+    return made
 
 
 def plain(rng: Random) -> str:
@@ -148,24 +148,24 @@ def plain(rng: Random) -> str:
     return " ".join(skill(rng, Person())[0].answer for _ in range(rng.randint(1, 6)))
 
 
-def render(found: list[dict[str, str]]) -> str:
-    """A conversation as text, in the same way as the chat template."""
-    return "".join(f"{START}{m['role']}\n{m['content']}{END}\n" for m in found)
+def render(messages: list[dict[str, str]]) -> str:
+    """A conversation as text, equal to the chat template's."""
+    return "".join(f"{START}{m['role']}\n{m['content']}{END}\n" for m in messages)
 
 
 def document(rng: Random) -> str:
-    """One text to train on."""
+    """One training document."""
     return plain(rng) + END_OF_TEXT if rng.random() < 0.1 else render(conversation(rng))
 
 
 def documents(seed: str, count: int) -> Iterator[str]:
-    """So many documents of a seed, such as `training 0 17`."""
+    """`count` documents of a seed, such as `training 0 17`."""
     rng = Random(seed)
     return (document(rng) for _ in range(count))
 
 
 def held_out_conversations(count: int) -> list[list[dict[str, str]]]:
-    """Conversations for testing. Short ones may also occur in training; held-out sums do not."""
+    """Test conversations. Short ones may occur in training; held-out sums do not."""
     rng = Random("held out")
     return [conversation(rng) for _ in range(count)]
 

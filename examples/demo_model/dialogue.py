@@ -1,4 +1,4 @@
-"""What conversations are made of: turns, what a user has told, and topics with their questions."""
+"""Parts of conversations: turns, facts about the user, and topics with their questions."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from demo_model.text import ask, expand
 
 @dataclass(frozen=True)
 class Turn:
-    """A user's message and the model's answer; `short` is the answer in one word, where there is one."""
+    """A user message and its answer; `short` is the one-word answer, if any."""
 
     user: str
     answer: str
@@ -19,7 +19,7 @@ class Turn:
 
 @dataclass
 class Person:
-    """What the user has told in this conversation."""
+    """Facts that the user stated in this conversation."""
 
     name: str = ""
     facts: dict[str, str] = field(default_factory=dict)  # "favourite colour" -> "blue"
@@ -30,7 +30,7 @@ Skill: TypeAlias = Callable[[Random, Person], list[Turn]]
 
 @dataclass(frozen=True)
 class Topic:
-    """Something that can be asked about. `names` fit into "what is ...?", `asks` are whole questions."""
+    """A subject of questions. `names` fit into "what is ...?", `asks` are whole questions."""
 
     names: tuple[str, ...]
     answer: str
@@ -99,11 +99,11 @@ def topic_turns(rng: Random, topic: Topic) -> list[Turn]:
 
 
 def _question(rng: Random, template: str, topic: Topic) -> str:
-    # a topic's name may be mistyped, so it goes in before the manner of typing
+    # no slot: a topic's name may be mistyped
     name = expand(rng, rng.choice(topic.names)) if topic.names else ""
     return ask(rng, template.replace("{n}", name))
 
 
 def topics_skill(topics: tuple[Topic, ...]) -> Skill:
-    """A skill that talks about one of the topics."""
+    """A skill that asks about one of the topics."""
     return lambda rng, person: topic_turns(rng, rng.choice(topics))

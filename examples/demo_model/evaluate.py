@@ -1,4 +1,4 @@
-"""Says how good the bundled model is: `python -m demo_model.evaluate DIR` writes DIR/REPORT.md."""
+"""Evaluates the bundled model: `python -m demo_model.evaluate DIR` writes DIR/REPORT.md."""
 
 import argparse
 import json
@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from demo_model.arithmetic import LARGEST, TABLE, held_out, result
 from demo_model.corpus import held_out_conversations, render
+from demo_model.packing import answer_mask
 from demo_model.people import NAMES
-from demo_model.rows import trained_tokens
 from demo_model.samples import COMPLETIONS, SAMPLES
 
 Message = dict[str, str]
@@ -24,12 +24,12 @@ INTRODUCTION = """\
 All the text was made by `demo_model/corpus.py` and nothing was taken from elsewhere. Short conversations of the
 perplexity test can also occur in training, as both come from the same templates. The tested sums can not: one pair of
 numbers in ten is kept out of training, in both orders, for + and for -."""
-LONGEST = 96  # tokens of an answer
+MAX_NEW_TOKENS = 96
 BATCH = 64
 
 
-class Judge:
-    """The model with its tokenizer, answering greedily."""
+class Evaluator:
+    """The model with its tokenizer, decoding greedily."""
 
     def __init__(self, folder: Path, device: str) -> None:
         self.device = device
@@ -40,14 +40,17 @@ class Judge:
 
     @torch.inference_mode()
     def complete(self, prompts: list[str]) -> list[str]:
-        """The texts that follow prompts, without the tokens that end them."""
-        found: list[str] = []
+        """Completions, without end tokens."""
+        results: list[str] = []
         for at in range(0, len(prompts), BATCH):
-            some = prompts[at : at + BATCH]
-            inputs = self.tokenizer(some, return_tensors="pt", padding=True, add_special_tokens=False).to(self.device)
-            ids = self.model.generate(**inputs, max_new_tokens=LONGEST, do_sample=False, temperature=None, top_k=None)
-            found += self.tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        return found
+            inputs = self.tokenizer(
+                prompts[at : at + BATCH], return_tensors="pt", padding=True, add_special_tokens=False
+            ).to(self.device)
+            ids = self.model.generate(
+                **inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, temperature=None, top_k=None
+            )
+            results += self.tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return results
 
     def answer(self, conversations: list[list[Message]]) -> list[str]:
         return self.complete(
@@ -55,14 +58,14 @@ class Judge:
         )
 
     def converse(self, said: list[tuple[str, ...]]) -> list[list[str]]:
-        """The answers to several messages of each user, with the earlier ones and their answers in view."""
-        found: list[list[str]] = [[] for _ in said]
+        """Multi-turn answers: to each user message, with the conversation before it."""
+        results: list[list[str]] = [[] for _ in said]
         for turn in range(max(map(len, said))):
             which = [i for i, user in enumerate(said) if turn < len(user)]
-            views = [dialogue(said[i][: turn + 1], found[i]) for i in which]
+            views = [dialogue(said[i][: turn + 1], results[i]) for i in which]
             for i, text in zip(which, self.answer(views), strict=True):
-                found[i].append(text)
-        return found
+                results[i].append(text)
+        return results
 
     @torch.inference_mode()
     def loss(self, conversations: list[list[Message]]) -> tuple[float, int]:
@@ -73,7 +76,7 @@ class Judge:
         for conversation in conversations:
             encoded = self.tokenizer(render(conversation), return_tensors="pt", add_special_tokens=False)
             ids = encoded["input_ids"].to(self.device)
-            marks = torch.from_numpy(trained_tokens(ids[0].cpu().numpy(), header, end)).to(self.device)
+            marks = torch.from_numpy(answer_mask(ids[0].cpu().numpy(), header, end)).to(self.device)
             logits = self.model(input_ids=ids).logits[0, :-1]
             losses = functional.cross_entropy(logits, ids[0, 1:], reduction="none")[marks[1:]]
             total, count = total + losses.sum().item(), count + len(losses)
@@ -82,12 +85,12 @@ class Judge:
 
 def dialogue(said: tuple[str, ...], answers: list[str]) -> list[Message]:
     """Messages of a user and the answers so far."""
-    found: list[Message] = []
+    results: list[Message] = []
     for i, text in enumerate(said):
-        found.append({"role": "user", "content": text})
+        results.append({"role": "user", "content": text})
         if i < len(answers):
-            found.append({"role": "assistant", "content": answers[i]})
-    return found
+            results.append({"role": "assistant", "content": answers[i]})
+    return results
 
 
 def held_out_sums(op: str, count: int) -> list[tuple[int, int]]:
@@ -102,18 +105,18 @@ def tables(count: int) -> list[tuple[int, int]]:
     return Random("tables").sample(pairs, min(count, len(pairs)))
 
 
-def right_sums(judge: Judge, op: str, pairs: list[tuple[int, int]]) -> list[bool]:
+def right_sums(evaluator: Evaluator, op: str, pairs: list[tuple[int, int]]) -> list[bool]:
     """Whether each answer to `What is a op b?` ends in the result."""
-    answers = judge.answer([dialogue((f"What is {a} {op} {b}?",), []) for a, b in pairs])
+    answers = evaluator.answer([dialogue((f"What is {a} {op} {b}?",), []) for a, b in pairs])
     return [x.endswith(f" = {result(op, a, b)}.") for x, (a, b) in zip(answers, pairs, strict=True)]
 
 
-def remembered(judge: Judge, count: int) -> list[bool]:
-    """Whether a name is known after another question."""
+def remembered(evaluator: Evaluator, count: int) -> list[bool]:
+    """Whether the model recalls a name after another question."""
     rng = Random("names")
     names = [rng.choice(NAMES) for _ in range(count)]
     between = ("What is llmrs?", "What is 3 + 4?", "Tell me a joke.", "What is a token?")
-    answers = judge.converse([(f"My name is {n}.", rng.choice(between), "What is my name?") for n in names])
+    answers = evaluator.converse([(f"My name is {n}.", rng.choice(between), "What is my name?") for n in names])
     return [n in a[-1] for n, a in zip(names, answers, strict=True)]
 
 
@@ -121,16 +124,16 @@ def share(right: list[bool]) -> str:
     return f"{sum(right)} of {len(right)} ({sum(right) / len(right):.1%})"
 
 
-def figures(judge: Judge, count: int, conversations: int) -> list[tuple[str, str]]:
-    """What was measured and the outcome."""
-    total, tokens = judge.loss(held_out_conversations(conversations))
+def figures(evaluator: Evaluator, count: int, conversations: int) -> list[tuple[str, str]]:
+    """(test, result) pairs."""
+    total, tokens = evaluator.loss(held_out_conversations(conversations))
     perplexity = f"{math.exp(total / tokens):.3f} ({total / tokens:.4f} nats, {tokens:,} tokens)"
     return [
         (f"Perplexity per answer token, {conversations} conversations of unseen seeds", perplexity),
-        ("Sums never trained on, a + b to 100 + 100", share(right_sums(judge, "+", held_out_sums("+", count)))),
-        ("Differences never trained on, a - b from 100", share(right_sums(judge, "-", held_out_sums("-", count)))),
-        ("Times tables to 12 x 12 (seen in training)", share(right_sums(judge, "*", tables(count)))),
-        ("The user's name, asked for after another question", share(remembered(judge, min(count, 50)))),
+        ("Sums never trained on, a + b to 100 + 100", share(right_sums(evaluator, "+", held_out_sums("+", count)))),
+        ("Differences never trained on, a - b from 100", share(right_sums(evaluator, "-", held_out_sums("-", count)))),
+        ("Times tables to 12 x 12 (seen in training)", share(right_sums(evaluator, "*", tables(count)))),
+        ("The user's name, asked for after another question", share(remembered(evaluator, min(count, 50)))),
     ]
 
 
@@ -145,26 +148,26 @@ def table(head: tuple[str, str], rows: list[tuple[str, str]]) -> str:
     return "\n".join(f"| {a} | {b} |" for a, b in lines)
 
 
-def shown(judge: Judge) -> list[tuple[str, str]]:
-    """The samples and the answers; lines of one conversation share a row."""
-    answers = judge.converse(list(SAMPLES))
-    return [("\n".join(said), "\n".join(found)) for said, found in zip(SAMPLES, answers, strict=True)]
+def shown(evaluator: Evaluator) -> list[tuple[str, str]]:
+    """The samples with answers, a conversation per table row."""
+    answers = evaluator.converse(list(SAMPLES))
+    return [("\n".join(said), "\n".join(results)) for said, results in zip(SAMPLES, answers, strict=True)]
 
 
 def training(folder: Path) -> list[tuple[str, str]]:
-    """What train.py wrote about how the model was made."""
+    """The contents of training.json."""
     path = folder / "training.json"
-    found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    found["versions"] = ", ".join(f"{name} {version}" for name, version in found.get("versions", {}).items())
-    return [(name.replace("_", " "), f"{v:,}" if isinstance(v, int) else str(v)) for name, v in found.items()]
+    results: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    results["versions"] = ", ".join(f"{name} {version}" for name, version in results.get("versions", {}).items())
+    return [(name.replace("_", " "), f"{v:,}" if isinstance(v, int) else str(v)) for name, v in results.items()]
 
 
-def completions(judge: Judge) -> list[tuple[str, str]]:
-    texts = judge.complete(list(COMPLETIONS))
+def completions(evaluator: Evaluator) -> list[tuple[str, str]]:
+    texts = evaluator.complete(list(COMPLETIONS))
     return [(prompt, prompt + text) for prompt, text in zip(COMPLETIONS, texts, strict=True)]
 
 
-def report(folder: Path, judge: Judge, count: int, conversations: int) -> str:
+def report(folder: Path, evaluator: Evaluator, count: int, conversations: int) -> str:
     """The whole report in Markdown."""
     parts = (
         "# The demo model: how it was trained and how good it is",
@@ -173,13 +176,13 @@ def report(folder: Path, judge: Judge, count: int, conversations: int) -> str:
         table(("what", "value"), training(folder)),
         "## Results",
         f"Greedy decoding in float32 with transformers {transformers.__version__} and torch {torch.__version__} on "
-        f"{judge.device}, by `{command()}`.",
-        table(("test", "result"), figures(judge, count, conversations)),
+        f"{evaluator.device}, by `{command()}`.",
+        table(("test", "result"), figures(evaluator, count, conversations)),
         "## Samples",
         "Greedy answers; several lines are one conversation.",
-        table(("user", "model"), shown(judge)),
+        table(("user", "model"), shown(evaluator)),
         "## Plain text",
-        table(("prompt", "completed"), completions(judge)),
+        table(("prompt", "completed"), completions(evaluator)),
     )
     return "\n\n".join(parts) + "\n"
 
@@ -196,7 +199,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200, help="questions of each kind of sum")
     parser.add_argument("--conversations", type=int, default=500, help="conversations for the perplexity")
     args = parser.parse_args()
-    text = report(args.folder, Judge(args.folder, args.device), args.count, args.conversations)
+    text = report(args.folder, Evaluator(args.folder, args.device), args.count, args.conversations)
     (args.report or args.folder / "REPORT.md").write_text(text, "utf-8")
     print(text)
 

@@ -1,4 +1,4 @@
-"""What users tell about themselves, and being asked for it later in the same conversation."""
+"""Facts that users state about themselves, and recall of them later in the conversation."""
 
 from random import Random
 
@@ -99,7 +99,7 @@ def favourite(rng: Random, person: Person) -> list[Turn]:
 
 
 def recall(rng: Random, person: Person, key: str, frames: tuple[str, ...], **slots: str) -> Turn:
-    """A question for something that was told, or was not."""
+    """A question for a fact that the user did or did not state."""
     text = ask(rng, rng.choice(frames), keep=False, **slots)
     value = person.facts.get(key, "")
     answers = {
@@ -144,7 +144,7 @@ def pet(rng: Random, person: Person) -> list[Turn]:
 
 
 def likes(rng: Random, person: Person) -> list[Turn]:
-    """Something that the user likes, or asks whether the model likes it."""
+    """A thing that the user likes, or asks whether the model does."""
     thing = rng.choice(LIKES)
     if rng.random() < 0.5:
         answer = f"I am a program, so I can't enjoy {thing}. Do you like {thing}?"
@@ -153,7 +153,7 @@ def likes(rng: Random, person: Person) -> list[Turn]:
 
 
 def told(rng: Random, person: Person) -> list[Turn]:
-    """A question for one of the things that the user has told, or for the name."""
+    """A question for a stated fact or the name."""
     key = rng.choice([*person.facts, "name", *(["name"] if person.name else [])])
     if key == "name":
         return [ask_name(rng, person)]

@@ -37,7 +37,7 @@ LIKES = (
 
 
 def a_name(rng: Random) -> str:
-    """A first name, now and then one that nobody has."""
+    """A first name, sometimes a made-up one."""
     return rng.choice(NAMES) if rng.random() < 0.75 else capitalize(made_up_word(rng, rng.choice((1, 2, 2, 3))))
 
 

@@ -1,4 +1,4 @@
-"""What the report asks the model: conversations, each the list of what the user says, and beginnings of plain text."""
+"""Prompts of the report: conversations as lists of user messages, and beginnings of plain text."""
 
 SAMPLES: tuple[tuple[str, ...], ...] = (
     ("What is llmrs?",),

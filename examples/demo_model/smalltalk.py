@@ -1,4 +1,4 @@
-"""Greetings, moods, thanks, jokes and goodbyes. An exchange is a template of what users say and its answers."""
+"""Greetings, moods, thanks, jokes and goodbyes. An exchange: a template of the user message, and its answers."""
 
 from random import Random
 
@@ -196,7 +196,7 @@ NOT_FUNNY = ("(that was not funny|not funny|i don't get it|that is not funny|bad
 
 
 def exchanges(table: tuple[tuple[str, tuple[str, ...]], ...]) -> Skill:
-    """A skill that has one exchange out of a table."""
+    """A skill of one exchange from a table."""
 
     def skill(rng: Random, person: Person) -> list[Turn]:
         template, answers = rng.choice(table)
@@ -209,13 +209,13 @@ greeting, mood, manners, weather = map(exchanges, (GREETINGS, MOODS, MANNERS, WE
 
 
 def goodbye(rng: Random, person: Person) -> list[Turn]:
-    """A goodbye, by name where it is known."""
+    """A goodbye, with the name if known."""
     (turn,) = exchanges(GOODBYES)(rng, person)
     return [Turn(turn.user, turn.answer.replace("!", f", {person.name}!", 1) if person.name else turn.answer)]
 
 
 def joke(rng: Random, person: Person) -> list[Turn]:
-    """A joke, perhaps more of them, and what is said about it."""
+    """One or more jokes, with a reaction."""
     told = rng.sample(JOKES, rng.choice((1, 1, 1, 2, 3)))
     turns = [Turn(ask(rng, rng.choice(JOKE)), told[0])]
     turns += [Turn(ask(rng, rng.choice(ANOTHER)), text) for text in told[1:]]

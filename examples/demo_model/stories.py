@@ -1,4 +1,4 @@
-"""Short stories that are put together from sentences, about what the user asks for."""
+"""Short stories, assembled from sentences, about a requested subject."""
 
 from random import Random
 
@@ -64,7 +64,7 @@ def story(rng: Random, hero: str) -> str:
 
 
 def stories(rng: Random, person: Person) -> list[Turn]:
-    """A story, sometimes with another one after it."""
+    """A story, sometimes two."""
     hero = rng.choice(HEROES)
     frames = STORY_ABOUT if rng.random() < 0.65 else STORY
     turns = [Turn(ask(rng, rng.choice(frames), h=article(hero)), story(rng, hero))]
@@ -74,5 +74,5 @@ def stories(rng: Random, person: Person) -> list[Turn]:
 
 
 def beginning(rng: Random) -> str:
-    """A story for reading, with no question before it."""
+    """A story without a question."""
     return capitalize(expand(rng, story(rng, rng.choice(HEROES))))

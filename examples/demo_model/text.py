@@ -1,7 +1,7 @@
-"""The tools that the corpus is written with: templates, numbers in words, and how people type.
+"""Text tools of the corpus: templates, numbers in words, typing styles.
 
-A template is text with `(one|another)` for a choice, `[perhaps]` for a part that may be missing, and `{slot}` for
-what is filled in last, so that typing mistakes never touch names, numbers and words to be repeated.
+Template syntax: `(one|another)` is a choice, `[optional]` may be missing, `{slot}` is filled last, so that typing
+mistakes do not change names, numbers and quoted words.
 """
 
 import re
@@ -48,7 +48,7 @@ CONSONANTS = "bdfgklmnprstvz"
 
 @cache
 def parse(template: str) -> list[Part]:
-    """A template as a sequence of texts and choices. `{slot}` stays as it is."""
+    """A template as text and choices; slots stay in the text."""
     tokens = re.findall(r"[()\[\]|]|[^()\[\]|]+", template)[::-1]
     parsed = _alternatives(tokens)
     assert not tokens, f"unbalanced template: {template}"
@@ -56,23 +56,23 @@ def parse(template: str) -> list[Part]:
 
 
 def _alternatives(tokens: list[str]) -> list[list[Part]]:
-    """Takes alternatives off the end of `tokens` (the text, reversed) up to a closing bracket."""
-    found: list[list[Part]] = [[]]
+    """Pops alternatives off `tokens` (the text, reversed) up to a closing bracket."""
+    alternatives: list[list[Part]] = [[]]
     while tokens and tokens[-1] not in (")", "]"):
         token = tokens.pop()
         if token == "|":
-            found.append([])
+            alternatives.append([])
         elif token in ("(", "["):
             inner = _alternatives(tokens)
             tokens.pop()
-            found[-1].append([*inner, []] if token == "[" else inner)
+            alternatives[-1].append([*inner, []] if token == "[" else inner)
         else:
-            found[-1].append(token)
-    return found
+            alternatives[-1].append(token)
+    return alternatives
 
 
 def expand(rng: Random, template: str) -> str:
-    """One text that a template stands for."""
+    """A random text of the template."""
     return _expand(rng, parse(template))
 
 
@@ -81,23 +81,23 @@ def _expand(rng: Random, parts: list[Part]) -> str:
 
 
 def ask(rng: Random, template: str, *, keep: bool = False, **slots: str) -> str:
-    """What a user types: the template in one of several manners of typing, then the slots.
+    """What a user types: the template in a random typing style, with its slots filled.
 
-    Slots may lose their capitals with the rest of the text, unless `keep` says that they must not.
+    Slots are lowercased with the text unless `keep`.
     """
     text = expand(rng, template).strip()
     if rng.random() < 0.1:
         text = rng.choice(PREFIXES) + text
     if rng.random() < 0.04:
         text = text.rstrip("?.!") + rng.choice(SUFFIXES)
-    text, lower = _manner(rng, text)
+    text, lower = _typing_style(rng, text)
     for name, value in slots.items():
         text = text.replace("{" + name + "}", value.lower() if lower and not keep else value)
     return text
 
 
-def _manner(rng: Random, text: str) -> tuple[str, bool]:
-    """The text as somebody types it, and whether it came without capitals."""
+def _typing_style(rng: Random, text: str) -> tuple[str, bool]:
+    """The text in a random typing style, and whether that is lowercase."""
     draw = rng.random()
     if draw < 0.55:
         return capitalize(text.rstrip("?.!") if rng.random() < 0.1 else text), False
@@ -112,20 +112,20 @@ def _manner(rng: Random, text: str) -> tuple[str, bool]:
 
 
 def _casual(rng: Random, text: str) -> str:
-    """Without capitals and the mark at the end."""
+    """Lowercase, without final punctuation."""
     text = text.rstrip("?.! ")
     text = re.sub(r"(\{\w+\})|[A-Z]+", lambda m: m[1] or m[0].lower(), text)
     return text.replace("'", "") if rng.random() < 0.5 else text
 
 
 def _telegraphic(rng: Random, text: str) -> str:
-    """With some of the words left out that carry little."""
+    """Without some of the SMALL_WORDS."""
     words = [w for w in text.split(" ") if w.lower() not in SMALL_WORDS or rng.random() < 0.4]
     return " ".join(words) if words else text
 
 
 def _mistype(rng: Random, text: str) -> str:
-    """With a mistake in one or two words of at least four letters."""
+    """A typo in one or two words of at least four letters."""
     words = text.split(" ")
     candidates = [i for i, w in enumerate(words) if len(w) >= 4 and w.strip("?.!,").isalpha()]
     for i in rng.sample(candidates, min(len(candidates), rng.choice((1, 1, 2)))):
@@ -147,7 +147,7 @@ def typo(rng: Random, word: str) -> str:
 
 
 def capitalize(text: str) -> str:
-    """With a capital at the beginning, the rest as it is."""
+    """Uppercase first letter."""
     return text[:1].upper() + text[1:]
 
 
@@ -171,6 +171,6 @@ def article(noun: str) -> str:
 
 
 def made_up_word(rng: Random, syllables: int = 2) -> str:
-    """A word that can be said but means nothing."""
+    """A pronounceable word without meaning."""
     word = "".join(rng.choice(CONSONANTS) + rng.choice(VOWELS) for _ in range(syllables))
     return word + rng.choice(("", "", rng.choice("nrsltk")))

@@ -1,4 +1,4 @@
-"""What the model does not know or can't do, and the honest answers to it."""
+"""Questions beyond the model, with honest answers."""
 
 from random import Random
 
@@ -137,7 +137,7 @@ NOT_UNDERSTOOD = "I did not understand that. Please ask me again in other words.
 
 
 def unknown(rng: Random, person: Person) -> list[Turn]:
-    """A question that has no good answer here, and what is said instead."""
+    """A question without a known answer, and the reply."""
     frames, answer = rng.choice(KINDS)
     frame = rng.choice(frames)
     c, d = rng.sample(COUNTRIES, 2)
@@ -157,7 +157,7 @@ def _word(rng: Random) -> str:
 
 
 def nonsense(rng: Random, person: Person) -> list[Turn]:
-    """Keys pressed at random, or made-up words."""
+    """Random keys or made-up words."""
     if rng.random() < 0.4:
         text = " ".join(made_up_word(rng) for _ in range(rng.randint(2, 4)))
     elif rng.random() < 0.3:

@@ -1,4 +1,4 @@
-"""Words: opposites, spelling, letters, plurals, and repeating what was said."""
+"""Words: opposites, spelling, letters, plurals, repetition."""
 
 from collections.abc import Callable
 from random import Random
@@ -73,7 +73,7 @@ PHRASE_WORDS = (*PLAIN_WORDS, *ARTICLES, "and", "is", "in", "to", "not", "I", "y
 
 
 def quoted(rng: Random, word: str) -> str:
-    """A word as users mark it: mostly not at all."""
+    """A word, sometimes in quotes."""
     mark = rng.choice(("", "", "", '"', '"', "'"))
     return f"{mark}{word}{mark}"
 
@@ -109,7 +109,7 @@ def spell(rng: Random) -> Turn:
 
 
 def letters(rng: Random) -> Turn:
-    """How many letters a word has, its first or its last one."""
+    """The number of letters of a word, its first or its last one."""
     word = some_word(rng)
     q = quoted(rng, word)
     kind = rng.randrange(3)
@@ -122,7 +122,7 @@ def letters(rng: Random) -> Turn:
 
 
 def plural_of(noun: str) -> str:
-    """The plural by the usual rules, unless the table of exceptions has it."""
+    """The plural by the table of exceptions, else by rule."""
     if noun in PLURALS:
         return PLURALS[noun]
     if noun.endswith(("s", "x", "ch", "sh")):
@@ -138,7 +138,7 @@ def plural(rng: Random) -> Turn:
 
 
 def phrase(rng: Random) -> str:
-    """Words to be repeated: a sentence, or words in any order."""
+    """Text to repeat: a sentence or random words."""
     draw = rng.random()
     if draw < 0.45:
         return sentence(rng)
@@ -152,7 +152,7 @@ def phrase(rng: Random) -> str:
 
 
 def sentence(rng: Random, noun: str = "") -> str:
-    """A simple sentence, without its full stop."""
+    """A simple sentence without full stop."""
     noun = noun or rng.choice(NOUNS)
     thing = rng.choice(NOUNS)
     start = rng.choice(("the", "my", "our", "this"))

@@ -46,11 +46,7 @@ SAYS = (
     "how does {a} (sound|go)?",
     "(make|do) the sound of {a}.",
 )
-WHO_SAYS = (
-    "(which|what) animal (says|goes) {s}?",
-    "(which|what) animal makes the (sound|noise) {s}?",
-    "who says {s}?",
-)
+WHO_SAYS = ("(which|what) animal (says|goes) {s}?", "(which|what) animal makes the (sound|noise) {s}?", "who says {s}?")
 LEGS = ("how many legs does {a} have?", "how many legs has {a}?", "(count|number of) the legs of {a}.")
 YOUNG = (
     "what is (a baby {n}|the baby of {a}|the young of {a}|a young {n}) called?",
@@ -165,7 +161,7 @@ def _capital(rng: Random, frames: tuple[str, ...]) -> Turn:
         country = NICKNAMES[asked]
     city = CAPITALS[country][0].rstrip(".")
     spoken = asked.removeprefix("the ") if rng.random() < 0.2 else asked
-    if " " not in spoken and rng.random() < 0.5:  # some typing mistakes in the name, too
+    if " " not in spoken and rng.random() < 0.5:  # typos in the name, too
         text = ask(rng, rng.choice(frames).replace("{c}", spoken))
     else:
         text = ask(rng, rng.choice(frames), c=spoken)
@@ -182,7 +178,7 @@ def animals(rng: Random, person: Person) -> list[Turn]:
         return [_can(rng, n)]
     sound = ANIMALS[n][0]
     if sound and rng.random() < 0.08:
-        n = next(name for name in ANIMALS if ANIMALS[name][0] == sound)  # the best known of those that say it
+        n = next(name for name in ANIMALS if ANIMALS[name][0] == sound)  # the best known one with this sound
         return [
             Turn(
                 ask(rng, rng.choice(WHO_SAYS), s=sound), f"{capitalize(article(n))} says {sound}.", capitalize(f"{n}.")
@@ -207,7 +203,7 @@ def _animal_facts(n: str, a: str) -> list[tuple[tuple[str, ...], str, str]]:
 
 
 def _can(rng: Random, n: str) -> Turn:
-    """Whether an animal can fly, or for some that they can swim."""
+    """Whether an animal can fly or swim."""
     verb = "swim" if n in SWIM and rng.random() < 0.5 else "fly"
     able = verb == "swim" or n in FLY
     answer = f"Yes, {article(n)} can {verb}." if able else f"No, {article(n)} can't {verb}."
@@ -216,7 +212,7 @@ def _can(rng: Random, n: str) -> Turn:
 
 
 def colours(rng: Random, person: Person) -> list[Turn]:
-    """The colour of a thing, or of a mixture."""
+    """The colour of a thing or a mixture."""
     if rng.random() < 0.25:
         (a, b), c = rng.choice(list(MIXTURES.items()))
         first, second = rng.sample((a, b), 2)
@@ -249,9 +245,7 @@ def _next(rng: Random, names: list[str], after: tuple[str, ...], before: tuple[s
     if rng.random() < 0.6:
         found = names[(i + 1) % len(names)]
         return Turn(
-            ask(rng, rng.choice(after), keep=False, **{slot: names[i]}),
-            f"{found} comes after {names[i]}.",
-            f"{found}.",
+            ask(rng, rng.choice(after), keep=False, **{slot: names[i]}), f"{found} comes after {names[i]}.", f"{found}."
         )
     found = names[i - 1]
     return Turn(

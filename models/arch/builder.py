@@ -1,4 +1,4 @@
-"""Writes the functions of a graph."""
+"""Builds the functions of a graph."""
 
 import itertools
 from typing import Any
@@ -7,7 +7,7 @@ from llmrs.core.ir import Equation, Function, Operand, Type, Value, infer
 
 
 class Builder:
-    """Writes a function equation by equation: `build("linear", x, w, shard="rows", to="q")` gives the value q."""
+    """Appends equations to a function: `b("linear", x, w, shard="rows", to="q")` returns the value q."""
 
     def __init__(self, name: str, **inputs: Type) -> None:
         self.name = name
@@ -27,7 +27,7 @@ class Builder:
         return out
 
     def call(self, function: Function, index: int, *operands: Operand) -> tuple[Value, ...]:
-        """Calls a layer's function; the results take the names of the function's results."""
+        """Calls a layer function."""
         outs = tuple(Value(self._fresh(v.name.rstrip("0123456789")), v.type) for v in function.outs)
         self.equations.append(Equation("call", operands, outs, {"function": function.name, "index": index}))
         return outs

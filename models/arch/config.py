@@ -1,6 +1,4 @@
-"""What a model's config.json says, read with care: a field that is wrong, or that would change the result and is
-not implemented, is refused by name.
-"""
+"""Parses config.json into a ModelConfig. Invalid fields, and fields that ask for unsupported features, are refused."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,35 +6,35 @@ from pathlib import Path
 from typing import Any
 
 from llmrs.core.errors import ModelError
-from llmrs.models.files.json_reader import LARGE, SHORT, Fields
+from llmrs.models.files.json_reader import MAX_INT, ConfigReader, short_repr
 
-MOST_LAYERS, MOST_EXPERTS = 1000, 4096
-MOST_MATRICES = 2**17  # experts of all layers; those of today's largest models have a fifth
-LARGEST_HEAD = 2**13
-ORIGINAL = "original_max_position_embeddings"  # what the model was trained for before it was extended
+MAX_LAYERS, MAX_EXPERTS = 1000, 4096
+MAX_EXPERT_WEIGHTS = 2**17  # experts of all layers; today's largest models have a fifth
+MAX_HEAD_DIM = 2**13
+ORIGINAL_CONTEXT = "original_max_position_embeddings"  # trained context length, before rope scaling
 
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary positions: the base of the frequencies, and how they are scaled for longer contexts."""
+    """RoPE base frequency and scaling for longer contexts."""
 
     theta: float
-    scaling: Mapping[str, Any]  # its "rope_type" is "default" where they are not
+    scaling: Mapping[str, Any]  # rope_type "default": unscaled
 
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture of experts in place of the MLP of some layers."""
+    """The MoE block that replaces the MLP of some layers."""
 
     num_experts: int
     num_experts_per_tok: int
     intermediate_size: int
-    norm_topk_prob: bool  # the weights of a token's experts add up to 1
+    norm_topk_prob: bool  # normalize the weights of the selected experts to sum 1
 
 
 @dataclass(frozen=True)
 class LayerKind:
-    """What may differ from layer to layer. `window` is how many positions a token sees, 0 for all."""
+    """The per-layer variation. `window`: sliding window in tokens, 0 for full attention."""
 
     window: int = 0
     is_moe: bool = False
@@ -47,7 +45,7 @@ class LayerKind:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a decoder, in the terms that all families share."""
+    """The shape of a decoder, in terms that all families share."""
 
     architecture: str
     vocab_size: int
@@ -58,48 +56,35 @@ class ModelConfig:
     head_dim: int
     norm_eps: float
     rope: Rope
-    local_rope: Rope  # of layers with a window
-    layer_kinds: tuple[LayerKind, ...]  # of each layer
+    local_rope: Rope  # sliding-window layers
+    layer_kinds: tuple[LayerKind, ...]
     experts: Experts | None
-    max_position_embeddings: int  # positions that the model was trained for
-    tie_word_embeddings: bool  # the head is the embedding table
-    attention_bias: bool  # of queries, keys and values
-    output_bias: bool  # of attention's output
+    max_position_embeddings: int  # after YaRN
+    tie_word_embeddings: bool
+    attention_bias: bool  # q, k, v
+    output_bias: bool  # o
     mlp_bias: bool
-    activation: str  # of the MLP's gate: silu | gelu_tanh
+    activation: str  # of the gated MLP: silu | gelu_tanh
     attention_scale: float
-    dtype: str  # of the checkpoint: bf16 | f16 | f32, or what it says
-
-    @property
-    def layers(self) -> int:
-        return len(self.layer_kinds)
 
     @property
     def name(self) -> str:
-        """The family in a word, such as qwen3."""
+        """Short family name, such as qwen3."""
         return self.architecture.removesuffix("ForCausalLM").lower()
 
 
 def architecture(path: Path, data: Mapping[str, Any]) -> str:
-    """The first of config.json's architectures. Raises ModelError where it names none."""
+    """The first entry of `architectures`. Raises ModelError without one."""
     names = data.get("architectures")
     if not (isinstance(names, list) and names and isinstance(names[0], str)):
         raise ModelError(f"{path} names no architecture", 'it must have "architectures", such as ["Qwen3ForCausalLM"]')
     return names[0]
 
 
-MODEL_TYPES = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-    "Qwen3MoeForCausalLM": "qwen3_moe",
-    "Gemma3ForCausalLM": "gemma3_text",
-}
-# Fields that change the result where they have another value than these, which are all that is implemented.
-ONLY: dict[str, tuple[Any, ...]] = {
-    "text_config": (),  # the model is a part of another
-    "transformers_weights": (),  # names the file to read
+# Fields of unsupported features -> values at which they have no effect.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "text_config": (),  # multimodal
+    "transformers_weights": (),  # names the weights file
     "per_layer_config": (),
     "partial_rotary_factor": (1, 1.0),
     "attn_logit_softcapping": (),
@@ -107,7 +92,7 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "is_causal": (True,),
     "use_bidirectional_attention": (False,),
     "attention_chunk_size": (),
-    "position_embedding_type": ("rope", "rotary", "absolute"),  # absolute: a default that old files carry along
+    "position_embedding_type": ("rope", "rotary", "absolute"),  # absolute: an unused default in old files
     "alibi": (False,),
     "clip_qkv": (),
     "logits_scaling": (1, 1.0),
@@ -120,11 +105,11 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "is_encoder_decoder": (False,),
 }
-QUANTIZED = ("quantization_config", "quantization", "compression_config")  # the second as MLX writes it
+QUANTIZED = ("quantization_config", "quantization", "compression_config")  # "quantization" is MLX's
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-SPELLINGS = {"num_local_experts": "num_experts"}  # as transformers 5 writes it
+SPELLINGS = {"num_local_experts": "num_experts"}  # transformers 5 -> 4
 LAYER_TYPES = ("full_attention", "sliding_attention")
-# Defaults of fields that all families have; families add their own, and may override these.
+# Defaults for all families; a family adds to them and may override them.
 DEFAULTS: dict[str, Any] = {
     "num_key_value_heads": None,
     "head_dim": None,
@@ -134,204 +119,197 @@ DEFAULTS: dict[str, Any] = {
     "rope_theta": 10000.0,
     "tie_word_embeddings": False,
 }
-# Fields that only some families have: in the config of another family they have no effect.
+# Family-specific fields: ignored in the config of a family without a default for them.
 FAMILY_FIELDS = frozenset(
     "attention_bias attention_output_bias mlp_bias hidden_activation query_pre_attn_scalar rope_local_base_freq"
     " sliding_window use_sliding_window max_window_layers layer_types sliding_window_pattern"
     " num_experts num_experts_per_tok moe_intermediate_size norm_topk_prob decoder_sparse_step mlp_only_layers".split()
 )
-ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}  # of every rope_type; then those of each
+ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}  # valid for every rope_type
 SCALING_KEYS = {
     "default": set[str](),
-    "linear": {"factor", ORIGINAL},
-    "dynamic": {"factor", ORIGINAL},
-    "llama3": {"factor", ORIGINAL, "low_freq_factor", "high_freq_factor"},
-    "yarn": {"factor", ORIGINAL, "beta_fast", "beta_slow", "truncate", "finetuned"}
+    "linear": {"factor", ORIGINAL_CONTEXT},
+    "dynamic": {"factor", ORIGINAL_CONTEXT},
+    "llama3": {"factor", ORIGINAL_CONTEXT, "low_freq_factor", "high_freq_factor"},
+    "yarn": {"factor", ORIGINAL_CONTEXT, "beta_fast", "beta_slow", "truncate", "finetuned"}
     | {"attention_factor", "attn_factor", "mscale", "mscale_all_dim"},
 }
 
 
 @dataclass(frozen=True)
 class Fixed:
-    """In a family's defaults: a value that config.json can't change."""
+    """A family default that config.json cannot override."""
 
     value: Any
 
 
 def parse(path: Path, data: Mapping[str, Any], defaults: Mapping[str, Any]) -> ModelConfig:
-    """A config.json in the spelling of transformers 4 or 5; `defaults` stand for fields that it leaves out.
+    """Parses a config.json of transformers 4 or 5, with transformers' meaning of every field.
 
-    Fields mean what they mean in transformers. Those of other families have no effect.
-    Raises ModelError for fields that are missing or wrong, and for those that ask for what is not implemented.
+    `defaults` fill missing fields; fields of other families are ignored.
+    Raises ModelError for missing or invalid fields and unsupported features.
     """
-    f = Fields(path, _fields(data, {**DEFAULTS, **defaults}))
-    _refuse(f)
-    hidden, heads, layers = f.integer("hidden_size"), f.integer("num_attention_heads"), f.integer("num_hidden_layers")
-    if layers > MOST_LAYERS:
-        raise f.error("num_hidden_layers", f"a whole number from 1 to {MOST_LAYERS}")
-    head_size = max(hidden // heads, 1)
-    if f.data["head_dim"] is not None or defaults.get("head_dim") is not None:
-        head_size = f.integer("head_dim")
-    kv_heads = heads if f.data["num_key_value_heads"] is None else f.integer("num_key_value_heads")
-    attention_bias = f.boolean("attention_bias", False)
-    rope, local_rope = ropes(f)
+    r = ConfigReader(path, _with_defaults(data, {**DEFAULTS, **defaults}))
+    _check_supported(r)
+    hidden, heads, layers = r.integer("hidden_size"), r.integer("num_attention_heads"), r.integer("num_hidden_layers")
+    if layers > MAX_LAYERS:
+        raise r.error("num_hidden_layers", f"a whole number from 1 to {MAX_LAYERS}")
+    head_dim = max(hidden // heads, 1)
+    if r.data["head_dim"] is not None or defaults.get("head_dim") is not None:
+        head_dim = r.integer("head_dim")
+    kv_heads = heads if r.data["num_key_value_heads"] is None else r.integer("num_key_value_heads")
+    attention_bias = r.boolean("attention_bias", False)
+    rope, local_rope = _ropes(r)
     config = ModelConfig(
         architecture=architecture(path, data),
-        vocab_size=f.integer("vocab_size"),
+        vocab_size=r.integer("vocab_size"),
         hidden_size=hidden,
-        intermediate_size=f.integer("intermediate_size"),
+        intermediate_size=r.integer("intermediate_size"),
         num_heads=heads,
         num_kv_heads=kv_heads,
-        head_dim=head_size,
-        norm_eps=f.number("rms_norm_eps"),
+        head_dim=head_dim,
+        norm_eps=r.number("rms_norm_eps"),
         rope=rope,
         local_rope=local_rope,
-        layer_kinds=tuple(map(LayerKind, windows(f, layers), sparse(f, layers))),
-        experts=experts(f),
-        max_position_embeddings=max(f.integer("max_position_embeddings"), extended(rope)),
-        tie_word_embeddings=f.boolean("tie_word_embeddings"),
+        layer_kinds=tuple(map(LayerKind, _windows(r, layers), _moe_layers(r, layers))),
+        experts=_experts(r),
+        max_position_embeddings=max(r.integer("max_position_embeddings"), _yarn_context(rope)),
+        tie_word_embeddings=r.boolean("tie_word_embeddings"),
         attention_bias=attention_bias,
-        output_bias=f.boolean("attention_output_bias", attention_bias),
-        mlp_bias=f.boolean("mlp_bias", False),
-        activation=activation(f),
-        attention_scale=f.number("query_pre_attn_scalar", head_size) ** -0.5,
-        dtype=str(f.data.get("dtype") or f.data.get("torch_dtype") or "unknown"),
+        output_bias=r.boolean("attention_output_bias", attention_bias),
+        mlp_bias=r.boolean("mlp_bias", False),
+        activation=_activation(r),
+        attention_scale=r.number("query_pre_attn_scalar", head_dim) ** -0.5,
     )
     if heads % kv_heads:
-        raise f.error("num_key_value_heads", f"a divisor of num_attention_heads, {heads}")
-    if head_size % 2 or head_size > LARGEST_HEAD:
-        raise f.error("head_dim", f"an even number up to {LARGEST_HEAD}")
-    if config.experts is not None and layers * config.experts.num_experts > MOST_MATRICES:
-        raise f.error("num_experts", f"at most {MOST_MATRICES // layers} in each of {layers} layers")
+        raise r.error("num_key_value_heads", f"a divisor of num_attention_heads, {heads}")
+    if head_dim % 2 or head_dim > MAX_HEAD_DIM:
+        raise r.error("head_dim", f"an even number up to {MAX_HEAD_DIM}")
+    if config.experts is not None and layers * config.experts.num_experts > MAX_EXPERT_WEIGHTS:
+        raise r.error("num_experts", f"at most {MAX_EXPERT_WEIGHTS // layers} in each of {layers} layers")
     return config
 
 
-def _fields(data: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that a family's class reads, under the names of transformers 4."""
+def _with_defaults(data: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that a family reads, under their transformers 4 names."""
     given = {**data, **{new: data[name] for name, new in SPELLINGS.items() if name in data}}
-    fixed = {name for name, value in defaults.items() if isinstance(value, Fixed)}
-    unread = (FAMILY_FIELDS - defaults.keys()) | fixed
-    stated = {name: value for name, value in given.items() if name not in unread}
-    return {**{n: v.value if isinstance(v, Fixed) else v for n, v in defaults.items()}, **stated}
+    fixed = {name: value.value for name, value in defaults.items() if isinstance(value, Fixed)}
+    ignored = FAMILY_FIELDS - defaults.keys()
+    return {**defaults, **{name: value for name, value in given.items() if name not in ignored}, **fixed}
 
 
-def _refuse(f: Fields) -> None:
-    """Raises ModelError for what is not implemented."""
+def _check_supported(r: ConfigReader) -> None:
     for name in QUANTIZED:
-        if f.data.get(name) is not None:
+        if (quantization := r.data.get(name)) is not None:
+            given = quantization if isinstance(quantization, dict) else {}
+            method = given.get("quant_method") or given.get("mode")
             raise ModelError(
-                f"{f.path}: {name} is set, and checkpoints quantized this way ({_method(f.data[name])}) are not read",
+                f"{r.path}: {name} ({method if isinstance(method, str) else 'unknown method'}): "
+                "quantized checkpoints are not supported",
                 "use the checkpoint in bf16, f16 or f32",
             )
-    for name, values in ONLY.items():
-        f.must_be(name, *values)
+    for name, values in UNSUPPORTED.items():
+        r.must_be(name, *values)
 
 
-def _method(quantization: Any) -> str:
-    """What a checkpoint's quantization calls itself."""
-    found = quantization.get("quant_method") or quantization.get("mode") if isinstance(quantization, dict) else None
-    return found if isinstance(found, str) else "by a method without a name"
+def _activation(r: ConfigReader) -> str:
+    field = "hidden_activation" if "hidden_activation" in r.data else "hidden_act"
+    name = r.data.get(field)
+    allowed = ["silu", "swish"] if r.data.get("num_experts") else list(ACTIVATIONS)  # MoE kernels have SiLU only
+    if not isinstance(name, str) or name not in allowed:
+        raise r.error(field, " or ".join(map(repr, allowed)) + ": others are not implemented")
+    return ACTIVATIONS[name]
 
 
-def activation(f: Fields) -> str:
-    """The gate's activation, by our name."""
-    name = "hidden_activation" if "hidden_activation" in f.data else "hidden_act"
-    found = f.data.get(name)
-    allowed = ["silu", "swish"] if f.data.get("num_experts") else list(ACTIVATIONS)  # experts have no other yet
-    if not isinstance(found, str) or found not in allowed:
-        raise f.error(name, " or ".join(map(repr, allowed)) + ": the rest is not implemented")
-    return ACTIVATIONS[found]
-
-
-def ropes(f: Fields) -> tuple[Rope, Rope]:
-    """The rotary positions of layers that see all positions, and of those with a window."""
-    scaling, parameters = f.mapping("rope_scaling"), f.mapping("rope_parameters")
-    if "rope_local_base_freq" not in f.data:
-        rope = _rope(f, scaling or parameters, "rope_theta", f.data.get(ORIGINAL))
+def _ropes(r: ConfigReader) -> tuple[Rope, Rope]:
+    """RoPE of full-attention layers and of sliding-window layers."""
+    scaling, parameters = r.mapping("rope_scaling"), r.mapping("rope_parameters")
+    if "rope_local_base_freq" not in r.data:
+        rope = _rope(r, scaling or parameters, "rope_theta", r.data.get(ORIGINAL_CONTEXT))
         return rope, rope
-    _only_keys(f, "rope_parameters", parameters, set(LAYER_TYPES))
-    everywhere, local = (Fields(f.path, parameters).mapping(kind) for kind in LAYER_TYPES)
-    for given in (everywhere := {**everywhere, **scaling}), local:
-        Fields(f.path, given).must_be("truncate", True)  # transformers ignores it here
-    return _rope(f, everywhere, "rope_theta"), _rope(f, local, "rope_local_base_freq")
+    _check_keys(r, "rope_parameters", parameters, set(LAYER_TYPES))
+    full, local = (ConfigReader(r.path, parameters).mapping(kind) for kind in LAYER_TYPES)
+    for given in (full := {**full, **scaling}), local:
+        ConfigReader(r.path, given).must_be("truncate", True)  # transformers ignores it here
+    return _rope(r, full, "rope_theta"), _rope(r, local, "rope_local_base_freq")
 
 
-def _only_keys(f: Fields, name: str, given: Mapping[str, Any], known: set[str]) -> None:
-    """Refuses keys that may change the result and are not implemented."""
+def _check_keys(r: ConfigReader, name: str, given: Mapping[str, Any], known: set[str]) -> None:
+    """Refuses unknown keys, which may change the result."""
     for key in sorted(key for key, value in given.items() if key not in known and value is not None):
         raise ModelError(
-            f"{f.path}: {key[:60]} in {name} is {SHORT.repr(given[key])}, which is not implemented there",
+            f"{r.path}: {key[:60]} in {name} is {short_repr(given[key])}, which is not implemented there",
             f"implemented are {', '.join(sorted(known))}",
         )
 
 
-def extended(rope: Rope) -> int:
-    """The context that YaRN gives, which max_position_embeddings may or may not say; 0 for other ways to scale."""
+def _yarn_context(rope: Rope) -> int:
+    """The context length after YaRN, which max_position_embeddings may not include; 0 for other rope types."""
     original: Any
     factor: Any
-    original, factor = (rope.scaling.get(n) for n in (ORIGINAL, "factor"))
+    original, factor = (rope.scaling.get(n) for n in (ORIGINAL_CONTEXT, "factor"))
     if rope.scaling["rope_type"] != "yarn" or not all(type(n) in (int, float) for n in (original, factor)):
         return 0
-    return int(min(max(original * factor, 0), LARGE))
+    return int(min(max(original * factor, 0), MAX_INT))
 
 
-def _rope(f: Fields, given: Mapping[str, Any], theta: str, original: Any = None) -> Rope:
-    """`given` may hold the base; else the field `theta` does, where older files have it.
+def _rope(r: ConfigReader, given: Mapping[str, Any], theta: str, original: Any = None) -> Rope:
+    """One rope_parameters object; the base may also be the top-level field `theta`, as in older files.
 
-    `original`, from the config's top level, overrides the context before scaling that `given` has.
+    `original`, from the top level, overrides the original context length in `given`.
     """
-    inner = Fields(f.path, given)
+    inner = ConfigReader(r.path, given)
     inner.must_be("partial_rotary_factor", 1, 1.0)
     kind = next((given[name] for name in ("rope_type", "type") if given.get(name) is not None), "default")
     if not isinstance(kind, str):
-        raise Fields(f.path, {"rope_type": kind}).error("rope_type", "the name of a way to scale")
+        raise ConfigReader(r.path, {"rope_type": kind}).error("rope_type", "the name of a scaling method")
     if kind in SCALING_KEYS:
-        _only_keys(f, f"the rope parameters of type {kind}", given, ROPE_KEYS | SCALING_KEYS[kind])
-    base = f.number(theta) if given.get("rope_theta") is None else inner.number("rope_theta")
+        _check_keys(r, f"the rope parameters of type {kind}", given, ROPE_KEYS | SCALING_KEYS[kind])
+    base = r.number(theta) if given.get("rope_theta") is None else inner.number("rope_theta")
     if base <= 1:
-        raise f.error(theta, "a number above 1")
+        raise r.error(theta, "a number above 1")
     scaling = {name: value for name, value in given.items() if name not in ("type", "rope_theta")}
-    outside = {} if original is None else {ORIGINAL: original}
-    trained = f.integer("max_position_embeddings")
-    return Rope(base, {ORIGINAL: trained, **scaling, **outside, "rope_type": kind})
+    override = {} if original is None else {ORIGINAL_CONTEXT: original}
+    trained = r.integer("max_position_embeddings")
+    return Rope(base, {ORIGINAL_CONTEXT: trained, **scaling, **override, "rope_type": kind})
 
 
-def windows(f: Fields, layers: int) -> list[int]:
-    """How many positions each layer sees, 0 for all. Families say which layers in one of several ways."""
-    window = f.integer("sliding_window") if f.data.get("sliding_window") is not None else 0
-    window = window if f.boolean("use_sliding_window", True) else 0
-    types = f.data.get("layer_types")
-    if types is None and "sliding_window_pattern" in f.data:  # one layer of so many sees all
-        every = f.integer("sliding_window_pattern")
+def _windows(r: ConfigReader, layers: int) -> list[int]:
+    """The sliding window of each layer, 0 for full attention. Families specify the layers in different fields."""
+    window = r.integer("sliding_window") if r.data.get("sliding_window") is not None else 0
+    window = window if r.boolean("use_sliding_window", True) else 0
+    types = r.data.get("layer_types")
+    if types is None and "sliding_window_pattern" in r.data:  # every n-th layer has full attention
+        every = r.integer("sliding_window_pattern")
         types = [LAYER_TYPES[bool((i + 1) % every)] for i in range(layers)]
     if types is None:
-        first = f.integer("max_window_layers", 0, low=0)  # the layers before see all
+        first = r.integer("max_window_layers", 0, low=0)  # lower layers have full attention
         return [0 if i < first else window for i in range(layers)]
     valid = isinstance(types, list) and all(t in LAYER_TYPES for t in types)
     if valid and not window and "sliding_attention" not in types:
         return [0] * layers
     if not valid or len(types) != layers:
-        raise f.error("layer_types", f"a list of {layers}, each " + " or ".join(LAYER_TYPES))
+        raise r.error("layer_types", f"a list of {layers}, each " + " or ".join(LAYER_TYPES))
     if not window:
-        raise f.error("sliding_window", "a whole number from 1, and in use, for layers of type sliding_attention")
+        raise r.error("sliding_window", "a whole number from 1, and in use, for layers of type sliding_attention")
     return [window if t == "sliding_attention" else 0 for t in types]
 
 
-def sparse(f: Fields, layers: int) -> list[bool]:
-    """Which layers have experts."""
-    step = f.integer("decoder_sparse_step", 1)
-    given = f.data.get("mlp_only_layers")
+def _moe_layers(r: ConfigReader, layers: int) -> list[bool]:
+    """Whether each layer is MoE."""
+    step = r.integer("decoder_sparse_step", 1)
+    given = r.data.get("mlp_only_layers")
     if given is not None and (not isinstance(given, list) or not all(type(i) is int for i in given)):
-        raise f.error("mlp_only_layers", "a list of whole numbers")
-    dense, there = set(given or ()), experts(f) is not None
-    return [there and i not in dense and (i + 1) % step == 0 for i in range(layers)]
+        raise r.error("mlp_only_layers", "a list of whole numbers")
+    dense, is_moe = set(given or ()), _experts(r) is not None
+    return [is_moe and i not in dense and (i + 1) % step == 0 for i in range(layers)]
 
 
-def experts(f: Fields) -> Experts | None:
-    """None also where there are 0: then all layers are dense."""
-    if not f.integer("num_experts", 0, low=0):
+def _experts(r: ConfigReader) -> Experts | None:
+    """None for a dense model."""
+    if not r.integer("num_experts", 0, low=0):
         return None
-    count, per_token = f.integer("num_experts"), f.integer("num_experts_per_tok")
-    if not per_token <= count <= MOST_EXPERTS:
-        raise f.error("num_experts", f"a whole number from num_experts_per_tok, {per_token}, to {MOST_EXPERTS}")
-    return Experts(count, per_token, f.integer("moe_intermediate_size"), f.boolean("norm_topk_prob"))
+    count, per_token = r.integer("num_experts"), r.integer("num_experts_per_tok")
+    if not per_token <= count <= MAX_EXPERTS:
+        raise r.error("num_experts", f"a whole number from num_experts_per_tok, {per_token}, to {MAX_EXPERTS}")
+    return Experts(count, per_token, r.integer("moe_intermediate_size"), r.boolean("norm_topk_prob"))

@@ -1,7 +1,9 @@
-"""Gemma 3 (text): norms before and after each part, local and global layers in turn, and scaled embeddings.
+"""Gemma 3 (text): pre- and post-norms, interleaved sliding-window layers, scaled embeddings (arXiv 2503.19786).
 
-Its norms multiply by 1 + weight. The report is arXiv 2503.19786.
+Its RMS norms scale by 1 + weight.
 """
+
+from functools import partial
 
 from llmrs.core.ir import Function, Graph
 from llmrs.models.arch import layers
@@ -16,28 +18,16 @@ HF_NAMES = {
     "layers.{i}.mlp_out_norm": "model.layers.{i}.post_feedforward_layernorm.weight",
 }
 DEFAULTS = {
-    "vocab_size": 262208,
-    "hidden_size": 2304,
-    "intermediate_size": 9216,
-    "num_hidden_layers": 26,
-    "num_attention_heads": 8,
-    "attention_bias": False,
-    "layer_types": None,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "head_dim": 256,
-    "query_pre_attn_scalar": 256,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 131072,
-    "sliding_window": 4096,
-    "sliding_window_pattern": 6,
-    "rope_theta": 1e6,
-    "rope_local_base_freq": 10000.0,
+    "vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+    "num_attention_heads": 8, "attention_bias": False, "layer_types": None, "hidden_activation": "gelu_pytorch_tanh",
+    "head_dim": 256, "query_pre_attn_scalar": 256, "num_key_value_heads": 4, "max_position_embeddings": 131072,
+    "sliding_window": 4096, "sliding_window_pattern": 6, "rope_theta": 1e6, "rope_local_base_freq": 10000.0,
     "tie_word_embeddings": True,
-}
+}  # fmt: skip
 
 
 def graph(c: ModelConfig) -> Graph:
-    return decoder(c, lambda kind, name: layer(c, kind, name), embedding_scale=c.hidden_size**0.5, norm_offset=1.0)
+    return decoder(c, partial(layer, c), embedding_scale=c.hidden_size**0.5, norm_offset=1.0)
 
 
 def layer(c: ModelConfig, kind: LayerKind, name: str) -> Function:

@@ -1,4 +1,4 @@
-"""The pieces that families share, as equations. D: hidden size; canonical weight names are given beside each piece."""
+"""Layers that families share, as equations. Docstrings give the canonical weight names."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from llmrs.models.arch.rope import frequencies
 
 LAYER = "layers.{i}."
 
-# Canonical name -> Hugging Face name, for the decoders that follow Llama's naming.
+# Canonical weight name -> Hugging Face name, for families with Llama's naming.
 HF_NAMES = {
     "embed": "model.embed_tokens.weight",
     "final_norm": "model.norm.weight",
@@ -38,14 +38,14 @@ def matrix(name: str, rows: int, columns: int) -> Weight:
 
 
 def linear(b: Builder, x: Value, name: str, rows: int, *, bias: bool, shard: str = "rows") -> Value:
-    """x w^T: weight `name` (rows, columns of x), and `name`.bias if there is one."""
+    """x w^T + bias. Weight `name` (rows, x.shape[-1]), optional `name`.bias (rows,)."""
     weights = [matrix(LAYER + name, rows, x.type.sizes[-1])]
     weights += [vector(f"{LAYER}{name}.bias", rows)] if bias else []
     return b("linear", x, *weights, shard=shard, to=name)
 
 
 def norm(b: Builder, x: Value, name: str, eps: float, to: str, offset: float = 0.0) -> Value:
-    """`offset` is added to the weight."""
+    """RMS norm, scaled by weight + offset."""
     params = {"offset": offset} if offset else {}
     return b("rms_norm", x, vector(name, x.type.sizes[-1]), eps=eps, to=to, **params)
 
@@ -61,14 +61,14 @@ def attention(
     qk_norm: bool,
     norm_offset: float = 0.0,
 ) -> tuple[Value, Value]:
-    """Grouped-query attention with rotary positions: q, k, v, o; with `qk_norm` q_norm and k_norm over each head."""
+    """GQA with RoPE. Weights q, k, v, o; with `qk_norm` also q_norm and k_norm, over each head."""
     widths = {"q": c.num_heads, "k": c.num_kv_heads, "v": c.num_kv_heads}
     q, k, v = (linear(b, x, n, w * c.head_dim, bias=c.attention_bias) for n, w in widths.items())
     q, k, v = (b("heads", p, size=c.head_dim, to=n) for p, n in ((q, "q"), (k, "k"), (v, "v")))
     if qk_norm:
         q, k = (norm(b, p, f"{LAYER}{n}_norm", c.norm_eps, to=n, offset=norm_offset) for p, n in ((q, "q"), (k, "k")))
-    turns = frequencies(c.local_rope if kind.window else c.rope, c)
-    q, k = (b("rope", p, positions, frequencies=turns, to=n) for p, n in ((q, "q"), (k, "k")))
+    freqs = frequencies(c.local_rope if kind.window else c.rope, c)
+    q, k = (b("rope", p, positions, frequencies=freqs, to=n) for p, n in ((q, "q"), (k, "k")))
     kv = b("write_kv", k, v, kv, to="kv")
     window = {"window": kind.window} if kind.window else {}
     y = b("attend", q, kv, scale=c.attention_scale, to="y", **window)
@@ -76,16 +76,16 @@ def attention(
 
 
 def gated_mlp(b: Builder, c: ModelConfig, x: Value) -> Value:
-    """down(activation(gate(x)) * up(x))."""
+    """down(act(gate(x)) * up(x))."""
     gate, up = (linear(b, x, n, c.intermediate_size, bias=c.mlp_bias) for n in ("gate", "up"))
     h = b({"silu": "silu_and_mul", "gelu_tanh": "gelu_and_mul"}[c.activation], gate, up, to="h")
     return linear(b, h, "down", c.hidden_size, bias=c.mlp_bias, shard="columns")
 
 
-def expert_mlp(b: Builder, c: ModelConfig, x: Value) -> Value:
-    """The same from each token's experts, weighted by the router."""
+def moe_mlp(b: Builder, c: ModelConfig, x: Value) -> Value:
+    """The gated MLP of each token's top-k experts, weighted by the router."""
     e = c.experts
-    assert e is not None, "the layer is sparse"
+    assert e is not None, "MoE layer without experts"
     sizes = {
         "gate": (e.intermediate_size, c.hidden_size),
         "up": (e.intermediate_size, c.hidden_size),
@@ -100,7 +100,6 @@ def expert_mlp(b: Builder, c: ModelConfig, x: Value) -> Value:
 
 
 def layer_inputs(c: ModelConfig) -> dict[str, Type]:
-    """What every layer is given."""
     kv = Type("kv", (c.num_kv_heads, c.head_dim))
     return {"x": Type("act", (T, c.hidden_size)), "positions": Type("i32", (T,)), "kv": kv}
 
@@ -113,7 +112,7 @@ def pre_norm_layer(c: ModelConfig, kind: LayerKind, name: str, *, qk_norm: bool)
     y, kv = attention(b, c, kind, n, positions, kv, qk_norm=qk_norm)
     x = b("add", x, y, to="x")
     n = norm(b, x, LAYER + "mlp_norm", c.norm_eps, to="n")
-    x = b("add", x, expert_mlp(b, c, n) if kind.is_moe else gated_mlp(b, c, n), to="x")
+    x = b("add", x, moe_mlp(b, c, n) if kind.is_moe else gated_mlp(b, c, n), to="x")
     return b.done(x, kv)
 
 
@@ -124,9 +123,9 @@ def decoder(
     embedding_scale: float = 1.0,
     norm_offset: float = 0.0,
 ) -> Graph:
-    """embed, the layers, final_norm, and the head (or the embedding table, where tied) on each last token.
+    """The whole model: embed, layers, final_norm, and lm_head (or the tied embed) on the logits rows.
 
-    `layer_of(kind, name)` is the function of the layers of a kind.
+    `layer_of(kind, name)` builds the function of a layer kind.
     """
     kinds = dict.fromkeys(c.layer_kinds)
     functions = {kind: layer_of(kind, "layer" if len(kinds) == 1 else str(kind)) for kind in kinds}

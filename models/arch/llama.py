@@ -1,4 +1,6 @@
-"""Llama 2 and 3, Mistral, Qwen2: pre-norm layers of grouped-query attention and a gated MLP."""
+"""Llama 2 and 3, Mistral, Qwen2: pre-norm layers of GQA and a gated MLP."""
+
+from functools import partial
 
 from llmrs.core.ir import Graph
 from llmrs.models.arch.config import ModelConfig
@@ -6,4 +8,4 @@ from llmrs.models.arch.layers import decoder, pre_norm_layer
 
 
 def graph(c: ModelConfig) -> Graph:
-    return decoder(c, lambda kind, name: pre_norm_layer(c, kind, name, qk_norm=False))
+    return decoder(c, partial(pre_norm_layer, c, qk_norm=False))

@@ -1,4 +1,6 @@
-"""Qwen3 and Qwen3-MoE: Llama's layers, with queries and keys normalized per head before the rotation."""
+"""Qwen3 and Qwen3-MoE: Llama with per-head RMS norm of q and k before RoPE."""
+
+from functools import partial
 
 from llmrs.core.ir import Graph
 from llmrs.models.arch.config import ModelConfig
@@ -6,4 +8,4 @@ from llmrs.models.arch.layers import decoder, pre_norm_layer
 
 
 def graph(c: ModelConfig) -> Graph:
-    return decoder(c, lambda kind, name: pre_norm_layer(c, kind, name, qk_norm=True))
+    return decoder(c, partial(pre_norm_layer, c, qk_norm=True))

@@ -1,4 +1,4 @@
-"""The bundled model: a small Qwen3 for trying llmrs out. `examples/demo_model/` made and trained it."""
+"""The bundled model, a small Qwen3. Its training code is in `examples/demo_model/`."""
 
 from pathlib import Path
 

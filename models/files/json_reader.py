@@ -1,4 +1,4 @@
-"""Reads JSON that is not trusted: an object from a file, and typed access to its fields."""
+"""Untrusted JSON: reads an object from a file, with typed access to its fields."""
 
 import json
 import reprlib
@@ -9,44 +9,52 @@ from typing import Any
 from llmrs.core.errors import ModelError
 from llmrs.models.files.untrusted import COMPLETE, JSON_LIMIT, read_text
 
-LARGE = 2**31  # no size in a config is larger
-SHORT = reprlib.Repr()
-SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 60
+MAX_INT = 2**31  # above every valid size
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
+short_repr = _SHORT.repr  # for values in error messages
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises ModelError."""
-    try:
-        data = json.loads(read_text(path, JSON_LIMIT))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not JSON: {error}", COMPLETE) from error
+    data = parse_json(read_text(path, JSON_LIMIT), path)
     if not isinstance(data, dict):
         raise ModelError(f"{path} holds no JSON object", COMPLETE)
     return data
 
 
-class Fields:
-    """Typed access to a JSON object; every error names the file, the field, the value and what is allowed."""
+def parse_json(text: str, path: Path) -> Any:
+    """Raises ModelError."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is not JSON: {error}", COMPLETE) from error
 
-    def __init__(self, path: Path, data: Mapping[str, Any]) -> None:
+
+class ConfigReader:
+    """Typed access to a JSON object. Errors name the file, the field, its value and what is allowed.
+
+    A default applies to a missing field only: null is an error.
+    """
+
+    def __init__(self, path: Path | str, data: Mapping[str, Any]) -> None:
         self.path, self.data = path, data
 
     def error(self, name: str, allowed: str) -> ModelError:
         return ModelError(
-            f"{self.path}: {name} is {SHORT.repr(self.data.get(name))}; it must be {allowed}",
+            f"{self.path}: {name} is {short_repr(self.data.get(name))}; it must be {allowed}",
             "is the file complete, and of a model that llmrs supports?",
         )
 
     def integer(self, name: str, default: int | None = None, low: int = 1) -> int:
-        """`default` stands for a field that is absent. As in `number` and `boolean`, null is refused."""
         value = self.data.get(name, default)
-        if type(value) is not int or not low <= value < LARGE:
+        if type(value) is not int or not low <= value < MAX_INT:
             raise self.error(name, f"a whole number from {low}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
         value = self.data.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < LARGE:  # NaN fails
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < MAX_INT:  # NaN fails
             raise self.error(name, "a positive number")
         return float(value)
 
@@ -63,6 +71,6 @@ class Fields:
         return value or {}
 
     def must_be(self, name: str, *allowed: Any) -> None:
-        """Refuses a field whose other values mean something that is not implemented."""
+        """Refuses values that ask for an unsupported feature; null and missing are always allowed."""
         if self.data.get(name) not in (None, *allowed):
-            raise self.error(name, " or ".join(map(repr, allowed or (None,))) + ": the rest is not implemented")
+            raise self.error(name, " or ".join(map(repr, allowed or (None,))) + ": others are not implemented")

@@ -1,8 +1,8 @@
-"""Weights in safetensors files, memory-mapped: one file, or shards with an index.
+"""Memory-mapped safetensors weights: one file, or shards with an index.
 
-A file is the length of a header (8 bytes, little-endian), the header (JSON: name -> dtype, shape, begin and end in
-the data), and the data. Source: the README of github.com/huggingface/safetensors. The library checks the header
-against the file; what it lets pass (names that come twice) is checked here.
+File layout: header length (8 bytes, little-endian), header (JSON: name -> dtype, shape, data_offsets), data. Source:
+the README of github.com/huggingface/safetensors. `safe_open` checks the header against the file; duplicate names,
+which it accepts, are refused here.
 """
 
 import json
@@ -17,33 +17,31 @@ from safetensors import SafetensorError, safe_open
 
 from llmrs.core.errors import ModelError
 from llmrs.models.files.json_reader import read_json
-from llmrs.models.files.untrusted import JSON_LIMIT, inside, regular
+from llmrs.models.files.untrusted import JSON_LIMIT, error_text, inside, regular_size
 from llmrs.quant.tensor import FORMATS, Tensor
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-NAMES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}  # the format's name -> ours
+DTYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}  # safetensors' name -> ours
 F64 = "F64"  # read as f32
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-CUT_OFF = "is the file complete? download it again"
+TRUNCATED = "is the file complete? download it again"
 
 
 @dataclass(frozen=True)
-class Entry:
-    """Where a tensor lies."""
-
+class TensorInfo:
     file: "File"
-    dtype: str  # as the header has it
+    dtype: str  # safetensors' name
     shape: tuple[int, ...]
-    begin: int  # bytes from the beginning of the data
+    begin: int  # byte offset in the data section
 
 
 class SafetensorsSource:
-    """The tensors of a model folder. Their data is read from disk when it is used, and shared with the page cache."""
+    """The tensors of a model folder. Data is read from disk on first use, through the page cache."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises ModelError for what is missing, cut off or not safetensors."""
+        """Raises ModelError for missing, truncated or invalid files."""
         self.files: list[File] = []
-        self.entries: dict[str, Entry] = {}
+        self.tensors: dict[str, TensorInfo] = {}
         if (folder / SINGLE).exists() or not (folder / INDEX).exists():
             self._add(_single(folder))
         else:
@@ -51,58 +49,52 @@ class SafetensorsSource:
                 self._add(inside(folder, shard), names)
 
     def names(self) -> Iterable[str]:
-        return self.entries
+        return self.tensors
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self.entries[name].shape
+        return self.tensors[name].shape
 
     def tensor(self, name: str) -> Tensor:
-        """A view of the file, or of float64 a copy in float32. Raises ModelError for a type that weights can't have."""
-        e = self.entries[name]
-        if e.dtype == F64:
-            return _rounded(self._view(e, np.dtype(np.float64)))
-        if e.dtype not in NAMES:
+        """A view of the file; float64 is copied to float32. Raises ModelError for other unsupported dtypes."""
+        t = self.tensors[name]
+        if t.dtype == F64:
+            with np.errstate(over="ignore"):  # to infinity, as in torch
+                return Tensor("f32", t.shape, self._view(t, np.dtype(np.float64)).astype(np.float32))
+        if t.dtype not in DTYPES:
             raise ModelError(
-                f"{e.file.path.name}: {name} has the type {e.dtype}, which is not supported",
-                f"use a checkpoint in one of {', '.join((*NAMES, F64))}",
+                f"{t.file.path.name}: {name} has the type {t.dtype}, which is not supported",
+                f"use a checkpoint in one of {', '.join((*DTYPES, F64))}",
             )
-        return Tensor(NAMES[e.dtype], e.shape, self._view(e, FORMATS[NAMES[e.dtype]]))
+        return Tensor(DTYPES[t.dtype], t.shape, self._view(t, FORMATS[DTYPES[t.dtype]]))
 
     def close(self) -> None:
-        """Forgets the files; views that are still in use keep them open."""
-        self.entries.clear()
+        """Drops the files. A file stays mapped while a view of it is in use."""
+        self.tensors.clear()
         self.files.clear()
 
-    def _view(self, e: Entry, dtype: np.dtype[Any]) -> np.ndarray:
-        """An entry's numbers, in its shape."""
-        count = int(np.prod(e.shape, dtype=np.int64))
+    def _view(self, t: TensorInfo, dtype: np.dtype[Any]) -> np.ndarray:
+        count = int(np.prod(t.shape, dtype=np.int64))
         if not count:
-            return np.zeros(e.shape, dtype)
-        return np.frombuffer(e.file.data, dtype, count, e.file.start + e.begin).reshape(e.shape)
+            return np.zeros(t.shape, dtype)
+        return np.frombuffer(t.file.data, dtype, count, t.file.start + t.begin).reshape(t.shape)
 
-    def _add(self, path: Path, wanted: Iterable[str] | None = None) -> None:
+    def _add(self, path: Path, expected: Iterable[str] = ()) -> None:
         file = File(path)
         self.files.append(file)
         for name, (dtype, shape, begin) in file.header().items():
-            if name in self.entries:
-                raise ModelError(f"{name} is in {self.entries[name].file.path.name} and in {path.name}", CUT_OFF)
-            self.entries[name] = Entry(file, dtype, shape, begin)
-        for name in wanted or ():
-            if name not in self.entries:
-                raise ModelError(f"{path.name} lacks {name}, which the index says it holds", CUT_OFF)
-
-
-def _rounded(data: np.ndarray) -> Tensor:
-    """float64 as float32; what is too large becomes infinite, as in torch."""
-    with np.errstate(over="ignore"):
-        return Tensor("f32", data.shape, data.astype(np.float32))
+            if name in self.tensors:
+                raise ModelError(f"{name} is in {self.tensors[name].file.path.name} and in {path.name}", TRUNCATED)
+            self.tensors[name] = TensorInfo(file, dtype, shape, begin)
+        for name in expected:
+            if name not in self.tensors:
+                raise ModelError(f"{path.name} lacks {name}, which the index says it holds", TRUNCATED)
 
 
 def read_index(folder: Path) -> dict[str, list[str]]:
-    """Shard -> the names of its tensors. Raises ModelError; the shards' names are not checked yet."""
+    """Shard -> tensor names. Shard names are unchecked. Raises ModelError."""
     weight_map: Any = read_json(inside(folder, INDEX)).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise ModelError(f"{folder / INDEX}: weight_map is not a table of file names", CUT_OFF)
+        raise ModelError(f"{folder / INDEX}: weight_map is not a table of file names", TRUNCATED)
     shards: dict[str, list[str]] = {}
     for name, shard in weight_map.items():
         shards.setdefault(shard, []).append(name)
@@ -110,28 +102,30 @@ def read_index(folder: Path) -> dict[str, list[str]]:
 
 
 class File:
-    """One file, mapped."""
+    """One memory-mapped file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        regular(path)
+        size = regular_size(path)
         try:
-            with safe_open(path, "numpy"):  # checks sizes, overlaps, holes and types
+            with safe_open(path, "numpy"):  # checks sizes, overlaps, holes and dtypes
                 pass
             with path.open("rb") as file:
-                # private, so that arrays are writable in name: torch warns about others. Nobody writes.
+                # copy-on-write: torch warns about read-only arrays
                 self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except (OSError, ValueError, SafetensorError) as error:
-            raise ModelError(f"{path} can't be read: {_reason(path, error)}", CUT_OFF) from error
+            raise ModelError(
+                f"{path} can't be read: {error_text(error) if size else 'it is empty'}", TRUNCATED
+            ) from error
         self.start = 8 + int.from_bytes(self.data[:8], "little")
         if self.start > JSON_LIMIT:
-            raise ModelError(f"{path}: its header has {self.start - 8} bytes, over {JSON_LIMIT}", CUT_OFF)
+            raise ModelError(f"{path}: its header has {self.start - 8} bytes, over {JSON_LIMIT}", TRUNCATED)
 
     def header(self) -> dict[str, tuple[str, tuple[int, ...], int]]:
-        """name -> type, shape, begin."""
-        pairs = json.loads(self.data[8 : self.start], object_pairs_hook=self._unique)
-        pairs.pop("__metadata__", None)
-        return {n: (e["dtype"], tuple(e["shape"]), e["data_offsets"][0]) for n, e in pairs.items()}
+        """Name -> dtype, shape, begin."""
+        tensors = json.loads(self.data[8 : self.start], object_pairs_hook=self._unique)
+        tensors.pop("__metadata__", None)
+        return {n: (t["dtype"], tuple(t["shape"]), t["data_offsets"][0]) for n, t in tensors.items()}
 
     def _unique(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(pairs)
@@ -143,16 +137,14 @@ class File:
 
 
 def _single(folder: Path) -> Path:
-    """The only safetensors file of a folder. Raises ModelError that says what is there instead."""
+    """The folder's only safetensors file. Raises ModelError that names what it has instead."""
     if (folder / SINGLE).exists():
         return inside(folder, SINGLE)
-    found = sorted(p.name for p in folder.glob("*.safetensors"))
-    if len(found) == 1:
-        return inside(folder, found[0])
-    if found:
-        raise ModelError(
-            f"{folder} holds {len(found)} safetensors files and no {INDEX}", "the index says what is where"
-        )
+    files = sorted(p.name for p in folder.glob("*.safetensors"))
+    if len(files) == 1:
+        return inside(folder, files[0])
+    if files:
+        raise ModelError(f"{folder} holds {len(files)} safetensors files and no {INDEX}", f"add its {INDEX}")
     pickles = sorted(p.name for pattern in PICKLES for p in folder.glob(pattern))
     if pickles:
         raise ModelError(
@@ -160,10 +152,3 @@ def _single(folder: Path) -> Path:
             "use the model's safetensors files, or convert them where you trust them",
         )
     raise ModelError(f"{folder} holds no weights", f"it should hold {SINGLE}")
-
-
-def _reason(path: Path, error: Exception) -> str:
-    """Why, in a few words."""
-    if path.is_file() and path.stat().st_size == 0:
-        return "it is empty"
-    return getattr(error, "strerror", None) or str(error)

@@ -1,4 +1,4 @@
-"""The files of a model folder, none of which is trusted: their names, their kinds, their sizes."""
+"""Untrusted model folders: checks file names, links, file kinds and sizes before reading."""
 
 import re
 import stat
@@ -13,74 +13,68 @@ COMPLETE = "is the file complete?"
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The path of a file of the folder. Raises ModelError for a name that leads out of it, or such a link.
+    """folder / name. Raises ModelError if it leads out of the folder.
 
-    Files may lie elsewhere, as on another disk, behind a link to a file of the same name, or to a blob: so is the
-    Hugging Face cache made. Any other link out of the folder is refused, as a folder from an archive or from git may
-    hold one to a file of the user's that is no part of a model.
+    A link out of the folder must point to a file of the same name (models split over disks) or to a blob of the
+    Hugging Face cache. A folder from an archive or from git may link to any file of the user.
     """
     try:
         root, path = folder.resolve(), (folder / name).resolve()
         roots = [root, *(b.resolve() for b in _blobs(root))]
-    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name that no file can have
+    except (OSError, RuntimeError, ValueError) as error:  # a link loop, an invalid name
         raise ModelError(f"{folder}: {name[:100]!r} can't be the name of a file: {error}", COMPLETE) from error
-    if not any(path.is_relative_to(r) for r in roots) and not (_plain(name) and _same_file(path, name)):
+    if not any(path.is_relative_to(r) for r in roots) and not (_is_local(name) and _same_file(path, name)):
         raise ModelError(f"{folder}: {name[:100]!r} leads out of the folder", "copy the file into the folder")
     return folder / name
 
 
 def _blobs(root: Path) -> list[Path]:
-    """Where the Hugging Face cache keeps the files of a snapshot or of a folder in it. They may be links to another
-    disk themselves."""
+    """The blob folders of a Hugging Face cache snapshot (or a folder in one); they may link to another disk."""
     snapshot = next((p for p in (root, root.parent) if p.parent.name == "snapshots"), None)
     return [snapshot.parents[1] / "blobs", snapshot.parents[2] / "blobs"] if snapshot else []
 
 
-def _plain(name: str) -> bool:
-    """Whether a name itself stays in the folder, wherever links lead."""
+def _is_local(name: str) -> bool:
+    """Whether the name itself, links aside, stays in the folder."""
     path = Path(name)
     return not path.is_absolute() and not path.drive and ".." not in path.parts
 
 
 def _same_file(path: Path, name: str) -> bool:
-    """Whether a link leads to a file of its own name, or to a blob, which is named by its hash."""
+    """Whether a link target has the same name, or is a blob (named by hash)."""
     return path.name == Path(name).name or "blobs" in path.parts or HASH.search(path.name) is not None
 
 
-def regular(path: Path) -> int:
-    """The size of a file. Raises ModelError for what is none: opening a pipe or a device may never end."""
+def regular_size(path: Path) -> int:
+    """The size of a regular file. Raises ModelError for others: opening a pipe or a device may block forever."""
     try:
-        found = path.stat()
+        status = path.stat()
     except FileNotFoundError as error:
         raise ModelError(f"there is no file {path}", COMPLETE) from error
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path} can't be read: {_reason(error)}", "is this a model folder?") from error
-    if not stat.S_ISREG(found.st_mode):
-        raise ModelError(f"{path} is not a file but {_kind(found.st_mode)}", "put the model's own file there")
-    return found.st_size
+        raise ModelError(f"{path} can't be read: {error_text(error)}", "is this a model folder?") from error
+    if not stat.S_ISREG(status.st_mode):
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+        kind = kinds.get(stat.S_IFMT(status.st_mode), "a device")
+        raise ModelError(f"{path} is not a file but {kind}", "put the model's own file there")
+    return status.st_size
 
 
 def read_text(path: Path, limit: int) -> str:
-    """The text of a file in its folder, without a byte order mark. Raises ModelError, also over `limit` bytes."""
+    """The text of a file, without a byte order mark. Raises ModelError, also for more than `limit` bytes."""
     inside(path.parent, path.name)
-    size = regular(path)
+    size = regular_size(path)
     try:
         with path.open("rb") as file:
             data = file.read(limit + 1)
         if len(data) > limit:
-            size = max(size, len(data))
-            raise ModelError(f"{path} has {size} bytes, over {limit}", "that is more than such a file can need")
+            raise ModelError(f"{path} has {max(size, len(data))} bytes, over {limit}", "is it the model's own file?")
         return data.decode("utf-8-sig")
     except OSError as error:
-        raise ModelError(f"{path} can't be read: {_reason(error)}", "is this a model folder?") from error
+        raise ModelError(f"{path} can't be read: {error_text(error)}", "is this a model folder?") from error
     except UnicodeDecodeError as error:
         raise ModelError(f"{path} is not text: {error}", COMPLETE) from error
 
 
-def _reason(error: Exception) -> str:
+def error_text(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
-
-
-def _kind(mode: int) -> str:
-    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
-    return kinds.get(stat.S_IFMT(mode), "a device")

@@ -1,188 +1,46 @@
-"""Models by their Hugging Face id, from the cache that Hugging Face's libraries share, or downloaded into it.
+"""Resolves a model name (bundled model, folder, or Hugging Face id) to its folder."""
 
-Only files that are read are asked for: the small ones of SMALL, and the safetensors. Whatever the Hub answers is
-checked before it becomes a path.
-"""
-
-import os
-import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from llmrs.core.errors import ModelError
-from llmrs.models.arch.families import read_config
-from llmrs.models.files.safetensors import INDEX, SINGLE, read_index
-from llmrs.models.hub.download import AGAIN, TIMEOUT, RemoteFile, bytes_missing, fetch
-from llmrs.models.hub.errors import ROOM, explained
-from llmrs.models.text.template_files import FILES
+from llmrs.core.errors import ModelError, did_you_mean
+from llmrs.models import demo
+from llmrs.models.hub.snapshot import looks_like_id, resolve_snapshot
 
-CONFIG, TOKENIZER = "config.json", "tokenizer.json"
-TEMPLATES = [file for files in FILES.values() for file in files]
-SMALL = ("generation_config.json", TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", *TEMPLATES)
-MOST_SHARDS = 2000
-LARGEST = 2**45  # bytes of a file
-PART = r"(?!.*(--|\.\.))[A-Za-z0-9_]([\w.-]*[A-Za-z0-9_])?"
-ID = re.compile(f"{PART}/{PART}", re.ASCII)
-REVISION = re.compile(r"(?!.*(\.\.|//))[\w][\w./+-]*", re.ASCII)  # it becomes a path in the cache
-COMMIT = re.compile(r"[0-9a-f]{40}")
-HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
-BROKEN = "the repository is not as it should be: tell its owner, or use another"
-SHARD = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)
-Progress = Callable[[int, int], None]  # bytes done, bytes of all
+BUNDLED = {"demo": demo.FILES}
 
 
-def looks_like_id(name: str) -> bool:
-    """Whether somebody who wrote this may have meant an id, well-formed or not."""
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
+def resolve_model(
+    name: str,
+    revision: str | None = None,
+    *,
+    offline: bool = False,
+    weights: bool = True,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Path:
+    """The folder of a model. Missing files of a Hugging Face id are downloaded, without `weights` only config.json.
 
-
-def resolve(name: str, revision: str | None, *, offline: bool, weights: bool, progress: Progress) -> Path:
-    """The folder in the cache with the model's files; without `weights` only config.json is sure to be there.
-
-    `progress` is given the bytes that are there and of all. Raises ModelError.
+    `progress` receives bytes done and total bytes. Raises ModelError.
     """
-    _check_form(name, revision)
-    from huggingface_hub import constants  # here: most models are folders, and it takes a second
-
-    repository = cache_folder() / f"models--{name.replace('/', '--')}"
-    if offline or constants.HF_HUB_OFFLINE:
-        return _cached(name, repository, revision, weights)
-    with explained(name, revision, constants.ENDPOINT):
-        download = Download(name, revision, repository, constants.ENDPOINT)
-        download.get([CONFIG])
-        read_config(download.snapshot)  # a model that is not supported is not downloaded
-        if weights:
-            download.get([CONFIG, *(n for n in SMALL if n in download.files), *download.weights()], progress)
-        return download.snapshot
+    path = Path(name).expanduser()
+    bundled = name in BUNDLED and not path.is_dir()
+    if not bundled and not path.exists() and path.suffix != ".gguf" and looks_like_id(name):
+        return resolve_snapshot(name, revision, offline=offline, weights=weights, progress=progress)
+    if revision is not None:
+        raise ModelError(f"revision: {name} is no Hugging Face id, and has none", "leave it out")
+    return BUNDLED[name] if bundled else _folder(name, path)
 
 
-def cache_folder() -> Path:
-    """Where Hugging Face's libraries keep what they download."""
-    from huggingface_hub import constants
-
-    return Path(constants.HF_HUB_CACHE).expanduser()
-
-
-def snapshot(repository: Path, revision: str | None) -> Path | None:
-    """The folder of a revision in the cache, if it is there."""
-    revision = revision or "main"
-    reference = repository / "refs" / revision
-    commit = reference.read_text("utf-8").strip() if reference.is_file() else revision
-    folder = repository / "snapshots" / commit
-    return folder if COMMIT.fullmatch(commit) and folder.is_dir() else None
-
-
-class Download:
-    """The files of one repository at one commit."""
-
-    def __init__(self, name: str, revision: str | None, repository: Path, endpoint: str) -> None:
-        """Asks the Hub what there is."""
-        self.name, self.repository = name, repository
-        commit, self.files = _listing(name, revision, endpoint)
-        if CONFIG not in self.files:
-            raise ModelError(f"{name} holds no {CONFIG}", "give the id of a model in the format of transformers")
-        self.snapshot = repository / "snapshots" / commit
-        self.snapshot.mkdir(parents=True, exist_ok=True)
-        _remember(repository, revision or "main", commit)
-
-    def get(self, names: list[str], progress: Progress = lambda done, total: None) -> None:
-        """Has these files in the snapshot, in this order."""
-        files = [self.files[name] for name in names]
-        total, before = sum(f.size for f in files), 0
-        self._check_room(files)
-        for file in files:
-            fetch(file, self.repository, self.snapshot, _shifted(progress, before, total))
-            before += file.size
-
-    def weights(self) -> list[str]:
-        """The names of the safetensors files, and of their index. Raises ModelError where there are none."""
-        if SINGLE in self.files:
-            return [SINGLE]
-        if INDEX not in self.files:
-            found = ", ".join(sorted(n for n in self.files if n.endswith((".bin", ".gguf", ".pt", ".pth")))[:3])
-            raise ModelError(
-                f"{self.name} holds no {SINGLE}" + (f", only {found}" if found else ""),
-                "give the id of a model with safetensors weights",
-            )
-        self.get([INDEX])
-        shards = shard_names(self.snapshot)
-        for missing in (s for s in shards if s not in self.files):
-            raise ModelError(f"{self.name} lacks {missing}, which its index names", BROKEN)
-        return [INDEX, *shards]
-
-    def _check_room(self, files: list[RemoteFile]) -> None:
-        """Raises ModelError where the disk is too full for what is still missing."""
-        missing = sum(bytes_missing(f, self.repository, self.snapshot) for f in files)
-        free = shutil.disk_usage(self.snapshot).free
-        if missing > free:
-            raise ModelError(f"{self.name} needs {missing:,} more bytes on the disk, and {free:,} are free", ROOM)
-
-
-def _shifted(progress: Progress, before: int, total: int) -> Callable[[int], None]:
-    """Progress within one file as progress of all."""
-    return lambda there: progress(before + there, total)
-
-
-def shard_names(folder: Path) -> list[str]:
-    """The files that an index names. Raises ModelError for names that lead elsewhere, or are of other files."""
-    names = sorted(read_index(folder))
-    if not 0 < len(names) <= MOST_SHARDS:
-        raise ModelError(f"{INDEX} names {len(names)} files; it must be 1 to {MOST_SHARDS}", BROKEN)
-    for name in names:
-        if not SHARD.fullmatch(name):
-            raise ModelError(f"{INDEX} names {name!r}, which is no safetensors file of the repository", BROKEN)
-    return names
-
-
-def _check_form(name: str, revision: str | None) -> None:
-    if not ID.fullmatch(name) or name.endswith(".git") or len(name) > 96:
-        allowed = "letters, digits, -, _ and ."
-        raise ModelError(f"{name!r} is neither a folder nor a Hugging Face id", f"an id is owner/name, of {allowed}")
-    if revision is not None and (not REVISION.fullmatch(revision) or len(revision) > 200):
-        raise ModelError(f"revision: {revision!r} is no revision", "give a branch, a tag or a commit, such as main")
-
-
-def _cached(name: str, repository: Path, revision: str | None, weights: bool) -> Path:
-    folder = snapshot(repository, revision)
-    what = name if revision is None else f"{name} at {revision}"
-    hint = "download it once without offline and HF_HUB_OFFLINE, or give a folder"
-    if folder is None:
-        raise ModelError(f"{what} is not in the Hugging Face cache, and offline nothing is downloaded", hint)
-    needed = [CONFIG]
-    if weights:
-        sharded = (folder / INDEX).exists() and not (folder / SINGLE).exists()
-        needed += [TOKENIZER, *(shard_names(folder) if sharded else [SINGLE])]
-    for missing in (n for n in needed if not (folder / n).exists()):
-        raise ModelError(f"{what} lacks {missing} in the Hugging Face cache, and offline nothing is downloaded", hint)
-    return folder
-
-
-def _listing(name: str, revision: str | None, endpoint: str) -> tuple[str, dict[str, RemoteFile]]:
-    """The commit that a revision stands for, and its files by name; of those, the ones with sizes and hashes."""
-    from huggingface_hub import HfApi, hf_hub_url
-
-    try:
-        info = HfApi(endpoint).model_info(name, revision=revision, files_metadata=True, timeout=TIMEOUT)
-        commit, siblings = str(info.sha), list(info.siblings or ())
-    except (ValueError, TypeError, KeyError, AttributeError) as error:  # it builds its classes from any JSON
-        raise ModelError(f"{endpoint} gave no list of {name}'s files", f"is HF_ENDPOINT right? {AGAIN}") from error
-    if not COMMIT.fullmatch(commit):
-        raise ModelError(f"{endpoint} names no commit for {name}", "is HF_ENDPOINT right?")
-    files = {}
-    for s in siblings:
-        size, digest = (s.lfs.size, s.lfs.sha256) if s.lfs else (s.size, s.blob_id)
-        if type(size) is int and 0 <= size <= LARGEST and HASH.fullmatch(str(digest)):
-            url = hf_hub_url(name, s.rfilename, revision=commit, endpoint=endpoint)
-            files[s.rfilename] = RemoteFile(s.rfilename, url, size, str(digest))
-    return commit, files
-
-
-def _remember(repository: Path, revision: str, commit: str) -> None:
-    """Notes which commit a branch or tag stands for, where offline mode looks it up."""
-    if revision != commit:
-        reference = repository / "refs" / revision
-        reference.parent.mkdir(parents=True, exist_ok=True)
-        new = reference.with_name(f"{reference.name}.{os.getpid()}.tmp")  # nobody may see half of it
-        new.write_text(commit, "utf-8")
-        os.replace(new, reference)
+def _folder(name: str, path: Path) -> Path:
+    if path.suffix == ".gguf" or (path.is_dir() and not (path / "config.json").exists() and any(path.glob("*.gguf"))):
+        raise ModelError(f"{name}: GGUF files can't be read yet", "use a folder with safetensors files")
+    if path.is_file():
+        raise ModelError(f"{name} is a file", f"give the folder that holds it: {path.parent}")
+    if not path.is_dir():
+        raise ModelError(
+            f"there is no model {name!r} here",
+            did_you_mean(name, BUNDLED) + "; or give a folder, or a Hugging Face id: owner/name",
+        )
+    if not (path / "config.json").exists():
+        raise ModelError(f"{name} holds no config.json", "give a model folder as Hugging Face's libraries write it")
+    return path

@@ -1,54 +1,60 @@
-"""A conversation as chat templates know it: plain JSON, with marks that keep control tokens in it text."""
+"""Validates a conversation and copies it into plain JSON for chat templates."""
 
 import dataclasses
-import re
 import reprlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from llmrs.core.errors import RequestError
-from llmrs.models.text.marked import viewed
 from llmrs.models.text.message import Message
 
-DEEPEST = 64  # lists and objects within each other; schemas of tools have about ten
-LARGEST, ITEM = 16_000_000, 16  # characters of a conversation, and how many each of its values counts for
-WIDEST = 1024  # bits of a number
-REASONING = ("reasoning_content", "thinking", "reasoning")  # names of the assistant's thoughts
-TEXTS = ("role", "tool_call_id", "name", *REASONING)
+MAX_DEPTH = 64  # nested lists and objects; tool schemas have about ten
+MAX_CHARS, CHARS_PER_VALUE = 16_000_000, 16  # size limit of a conversation, in characters plus a charge per value
+MAX_INT_BITS = 1024
+REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one field
+TEXT_FIELDS = ("role", "tool_call_id", "name", *REASONING)
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """What a template is given. All of it is plain JSON that nobody else holds."""
+    """The variables of a chat template: plain JSON, shared with no caller."""
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None
     variables: dict[str, Any]
     add_generation_prompt: bool
-    continued: str | None  # the field of the last message that the answer goes on with
+    continued: str | None  # the field of the last message that the answer continues
 
-    def texts(self) -> Iterator[str]:
-        """Every text in it, keys included."""
-        return _texts([self.messages, self.tools, self.variables])
+    def strings(self) -> Iterator[str]:
+        """Every string, keys included."""
+        stack: list[Any] = [self.messages, self.tools, self.variables]
+        while stack:
+            v = stack.pop()
+            if isinstance(v, str):
+                yield v
+            elif isinstance(v, dict):
+                stack += [*v.keys(), *v.values()]
+            elif isinstance(v, list):
+                stack += v
 
-    def parts(self) -> list[str]:
+    def text_parts(self) -> list[str]:
         """The texts of contents that are lists of parts."""
         lists = [m["content"] for m in self.messages if isinstance(m.get("content"), list)]
         return [part["text"] for content in lists for part in content]
 
-    def called(self) -> list[str]:
-        """The names of the functions that messages without a content call."""
+    def called_functions(self) -> list[str]:
+        """Names of the functions that messages with content None call."""
         calls = [m.get("tool_calls") for m in self.messages if "content" in m and m["content"] is None]
-        functions = [c.get("function") for some in calls if isinstance(some, list) for c in some if isinstance(c, dict)]
+        functions = [c.get("function") for cs in calls if isinstance(cs, list) for c in cs if isinstance(c, dict)]
         return [f["name"] for f in functions if isinstance(f, dict) and isinstance(f.get("name"), str)]
 
-    def all_text(self) -> bool:
-        """Whether every content is a text, or was not given."""
+    def is_text_only(self) -> bool:
+        """Whether every content is a string or missing."""
         return all(isinstance(m.get("content", ""), str) for m in self.messages)
 
-    def as_text(self) -> "Conversation":
-        """With every content as one text: parts are joined, and None is left out."""
+    def as_text_only(self) -> "Conversation":
+        """With parts joined, and content None left out."""
         return dataclasses.replace(self, messages=[_with_text(m) for m in self.messages])
 
 
@@ -60,38 +66,36 @@ def conversation(
     continue_final_message: bool | str = False,
     **variables: Any,
 ) -> Conversation:
-    """Rebuilds what is given as plain JSON. Raises RequestError for what is not JSON, or too deep or large.
+    """Copies its arguments into a Conversation. Raises RequestError for values that are not JSON, too deep or large.
 
-    `continue_final_message` leaves the last message open: its content, or the field that is named. Otherwise the
-    beginning of an answer is added, unless `add_generation_prompt` is false.
+    `continue_final_message` leaves the last message open: its content, or the named field. Otherwise the generation
+    prompt is added, unless `add_generation_prompt` is false.
     """
-    rebuilt = _Rebuild()
-    turns = [rebuilt(turn(m, n), f"message {n}") for n, m in enumerate(messages)]
-    functions = None if tools is None else [rebuilt(_function(t, n), f"tool {n}") for n, t in enumerate(tools)]
-    given = {name: rebuilt(value, name) for name, value in variables.items()}
+    copy = _JsonCopy()
+    copied = [copy(message_fields(m, n), f"message {n}") for n, m in enumerate(messages)]
+    functions = None if tools is None else [copy(_checked_tool(t, n), f"tool {n}") for n, t in enumerate(tools)]
+    given = {name: copy(value, name) for name, value in variables.items()}
     if continue_final_message and add_generation_prompt:
         raise RequestError("continue_final_message and add_generation_prompt exclude each other", "give one of them")
     continued = "content" if continue_final_message is True else continue_final_message or None
     return Conversation(
-        [_with_reasoning(t) for t in turns],
+        [_with_reasoning(m) for m in copied],
         functions,
         given,
         not continued if add_generation_prompt is None else bool(add_generation_prompt),
-        _checked_continued(turns, continued) if continued else None,
+        _checked_continued(copied, continued) if continued else None,
     )
 
 
-def turn(message: Message | Mapping[str, Any], number: int) -> dict[str, Any]:
-    """A message's fields by name. Those that are None are left out, as transformers does, except for the content:
-    templates ask whether it is None. Raises RequestError.
-    """
+def message_fields(message: Message | Mapping[str, Any], number: int) -> dict[str, Any]:
+    """A message's fields by name. None is left out, as in transformers, except for content. Raises RequestError."""
     if isinstance(message, Message):
         fields = {f.name: getattr(message, f.name) for f in dataclasses.fields(message)}
     elif isinstance(message, Mapping):
         fields = dict(message)
     else:
         raise RequestError(f"message {number} is a {type(message).__name__}", "give Message(role, content)")
-    for name in TEXTS:
+    for name in TEXT_FIELDS:
         if not isinstance(fields.get(name), str | None):
             raise RequestError(f"message {number}: {name} is {reprlib.repr(fields[name])}", f"{name} must be text")
     if fields.get("role") is None:
@@ -101,7 +105,7 @@ def turn(message: Message | Mapping[str, Any], number: int) -> dict[str, Any]:
 
 
 def _check_content(content: Any, number: int) -> None:
-    """Raises RequestError for what is neither text nor a list of text parts."""
+    """Raises RequestError unless it is text, a list of text parts or None."""
     if isinstance(content, str | None):
         return
     hint = 'content must be text, or a list of parts such as {"type": "text", "text": "Hi"}'
@@ -112,10 +116,9 @@ def _check_content(content: Any, number: int) -> None:
             raise RequestError(f"message {number}: content holds {reprlib.repr(part)}, which is no part", hint)
         if part["type"] != "text":
             raise RequestError(f"message {number}: content holds a part of type {part['type'][:50]!r}", hint)
-        if not isinstance(part.get("text"), str):
-            raise RequestError(
-                f"message {number}: content holds a part with text {reprlib.repr(part.get('text'))}", hint
-            )
+        text = part.get("text")
+        if not isinstance(text, str):
+            raise RequestError(f"message {number}: content holds a part with text {reprlib.repr(text)}", hint)
 
 
 def _with_text(message: dict[str, Any]) -> dict[str, Any]:
@@ -125,7 +128,7 @@ def _with_text(message: dict[str, Any]) -> dict[str, Any]:
     return message if content is not None else {k: v for k, v in message.items() if k != "content"}
 
 
-def _function(tool: Any, number: int) -> Mapping[str, Any]:
+def _checked_tool(tool: Any, number: int) -> Mapping[str, Any]:
     if not isinstance(tool, Mapping):
         raise RequestError(
             f"tool {number} is a {type(tool).__name__}",
@@ -135,33 +138,33 @@ def _function(tool: Any, number: int) -> Mapping[str, Any]:
 
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
-    """Some templates know the reasoning as `thinking`, and some clients write `reasoning`: as transformers has it."""
+    """Some templates read `thinking`, and some clients write `reasoning`: sets both names, as transformers."""
     reasoning = next((message[name] for name in REASONING if name in message), None)
     if reasoning is None:
         return message
     return {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
-def _checked_continued(turns: Sequence[Mapping[str, Any]], field: str) -> str:
+def _checked_continued(messages: Sequence[Mapping[str, Any]], field: str) -> str:
     if field not in ("content", "reasoning_content"):
         raise RequestError(f"continue_final_message is {field!r}", "it may be true, content or reasoning_content")
-    if not turns or turns[-1].get(field) in (None, []):
+    if not messages or messages[-1].get(field) in (None, []):
         raise RequestError(f"there is no last message whose {field} could be continued", "add the beginning of one")
     return field
 
 
-class _Rebuild:
-    """Copies values that are JSON; all that one of these copies may together be LARGEST."""
+class _JsonCopy:
+    """Copies JSON values, at most MAX_CHARS in total."""
 
     def __init__(self) -> None:
-        self.left = LARGEST
+        self.left = MAX_CHARS
 
     def __call__(self, value: Any, where: str, depth: int = 0) -> Any:
-        self.left -= ITEM
+        self.left -= CHARS_PER_VALUE
         if isinstance(value, str):
             self.left -= len(value)
-        if depth > DEEPEST or self.left < 0:
-            limit = f"more than {DEEPEST} deep" if depth > DEEPEST else f"larger than {LARGEST} characters"
+        if depth > MAX_DEPTH or self.left < 0:
+            limit = f"more than {MAX_DEPTH} deep" if depth > MAX_DEPTH else f"larger than {MAX_CHARS} characters"
             raise RequestError(f"{where} makes the conversation {limit}", "shorten it")
         if isinstance(value, Mapping):
             return {self._key(k, where): self(v, where, depth + 1) for k, v in value.items()}
@@ -173,16 +176,16 @@ class _Rebuild:
         if not isinstance(key, str):
             raise RequestError(f"{where} holds the key {reprlib.repr(key)}", "keys must be text")
         self.left -= len(key)
-        return checked(str.__str__(key))
+        return check_unicode(str.__str__(key))
 
 
 def _scalar(value: Any, where: str) -> Any:
-    """Subclasses, such as enums, are made what they are based on: their methods are none of a template's business."""
+    """Converts subclasses, such as enums, to their base type: templates must not call their methods."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
-        return checked(str.__str__(value))
-    if isinstance(value, int) and int.bit_length(value) <= WIDEST:
+        return check_unicode(str.__str__(value))
+    if isinstance(value, int) and int.bit_length(value) <= MAX_INT_BITS:
         return int.__int__(value)
     if isinstance(value, float) and float("-inf") < value < float("inf"):
         return float.__float__(value)
@@ -190,66 +193,11 @@ def _scalar(value: Any, where: str) -> Any:
     raise RequestError(f"{where} holds {shown}, which is not JSON", "give text, finite numbers, lists and objects")
 
 
-def checked(text: str) -> str:
-    """The text, if it can be encoded. Raises RequestError."""
+def check_unicode(text: str) -> str:
+    """The text. Raises RequestError for a lone surrogate."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         shown = ascii(text[error.start])
         raise RequestError(f"the text holds {shown}, a lone surrogate", "text must be valid Unicode") from error
     return text
-
-
-def _texts(value: Any) -> Iterator[str]:
-    left = [value]
-    while left:
-        v = left.pop()
-        if isinstance(v, str):
-            yield v
-        elif isinstance(v, dict):
-            left += [*v.keys(), *v.values()]
-        elif isinstance(v, list):
-            left += v
-
-
-# What users write must not become a control token. A mark in each that they write keeps the tokenizer from seeing it.
-
-
-def unused(c: Conversation, count: int) -> list[str]:
-    """So many characters, of the private use area, that the conversation does not hold."""
-    used = set().union(*c.texts())
-    free = [x for x in map(chr, range(0xE000, 0xF900)) if x not in used][:count]
-    if len(free) < count:
-        raise RequestError("the conversation holds every private character of Unicode", "leave some out")
-    return free
-
-
-def broken(c: Conversation, control: Collection[str], mark: str) -> Conversation:
-    """The conversation with `mark` after the first character of each of these tokens in it.
-
-    A template may change what follows, and so write a token that is not there: by taking something out, or in lower
-    case. So the mark also stands where only the first two characters of a token do, if they are not both letters.
-    """
-    ends = {token: len(token) if token[:2].isalnum() else 2 for token in control}
-    begins = {f"{re.escape(token[0])}(?={re.escape(token[1:end])})" for token, end in ends.items()}
-    pattern = re.compile("|".join(sorted(begins)) or "(?!)", re.IGNORECASE)
-
-    def texts(text: str) -> str:
-        return viewed(pattern.sub(lambda found: found[0] + mark, text), mark)
-
-    return dataclasses.replace(
-        c,
-        messages=[{name: _mapped(value, texts) for name, value in m.items()} for m in c.messages],
-        tools=_mapped(c.tools, texts),
-        variables={name: _mapped(value, texts) for name, value in c.variables.items()},
-    )
-
-
-def _mapped(value: Any, texts: Callable[[str], str]) -> Any:
-    if isinstance(value, str):
-        return texts(value)
-    if isinstance(value, list):
-        return [_mapped(v, texts) for v in value]
-    if isinstance(value, dict):
-        return {texts(k): _mapped(v, texts) for k, v in value.items()}
-    return value

@@ -1,4 +1,4 @@
-"""What each token adds to a text, by the decoder that tokenizer.json names."""
+"""Decodes single tokens to bytes, with the decoder of tokenizer.json."""
 
 import codecs
 import json
@@ -12,36 +12,32 @@ import tokenizers
 from llmrs.core.errors import ModelError
 
 SUPPORTED = {"BPEDecoder", "ByteFallback", "ByteLevel", "Fuse", "Metaspace", "Replace", "Strip", "WordPiece"}
-SPELLING = SUPPORTED - {"Fuse", "Strip"}  # one of these says how words are spelled
+SPELLING = SUPPORTED - {"Fuse", "Strip"}  # at least one is needed
 BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-EACH_BYTE = "llmrs.each_byte"  # for decoding: U+FFFD for each byte that is wrong, where "replace" gives one for several
+EACH_BYTE = "llmrs.each_byte"  # error handler: one U+FFFD per invalid byte; "replace" merges several
 codecs.register_error(EACH_BYTE, lambda e: ("\ufffd" * (e.end - e.start), e.end))  # type: ignore[attr-defined]
-WORD = "a"  # stands before and after a token, so that it is neither the first nor the last
+WORD = "a"  # context on both sides of a token: decoders treat the first and last token differently
 
 
 def _byte_letters() -> dict[str, int]:
-    """The letters that stand for bytes in byte-level vocabularies: printable ones for themselves, others from 256 on.
-
-    Source: GPT-2's vocabulary.
-    """
+    """GPT-2's byte-level alphabet: printable bytes map to themselves, others to characters from 256 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
 
 
-LETTERS = _byte_letters()
+BYTE_OF_LETTER = _byte_letters()
 
 
 class TokenDecoder:
-    """Bytes of single tokens. Joined, those of several are what the `tokenizers` library decodes them to.
+    """Bytes of single tokens. Joined and decoded with `errors`, they equal the decoding of `tokenizers`.
 
-    The tokens go on with a text: what decoders do to its first word (to take a space off) is left out. `errors` is
-    how the joined bytes are decoded where they are not UTF-8. One difference remains: of bytes in a row, some of
-    which are not UTF-8, ByteFallback loses all; here whole characters stay, since a stream has shown them by then.
+    Two exceptions: tokens continue a text, so no space is stripped from the first word; and valid characters in a run
+    of partly invalid bytes are kept, where ByteFallback drops the run, because a stream has already shown them.
     """
 
     def __init__(self, inner: tokenizers.Tokenizer, path: Path) -> None:
-        """Raises ModelError for a decoder whose tokens can't be decoded one by one."""
+        """Raises ModelError for a decoder that can't decode tokens one by one."""
         parts = list(_parts(json.loads(inner.decoder.__getstate__()) if inner.decoder else {}))
         _require_supported(parts, path)
         kinds = {part["type"] for part in parts}
@@ -53,10 +49,10 @@ class TokenDecoder:
             self._after = self._decoder.decode([WORD, WORD])[len(self._before) :]
 
     def __call__(self, word: str) -> bytes:
-        """What a token that is written so in the vocabulary, or as an added token, adds to the text."""
+        """Bytes of a vocabulary entry or added token."""
         if self._byte_level:
-            whole = all(c in LETTERS for c in word)
-            return bytes(LETTERS[c] for c in word) if whole else word.encode()
+            whole = all(c in BYTE_OF_LETTER for c in word)
+            return bytes(BYTE_OF_LETTER[c] for c in word) if whole else word.encode()
         if self._byte_fallback and (byte := BYTE.fullmatch(word)):
             return bytes([int(byte[1], 16)])
         text: str = self._decoder.decode([WORD, word, WORD])
@@ -64,7 +60,7 @@ class TokenDecoder:
 
 
 def _require_supported(parts: list[dict[str, Any]], path: Path) -> None:
-    """Raises ModelError for parts that do more than to look at one token after the other."""
+    """Raises ModelError for parts that work across tokens."""
     kinds = [part["type"] for part in parts]
     mixed = "ByteLevel" in kinds and not set(kinds) <= {"ByteLevel", "Fuse", "Strip"}
     across = any(_is_across(part, fused="Fuse" in kinds[:n]) for n, part in enumerate(parts))
@@ -75,16 +71,14 @@ def _require_supported(parts: list[dict[str, Any]], path: Path) -> None:
 
 
 def _is_across(part: dict[str, Any], *, fused: bool) -> bool:
-    """Whether a part replaces what goes over several tokens, or strips the ends of single ones: that the library does
-    for all but the shortest words, for which it panics.
-    """
+    """Whether a part replaces text across tokens, or strips the ends of single ones (a panic for short words)."""
     if part["type"] == "Replace":
         return fused and len(part["pattern"].get("String", "..")) > 1
     return part["type"] == "Strip" and not fused and part["stop"] > 0
 
 
 def _parts(decoder: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """A decoder's parts, in the order in which they work."""
+    """The steps of a decoder, in order."""
     if decoder.get("type") == "Sequence":
         for part in decoder["decoders"]:
             yield from _parts(part)

@@ -1,4 +1,4 @@
-"""Tokens to text while they come: never half a character, never a part of a stop text."""
+"""Streaming detokenization: yields complete characters only, and stops before stop strings."""
 
 import codecs
 import re
@@ -8,124 +8,120 @@ from llmrs.models.text.tokenizer import Tokenizer
 
 
 class Detokenizer:
-    """The text of one answer. What `push` and `flush` give, joined, does not depend on how the tokens are split.
+    """The text of one answer. The joined results of `add` and `flush` do not depend on how tokens are split.
 
-    It is what `tokenizers` decodes the ids to, after other tokens: an answer goes on with its prompt, so the space
-    that SentencePiece begins a word with stays also before the first one. Bytes that are not UTF-8 become U+FFFD.
-    Control tokens have no text, unless `skip_special_tokens` is false.
+    Text is decoded as a continuation of the prompt: SentencePiece's space before the first word is kept. Bytes that
+    are not UTF-8 become U+FFFD. Special tokens are skipped if `skip_special_tokens`.
 
-    The answer ends before the stop text that is complete first; of those that are complete at the same character,
-    before the longest. `stopped` is that text, once there is one. Control tokens count with their text, also where
-    they are skipped, as for transformers' stop_strings. A stop text has to be complete after the first `minimum`
-    tokens, and may begin in them, as in vLLM.
+    The text ends before the stop string that completes first, the longest one on a tie; `stopped` is that string.
+    Skipped special tokens match too, as for transformers' stop_strings. A stop string has to complete after the first
+    `min_tokens` tokens, but may begin in them, as in vLLM.
     """
 
     def __init__(
         self,
         tokenizer: Tokenizer,
-        stops: tuple[str, ...] = (),
-        minimum: int = 0,
+        stop_strings: tuple[str, ...] = (),
+        min_tokens: int = 0,
         *,
         skip_special_tokens: bool = True,
     ) -> None:
-        self._pieces, self._written = tokenizer.pieces(skip_special_tokens), tokenizer.pieces(False)
-        self._hidden: Container[int] = tokenizer.control if skip_special_tokens else ()
+        self._pieces, self._all_pieces = tokenizer.pieces(skip_special_tokens), tokenizer.pieces(False)
+        self._skipped: Container[int] = tokenizer.special_ids if skip_special_tokens else ()
         self._errors = tokenizer.errors
-        self._bytes = b""  # of a character that is not complete
-        self._minimum = minimum
-        self._stops = StopTexts(stops) if stops else None
+        self._pending = b""  # of an incomplete character
+        self._min_tokens = min_tokens
+        self._stop = StopStrings(stop_strings) if stop_strings else None
 
     @property
     def stopped(self) -> str | None:
-        return None if self._stops is None else self._stops.found
+        return None if self._stop is None else self._stop.matched
 
-    def push(self, token: int) -> str:
-        """The text that is certain now."""
+    def add(self, token: int) -> str:
+        """The text that this token completes."""
         piece = self._pieces[token]
-        text = piece if isinstance(piece, str) and not self._bytes else self._decode(piece)
-        if self._stops is None:
+        text = piece if isinstance(piece, str) and not self._pending else self._decode(piece)
+        if self._stop is None:
             return text
-        self._minimum -= 1
-        hidden = token in self._hidden
-        if hidden:
-            written = self._written[token]
+        self._min_tokens -= 1
+        skipped = token in self._skipped
+        if skipped:
+            written = self._all_pieces[token]
             text = written if isinstance(written, str) else written.decode(errors="replace")
-        return self._stops.add(text, hidden=hidden, early=self._minimum >= 0)
+        return self._stop.add(text, skipped=skipped, early=self._min_tokens >= 0)
 
     def flush(self) -> str:
-        """What was held back. For the end of the answer."""
-        text = self._bytes.decode(errors=self._errors)
-        self._bytes = b""
-        if self._stops is None:
+        """The remaining text, at the end of the answer."""
+        text = self._pending.decode(errors=self._errors)
+        self._pending = b""
+        if self._stop is None:
             return text
-        return self._stops.add(text, early=self._minimum >= 0) + self._stops.rest()
+        return self._stop.add(text, early=self._min_tokens >= 0) + self._stop.flush()
 
     def _decode(self, piece: str | bytes) -> str:
-        """The characters that are complete with this."""
-        data = self._bytes + (piece.encode() if isinstance(piece, str) else piece)
+        data = self._pending + (piece.encode() if isinstance(piece, str) else piece)
         text, count = codecs.utf_8_decode(data, self._errors, False)
-        self._bytes = data[count:]
+        self._pending = data[count:]
         return text
 
 
-class StopTexts:
-    """Looks for stop texts in a text that grows, and holds back what could begin one."""
+class StopStrings:
+    """Searches growing text for stop strings. Holds back text that may begin one."""
 
-    def __init__(self, stops: tuple[str, ...]) -> None:
-        self.stops = stops
-        self.found: str | None = None
-        self._begin = re.compile("|".join({re.escape(stop[0]) for stop in stops}))
-        self._held = ""
-        self._spans: list[tuple[int, int]] = []  # of the held text, that are not shown
-        self._early = 0  # characters of the held text that don't complete a stop text
+    def __init__(self, stop_strings: tuple[str, ...]) -> None:
+        self.stop_strings = stop_strings
+        self.matched: str | None = None
+        self._first_chars = re.compile("|".join({re.escape(stop[0]) for stop in stop_strings}))
+        self._pending = ""
+        self._skipped: list[tuple[int, int]] = []  # spans of the pending text that are matched, but not returned
+        self._early = 0  # pending characters that can't complete a stop string
 
-    def add(self, text: str, *, hidden: bool = False, early: bool = False) -> str:
-        """The text that is certain now. `hidden` text is looked at and not shown; `early` text completes no stop."""
-        if self.found is not None or not text:
+    def add(self, text: str, *, skipped: bool = False, early: bool = False) -> str:
+        """The text that is now certain. `skipped` text is only matched; `early` text completes no stop string."""
+        if self.matched is not None or not text:
             return ""
-        if not self._held and not self._begin.search(text):  # the usual case
-            return "" if hidden else text
-        if hidden:
-            self._spans.append((len(self._held), len(self._held) + len(text)))
-        self._held += text
+        if not self._pending and not self._first_chars.search(text):  # the usual case
+            return "" if skipped else text
+        if skipped:
+            self._skipped.append((len(self._pending), len(self._pending) + len(text)))
+        self._pending += text
         if early:
-            self._early = len(self._held)
-        elif (cut := self._look()) is not None:
-            return self._shown(cut)
-        return self._shown(len(self._held) - max(_overlap(self._held, s) for s in self.stops))
+            self._early = len(self._pending)
+        elif (end := self._match()) is not None:
+            return self._take(end)
+        return self._take(len(self._pending) - max(_overlap(self._pending, s) for s in self.stop_strings))
 
-    def rest(self) -> str:
-        """What is held back still."""
-        return "" if self.found is not None else self._shown(len(self._held))
+    def flush(self) -> str:
+        return "" if self.matched is not None else self._take(len(self._pending))
 
-    def _look(self) -> int | None:
-        """Where the answer ends."""
-        text, found = self._held, []
-        for stop in self.stops:
+    def _match(self) -> int | None:
+        """Where the first complete stop string begins."""
+        text, matches = self._pending, []
+        for stop in self.stop_strings:
             at = text.find(stop, max(0, self._early - len(stop) + 1))
             if at >= 0:
-                found.append((at + len(stop), at, stop))
-        if not found:
+                matches.append((at + len(stop), at, stop))
+        if not matches:
             return None
-        _, cut, self.found = min(found)
-        return cut
+        _, begin, self.matched = min(matches)
+        return begin
 
-    def _shown(self, end: int) -> str:
-        """Takes so many characters off what is held; those that are shown."""
-        text, self._held = self._held[:end], self._held[end:]
+    def _take(self, end: int) -> str:
+        """Removes pending[:end]; returns it without skipped spans."""
+        text, self._pending = self._pending[:end], self._pending[end:]
         self._early = max(0, self._early - end)
-        if not self._spans:
+        if not self._skipped:
             return text
-        spans, shown, at = self._spans, [], 0
+        spans, kept, at = self._skipped, [], 0
         for a, b in spans:
-            shown.append(text[at:a])
+            kept.append(text[at:a])
             at = b
-        self._spans = [(max(0, a - end), b - end) for a, b in spans if b > end]
-        return "".join([*shown, text[at:]])
+        self._skipped = [(max(0, a - end), b - end) for a, b in spans if b > end]
+        return "".join([*kept, text[at:]])
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of the text that begins the stop text."""
+    """Length of the longest suffix of the text that is a prefix of the stop string."""
     at = text.find(stop[0], max(0, len(text) - len(stop) + 1))
     while at >= 0 and not stop.startswith(text[at:]):
         at = text.find(stop[0], at + 1)

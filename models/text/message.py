@@ -1,4 +1,4 @@
-"""What a conversation is made of."""
+"""The chat message."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -7,17 +7,17 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation; `role` is what the chat template knows: system, user, assistant, tool.
+    """One message of a conversation. `role`: system, user, assistant, tool, or another that the template knows.
 
-    `content` is text, a list of text parts as OpenAI's API has them (`{"type": "text", "text": "Hi"}`), or None, which
-    the template sees. Other fields that are None are not there for it. `tool_calls` are objects as OpenAI's API has
-    them: `type`, `id` and `function` with `name` and `arguments`, which most templates want as an object.
+    `content` is text, a list of text parts (`{"type": "text", "text": "Hi"}`), or None. `tool_calls` are objects of
+    OpenAI's API: `type`, `id` and `function` with `name` and `arguments`, which most templates expect as an object.
+    Fields that are None, except `content`, are hidden from the template.
     """
 
     role: str
     content: str | Sequence[Mapping[str, Any]] | None = None
     _: KW_ONLY
-    tool_calls: Sequence[Mapping[str, Any]] | None = None  # of the assistant
-    tool_call_id: str | None = None  # of a tool's answer: the call's
-    name: str | None = None  # of a tool's answer: the function's
-    reasoning_content: str | None = None  # the assistant's thoughts, which templates may leave out
+    tool_calls: Sequence[Mapping[str, Any]] | None = None  # assistant
+    tool_call_id: str | None = None  # tool: the call that it answers
+    name: str | None = None  # tool: the function
+    reasoning_content: str | None = None  # assistant; templates may drop it

@@ -1,4 +1,4 @@
-"""Chat templates: from messages to a prompt in which nothing but the template's own control tokens is one."""
+"""Chat templates: render messages to a prompt whose special tokens all come from the template."""
 
 import threading
 from collections.abc import Mapping, Sequence
@@ -9,25 +9,24 @@ import jinja2
 from jinja2 import meta
 
 from llmrs.core.errors import ModelError, RequestError, did_you_mean
-from llmrs.models.text.conversation import REASONING, Conversation, broken, conversation, unused
-from llmrs.models.text.marked import MarkedSandbox
+from llmrs.models.text.conversation import REASONING, Conversation, conversation
+from llmrs.models.text.escaped_str import EscapingSandbox
+from llmrs.models.text.escaping import escape_special_tokens, free_private_chars
 from llmrs.models.text.message import Message
-from llmrs.models.text.sandbox import Exhausted, Refused
-from llmrs.models.text.specials import NAMES
-from llmrs.models.text.template_files import DEFAULT, LARGEST, TOOL_USE, sources
+from llmrs.models.text.sandbox import BudgetExceeded, TemplateRefusal
+from llmrs.models.text.special_tokens import NAMES
+from llmrs.models.text.template_files import DEFAULT, MAX_TEMPLATE_CHARS, TOOL_USE, sources
 from llmrs.models.text.tokenizer import Tokenizer
 
-BASE, PER_CHARACTER = 5_000_000, 200  # what a rendering may spend: for itself, and for what it is given
+BASE_BUDGET, BUDGET_PER_CHAR = 5_000_000, 200  # per rendering, and per character of its input
 PROBE = [{"role": "user", "content": "Hi"}]
 TOOL = {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}
 HINT = "put a template that works into the model's folder as chat_template.jinja, or use another model"
-NONE, PARTS = "None", "'type': 'text'"  # in a prompt: what a template wrote as Python does
+PYTHON_REPRS = ("None", "'type': 'text'")  # in a prompt: the template wrote None or a list of parts
 
 
 class ChatPrompt(str):
-    """A rendered conversation. It carries its token ids, which its text alone doesn't determine: control tokens
-    inside the messages are plain text.
-    """
+    """A rendered conversation with its token ids. Its text alone is ambiguous: special tokens in messages are text."""
 
     token_ids: tuple[int, ...]
 
@@ -41,7 +40,7 @@ class ChatPrompt(str):
 
 
 class UnknownToken(jinja2.Undefined):
-    """A special token that no file gives. A template may ask whether it is defined, but not write it."""
+    """A special token that the files don't define. Templates may test it, but not write it."""
 
     __slots__ = ()
     __str__ = jinja2.Undefined._fail_with_undefined_error
@@ -57,120 +56,119 @@ UNKNOWN = {f"{name}_token": UnknownToken(name=f"{name}_token") for name in NAMES
 class ChatTemplate:
     """A compiled template."""
 
-    def __init__(self, source: str, specials: Mapping[str, str | None], path: Path, **probe: Any) -> None:
-        """`specials` are the texts of bos, eos and the like, by name; None where the model has none. One that is
-        not there is unknown: the template fails where it writes it. Raises ModelError for a template that can't work.
+    def __init__(self, source: str, special_tokens: Mapping[str, str | None], path: Path, **probe: Any) -> None:
+        """`special_tokens`: texts of bos, eos, ... by name, None for tokens that the model does not have. Writing
+        a token that is missing here is an error.
 
-        It is tried once, with the variables `probe`, so that a template that fails or never ends is found now.
+        Renders once, with the variables `probe`, to find templates that fail. Raises ModelError for them.
         """
         self.source, self.path = source, path
-        known = {f"{name}_token": text for name, text in specials.items()}
-        self.specials = {name: text for name, text in {**UNKNOWN, **known}.items() if text is not None}
-        self.for_tools: ChatTemplate | ModelError | None = None  # another one, for conversations with tools
-        self._sandbox, self._lock = MarkedSandbox(), threading.Lock()
-        if len(source) > LARGEST:
-            raise ModelError(f"{path}: the chat template has {len(source)} characters, over {LARGEST}", HINT)
+        known = {f"{name}_token": text for name, text in special_tokens.items()}
+        self.special_tokens = {name: text for name, text in {**UNKNOWN, **known}.items() if text is not None}
+        self.for_tools: ChatTemplate | ModelError | None = None  # the template for conversations with tools
+        self._sandbox, self._lock = EscapingSandbox(), threading.Lock()
+        if len(source) > MAX_TEMPLATE_CHARS:
+            raise ModelError(f"{path}: the chat template has {len(source)} characters, over {MAX_TEMPLATE_CHARS}", HINT)
         try:
             source.encode()  # no lone surrogate
-            self._sandbox.allow(BASE)
+            self._sandbox.start(BASE_BUDGET)
             self.variables = meta.find_undeclared_variables(self._sandbox.parse(source)) - UNKNOWN.keys()
             self._template = self._sandbox.compiled(source)
             self._render(PROBE, probe)
-        except Refused:
-            pass  # it wants something else than one question, which is its right
+        except TemplateRefusal:
+            pass  # it requires other messages than PROBE
         except (jinja2.TemplateError, *FAILURES) as error:
             raise ModelError(f"{path}: the chat template fails: {_reason(error)}", HINT) from error
 
     @classmethod
-    def load(cls, folder: Path, specials: Mapping[str, str | None]) -> "ChatTemplate | ModelError | None":
-        """From chat_template.jinja and additional_chat_templates, else tokenizer_config.json; None where there is none.
+    def load(cls, folder: Path, special_tokens: Mapping[str, str | None]) -> "ChatTemplate | ModelError | None":
+        """The model's template, or None without one. Raises ModelError for an unreadable file.
 
-        A template that can't work is returned as its error: it stops conversations, and nothing else. Raises
-        ModelError for a file that can't be read.
+        A template that fails is returned as its error, so that the model can be used without chat.
         """
-        found = sources(folder)
-        template = cls._made(*found[DEFAULT], specials) if DEFAULT in found else None
-        if isinstance(template, ChatTemplate) and TOOL_USE in found:
-            template.for_tools = cls._made(*found[TOOL_USE], specials, tools=[TOOL])
+        templates = sources(folder)
+        template = cls._compile(*templates[DEFAULT], special_tokens) if DEFAULT in templates else None
+        if isinstance(template, ChatTemplate) and TOOL_USE in templates:
+            template.for_tools = cls._compile(*templates[TOOL_USE], special_tokens, tools=[TOOL])
         return template
 
     @classmethod
-    def _made(
-        cls, source: Any, path: Path, specials: Mapping[str, str | None], **probe: Any
+    def _compile(
+        cls, source: Any, path: Path, special_tokens: Mapping[str, str | None], **probe: Any
     ) -> "ChatTemplate | ModelError":
         if not isinstance(source, str):
             return ModelError(f"{path}: chat_template is not text", HINT)
         try:
-            return cls(source, specials, path, **probe)
+            return cls(source, special_tokens, path, **probe)
         except ModelError as error:
             return error
 
     def render(self, messages: Sequence[Message | Mapping[str, Any]], **options: Any) -> str:
-        """The conversation as text. `options` are those of `conversation`. Raises RequestError."""
+        """The conversation as text. `options`: arguments of `conversation`. Raises RequestError."""
         c = conversation(messages, **options)
-        return self.rendered(c, *unused(c, 1))
+        return self.rendered(c, *free_private_chars(c, 1))
 
-    def rendered(self, c: Conversation, tag: str, marks: str = "") -> str:
-        """The conversation as text. `tag` is a character that it doesn't hold; JSON leaves the marks as they are.
+    def rendered(self, c: Conversation, tag: str, escape: str = "") -> str:
+        """The conversation as text. `tag`: a character that it does not contain, to find the end of the message to
+        continue. `escape`: the escape character in its strings.
 
-        Raises RequestError for what the template refuses or fails on, and for what it would ignore; ModelError where
-        the one for tools can't work.
+        Raises RequestError if the template fails on the messages or would ignore arguments; ModelError if the template
+        for tools is invalid.
         """
         if c.tools and self.for_tools is not None:
             if isinstance(self.for_tools, ModelError):
                 raise ModelError(self.for_tools.message, self.for_tools.hint) from self.for_tools
-            return self.for_tools.rendered(c, tag, marks)
-        self._require_known(c)
-        return self._one(c, tag, marks) if c.all_text() else self._with_contents(c, tag, marks)
+            return self.for_tools.rendered(c, tag, escape)
+        self._check_variables(c)
+        return self._render_once(c, tag, escape) if c.is_text_only() else self._render_contents(c, tag, escape)
 
-    def _with_contents(self, c: Conversation, tag: str, marks: str) -> str:
-        """Contents that are None or lists of parts are handed through. Many templates know text only: they fail on
-        others, leave them out, or write them as Python does. For those None is left out, and parts are joined.
+    def _render_contents(self, c: Conversation, tag: str, escape: str) -> str:
+        """Renders contents that are None or lists of parts. Many templates support strings only: they fail, drop the
+        content or write its Python repr. Those get the parts joined and None left out.
         """
         try:
-            given = self._one(c, tag, marks)
+            rendered = self._render_once(c, tag, escape)
         except RequestError:
-            text = self._one(c.as_text(), tag, marks)
-            if all(name in text for name in c.called()):  # else it takes a call without a text for an empty answer
+            text = self._render_once(c.as_text_only(), tag, escape)
+            if all(name in text for name in c.called_functions()):  # else it dropped a call without content
                 return text
             raise
         try:
-            text = self._one(c.as_text(), tag, marks)
+            text = self._render_once(c.as_text_only(), tag, escape)
         except RequestError:
-            return given
-        written = any(given.count(python) > text.count(python) for python in (NONE, PARTS))
-        lost = any(given.count(part) < text.count(part) for part in map(str.strip, c.parts()))
-        return text if written or lost else given
+            return rendered
+        has_repr = any(rendered.count(python) > text.count(python) for python in PYTHON_REPRS)
+        lost = any(rendered.count(part) < text.count(part) for part in map(str.strip, c.text_parts()))
+        return text if has_repr or lost else rendered
 
-    def _one(self, c: Conversation, tag: str, marks: str) -> str:
-        """One rendering."""
-        messages = _tagged(c.messages, c.continued, tag) if c.continued else c.messages
+    def _render_once(self, c: Conversation, tag: str, escape: str) -> str:
+        messages = _append_tag(c.messages, c.continued, tag) if c.continued else c.messages
         variables = {"add_generation_prompt": c.add_generation_prompt, "tools": c.tools, "documents": None}
         try:
-            text = self._render(messages, {**variables, **c.variables}, tag + marks)
-        except Refused as error:
+            text = self._render(messages, {**variables, **c.variables}, tag + escape)
+        except TemplateRefusal as error:
             raise RequestError(f"the chat template refuses the messages: {error.message}", "see its rules") from error
         except (jinja2.TemplateError, *FAILURES) as error:
             raise RequestError(f"the chat template fails on the messages: {_reason(error)}", HINT) from error
-        return _cut(text, _last_text(c.messages[-1][c.continued]), tag) if c.continued else text
+        return _cut_at_tag(text, _last_text(c.messages[-1][c.continued]), tag) if c.continued else text
 
-    def _require_known(self, c: Conversation) -> None:
-        """Raises RequestError for variables that the template never reads."""
+    def _check_variables(self, c: Conversation) -> None:
+        """Raises RequestError for variables that the template does not read."""
         if c.tools and "tools" not in self.variables:
             raise RequestError("the model's chat template takes no tools", "leave them out, or use another model")
         for name in c.variables:
             if name not in self.variables:
                 raise RequestError(f"the chat template knows no {name!r}", did_you_mean(name, self.variables))
 
-    def _render(self, messages: Sequence[Mapping[str, Any]], variables: dict[str, Any], marks: str = "") -> str:
-        given = {**self.specials, "messages": messages, **variables}
+    def _render(self, messages: Sequence[Mapping[str, Any]], variables: dict[str, Any], sentinels: str = "") -> str:
+        given = {**self.special_tokens, "messages": messages, **variables}
         with self._lock:
-            self._sandbox.allow(BASE + PER_CHARACTER * len(repr(given)), marks)
-            return str.__str__(self._template.render(given))  # with its marks
+            self._sandbox.start(BASE_BUDGET + BUDGET_PER_CHAR * len(repr(given)), sentinels)
+            return str.__str__(self._template.render(given))  # with escapes
 
 
-def _tagged(messages: Sequence[dict[str, Any]], field: str, tag: str) -> list[dict[str, Any]]:
-    """The messages, with the last one's field ending in a tag and a space, which shows whether spaces are trimmed."""
+def _append_tag(messages: Sequence[dict[str, Any]], field: str, tag: str) -> list[dict[str, Any]]:
+    """Appends the tag and a space to a field of the last message; the space shows whether the template trims it."""
     last, added = messages[-1], tag + " "
     if isinstance(last[field], list):
         *parts, part = last[field]
@@ -183,8 +181,8 @@ def _last_text(content: Any) -> str:
     return content[-1]["text"] if isinstance(content, list) else content
 
 
-def _cut(text: str, continued: str, tag: str) -> str:
-    """The text up to the tag. Where the template trims the message, its end is trimmed too, as transformers does."""
+def _cut_at_tag(text: str, continued: str, tag: str) -> str:
+    """The text before the tag, right-stripped if the template trims the message, as in transformers."""
     at = text.rfind(tag)
     if at < 0 or continued.strip() not in text:
         raise RequestError(
@@ -194,28 +192,28 @@ def _cut(text: str, continued: str, tag: str) -> str:
     return text[:at] if text[at + 1 : at + 2] == " " else text[:at].rstrip()
 
 
-# MemoryError is what the compiler raises for a program that is nested too deep
+# MemoryError: the compiler's error for deep nesting
 FAILURES = (
     TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, SyntaxError, MemoryError,
 )  # fmt: skip
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, and in which line where that is known."""
+    """The message, with its line if known."""
     text = getattr(error, "message", None) or str(error) or type(error).__name__
     line = getattr(error, "lineno", None)
-    return f"{text} (line {line})" if line and not isinstance(error, Exhausted) else text
+    return f"{text} (line {line})" if line and not isinstance(error, BudgetExceeded) else text
 
 
 def encode_chat(
     tokenizer: Tokenizer, template: ChatTemplate, messages: Sequence[Message | Mapping[str, Any]], **options: Any
 ) -> ChatPrompt:
-    """Renders and encodes a conversation; `options` are those of `conversation`. Raises RequestError.
+    """Renders and encodes a conversation. `options`: arguments of `conversation`. Raises RequestError.
 
-    Control tokens in what is given stay text: they are broken by marks, which the template does not see, and which
-    go after the template's own are found. Other added tokens are found wherever they stand.
+    Special tokens in the arguments stay text: they are escaped, invisibly to the template, and unescaped after
+    encoding the template's own. Other added tokens are parsed everywhere.
     """
     c = conversation(messages, **options)
-    mark, tag = unused(c, 2)
-    marked = template.rendered(broken(c, tokenizer.control_texts, mark), tag, mark)
-    return ChatPrompt(marked.replace(mark, ""), tokenizer.encode_marked(marked, mark))
+    escape, tag = free_private_chars(c, 2)
+    text = template.rendered(escape_special_tokens(c, tokenizer.special_texts, escape), tag, escape)
+    return ChatPrompt(text.replace(escape, ""), tokenizer.encode_escaped(text, escape))

@@ -1,4 +1,4 @@
-"""The files of chat templates: chat_template.jinja, additional_chat_templates/, else tokenizer_config.json."""
+"""Finds chat templates: chat_template.jinja, additional_chat_templates/, else tokenizer_config.json."""
 
 from pathlib import Path
 from typing import Any
@@ -6,24 +6,24 @@ from typing import Any
 from llmrs.models.files.json_reader import read_json
 from llmrs.models.files.untrusted import inside, read_text
 
-LARGEST = 200_000  # characters of a template; those of today's models have less than a tenth
-DEFAULT, TOOL_USE = "default", "tool_use"  # names; the second is for conversations with tools
-MORE = "additional_chat_templates"  # where transformers writes those that are not the default
+MAX_TEMPLATE_CHARS = 200_000  # today's models use less than a tenth
+DEFAULT, TOOL_USE = "default", "tool_use"  # names; TOOL_USE is for conversations with tools
+MORE = "additional_chat_templates"  # as transformers writes them
 FILES = {DEFAULT: (f"{MORE}/{DEFAULT}.jinja", "chat_template.jinja"), TOOL_USE: (f"{MORE}/{TOOL_USE}.jinja",)}
 
 
 def sources(folder: Path) -> dict[str, tuple[Any, Path]]:
-    """The templates by name, each with the file that it is from. Raises ModelError for a file that can't be read."""
-    found: dict[str, tuple[Any, Path]] = {}
+    """Name -> template and its file. Raises ModelError for an unreadable file."""
+    templates: dict[str, tuple[Any, Path]] = {}
     for name, files in FILES.items():
-        for path in (inside(folder, file) for file in files):  # of two that are there the last counts
+        for path in (inside(folder, file) for file in files):  # the last one wins
             if path.exists():
-                found[name] = read_text(path, 4 * LARGEST), path
-    if DEFAULT in found:
-        return found  # what the settings hold is older
+                templates[name] = read_text(path, 4 * MAX_TEMPLATE_CHARS), path
+    if DEFAULT in templates:
+        return templates  # newer than the settings
     settings = inside(folder, "tokenizer_config.json")
     given = _by_name(read_json(settings).get("chat_template")) if settings.exists() else {}
-    return {**{name: (source, settings) for name, source in given.items()}, **found}
+    return {**{name: (source, settings) for name, source in given.items()}, **templates}
 
 
 def _by_name(setting: Any) -> dict[str, Any]:

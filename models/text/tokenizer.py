@@ -1,7 +1,6 @@
 """Text to token ids and back, through the `tokenizers` library."""
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -9,120 +8,120 @@ from typing import Any
 import tokenizers
 
 from llmrs.core.errors import ModelError, RequestError
-from llmrs.models.files.json_reader import SHORT
+from llmrs.models.files.json_reader import parse_json, short_repr
 from llmrs.models.files.untrusted import MIB, inside, read_text
-from llmrs.models.text.control import add_control
-from llmrs.models.text.conversation import checked
+from llmrs.models.text.conversation import check_unicode
 from llmrs.models.text.decoder import TokenDecoder
-from llmrs.models.text.plain import BOUNDARY, HIDDEN, plain
-from llmrs.models.text.specials import read_settings, special_tokens
+from llmrs.models.text.ordinary import BOUNDARY, HIDDEN, ordinary_tokenizer
+from llmrs.models.text.special_tokens import HINT, read_settings, set_special, special_tokens
 
-MOST_WORDS = 2**24  # of a vocabulary; today's largest have 262,144
-LIMIT = 256 * MIB  # a vocabulary of 256,000 words takes about 35
-HINT = "is the file complete? It is what `tokenizers` writes"
-SPACE = "▁"  # SentencePiece's mark for a space
+MAX_VOCAB_SIZE = 2**24  # today's largest have 262,144
+MAX_FILE_BYTES = 256 * MIB  # 256,000 words take about 35
+SPACE = "▁"  # SentencePiece
 
 
 class Tokenizer:
-    """A model's tokenizer. Its bytes are those of the text: `token_bytes` of an answer's ids, joined, is the answer."""
+    """A model's tokenizer. Joined `token_bytes` of generated ids are the generated text."""
 
     def __init__(self, inner: tokenizers.Tokenizer, settings: dict[str, Any], path: Path) -> None:
-        """`settings` is what tokenizer_config.json holds. Raises ModelError."""
-        inner.no_truncation()  # a file may ask for it, and a prompt would lose its end without a word
+        """`settings`: contents of tokenizer_config.json. Raises ModelError."""
+        inner.no_truncation()  # tokenizer.json may enable both
         inner.no_padding()
-        add_control(inner, settings)
+        set_special(inner, settings)
         self.inner = inner
         self.added = inner.get_added_tokens_decoder()
-        self.specials = special_tokens(settings, path, inner.token_to_id)
-        eos = self.specials.get("eos")
-        eos_id = self.id_of(eos) if eos is not None else None
+        self.special_tokens = special_tokens(settings, path, inner.token_to_id)  # bos, eos, ... -> text
+        eos = self.special_tokens.get("eos")
+        eos_id = self.token_to_id(eos) if eos is not None else None
         if eos is not None and eos_id is None:
             raise ModelError(f"{path}: the end-of-sequence token {eos!r} is not in the vocabulary", HINT)
         self.eos_ids = () if eos_id is None else (eos_id,)
         self._decoder = TokenDecoder(inner, path)
-        self.errors = self._decoder.errors  # how bytes are decoded that are not UTF-8
+        self.errors = self._decoder.errors  # error handler for bytes that are not UTF-8
         special = [t.content for t in self.added.values() if t.special]
-        skipped = frozenset(i for content in special if (i := self.id_of(content)) is not None)
-        self.control_texts = frozenset(c for c in special if c.strip(f"{SPACE} \n\t"))  # white space is text
-        self.control = frozenset(i for content in self.control_texts if (i := self.id_of(content)) is not None)
-        self._written = _Pieces(self._piece)
-        self._spoken = _Pieces(lambda token: "" if token in skipped else self._written[token])
+        skipped = self._ids(special)
+        # white space is matched in untrusted text, too
+        self.special_texts = frozenset(c for c in special if c.strip(f"{SPACE} \n\t"))
+        self.special_ids = self._ids(self.special_texts)
+        self._pieces = _Pieces(self._piece)
+        self._pieces_without_special = _Pieces(lambda token: "" if token in skipped else self._pieces[token])
+
+    def _ids(self, contents: Iterable[str]) -> frozenset[int]:
+        return frozenset(i for content in contents if (i := self.token_to_id(content)) is not None)
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":
-        """From tokenizer.json, and tokenizer_config.json where there is one. Raises ModelError."""
+        """From tokenizer.json and, if present, tokenizer_config.json. Raises ModelError."""
         path = inside(folder, "tokenizer.json")
-        text = read_text(path, LIMIT)
+        text = read_text(path, MAX_FILE_BYTES)
         return cls(_parse(text, path), read_settings(folder), path)
 
     @property
     def vocab_size(self) -> int:
-        """Ids run from 0 to less than this; the model may have a few more that stand for nothing."""
+        """Ids are below this; the model's vocab_size may be padded."""
         return self.inner.get_vocab_size()
 
-    def id_of(self, token: str) -> int | None:
+    def token_to_id(self, token: str) -> int | None:
         return self.inner.token_to_id(token)
 
     def has(self, token: int) -> bool:
         return self.inner.id_to_token(token) is not None
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a prompt, in which control tokens are parsed, and one beginning-of-sequence if the model wants it.
+        """Ids of a prompt, with special tokens parsed, and one BOS if the model uses it.
 
-        Raises RequestError for text that is not Unicode (a lone surrogate).
+        Raises RequestError for a lone surrogate.
         """
-        ids = self.inner.encode(checked(text), add_special_tokens=True).ids
-        doubled = len(ids) > 1 and ids[0] == ids[1] == self.inner.token_to_id(self.specials.get("bos") or "")
+        ids = self.inner.encode(check_unicode(text), add_special_tokens=True).ids
+        doubled = len(ids) > 1 and ids[0] == ids[1] == self.inner.token_to_id(self.special_tokens.get("bos") or "")
         return ids[1:] if doubled else ids
 
-    def encode_rendered(self, text: str) -> list[int]:
-        """Ids of text that holds all its control tokens, as chat templates write it."""
-        return self.inner.encode(checked(text), add_special_tokens=False).ids
+    def encode_ordinary(self, text: str, *, first: bool = True) -> list[int]:
+        """Ids of text without parsing special tokens. Other added tokens are parsed.
 
-    def encode_plain(self, text: str, *, first: bool = True) -> list[int]:
-        """Ids of text in which nothing is a control token; other added tokens are parsed. If it is not `first`, an
-        added token stands before it, and SentencePiece puts no space there. Raises RequestError for U+FDD0, which
-        marks that place, and for U+FDD1.
+        Text that is not `first` follows an added token: SentencePiece adds no space before it. Raises RequestError
+        for U+FDD0 and U+FDD1, which are used internally.
         """
         if BOUNDARY in text or HIDDEN in text:
             raise RequestError("the text holds U+FDD0 or U+FDD1, which are no characters", "leave them out")
         if first:
-            return self._plain.encode(checked(text), add_special_tokens=False).ids
-        return self._plain.encode(BOUNDARY + checked(text), add_special_tokens=False).ids[1:]
+            return self._ordinary.encode(check_unicode(text), add_special_tokens=False).ids
+        return self._ordinary.encode(BOUNDARY + check_unicode(text), add_special_tokens=False).ids[1:]
 
-    def encode_marked(self, text: str, mark: str) -> list[int]:
-        """Ids of text that holds all its control tokens. Where the mark stands between two of them, and where one
-        comes about only by normalizing, there is plain text. The mark goes.
+    def encode_escaped(self, text: str, escape: str) -> list[int]:
+        """Ids of a rendered chat template with escaped user text. Removes the escapes.
+
+        Between two special tokens, text with an escape, or that becomes a special token only by normalization, is
+        encoded as ordinary text.
         """
-        encoding = self.inner.encode(checked(text), add_special_tokens=False)
+        encoding = self.inner.encode(check_unicode(text), add_special_tokens=False)
         ids: list[int] = []
-        begin = at = 0  # of the text since the last control token: in the ids, and in the text
+        begin = at = 0  # of the text after the last special token: in the ids, and in the text
         for n, (token, span) in enumerate(zip(encoding.ids, encoding.offsets, strict=True)):
-            if token in self.control and self._is_written(token, text, span, mark):
-                ids += self._between(text[at : span[0]], encoding.ids[begin:n], mark, first=at == 0)
+            if token in self.special_ids and self._is_verbatim(token, text, span, escape):
+                ids += self._between(text[at : span[0]], encoding.ids[begin:n], escape, first=at == 0)
                 ids.append(token)
                 begin, at = n + 1, span[1]
-        return ids + self._between(text[at:], encoding.ids[begin:], mark, first=at == 0)
+        return ids + self._between(text[at:], encoding.ids[begin:], escape, first=at == 0)
 
-    def _is_written(self, token: int, text: str, span: tuple[int, int], mark: str) -> bool:
-        """Whether the text holds this control token as it is, and no mark after it if it is a single character."""
+    def _is_verbatim(self, token: int, text: str, span: tuple[int, int], escape: str) -> bool:
+        """Whether the text contains this special token verbatim, and unescaped if it is a single character."""
         content = self.added[token].content.strip()
-        return text[slice(*span)].strip() == content and not (len(content) == 1 and text.startswith(mark, span[1]))
+        return text[slice(*span)].strip() == content and not (len(content) == 1 and text.startswith(escape, span[1]))
 
-    def _between(self, text: str, ids: list[int], mark: str, *, first: bool) -> list[int]:
-        """The ids of text between control tokens: `ids`, unless it is marked or they hold one nevertheless."""
-        if mark not in text and self.control.isdisjoint(ids):
+    def _between(self, text: str, ids: list[int], escape: str, *, first: bool) -> list[int]:
+        if escape not in text and self.special_ids.isdisjoint(ids):
             return ids
-        return self.encode_plain(text.replace(mark, ""), first=first) if text else []
+        return self.encode_ordinary(text.replace(escape, ""), first=first) if text else []
 
     def token_bytes(self, token: int, *, skip_special_tokens: bool = True) -> bytes:
-        """What a token adds to the text; nothing for ids that are none, and for control tokens if they are skipped."""
+        """A token's contribution to the text; empty for unknown ids and skipped special tokens."""
         piece = self.pieces(skip_special_tokens)[token]
         return piece.encode() if isinstance(piece, str) else piece
 
     def pieces(self, skip_special_tokens: bool = True) -> Mapping[int, str | bytes]:
-        """What each token adds to the text: bytes where they are not whole characters. Made as they are asked for."""
-        return self._spoken if skip_special_tokens else self._written
+        """`token_bytes` of each token, as str if it is valid UTF-8. Filled lazily."""
+        return self._pieces_without_special if skip_special_tokens else self._pieces
 
     def _piece(self, token: int) -> str | bytes:
         word = self.inner.id_to_token(token)
@@ -133,12 +132,12 @@ class Tokenizer:
             return data
 
     @cached_property
-    def _plain(self) -> tokenizers.Tokenizer:
-        return plain(self.inner, self.control_texts)
+    def _ordinary(self) -> tokenizers.Tokenizer:
+        return ordinary_tokenizer(self.inner, self.special_texts)
 
 
 class _Pieces(dict[int, str | bytes]):
-    """Made once for each token that comes."""
+    """Makes each value on first access."""
 
     def __init__(self, make: Callable[[int], str | bytes]) -> None:
         self._make = make
@@ -149,12 +148,12 @@ class _Pieces(dict[int, str | bytes]):
 
 
 def _parse(text: str, path: Path) -> tokenizers.Tokenizer:
-    """Reads and tries a tokenizer. Raises ModelError for what the library refuses, and for what it panics on."""
+    """Parses and tries a tokenizer. Raises ModelError for errors and panics of the library."""
     _check_ids(text, path)
     try:
         inner = tokenizers.Tokenizer.from_str(text)
         inner.encode("Hi", add_special_tokens=True)
-    except BaseException as error:  # Rust's panics are none of Python's Exceptions
+    except BaseException as error:  # a Rust panic is no Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise ModelError(f"{path} holds no tokenizer: {error}", HINT) from error
@@ -162,15 +161,12 @@ def _parse(text: str, path: Path) -> tokenizers.Tokenizer:
 
 
 def _check_ids(text: str, path: Path) -> None:
-    """Raises ModelError for an id that no model has: the library makes tables that are as long as the largest."""
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not JSON: {error}", HINT) from error
+    """Raises ModelError for huge ids: the library allocates tables up to the largest."""
+    data = parse_json(text, path)
     model = data.get("model") if isinstance(data, dict) else None
-    words = model.get("vocab") if isinstance(model, dict) else None
-    for word, number in words.items() if isinstance(words, dict) else ():
-        if type(number) is not int or not 0 <= number < MOST_WORDS:
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    for word, number in vocab.items() if isinstance(vocab, dict) else ():
+        if type(number) is not int or not 0 <= number < MAX_VOCAB_SIZE:
             raise ModelError(
-                f"{path}: the id of {word[:50]!r} is {SHORT.repr(number)}; ids are 0 to {MOST_WORDS - 1}", HINT
+                f"{path}: the id of {word[:50]!r} is {short_repr(number)}; ids are 0 to {MAX_VOCAB_SIZE - 1}", HINT
             )

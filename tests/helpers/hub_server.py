@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face Hub on this machine: the two endpoints that a download uses, and their failures."""
+"""A fake Hugging Face Hub: the two endpoints of a download, and their failures."""
 
 import contextlib
 import hashlib
@@ -17,7 +17,7 @@ FILE = re.compile(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 
 @dataclass
 class Repository:
-    """What one repository holds. `lfs` says which files have SHA-256 hashes."""
+    """The files of one repository. Those in `lfs` have SHA-256 hashes."""
 
     files: dict[str, bytes]
     commit: str = "a" * 40
@@ -27,7 +27,7 @@ class Repository:
 
 @dataclass
 class Asked:
-    """One request as the server got it."""
+    """One received request."""
 
     path: str
     range: str | None
@@ -56,7 +56,7 @@ class Hub:
         return self.repositories[name]
 
     def names(self) -> list[str]:
-        """The files that were asked for, in order."""
+        """The requested files, in order."""
         return [m[3] for a in self.asked if (m := FILE.fullmatch(a.path))]
 
 
@@ -132,12 +132,12 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *args: Any) -> None:
-        """Not on the tests' stderr."""
+        """No logs on stderr."""
 
 
 @contextlib.contextmanager
 def serving() -> Any:
-    """A Hub on a free port of this machine."""
+    """A Hub on a free local port."""
     hub = Hub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": hub}))
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"

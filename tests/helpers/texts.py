@@ -1,4 +1,4 @@
-"""Small tokenizers, made by `tokenizers`, and whole model folders with them."""
+"""Small tokenizers and whole model folders."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ SAMPLE = ["Hello world, how are you?", "The answer is 12. It is good, isn't it?"
 
 
 def byte_level(vocabulary: int = 320, bos: str | None = None) -> tokenizers.Tokenizer:
-    """As GPT-2, Qwen and Llama 3 have it; `</think>` is an added token that is no control token."""
+    """As GPT-2, Qwen and Llama 3 have it; `</think>` is an added token that is no special token."""
     t = tokenizers.Tokenizer(models.BPE())
     t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     t.decoder = decoders.ByteLevel()
@@ -47,6 +47,11 @@ def sentencepiece() -> tokenizers.Tokenizer:
     t.add_special_tokens(["<unk>", "<s>", "</s>"])
     t.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return t
+
+
+def rendered_ids(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a rendered chat template, by `tokenizers`."""
+    return tokenizer.inner.encode(text, add_special_tokens=False).ids
 
 
 def write_text_files(folder: Path, tokenizer: tokenizers.Tokenizer | None = None, **settings: Any) -> None:

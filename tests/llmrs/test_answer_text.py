@@ -36,7 +36,7 @@ def decoded(engine, ids, skip):
 
 @pytest.mark.parametrize("skip", [True, False])
 def test_control_tokens_are_text_if_asked_for(engine, skip):
-    think = engine.model.tokenizer.id_of("</think>")
+    think = engine.model.tokenizer.token_to_id("</think>")
     mixed = {"seed": 2, "allowed_token_ids": [START, A, B, think], "max_tokens": 30, "skip_special_tokens": skip}
     outputs = engine.generate_sync(SamplingParams(n=3, **mixed), ["Hello"])
     assert all({START, A, think} <= set(o.token_ids) for o in outputs)
@@ -95,6 +95,6 @@ def test_a_stop_text_may_begin_before_min_tokens(engine, minimum, length):
 
 
 def test_a_stop_text_that_only_the_end_completes(engine):
-    half = engine.model.tokenizer.id_of("â")  # of a character
+    half = engine.model.tokenizer.token_to_id("â")  # of a character
     output = says(engine, half, max_tokens=1, stop=["\ufffd"])
     assert (output.text, output.finish_reason) == ("", "stop")

@@ -108,7 +108,7 @@ def test_prompts_as_text_and_as_ids(engine):
 def test_chat_prompts_keep_control_tokens_in_messages_as_text(engine):
     prompt = engine.apply_chat_template([Message("user", "a<|im_end|>b")])
     assert isinstance(prompt, ChatPrompt)
-    end = engine.model.tokenizer.id_of("<|im_end|>")
+    end = engine.model.tokenizer.token_to_id("<|im_end|>")
     assert prompt.token_ids.count(end) == 1
     assert engine.model.tokenizer.encode(prompt).count(end) == 2  # as plain text it would be parsed
     (output,) = engine.generate_sync(GREEDY, [prompt])

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from llmrs.backends.torch.backend import zeros
 from llmrs.models.arch.families import family, graph_of, read_config
 from llmrs.models.arch.layers import LAYER
-from llmrs.models.files.weights import _translate, parameters
+from llmrs.models.files.weights import hf_name, num_parameters
 
 SHAPE = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -62,7 +62,7 @@ def folder(tmp_path_factory):
     names = family(config.architecture).names
     rng = np.random.default_rng(0)
     tensors = {
-        _translate(s.tensor, names): rng.standard_normal((s.rows, *w.columns), np.float32)
+        hf_name(s.tensor, names): rng.standard_normal((s.rows, *w.columns), np.float32)
         for w in graph_of(config).weights()
         for s in w.segments
     }
@@ -76,7 +76,7 @@ def folder(tmp_path_factory):
 def test_peak_memory_is_the_weights_and_two_tensors(folder, backend, dtype, size):
     command = [sys.executable, "-c", SCRIPT, str(folder), dtype, str(Path(tiny.__file__).parent), backend]
     found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    count = parameters(graph_of(read_config(folder)))
+    count = num_parameters(graph_of(read_config(folder)))
     assert found["peak"] <= size * (count + 2 * LARGEST) + SLACK
     assert found["end"] <= size * count + SLACK
     assert found["done"] == 4 * count  # progress counts bytes of the file
@@ -100,6 +100,6 @@ def test_the_kv_cache_is_zeros_that_take_memory_only_when_they_are_touched():
 
 def test_canonical_names_become_those_of_the_file():
     names = {f"{LAYER}q": "model.layers.{i}.q", f"{LAYER}experts.{{e}}.up": "m.{i}.e.{e}.up", "lm_head": "lm_head"}
-    assert _translate("layers.12.q", names) == "model.layers.12.q"
-    assert _translate("layers.3.experts.3.up", names) == "m.3.e.3.up"
-    assert _translate("lm_head", names) == "lm_head"
+    assert hf_name("layers.12.q", names) == "model.layers.12.q"
+    assert hf_name("layers.3.experts.3.up", names) == "m.3.e.3.up"
+    assert hf_name("lm_head", names) == "lm_head"

@@ -10,7 +10,7 @@ from llmrs import Engine, EngineConfig
 from llmrs.backends.testing import RandomModel
 from llmrs.bench.decode import measure
 from llmrs.bench.roofline import Device, Work
-from llmrs.models.files.weights import parameters
+from llmrs.models.files.weights import num_parameters
 
 
 def test_the_work_of_qwen3():
@@ -18,10 +18,10 @@ def test_the_work_of_qwen3():
     graph = paper.graph("Qwen3-0.6B")
     work = Work.of(graph)
     assert work.token == 114_688
-    assert work.weights == parameters(graph) == 596_049_920
+    assert work.weights == num_parameters(graph) == 596_049_920
     assert work.attention == 28 * 4 * 16 * 128
     untied = paper.graph("Qwen3-8B")
-    assert Work.of(untied).weights == parameters(untied) - 151_936 * 4096  # embeddings are only looked up
+    assert Work.of(untied).weights == num_parameters(untied) - 151_936 * 4096  # embeddings are only looked up
 
 
 def test_floors():

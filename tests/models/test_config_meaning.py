@@ -1,4 +1,4 @@
-"""What config.json means, compared with transformers' models of it: families, rope scaling, windows, real files."""
+"""The meaning of config.json against transformers' models: families, rope scaling, windows, real files."""
 
 import json
 from collections import Counter
@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 from model_configs import CLASSES, refused
 
 from llmrs.core.errors import ModelError
-from llmrs.models.arch.config import MODEL_TYPES
 from llmrs.models.arch.families import FAMILIES, graph_of, read_config
 from llmrs.models.arch.rope import frequencies
-from llmrs.models.files.weights import parameters
+from llmrs.models.files.weights import num_parameters
 
 CONFIGS = Path(__file__).resolve().parents[3] / "shared" / "data" / "configs"
 SMALL = {
@@ -39,7 +38,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
 
 
 def theirs(folder):
-    """What transformers' model computes with."""
+    """The parameters of transformers' model."""
     config = transformers.AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
@@ -72,29 +71,29 @@ def angles(rotary, kind):
 
 
 def ours(folder):
-    """The same, from our config and graph."""
+    """The same of our config and graph."""
     c = read_config(folder)
     graph = graph_of(c)
-    turns = [frequencies(c.local_rope if kind.window else c.rope, c) for kind in dict.fromkeys(c.layer_kinds)]
-    turns = dict(zip(dict.fromkeys(c.layer_kinds), turns, strict=True))
+    freqs = [frequencies(c.local_rope if kind.window else c.rope, c) for kind in dict.fromkeys(c.layer_kinds)]
+    freqs = dict(zip(dict.fromkeys(c.layer_kinds), freqs, strict=True))
     e = c.experts
     sparse = sum(kind.is_moe for kind in c.layer_kinds)
     return {
-        "parameters": parameters(graph),
-        "layers": c.layers,
-        "rope": [(Counter(f"{v:.5e}" for v in turns[k].values), f"{turns[k].scale:.5f}") for k in c.layer_kinds],
+        "parameters": num_parameters(graph),
+        "layers": len(c.layer_kinds),
+        "rope": [(Counter(f"{v:.5e}" for v in freqs[k].values), f"{freqs[k].scale:.5f}") for k in c.layer_kinds],
         "windows": [kind.window for kind in c.layer_kinds],
         "scale": {c.attention_scale},
         "eps": {c.norm_eps},
         "activation": {ACTIVATIONS[c.activation]},
-        "experts": {(e.count, e.per_token, e.normalize)} if e and sparse else set(),
+        "experts": {(e.num_experts, e.num_experts_per_tok, e.norm_topk_prob)} if e and sparse else set(),
         "sparse": sparse,
         "tied": c.tie_word_embeddings,
     }
 
 
 def write(folder, architecture, **fields):
-    data = {"architectures": [architecture], "model_type": MODEL_TYPES[architecture], **SMALL, **fields}
+    data = {"architectures": [architecture], "model_type": FAMILIES[architecture].model_type, **SMALL, **fields}
     (folder / "config.json").write_text(json.dumps({k: v for k, v in data.items() if v != "left out"}), "utf-8")
     return folder
 
@@ -108,7 +107,7 @@ def different(expected, found):
 
 
 def alike(a, b):
-    """Equal, where frequencies may differ in the last of their digits."""
+    """Equal up to the last digit of frequencies."""
     if isinstance(a, list) and a and isinstance(a[0], tuple):
         return all(x[1] == y[1] and near(x[0], y[0]) for x, y in zip(a, b, strict=True))
     return a == b
@@ -167,7 +166,7 @@ NESTED = [
 @pytest.mark.parametrize("architecture", FAMILIES)
 @pytest.mark.parametrize("rope", FLAT + NESTED, ids=str)
 def test_only_gemma_has_rope_parameters_of_types_of_layers(architecture, rope, tmp_path):
-    """In the other place transformers ignores them, or fails."""
+    """Elsewhere transformers ignores them, or fails."""
     folder = write(tmp_path, architecture, **rope, max_position_embeddings=256)
     if (rope in NESTED) == architecture.startswith("Gemma3"):
         same(folder)
@@ -223,7 +222,7 @@ VALUES = {
 
 
 def some(choices):
-    """A few fields with one of their values each."""
+    """Up to four fields with one of their values each."""
     return st.lists(st.sampled_from([(n, v) for n in choices for v in choices[n]]), max_size=4).map(dict)
 
 
@@ -250,7 +249,7 @@ def test_no_config_is_accepted_with_another_meaning(architecture, fields, ropes,
 
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_all_that_a_file_leaves_out_is_as_in_transformers(architecture, tmp_path):
-    """Field by field and all together."""
+    """Each default alone, and all together."""
     write(tmp_path, architecture, **dict.fromkeys(SMALL, "left out"))
     same(tmp_path)
     for field in SMALL:
@@ -279,9 +278,9 @@ def test_windows_that_are_not_in_use_can_not_be_asked_for(tmp_path):
 
 
 def test_the_model_type_is_that_of_the_architecture(tmp_path):
-    """transformers chooses the classes by the model_type alone."""
-    for architecture, model_type in MODEL_TYPES.items():
-        assert CLASSES[architecture] == type(transformers.AutoConfig.for_model(model_type)).__name__
+    """transformers chooses the class by model_type alone."""
+    for architecture, family in FAMILIES.items():
+        assert CLASSES[architecture] == type(transformers.AutoConfig.for_model(family.model_type)).__name__
     refused(
         tmp_path, {**SMALL, "architectures": ["LlamaForCausalLM"], "model_type": "mixtral"}, "model_type", "mixtral"
     )
@@ -293,11 +292,13 @@ def files():
 
 @pytest.mark.skipif(not files(), reason=f"the real files are not in {CONFIGS}")
 def test_real_files_mean_what_they_mean_in_transformers_or_are_refused(tmp_path):
-    """Layers are left out beyond 12: they are alike, and many."""
+    """Truncated to 12 layers, for time."""
     accepted, seen = 0, set()
     for path in files():
         data = json.loads(path.read_text("utf-8"))
-        data.pop("quantization_config", None) if data.get("model_type") in MODEL_TYPES.values() else None
+        data.pop("quantization_config", None) if data.get("model_type") in {
+            f.model_type for f in FAMILIES.values()
+        } else None
         if data.get("architectures", [""])[0] not in FAMILIES:
             refused(tmp_path, data, "architecture", "is not supported")
             continue
@@ -314,7 +315,7 @@ def test_real_files_mean_what_they_mean_in_transformers_or_are_refused(tmp_path)
 
 @pytest.mark.skipif(not files(), reason=f"the real files are not in {CONFIGS}")
 def test_real_files_that_are_quantized_are_refused(tmp_path):
-    """The original files, untouched, with their reason."""
+    """The unchanged files, with the reason."""
     for path in files():
         data = json.loads(path.read_text("utf-8"))
         if data.get("quantization_config") and data["architectures"][0] in FAMILIES:

@@ -1,4 +1,4 @@
-"""What a conversation may hold, and that nothing in it becomes a control token."""
+"""Valid conversations; nothing in them becomes a special token."""
 
 import enum
 import json
@@ -12,7 +12,7 @@ from talks import ASK, BOS, EOS, OPEN, OTHER, OURS, SOURCES, SPECIAL, TALK, TWO,
 
 from llmrs import Engine, EngineConfig
 from llmrs.core.errors import RequestError
-from llmrs.models.text.conversation import DEEPEST, LARGEST, conversation
+from llmrs.models.text.conversation import MAX_CHARS, MAX_DEPTH, conversation
 from llmrs.models.text.message import Message
 from llmrs.models.text.template import encode_chat
 from llmrs.models.text.tokenizer import Tokenizer
@@ -95,10 +95,10 @@ def wide():
         ({None: 2}, "key None"),
         ("\ud800", "ud800"),
         ({"\udfff": 1}, "udfff"),
-        (deep(DEEPEST + 1), "deep"),
+        (deep(MAX_DEPTH + 1), "deep"),
         (endless(), "deep"),
         (wide(), "characters"),
-        ("x" * (LARGEST + 1), "characters"),
+        ("x" * (MAX_CHARS + 1), "characters"),
     ],
 )
 def test_what_is_not_json_is_refused(value, words):
@@ -151,8 +151,8 @@ HOSTILE = st.lists(
 ).map("".join)
 
 
-def control_tokens(tokenizer, prompt):
-    return [i for i in prompt.token_ids if i in {tokenizer.id_of(t) for t in CONTROL}]
+def special_tokens(tokenizer, prompt):
+    return [i for i in prompt.token_ids if i in {tokenizer.token_to_id(t) for t in CONTROL}]
 
 
 def filled(text, other):
@@ -175,7 +175,7 @@ def filled(text, other):
 @pytest.mark.parametrize("name", SOURCES)
 @settings(max_examples=40, deadline=None)
 @given(text=HOSTILE, other=HOSTILE)
-def test_control_tokens_in_what_users_write_are_text(tokenizer, name, text, other):
+def test_special_tokens_in_what_users_write_are_text(tokenizer, name, text, other):
     template = OURS[name]
     messages, options = filled(text, other)
     harmless, _ = filled("x", "y")
@@ -187,7 +187,7 @@ def test_control_tokens_in_what_users_write_are_text(tokenizer, name, text, othe
         messages, harmless = [[*m[:2], m[4], m[5]] for m in (messages, harmless)]
         plain = encode_chat(tokenizer, template, harmless, **(options and filled("x", "y")[1]))
     prompt = encode_chat(tokenizer, template, messages, **options)
-    assert control_tokens(tokenizer, prompt) == control_tokens(tokenizer, plain)
+    assert special_tokens(tokenizer, prompt) == special_tokens(tokenizer, plain)
     assert prompt == template.render(messages, **options)  # what is shown is what was written
 
 
@@ -200,15 +200,15 @@ def test_other_added_tokens_in_what_users_write_are_found(tokenizer, name):
     if "tools" not in template.variables:
         messages, options = [*messages[:2], *messages[4:]], {}
     prompt = encode_chat(tokenizer, template, messages, **options)
-    assert list(prompt.token_ids) == tokenizer.encode_rendered(str(prompt))
-    assert prompt.token_ids.count(tokenizer.id_of(OTHER[0])) >= 2
+    assert list(prompt.token_ids) == texts.rendered_ids(tokenizer, str(prompt))
+    assert prompt.token_ids.count(tokenizer.token_to_id(OTHER[0])) >= 2
 
 
-def test_other_added_tokens_beside_control_tokens_that_are_text(tokenizer):
+def test_other_added_tokens_beside_special_tokens_that_are_text(tokenizer):
     content = f"{OTHER[0]}a{EOS}{OTHER[1]} b{OTHER[2]}"
     prompt = encode_chat(tokenizer, chat_template("{{ messages[0].content }}<|end|>"), [Message("user", content)])
     found = [i for i in prompt.token_ids if i in tokenizer.added]
-    assert found == [tokenizer.id_of(t) for t in (*OTHER[:3], "<|end|>")]
+    assert found == [tokenizer.token_to_id(t) for t in (*OTHER[:3], "<|end|>")]
 
 
 REPLY = """{% for m in messages %}[{{ m.role }}]{% if m.role == 'user' and m.content.startswith('<tool_response>') %}
@@ -230,7 +230,7 @@ def test_marks_survive_json(tokenizer, text):
     tool = {text: [text, {"x": text}], "y": "\\ue000\ue000" + text}
     prompt = encode_chat(tokenizer, chat_template(ASCII), [ASK], tools=[tool])
     assert prompt == f"{json.dumps(tool)}<|end|>{json.dumps(tool, ensure_ascii=False)}<|end|>"
-    assert len(control_tokens(tokenizer, prompt)) == 2
+    assert len(special_tokens(tokenizer, prompt)) == 2
 
 
 def test_a_key_that_is_an_added_token_and_a_word_is_still_found(tmp_path):
@@ -253,13 +253,13 @@ def test_broken_tokens_change_nothing_else(prepend, tmp_path):
     t = Tokenizer.load(tmp_path)
     source = "{% for m in messages %}<s>{{ m.content }}<|end|>\n the {% endfor %}"
     ids = encode_chat(t, chat_template(source), [Message("user", "he"), Message("user", "in</s>in")]).token_ids
-    end, bos = t.id_of("<|end|>"), t.id_of("<s>")
-    whole = t.encode_rendered("<s>he<|end|>\n the <s>in<|end|>\n the ")
+    end, bos = t.token_to_id("<|end|>"), t.token_to_id("<s>")
+    whole = texts.rendered_ids(t, "<s>he<|end|>\n the <s>in<|end|>\n the ")
     assert [i for i in ids if i in (end, bos)] == [bos, end, bos, end]
     assert list(ids[: whole.index(bos, 1) + 1]) == whole[: whole.index(bos, 1) + 1]
     tail = whole[whole.index(end, whole.index(end) + 1) :]
     assert list(ids[-len(tail) :]) == tail
-    first, last = t.encode_rendered("<s>in"), list(ids[whole.index(bos, 1) : len(ids) - len(tail)])
+    first, last = texts.rendered_ids(t, "<s>in"), list(ids[whole.index(bos, 1) : len(ids) - len(tail)])
     assert last[: len(first)] == first
 
 
@@ -269,8 +269,8 @@ def test_a_token_that_only_normalizing_makes(tmp_path):
     inner.add_special_tokens([tokenizers.AddedToken("<|end|>", special=True, normalized=True)])
     texts.write_text_files(tmp_path, inner)
     t = Tokenizer.load(tmp_path)
-    end = t.id_of("<|end|>")
-    assert t.encode_rendered("<｜end｜>") == [end]  # what the library does
+    end = t.token_to_id("<|end|>")
+    assert texts.rendered_ids(t, "<｜end｜>") == [end]  # what the library does
     prompt = encode_chat(t, chat_template("{{ messages[0].content }}<|end|>"), [Message("user", "a<｜end｜>b<|end|>")])
     assert prompt.token_ids.count(end) == 1
     assert prompt.token_ids[-1] == end

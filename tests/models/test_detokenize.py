@@ -1,4 +1,4 @@
-"""Ids to text while they come: equal to what `tokenizers` decodes, and ended before stop texts."""
+"""Streaming detokenization: equal to `tokenizers`, and stopped before stop strings."""
 
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models
 
-from llmrs.models.text.decoder import BYTE, LETTERS
+from llmrs.models.text.decoder import BYTE, BYTE_OF_LETTER
 from llmrs.models.text.detokenize import Detokenizer
 from llmrs.models.text.tokenizer import Tokenizer
 
@@ -43,7 +43,7 @@ ADDED = [
 
 
 def small(decoder):
-    """Words of every way to spell them, all bytes twice, and added tokens of every kind; the last one is unknown."""
+    """A vocabulary with words in every spelling, all bytes twice, and added tokens of every kind."""
     letters = [c for c in tokenizers.pre_tokenizers.ByteLevel.alphabet() if c not in WORDS]
     words = [*WORDS, *(f"<0x{b:02X}>" for b in range(256) if b != 0x41), *letters]
     t = tokenizers.Tokenizer(models.WordLevel({w: n for n, w in enumerate(words)}, "a"))
@@ -60,18 +60,18 @@ def tokenizer(request, tmp_path_factory):
 
 
 def byte_ids(t, data):
-    names = {b: c for c, b in LETTERS.items()} if isinstance(t.inner.decoder, decoders.ByteLevel) else {}
-    return [t.id_of(names.get(b, f"<0x{b:02X}>")) for b in data]
+    names = {b: c for c, b in BYTE_OF_LETTER.items()} if isinstance(t.inner.decoder, decoders.ByteLevel) else {}
+    return [t.token_to_id(names.get(b, f"<0x{b:02X}>")) for b in data]
 
 
 def text_of(t, ids, stops=(), minimum=0, **options):
     d = Detokenizer(t, tuple(stops), minimum, **options)
-    return "".join([*map(d.push, ids), d.flush()])
+    return "".join([*map(d.add, ids), d.flush()])
 
 
 def between(t, ids, skip):
-    """What `tokenizers` decodes the ids to, in the middle of a text."""
-    a = t.id_of("a")
+    """The ids decoded by `tokenizers`, in the middle of a text."""
+    a = t.token_to_id("a")
     before, whole = t.inner.decode([a]), t.inner.decode([a, *ids, a], skip_special_tokens=skip)
     after = t.inner.decode([a, a])[len(before) :]
     assert (whole[: len(before)], whole[len(whole) - len(after) :]) == (before, after)
@@ -79,8 +79,8 @@ def between(t, ids, skip):
 
 
 def runs(t, ids, skip):
-    """The bytes that ByteFallback decodes together."""
-    words = [t.inner.id_to_token(i) for i in ids if t.inner.id_to_token(i) and not (skip and i in t.control)]
+    """The runs of bytes that ByteFallback decodes together."""
+    words = [t.inner.id_to_token(i) for i in ids if t.inner.id_to_token(i) and not (skip and i in t.special_ids)]
     for fallback, run in groupby(words, lambda w: bool(BYTE.fullmatch(w))):
         if fallback:
             yield bytes(int(w[3:5], 16) for w in run)
@@ -100,7 +100,7 @@ CHUNKS = st.one_of(
 
 def ids_of(t, chunks):
     for kind, value in chunks:
-        yield from value if kind == "ids" else [t.id_of(value)] if kind == "added" else byte_ids(t, value)
+        yield from value if kind == "ids" else [t.token_to_id(value)] if kind == "added" else byte_ids(t, value)
 
 
 @pytest.mark.parametrize("skip", [True, False])
@@ -131,27 +131,27 @@ def test_whole_characters_among_wrong_bytes_stay(tmp_path):
 @given(text=st.text(max_size=40))
 def test_encoded_text_comes_back(make, text):
     t = Tokenizer(make(), {}, Path("tokenizer.json"))
-    ids = t.encode_rendered(text)
+    ids = texts.rendered_ids(t, text)
     assert text_of(t, ids) in (t.inner.decode(ids), " " + t.inner.decode(ids))  # which takes the first space off
 
 
-# stop texts
+# stop strings
 
 
 class Pieces:
-    """A tokenizer whose tokens are given; some of them are control tokens."""
+    """A tokenizer with given pieces, some of them special tokens."""
 
     errors = "replace"
 
     def __init__(self, pieces, control=()):
-        self.written, self.control = pieces, frozenset(control)
+        self.all_pieces, self.special_ids = pieces, frozenset(control)
 
     def pieces(self, skip):
-        return ["" if skip and n in self.control else p for n, p in enumerate(self.written)]
+        return ["" if skip and n in self.special_ids else p for n, p in enumerate(self.all_pieces)]
 
 
 def whole(data: bytes, stops):
-    """What an answer of these bytes must be: cut at the stop text that is complete first."""
+    """The expected answer: truncated at the stop string that completes first."""
     text = data.decode("utf-8", "replace")
     ends = [(i + len(s), i) for s in stops for i in range(len(text)) if text.startswith(s, i)]
     return text[: min(ends)[1]] if ends else text
@@ -168,7 +168,7 @@ def test_every_way_of_splitting_gives_the_same_text(words, junk, cuts, stops):
     places = sorted(cuts.draw(st.sets(st.integers(0, len(data)))) | {0, len(data)})
     pieces = [data[a:b] for a, b in pairwise(places)]
     d = Detokenizer(Pieces(pieces), tuple(stops))
-    shown = [d.push(i) for i in range(len(pieces))]
+    shown = [d.add(i) for i in range(len(pieces))]
     expected = whole(data, stops)
     assert "".join([*shown, d.flush()]) == expected
     assert (d.stopped is None) == (expected == data.decode("utf-8", "replace"))
@@ -184,7 +184,7 @@ def test_every_way_of_splitting_gives_the_same_text(words, junk, cuts, stops):
     minimum=st.integers(0, 6),
     skip=st.booleans(),
 )
-def test_stop_texts_see_control_tokens_and_wait_for_the_minimum(pieces, control, stops, minimum, skip):
+def test_stop_strings_see_special_tokens_and_wait_for_the_minimum(pieces, control, stops, minimum, skip):
     tokenizer = Pieces(pieces, control)
     text = "".join(pieces)
     early = len("".join(pieces[:minimum]))
@@ -193,12 +193,12 @@ def test_stop_texts_see_control_tokens_and_wait_for_the_minimum(pieces, control,
     places = [(n, c) for n, p in enumerate(pieces) for c in p][:cut]
     expected = "".join(c for n, c in places if not (skip and n in control))
     d = Detokenizer(tokenizer, tuple(stops), minimum, skip_special_tokens=skip)
-    shown = [d.push(n) for n in range(len(pieces))]
+    shown = [d.add(n) for n in range(len(pieces))]
     assert "".join([*shown, d.flush()]) == expected
     assert d.stopped == (min(ends)[2] if ends else None)
 
 
-def test_a_control_token_that_is_skipped_is_a_stop_text():
+def test_a_special_token_that_is_skipped_is_a_stop_string():
     t = Pieces(["Hello", "<|end|>", " more", "<|", "end|>"], control=[1])
     for stop, ids, expected in [
         ("<|end|>", [0, 2, 1, 2], "Hello more"),
@@ -211,16 +211,16 @@ def test_a_control_token_that_is_skipped_is_a_stop_text():
     assert text_of(t, [0, 1, 2], ["more."]) == "Hello more"
 
 
-def test_a_control_token_does_not_split_a_character():
+def test_a_special_token_does_not_split_a_character():
     t = Pieces(["é".encode()[:1], "<|end|>", "é".encode()[1:], "!"], control=[1])
     assert text_of(t, [0, 1, 2, 3]) == text_of(t, [0, 1, 2, 3], ["?"]) == "é!"
     assert text_of(t, [0, 1, 2, 3], skip_special_tokens=False) == "\ufffd<|end|>\ufffd!"
     assert text_of(t, [0, 1, 2, 3], ["<|end|>"]) == ""
 
 
-def test_only_what_could_begin_a_stop_text_is_held_back():
+def test_only_what_could_begin_a_stop_string_is_held_back():
     d = Detokenizer(Pieces([b"Hello S", b"TO", b"R", b"STOP", b"more"]), ("STOP",))
-    assert [d.push(i) for i in range(5)] == ["Hello ", "", "STOR", "", ""]
+    assert [d.add(i) for i in range(5)] == ["Hello ", "", "STOR", "", ""]
     assert d.stopped == "STOP"
     assert d.flush() == ""
 
@@ -228,12 +228,12 @@ def test_only_what_could_begin_a_stop_text_is_held_back():
 def test_half_a_character_waits_for_the_rest():
     euro = "€".encode()
     d = Detokenizer(Pieces([euro[:1], euro[1:2], euro[2:], euro[:2]]))
-    assert [d.push(i) for i in range(3)] == ["", "", "€"]
-    assert d.push(3) == ""
+    assert [d.add(i) for i in range(3)] == ["", "", "€"]
+    assert d.add(3) == ""
     assert d.flush() == "�"
 
 
-def test_half_a_character_at_the_end_may_complete_a_stop_text():
+def test_half_a_character_at_the_end_may_complete_a_stop_string():
     d = Detokenizer(Pieces(["a", "€".encode()[:2]]), ("a\ufffd",))
-    assert [d.push(0), d.push(1), d.flush()] == ["", "", ""]
+    assert [d.add(0), d.add(1), d.flush()] == ["", "", ""]
     assert d.stopped == "a\ufffd"

@@ -1,4 +1,4 @@
-"""What a model's author recommends, and the tokens that end an answer, in all the ways that files write them."""
+"""generation_config.json: sampling defaults and EOS ids, in every spelling."""
 
 import json
 
@@ -13,7 +13,7 @@ from llmrs.models.files.generation import read_generation
 
 
 def read(folder, generation, config=None, tokenizer=()):
-    """From a model of 100 tokens."""
+    """With a vocabulary of 100 tokens."""
     (folder / "config.json").write_text(json.dumps(config or {}), "utf-8")
     (folder / "generation_config.json").write_text(json.dumps(generation), "utf-8")
     return read_generation(folder, 100, tokenizer)
@@ -75,7 +75,7 @@ def test_values_that_are_refused(field, tmp_path):
 @pytest.mark.parametrize("value", [3, [3], 3.0, [3, 100], [100, 3], [-1, 3], [3, 3], [2**40, 3.0]], ids=str)
 @pytest.mark.parametrize("place", ["generation", "config"])
 def test_ids_that_end_an_answer(place, value, tmp_path):
-    """Those that no token has, beside one that does, end nothing."""
+    """Ids outside of the vocabulary are ignored next to a valid one."""
     assert read(tmp_path, **{"generation": {}, place: {"eos_token_id": value}}).eos_ids == (3,)
 
 
@@ -93,7 +93,7 @@ def test_ids_that_are_refused(value, tmp_path):
 
 
 def test_no_end_at_all(tmp_path):
-    """Also with the classes whose config has one by default: transformers does not generate with that."""
+    """Also for config classes with a default EOS, which transformers does not use in generation."""
     refused(tmp_path, "names no end-of-sequence", generation={}, config={"architectures": ["LlamaForCausalLM"]})
 
 

@@ -1,4 +1,4 @@
-"""Model folders that are broken or hostile: a usable, bounded result, or one ModelError with a hint."""
+"""Broken or hostile model folders: a usable, bounded result, or one ModelError with a hint."""
 
 import hashlib
 import json
@@ -15,14 +15,14 @@ from model_configs import QWEN3
 
 from llmrs.core.errors import LlmrsError, ModelError
 from llmrs.loading import read_folder
-from llmrs.models.arch.config import LARGEST_HEAD, MOST_MATRICES, SCALING_KEYS
+from llmrs.models.arch.config import MAX_EXPERT_WEIGHTS, MAX_HEAD_DIM, SCALING_KEYS
 from llmrs.models.arch.families import FAMILIES, graph_of, read_config
 from llmrs.models.files.generation import read_generation
 from llmrs.models.files.safetensors import SafetensorsSource
 from llmrs.models.files.untrusted import JSON_LIMIT
-from llmrs.models.files.weights import parameters
+from llmrs.models.files.weights import num_parameters
 from llmrs.models.text.template import ChatTemplate
-from llmrs.models.text.tokenizer import MOST_WORDS, Tokenizer
+from llmrs.models.text.tokenizer import MAX_VOCAB_SIZE, Tokenizer
 
 links = pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege on Windows")
 pipes = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes")
@@ -115,7 +115,7 @@ def put(folder, name, data):
 
 
 def usable_or_refused(action):
-    """The result, or None for one ModelError that says what would help."""
+    """The result, or None for a ModelError with a hint."""
     caught = None
     try:
         return action()
@@ -128,17 +128,17 @@ def usable_or_refused(action):
 
 
 def bounded(folder):
-    """A graph from config.json that is checked and of bounded size, or a refusal."""
+    """A checked graph of bounded size, or a refusal."""
 
     def read():
         config = read_config(folder)
         graph = graph_of(config)
         assert len(graph.main.equations) <= 1010
         assert sum(len(e.inputs) for f in graph.functions.values() for e in f.equations) < 10_000
-        turns = [e.params["frequencies"] for f in graph.functions.values() for e in f.equations if e.op == "rope"]
-        assert all(len(t.values) <= LARGEST_HEAD // 2 for t in turns)
+        freqs = [e.params["frequencies"] for f in graph.functions.values() for e in f.equations if e.op == "rope"]
+        assert all(len(t.values) <= MAX_HEAD_DIM // 2 for t in freqs)
         assert sum(len(w.segments) for f in graph.functions.values() for e in f.equations for w in e.inputs
-                   if hasattr(w, "segments")) * config.layers <= 20 * MOST_MATRICES  # fmt: skip
+                   if hasattr(w, "segments")) * len(config.layer_kinds) <= 20 * MAX_EXPERT_WEIGHTS  # fmt: skip
         return str(graph)
 
     return usable_or_refused(read)
@@ -185,10 +185,10 @@ def test_what_no_config_may_ask_for(change, tmp_path):
 
 def test_the_largest_graph_that_is_allowed_is_small(tmp_path):
     layers = 512
-    experts = MOST_MATRICES // layers
+    experts = MAX_EXPERT_WEIGHTS // layers
     more = {**MOE, "num_hidden_layers": layers, "num_experts": experts, "vocab_size": 2**31 - 1}
     put(tmp_path, "config.json", {**FULL, **more})
-    assert parameters(graph_of(read_config(tmp_path))) > 2**31
+    assert num_parameters(graph_of(read_config(tmp_path))) > 2**31
 
 
 @quick
@@ -236,7 +236,7 @@ def test_a_tokenizer_that_is_cut_off_anywhere(maker, tmp_path):
 
 
 def places(value, path=()):
-    """The ways to all parts of a JSON value, of long lists and tables only to the first."""
+    """Paths to all parts of a JSON value, in long lists and tables the first only."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in list(items)[:8]:
         yield (*path, key)
@@ -257,11 +257,11 @@ def test_a_tokenizer_with_parts_of_other_types(maker, tmp_path):
             loaded = usable_or_refused(lambda: Tokenizer.load(tmp_path))
             if loaded is not None:
                 loaded.encode("Hello wörld")
-                loaded.encode_plain("Hello")
+                loaded.encode_ordinary("Hello")
 
 
 @pytest.mark.parametrize(
-    "change", [("vocab", {"a": MOST_WORDS}), ("vocab", {"a": 2**31}), ("merges", [["x", "<0x00>"]])]
+    "change", [("vocab", {"a": MAX_VOCAB_SIZE}), ("vocab", {"a": 2**31}), ("merges", [["x", "<0x00>"]])]
 )
 def test_a_vocabulary_that_would_make_the_library_panic_or_fill_memory(change, tmp_path):
     data = json.loads(texts.sentencepiece().to_str())
@@ -309,7 +309,7 @@ def refused(folder, *words):
 
 
 def replaced(folder, name):
-    """The path of a file that is away; an index only counts where the single file is away too."""
+    """The path of a removed file. An index is read only without the single file."""
     if name.endswith("index.json"):
         (folder / "model.safetensors").unlink()
     (folder / name).parent.mkdir(exist_ok=True)
@@ -330,7 +330,7 @@ def test_no_link_out_of_the_folder_is_followed(name, model, tmp_path):
 @links
 @pytest.mark.parametrize("hashed", [False, True])
 def test_a_model_whose_files_lie_on_another_disk(hashed, model, tmp_path):
-    """Linked under their own names, or as blobs, which are named by hashes."""
+    """Linked under their own names, or as blobs named by hash."""
     before, disk = read_folder(model).config, tmp_path / "disk"
     disk.mkdir()
     for path in list(model.iterdir()):
@@ -423,7 +423,7 @@ def test_an_index_of_a_hundred_thousand_names(model):
 
 
 def test_programs_in_the_folder_are_not_run(model, tmp_path):
-    """`auto_map` names classes for those who run a folder's code. An architecture that llmrs knows is its own."""
+    """`auto_map` names classes in the folder's code, which llmrs never runs."""
     ran = tmp_path / "ran"
     program = f"open({str(ran)!r}, 'w').close()\n"
     for name in ("modeling_x.py", "__init__.py", "tokenization_x.py", "sitecustomize.py", "setup.py", "conftest.py"):

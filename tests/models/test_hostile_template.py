@@ -1,13 +1,14 @@
-"""Chat templates that nest without end, or make gigabytes in one operation, are stopped and named."""
+"""Chat templates with endless nesting or gigabytes in one operation are stopped."""
 
 from pathlib import Path
 
 import pytest
 
 from llmrs.core.errors import ModelError, RequestError
-from llmrs.models.text.template import LARGEST, ChatTemplate
+from llmrs.models.text.template import ChatTemplate
+from llmrs.models.text.template_files import MAX_TEMPLATE_CHARS
 
-DEPTH = LARGEST - 100
+DEPTH = MAX_TEMPLATE_CHARS - 100
 TOO_DEEP = {
     "parentheses": "{{ " + "(" * (DEPTH // 2) + "1" + ")" * (DEPTH // 2) + " }}",
     "lists": "{{ " + "[" * (DEPTH // 2) + "]" * (DEPTH // 2) + " }}",

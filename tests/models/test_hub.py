@@ -1,4 +1,4 @@
-"""Hugging Face ids against a stand-in for the Hub: what is asked for, what is kept, and what goes wrong."""
+"""Hugging Face ids against a fake Hub: requests, cache contents, errors."""
 
 import json
 import os
@@ -18,8 +18,8 @@ from safetensors.numpy import load_file, save_file
 from llmrs import Engine, EngineConfig, LoadCancelledError, Message, ModelError, SamplingParams
 from llmrs.cli import main
 from llmrs.models.hub import download, errors
-from llmrs.models.hub.locate import locate
-from llmrs.models.hub.resolve import MOST_SHARDS
+from llmrs.models.hub.resolve import resolve_model
+from llmrs.models.hub.snapshot import MAX_SHARDS
 
 NAME = "some-org/tiny_chat.v1"
 NEEDED = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"}
@@ -35,7 +35,7 @@ def folder(checkpoints, tmp_path_factory):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A stand-in for the Hub, with nothing in the cache yet."""
+    """A fake Hub and an empty cache."""
     with hub_server.serving() as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -75,7 +75,7 @@ def test_an_id_is_downloaded_and_answers_as_its_folder_does(hub, folder):
     total = sum(len(repository.files[n]) for n in NEEDED)
     assert seen == sorted(seen)
     assert seen[-1] == (total, total)
-    kept = locate(NAME)
+    kept = resolve_model(NAME)
     assert kept.name == repository.commit
     assert Counter(hub.names()) == Counter(NEEDED)  # the second time only the list is asked for
     assert all((kept / n).read_bytes() == repository.files[n] for n in NEEDED)
@@ -101,7 +101,7 @@ def test_the_librarys_own_functions_find_what_was_downloaded(hub, folder):
     from huggingface_hub import scan_cache_dir, try_to_load_from_cache
 
     repository = hub.add(NAME, folder)
-    locate(NAME)
+    resolve_model(NAME)
     found = try_to_load_from_cache(NAME, "model.safetensors")
     assert Path(found).read_bytes() == repository.files["model.safetensors"]
     (scanned,) = scan_cache_dir(constants.HF_HUB_CACHE).repos
@@ -116,7 +116,7 @@ def test_a_graph_needs_only_the_config(hub, folder, capsys):
     assert hub.names() == ["config.json"]
     hub.add("o/unknown", folder).files["config.json"] = b'{"architectures": ["Strange"]}'
     with pytest.raises(ModelError, match="Strange"):
-        locate("o/unknown")
+        resolve_model("o/unknown")
     assert hub.names() == ["config.json"] * 2  # no weights of a model that can't run
 
 
@@ -124,7 +124,7 @@ def test_shards_are_those_that_the_index_names(hub, folder, tmp_path):
     sharded = shard(folder, tmp_path / "sharded")
     (sharded / "model-00009-of-00009.safetensors").write_bytes(b"left over")
     hub.add(NAME, sharded)
-    found = locate(NAME)
+    found = resolve_model(NAME)
     asked = Counter(n for n in hub.names() if "safetensors" in n)
     names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
     assert asked == Counter(names)
@@ -146,23 +146,23 @@ HOSTILE = [
 def test_an_index_that_names_other_files(hub, folder, tmp_path, name):
     hub.add(NAME, shard(folder, tmp_path / "sharded", lambda file: name if "00002-of" in file else file))
     with pytest.raises(ModelError, match="is no safetensors file of the repository"):
-        locate(NAME)
+        resolve_model(NAME)
     assert not [n for n in hub.names() if n.endswith(("safetensors", "passwd", "bin"))]
 
 
-@pytest.mark.parametrize("table", [{}, [], {"a": 1}, {str(n): f"{n}.safetensors" for n in range(MOST_SHARDS + 1)}])
+@pytest.mark.parametrize("table", [{}, [], {"a": 1}, {str(n): f"{n}.safetensors" for n in range(MAX_SHARDS + 1)}])
 def test_an_index_that_is_none(hub, folder, tmp_path, table):
     repository = hub.add(NAME, shard(folder, tmp_path / "sharded"))
     repository.files["model.safetensors.index.json"] = json.dumps({"weight_map": table}).encode()
     with pytest.raises(ModelError, match=r"weight_map|names \d+ files"):
-        locate(NAME)
+        resolve_model(NAME)
 
 
 def test_an_index_that_names_a_file_that_is_not_there(hub, folder, tmp_path):
     repository = hub.add(NAME, shard(folder, tmp_path / "sharded"))
     del repository.files["model-00002-of-00002.safetensors"]
     with pytest.raises(ModelError, match="lacks model-00002"):
-        locate(NAME)
+        resolve_model(NAME)
 
 
 def weights_asked(hub):
@@ -172,7 +172,7 @@ def weights_asked(hub):
 def test_a_connection_that_breaks_is_taken_up_again(hub, folder):
     data = hub.add(NAME, folder).files["model.safetensors"]
     hub.cut["model.safetensors"] = [1000, 500]
-    found = locate(NAME)
+    found = resolve_model(NAME)
     assert weights_asked(hub) == [(None, 1000), ("bytes=1000-", 500), ("bytes=1500-", len(data) - 1500)]
     assert (found / "model.safetensors").read_bytes() == data
 
@@ -181,10 +181,10 @@ def test_an_interrupted_download_goes_on_the_next_time(hub, folder):
     data = hub.add(NAME, folder).files["model.safetensors"]
     hub.cut["model.safetensors"] = [1000] + [0] * (download.RETRIES + 1)
     with pytest.raises(ModelError, match=r"model\.safetensors broke off") as caught:
-        locate(NAME)
+        resolve_model(NAME)
     assert "try again" in caught.value.hint
     hub.asked.clear()
-    found = locate(NAME)
+    found = resolve_model(NAME)
     assert weights_asked(hub) == [("bytes=1000-", len(data) - 1000)]
     assert hub.names() == ["model.safetensors"]  # the rest is there
     assert (found / "model.safetensors").read_bytes() == data
@@ -196,7 +196,7 @@ def test_a_download_that_is_cancelled_keeps_what_it_has(hub, folder):
         Engine(EngineConfig(NAME), on_download=lambda done, total: total - done > 200_000)
     assert weights_asked(hub)
     hub.asked.clear()
-    locate(NAME)
+    resolve_model(NAME)
     ((start, served),) = weights_asked(hub)
     assert start == f"bytes={len(data) - served}-"
     assert 0 < served <= 250_000
@@ -205,7 +205,7 @@ def test_a_download_that_is_cancelled_keeps_what_it_has(hub, folder):
 def test_a_server_that_knows_no_ranges_sends_all_again(hub, folder):
     data = hub.add(NAME, folder).files["model.safetensors"]
     hub.cut["model.safetensors"], hub.ranges = [1000], False
-    assert (locate(NAME) / "model.safetensors").read_bytes() == data
+    assert (resolve_model(NAME) / "model.safetensors").read_bytes() == data
 
 
 def longer(data):
@@ -222,70 +222,70 @@ def test_a_file_that_is_not_what_was_promised(hub, folder, change, file):
     data = hub.add(NAME, folder).files[file]
     hub.replaced[file] = change(data)
     with pytest.raises(ModelError, match=r"after its download"):
-        locate(NAME)
+        resolve_model(NAME)
     hub.replaced.clear()
-    assert (locate(NAME) / file).read_bytes() == data  # nothing of the wrong one was kept
+    assert (resolve_model(NAME) / file).read_bytes() == data  # nothing of the wrong one was kept
 
 
 def test_a_partial_file_that_is_longer_than_the_server_has_it(hub, folder):
     data = hub.add(NAME, folder).files["model.safetensors"]
     hub.cut["model.safetensors"] = [1000] + [0] * (download.RETRIES + 1)
     with pytest.raises(ModelError):
-        locate(NAME)
+        resolve_model(NAME)
     hub.replaced["model.safetensors"] = data[:400]
     with pytest.raises(ModelError, match="after its download"):
-        locate(NAME)
+        resolve_model(NAME)
 
 
 def test_a_revision_is_pinned(hub, folder, tmp_path):
     old = hub.add(NAME, folder, commit="b" * 40, revisions=("v1",))
-    assert locate(NAME, "v1").name == "b" * 40
+    assert resolve_model(NAME, "v1").name == "b" * 40
     assert all(f"/resolve/{'b' * 40}/" in a.path for a in hub.asked[1:])
-    assert locate(NAME, "b" * 40).name == "b" * 40
+    assert resolve_model(NAME, "b" * 40).name == "b" * 40
     with pytest.raises(ModelError, match="no revision 'v2'"):
-        locate(NAME, "v2")
+        resolve_model(NAME, "v2")
     hub.repositories[NAME] = hub_server.Repository(
         {**old.files, "chat_template.jinja": b"{{ 1 }}"}, "c" * 40, ("v1", "main")
     )
-    assert locate(NAME).name == "c" * 40
-    assert (locate(NAME, "v1") / "chat_template.jinja").read_text() == "{{ 1 }}"  # the branch moved
-    assert locate(NAME, "b" * 40, offline=True).name == "b" * 40
+    assert resolve_model(NAME).name == "c" * 40
+    assert (resolve_model(NAME, "v1") / "chat_template.jinja").read_text() == "{{ 1 }}"  # the branch moved
+    assert resolve_model(NAME, "b" * 40, offline=True).name == "b" * 40
 
 
 @pytest.mark.parametrize("revision", ["../../main", "a..b", "", "a b", "-x", "/etc", "a\0", "a//b", "x" * 300])
 def test_a_revision_is_checked_before_it_becomes_a_path(hub, folder, revision):
     hub.add(NAME, folder)
     with pytest.raises(ModelError, match="revision"):
-        locate(NAME, revision)
+        resolve_model(NAME, revision)
     assert not hub.asked
 
 
 def test_offline_uses_only_the_cache(hub, folder, monkeypatch):
     hub.add(NAME, folder)
     with pytest.raises(ModelError, match="not in the Hugging Face cache") as caught:
-        locate(NAME, offline=True)
+        resolve_model(NAME, offline=True)
     assert "download it once" in caught.value.hint
-    locate(NAME, weights=False)
+    resolve_model(NAME, weights=False)
     with pytest.raises(ModelError, match=r"lacks tokenizer\.json"):
-        locate(NAME, offline=True)
-    assert locate(NAME, offline=True, weights=False).is_dir()
-    there = locate(NAME)
+        resolve_model(NAME, offline=True)
+    assert resolve_model(NAME, offline=True, weights=False).is_dir()
+    there = resolve_model(NAME)
     hub.asked.clear()
-    assert locate(NAME, offline=True) == there
+    assert resolve_model(NAME, offline=True) == there
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert locate(NAME) == there
+    assert resolve_model(NAME) == there
     with pytest.raises(ModelError, match="at v7 is not in"):
-        locate(NAME, "v7")
+        resolve_model(NAME, "v7")
     assert not hub.asked
 
 
 def test_offline_with_shards(hub, folder, tmp_path):
     hub.add(NAME, shard(folder, tmp_path / "sharded"))
-    there = locate(NAME)
-    assert locate(NAME, offline=True) == there
+    there = resolve_model(NAME)
+    assert resolve_model(NAME, offline=True) == there
     (there / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(ModelError, match="lacks model-00002"):
-        locate(NAME, offline=True)
+        resolve_model(NAME, offline=True)
 
 
 def test_the_token_goes_to_the_endpoint_only(hub, folder, monkeypatch):
@@ -294,7 +294,7 @@ def test_the_token_goes_to_the_endpoint_only(hub, folder, monkeypatch):
     with hub_server.serving() as elsewhere:
         elsewhere.add(NAME, folder)
         hub.elsewhere = elsewhere.url
-        locate(NAME)
+        resolve_model(NAME)
         assert {a.token for a in hub.asked} == {"Bearer hf_secret"}
         assert {a.token for a in elsewhere.asked} == {None}
         assert set(elsewhere.names()) == NEEDED
@@ -316,7 +316,7 @@ REFUSED = [
 def test_what_the_hub_refuses(hub, status, code, message, hint):
     hub.status[NAME] = status, code
     with pytest.raises(ModelError, match=message) as caught:
-        locate(NAME)
+        resolve_model(NAME)
     assert hint in caught.value.hint
 
 
@@ -327,7 +327,7 @@ def test_an_answer_that_is_no_list_of_files(hub, folder, info):
     hub.add(NAME, folder)
     hub.info = info
     with pytest.raises(ModelError, match=r"gave no list|names no commit"):
-        locate(NAME)
+        resolve_model(NAME)
 
 
 def test_hashes_and_sizes_that_are_none_are_not_believed(hub, folder):
@@ -338,20 +338,20 @@ def test_hashes_and_sizes_that_are_none_are_not_believed(hub, folder):
         sibling.pop("lfs", None)
     hub.info = json.dumps(described).encode()
     with pytest.raises(ModelError, match=r"holds no config\.json"):
-        locate(NAME)
+        resolve_model(NAME)
 
 
 def test_a_repository_without_safetensors(hub, folder):
     del hub.add(NAME, folder).files["model.safetensors"]
     with pytest.raises(ModelError, match=r"no model\.safetensors, only pytorch_model\.bin"):
-        locate(NAME)
+        resolve_model(NAME)
     assert "pytorch_model.bin" not in hub.names()
 
 
 def test_no_network(hub, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(ModelError, match="can't be reached") as caught:
-        locate(NAME)
+        resolve_model(NAME)
     assert "offline" in caught.value.hint
 
 
@@ -360,7 +360,7 @@ def test_a_full_disk(hub, folder, monkeypatch):
     usage = download.shutil.disk_usage("/")._replace(free=5000)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     with pytest.raises(ModelError, match="more bytes on the disk, and 5,000 are free"):
-        locate(NAME)
+        resolve_model(NAME)
     monkeypatch.undo()
     with pytest.raises(ModelError, match="disk is full") as caught, errors.explained(NAME, None, ""):
         raise OSError(28, "No space left on device")
@@ -372,18 +372,18 @@ def test_a_full_disk(hub, folder, monkeypatch):
 )
 def test_ids_are_checked_before_anything_is_asked(hub, name):
     with pytest.raises(ModelError, match="neither a folder nor a Hugging Face id"):
-        locate(name)
+        resolve_model(name)
     assert not hub.asked
 
 
 def test_a_folder_wins_over_an_id(hub, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     texts.shutil.copytree(folder, tmp_path / NAME)
-    assert locate(NAME).resolve() == (tmp_path / NAME).resolve()
+    assert resolve_model(NAME).resolve() == (tmp_path / NAME).resolve()
     with pytest.raises(ModelError, match="revision"):
-        locate(NAME, "main")
+        resolve_model(NAME, "main")
     with pytest.raises(ModelError, match="revision"):
-        locate("demo", "main")
+        resolve_model("demo", "main")
     assert not hub.asked
 
 
@@ -427,8 +427,8 @@ def test_progress_of_the_download_on_a_terminal(hub, folder, tmp_path):
 
 def test_folders_do_not_import_the_library(folder):
     code = (
-        "import sys\nfrom llmrs.models.hub.locate import locate\nfrom llmrs import Engine\n"
-        f"locate({str(folder)!r})\nlocate('demo')\nassert 'huggingface_hub' not in sys.modules"
+        "import sys\nfrom llmrs.models.hub.resolve import resolve_model\nfrom llmrs import Engine\n"
+        f"resolve_model({str(folder)!r})\nresolve_model('demo')\nassert 'huggingface_hub' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""config.json in both spellings, what it may leave out, and what is refused by name."""
+"""config.json: both spellings, defaults, refusals."""
 
 import json
 
@@ -7,7 +7,7 @@ import tiny
 import transformers
 from model_configs import CLASSES, QWEN3, parsed, refused
 
-from llmrs.models.arch.config import ONLY, SCALING_KEYS
+from llmrs.models.arch.config import SCALING_KEYS, UNSUPPORTED
 from llmrs.models.arch.families import FAMILIES, graph_of, read_config
 from llmrs.models.arch.rope import frequencies
 
@@ -15,7 +15,7 @@ MOE = {"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 4, "num_experts_
 
 
 def as_transformers_4(data):
-    """The same config as transformers 4 spells it."""
+    """The config in the spelling of transformers 4."""
     data = {**data, "torch_dtype": data.pop("dtype", "float32")}
     rope = data.pop("rope_parameters")
     if "full_attention" in rope:
@@ -43,7 +43,7 @@ def test_both_spellings_mean_the_same(name, tmp_path, checkpoints):
 
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_what_a_file_leaves_out_is_what_transformers_takes_it_for(architecture, tmp_path):
-    """Field by field: parsed without it, a default config means the same."""
+    """A default config parses the same without any one of its fields."""
     theirs = getattr(transformers, CLASSES[architecture])(num_hidden_layers=8)
     full = {**theirs.to_dict(), "architectures": [architecture]}
     whole = parsed(tmp_path, full)
@@ -52,7 +52,7 @@ def test_what_a_file_leaves_out_is_what_transformers_takes_it_for(architecture, 
     assert not differ
 
 
-@pytest.mark.parametrize("field", ONLY)
+@pytest.mark.parametrize("field", UNSUPPORTED)
 def test_fields_that_change_the_result_and_are_not_implemented(field, tmp_path):
     assert parsed(tmp_path, {**QWEN3, field: None}) == parsed(tmp_path, QWEN3)
     refused(tmp_path, {**QWEN3, field: 0.37}, field, "0.37")
@@ -103,7 +103,7 @@ def test_what_is_refused(change, words, tmp_path):
 
 @pytest.mark.parametrize("kind", SCALING_KEYS)
 def test_rope_keys_that_are_not_known(kind, tmp_path):
-    """Each way to scale has keys of its own; others, also those of another way, are refused by name."""
+    """Each rope type has its own keys; others, also of another type, are refused."""
     every = {"nonsense", "short_factor", "mrope_section"}.union(*SCALING_KEYS.values())
     for key in every - SCALING_KEYS[kind]:
         refused(tmp_path, {**QWEN3, "rope_scaling": {"rope_type": kind, key: 3}}, key, kind)
@@ -111,7 +111,7 @@ def test_rope_keys_that_are_not_known(kind, tmp_path):
 
 
 def test_attn_factor_multiplies_the_scale_of_yarn(tmp_path):
-    """As vLLM reads it; DeepSeek-R1-0528-Qwen3-8B has one that makes the scale 1."""
+    """As in vLLM; with that of DeepSeek-R1-0528-Qwen3-8B the scale is 1."""
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 
     def scale(**more):
@@ -143,5 +143,11 @@ def test_windows_of_every_family(tmp_path):
 
 def test_yarn_extends_the_context(tmp_path):
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1000}
-    assert parsed(tmp_path, {**QWEN3, "max_position_embeddings": 1000, "rope_scaling": yarn}).context == 4000
-    assert parsed(tmp_path, {**QWEN3, "max_position_embeddings": 8000, "rope_scaling": yarn}).context == 8000
+    assert (
+        parsed(tmp_path, {**QWEN3, "max_position_embeddings": 1000, "rope_scaling": yarn}).max_position_embeddings
+        == 4000
+    )
+    assert (
+        parsed(tmp_path, {**QWEN3, "max_position_embeddings": 8000, "rope_scaling": yarn}).max_position_embeddings
+        == 8000
+    )

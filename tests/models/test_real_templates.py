@@ -1,4 +1,4 @@
-"""Chat templates of public models render every conversation as transformers does, or are refused where it fails."""
+"""Chat templates of public models render as in transformers, or fail where it fails."""
 
 from pathlib import Path
 
@@ -129,7 +129,7 @@ def ours():
 
 
 def theirs(template, messages, options):
-    """The text by transformers; None where the template refuses or fails."""
+    """transformers' text; None if the template fails."""
     tokens = {f"{name}_token": text for name, text in SPECIALS.items() if text is not None}
     given = {"chat_template": template.source, **tokens, **options}
     try:
@@ -146,13 +146,13 @@ def rendered(template, messages, options):
 
 
 def options_for(template):
-    """With the beginning of an answer and a tool, where the template takes tools; and without."""
+    """With and without generation prompt and, if supported, a tool."""
     tools = {"tools": [COUNT]} if "tools" in template.variables else {}
     return [{"add_generation_prompt": True, **tools}, {"add_generation_prompt": False}]
 
 
 def as_text(messages):
-    """Without what templates for text alone can't take."""
+    """Without the features that text-only templates lack."""
     told = [m if not isinstance(m["content"], list) else {**m, "content": join(m["content"])} for m in messages]
     return [{k: v for k, v in m.items() if v is not None} for m in told]
 
@@ -182,7 +182,7 @@ def test_contents_that_are_no_text(name, talks, different, ours):
 
 
 def is_wrong(given, text):
-    """Whether transformers fails, writes what Python shows, or leaves something out."""
+    """Whether transformers fails, writes Python reprs, or drops content."""
     return given is None or "None" in given or "{'type': 'text'" in given or len(given) < len(text)
 
 

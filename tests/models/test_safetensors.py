@@ -27,7 +27,7 @@ def write(folder, tensors=TENSORS, name="model.safetensors"):
 
 
 def raw(folder, header, data=b"", name="model.safetensors"):
-    """A file from the text of its header."""
+    """Writes a file with this header."""
     text = header.encode()
     (folder / name).write_bytes(struct.pack("<Q", len(text)) + text + data)
 
@@ -178,7 +178,7 @@ def test_the_links_of_a_hugging_face_cache(tmp_path):
 @links
 @pytest.mark.parametrize("name", ["model.safetensors", "blobs/ab12", "sha256-" + "0a" * 32, "0a" * 20])
 def test_links_to_another_disk(tmp_path, name):
-    """To a file of the same name, or to what a store of blobs names by its hash."""
+    """Links to a file of the same name, or to a blob named by hash."""
     inner, disk = tmp_path / "model", tmp_path / "disk"
     inner.mkdir()
     (disk / name).parent.mkdir(parents=True)
@@ -207,7 +207,7 @@ def test_blobs_of_a_hugging_face_cache_on_another_disk(tmp_path):
 
 @links
 def test_an_index_leads_nowhere_else_whatever_is_there(tmp_path):
-    """Names with .. or of other folders are refused, also where they are names of blobs or of links."""
+    """Names with .. or of other folders are refused, even if blobs or links have such names."""
     inner, blobs = tmp_path / "model", tmp_path / "blobs"
     inner.mkdir()
     blobs.mkdir()

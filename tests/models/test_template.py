@@ -1,4 +1,4 @@
-"""Chat templates: as transformers renders them, with no way for a message to write control tokens, and bounded."""
+"""Chat templates: rendered as in transformers, bounded, and no special tokens from messages."""
 
 import pickle
 
@@ -69,23 +69,24 @@ def test_token_ids_equal_transformers(tokenizer, tmp_path):
     assert list(encode_chat(tokenizer, template(texts.CHATML, tmp_path), TALK).token_ids) == ids
 
 
-def control_counts(tokenizer, prompt):
-    return [prompt.token_ids.count(tokenizer.id_of(c)) for c in texts.CONTROL]
+def special_counts(tokenizer, prompt):
+    return [prompt.token_ids.count(tokenizer.token_to_id(c)) for c in texts.CONTROL]
 
 
 HOSTILE = st.lists(st.sampled_from([*texts.CONTROL, "</think>", "<|im_", "end|>", "<", "|", ">", "a", " ", "\n", "é"]))
 
 
 @given(contents=st.lists(HOSTILE.map("".join), min_size=1, max_size=3))
-def test_control_tokens_in_a_message_are_text(tokenizer, contents):
+def test_special_tokens_in_a_message_are_text(tokenizer, contents):
     chat = ChatTemplate(texts.CHATML, {}, "template")
     talk = [{"role": "user", "content": c} for c in contents]
     prompt = encode_chat(tokenizer, chat, talk)
     assert prompt == chat.render(talk)  # what is shown is what was written
-    assert control_counts(tokenizer, prompt) == [0, len(contents) + 1, len(contents)]
-    assert prompt.token_ids.count(tokenizer.id_of("</think>")) == prompt.count("</think>")  # which is none
+    assert special_counts(tokenizer, prompt) == [0, len(contents) + 1, len(contents)]
+    assert prompt.token_ids.count(tokenizer.token_to_id("</think>")) == prompt.count("</think>")  # which is none
     text = "".join(
-        next((c for c in texts.CONTROL if tokenizer.id_of(c) == i), None) or tokenizer.token_bytes(i).decode("latin-1")
+        next((c for c in texts.CONTROL if tokenizer.token_to_id(c) == i), None)
+        or tokenizer.token_bytes(i).decode("latin-1")
         for i in prompt.token_ids
     )
     assert text.encode("latin-1").decode() == prompt  # and the ids say the same
@@ -96,7 +97,7 @@ def test_thoughts_in_an_answer_stay_visible_to_the_template(tokenizer, tmp_path)
     talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "hm</think>Hello<|im_end|>"}]
     prompt = encode_chat(tokenizer, template(source, tmp_path), talk)
     assert prompt == "<|im_start|>Hi<|im_end|><|im_start|>Hello<|im_end|><|im_end|>"
-    assert control_counts(tokenizer, prompt) == [0, 2, 2]
+    assert special_counts(tokenizer, prompt) == [0, 2, 2]
 
 
 def test_a_prompt_carries_its_ids(tokenizer, tmp_path):

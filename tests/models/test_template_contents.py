@@ -1,4 +1,4 @@
-"""What a template is given: contents that are not a text, special tokens, numbers."""
+"""Template input: contents other than text, special tokens, numbers."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmrs.core.errors import ModelError, RequestError
-from llmrs.models.text.specials import CLASSES, NAMES
+from llmrs.models.text.special_tokens import CLASSES, NAMES
 from llmrs.models.text.template import ChatTemplate, encode_chat
 from llmrs.models.text.tokenizer import Tokenizer
 
@@ -102,7 +102,7 @@ def test_parts_go_on(source):
 
 
 @pytest.mark.parametrize("source", [texts.CHATML, EACH.replace("<{{ p.text }}>", "{{ p.text }}")])
-def test_control_tokens_in_parts_are_text(source, tmp_path):
+def test_special_tokens_in_parts_are_text(source, tmp_path):
     texts.write_text_files(tmp_path)
     tokenizer = Tokenizer.load(tmp_path)
     chat = template(source)
@@ -111,7 +111,7 @@ def test_control_tokens_in_parts_are_text(source, tmp_path):
         for two in (("a<|im_end|>", "<|im_start|>"), ("a", "b"))
     )
     assert "a<|im_end|><|im_start|>" in hostile
-    for token in map(tokenizer.id_of, texts.CONTROL):
+    for token in map(tokenizer.token_to_id, texts.CONTROL):
         assert hostile.token_ids.count(token) == harmless.token_ids.count(token)
 
 
@@ -152,35 +152,37 @@ def test_defaults_of_tokenizer_classes_equal_transformers(name, tmp_path):
     kind = f"{name.removesuffix('Fast')}Tokenizer"
     theirs = getattr(transformers, kind)().special_tokens_map
     t = tokenizer_with(tmp_path, list(theirs.values()), tokenizer_class=kind + "Fast" * name.endswith("Fast"))
-    assert t.specials == {n: theirs.get(f"{n}_token") for n in NAMES}
-    assert t.eos_ids == (t.id_of(theirs["eos_token"]),)
+    assert t.special_tokens == {n: theirs.get(f"{n}_token") for n in NAMES}
+    assert t.eos_ids == (t.token_to_id(theirs["eos_token"]),)
 
 
 def test_what_the_files_say_of_special_tokens(tmp_path):
     given = {"bos_token": None, "sep_token": "<s>", "mask_token": {"content": "<m>"}}
     t = tokenizer_with(tmp_path, ["<s>", "</s>", "<m>"], tokenizer_class="LlamaTokenizer", **given)
-    assert t.specials == {"eos": "</s>", "pad": None, "cls": None, "bos": "<s>", "sep": "<s>", "mask": "<m>"}
+    assert t.special_tokens == {"eos": "</s>", "pad": None, "cls": None, "bos": "<s>", "sep": "<s>", "mask": "<m>"}
 
 
 def test_a_default_that_is_not_in_the_vocabulary_is_unknown(tmp_path):
     t = tokenizer_with(tmp_path, ["<s>"], tokenizer_class="LlamaTokenizer")
-    assert t.specials == {"bos": "<s>", "pad": None, "sep": None, "cls": None, "mask": None}
+    assert t.special_tokens == {"bos": "<s>", "pad": None, "sep": None, "cls": None, "mask": None}
     assert t.eos_ids == ()
 
 
 def test_without_a_known_class_what_is_not_given_is_unknown(tmp_path):
     assert "NewTokenizer" not in CLASSES
     for more in ({}, {"tokenizer_class": "NewTokenizer"}):
-        assert tokenizer_with(tmp_path, [], unk_token="<|endoftext|>", **more).specials == {"unk": "<|endoftext|>"}
+        assert tokenizer_with(tmp_path, [], unk_token="<|endoftext|>", **more).special_tokens == {
+            "unk": "<|endoftext|>"
+        }
 
 
 def test_an_old_map_of_special_tokens_equals_transformers(tmp_path):
-    """Before transformers 4.34, special_tokens_map.json could say what tokenizer_config.json did not."""
+    """Before transformers 4.34, special_tokens_map.json complemented tokenizer_config.json."""
     (tmp_path / "special_tokens_map.json").write_text('{"bos_token": "<s>", "sep_token": {"content": "</s>"}}')
     for more in ({}, {"added_tokens_decoder": {}}):
         ours = tokenizer_with(tmp_path, ["<s>", "</s>"], tokenizer_class="PreTrainedTokenizerFast", **more)
         theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path).special_tokens_map
-        assert {f"{n}_token": text for n, text in ours.specials.items() if text} == theirs
+        assert {f"{n}_token": text for n, text in ours.special_tokens.items() if text} == theirs
         assert bool(theirs) != bool(more)
 
 

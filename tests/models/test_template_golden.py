@@ -1,4 +1,4 @@
-"""Conversations with tools, thoughts and open ends give the text and the token ids that transformers gives."""
+"""Conversations with tools, reasoning and continued messages: transformers' text and token ids."""
 
 import jinja2
 import pytest
@@ -35,7 +35,7 @@ def as_dict(message):
 
 
 def expected(theirs, messages, options):
-    """Text and ids by transformers; None where it refuses."""
+    """transformers' text and ids; None if it refuses."""
     given = {"add_generation_prompt": not options.get("continue_final_message"), **options}
     try:
         text = theirs.apply_chat_template([as_dict(m) for m in messages], tokenize=False, **given)
@@ -76,7 +76,7 @@ def test_variables_equal_transformers(name, more, tokenizer, theirs):
 
 
 def test_what_the_goldens_cover(theirs):
-    """Of every template, conversations that it accepts, and refusals where it has rules."""
+    """Every template accepts some conversations, and templates with rules refuse some."""
     accepted = {n: sum(expected(theirs[n], *c) is not None for c in CONVERSATIONS.values()) for n in SOURCES}
     assert len(SOURCES) >= 8
     assert all(count >= 8 for count in accepted.values()), accepted

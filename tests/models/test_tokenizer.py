@@ -1,6 +1,7 @@
 """Text to ids and back, against `tokenizers`, for byte-level and SentencePiece-style vocabularies."""
 
 import json
+from functools import partial
 
 import pytest
 import texts
@@ -32,36 +33,36 @@ def byte_fallback(tmp_path_factory):
 
 
 @pytest.mark.parametrize("character", ["\ufdd0", "\ufdd1"])
-def test_what_marks_places_in_plain_text_is_refused(tokenizer, character):
+def test_internal_noncharacters_are_refused(tokenizer, character):
     for first in (True, False):
         with pytest.raises(RequestError, match="FDD0"):
-            tokenizer.encode_plain(f"a{character}b", first=first)
+            tokenizer.encode_ordinary(f"a{character}b", first=first)
 
 
 @given(text=st.text(st.characters(exclude_characters="\ufdd0\ufdd1", codec="utf-8"), max_size=40))
 def test_bytes_of_tokens_are_the_text(tokenizer, text):
-    ids = tokenizer.encode_plain(text)
+    ids = tokenizer.encode_ordinary(text)
     joined = b"".join(map(tokenizer.token_bytes, ids)).decode()
     assert joined == text or joined == " " + text  # SentencePiece begins each text with a space
 
 
-def test_control_tokens_are_parsed_in_prompts_and_text_elsewhere(tokenizer):
-    control = tokenizer.specials["eos"]
+def test_special_tokens_are_parsed_in_prompts_and_text_elsewhere(tokenizer):
+    control = tokenizer.special_tokens["eos"]
     (eos,) = tokenizer.eos_ids
     assert eos in tokenizer.encode(f"a{control}b")
-    assert eos in tokenizer.encode_rendered(f"a{control}b")
-    plain = tokenizer.encode_plain(f"a{control}b")
+    assert eos in texts.rendered_ids(tokenizer, f"a{control}b")
+    plain = tokenizer.encode_ordinary(f"a{control}b")
     assert eos not in plain
     assert b"".join(map(tokenizer.token_bytes, plain)).decode().strip() == f"a{control}b"
     assert tokenizer.token_bytes(eos) == b""
 
 
-def test_added_tokens_that_are_no_control_tokens_are_part_of_the_answer(tmp_path):
+def test_added_tokens_that_are_no_special_tokens_are_part_of_the_answer(tmp_path):
     texts.write_text_files(tmp_path)
     t = Tokenizer.load(tmp_path)
-    think = t.id_of("</think>")
+    think = t.token_to_id("</think>")
     assert t.token_bytes(think) == b"</think>"
-    for encode in (t.encode, t.encode_plain, t.encode_rendered):
+    for encode in (t.encode, t.encode_ordinary, partial(texts.rendered_ids, t)):
         assert think in encode("a</think>")
 
 
@@ -74,33 +75,33 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("given_settings", SETTINGS)
-def test_tokens_that_the_settings_call_special_are_control_tokens(given_settings, tmp_path):
-    """As for transformers: they are left out of the text, parsed in prompts, and text in messages."""
+def test_tokens_that_the_settings_call_special_are_special_tokens(given_settings, tmp_path):
+    """As in transformers: skipped in text, parsed in prompts, text in messages."""
     texts.write_text_files(tmp_path, tokenizer_class="PreTrainedTokenizerFast", **{"eos_token": None, **given_settings})
     t, theirs = Tokenizer.load(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
-    ids = [t.id_of(word) for word in ("a", "</think>", "b", "the", "<|im_end|>")]
+    ids = [t.token_to_id(word) for word in ("a", "</think>", "b", "the", "<|im_end|>")]
     for skip in (True, False):
         ours = b"".join(t.token_bytes(i, skip_special_tokens=skip) for i in ids).decode()
         assert ours == theirs.decode(ids, skip_special_tokens=skip)
     assert t.encode("a</think>the") == theirs.encode("a</think>the")
     word = "the" if given_settings == SETTINGS[-1] else "</think>"
-    assert t.id_of(word) in t.control
-    assert t.id_of(word) not in t.encode_plain(f"a{word}b")
+    assert t.token_to_id(word) in t.special_ids
+    assert t.token_to_id(word) not in t.encode_ordinary(f"a{word}b")
 
 
 def test_one_beginning_of_sequence(tmp_path):
     texts.write_text_files(tmp_path, texts.byte_level(bos="<|begin|>"), bos_token="<|begin|>")
     t = Tokenizer.load(tmp_path)
-    bos = t.id_of("<|begin|>")
+    bos = t.token_to_id("<|begin|>")
     assert t.encode("Hello")[0] == bos
     assert t.encode("<|begin|>Hello") == t.encode("Hello")
-    assert t.encode_rendered("<|begin|>Hello") == t.encode("Hello")
+    assert texts.rendered_ids(t, "<|begin|>Hello") == t.encode("Hello")
     assert t.encode("").count(bos) == 1
 
 
 def test_unknown_characters_are_bytes(byte_fallback):
     t = byte_fallback
-    assert t.encode_plain("a😀")[-4:] == [t.id_of(f"<0x{byte:02X}>") for byte in "😀".encode()]
+    assert t.encode_ordinary("a😀")[-4:] == [t.token_to_id(f"<0x{byte:02X}>") for byte in "😀".encode()]
 
 
 BEGINNINGS = {
@@ -112,16 +113,16 @@ BEGINNINGS = {
 @pytest.mark.parametrize("kind", BEGINNINGS)
 @pytest.mark.parametrize("writes", [True, False])
 def test_a_template_decides_about_the_beginning_of_sequence(kind, writes, tmp_path):
-    """Its own is the only one, in the conversation and where its text is given as a prompt; nobody adds another."""
+    """Its BOS is the only one, in the conversation and in its text as a prompt."""
     bos, inner = BEGINNINGS[kind]
     eos = "</s>" if kind == "sentencepiece" else "<|im_end|>"
     texts.write_text_files(tmp_path, inner, bos_token=bos, eos_token=eos)
     t = Tokenizer.load(tmp_path)
     source = ("{{ bos_token }}" if writes else "") + "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
-    chat = ChatTemplate(source, t.specials, tmp_path)
+    chat = ChatTemplate(source, t.special_tokens, tmp_path)
     for content in ("Hello", f"{bos}Hello", f"Hello{bos}{eos}"):
         prompt = encode_chat(t, chat, [{"role": "user", "content": content}])
-        assert prompt.token_ids.count(t.id_of(bos)) == int(writes)
+        assert prompt.token_ids.count(t.token_to_id(bos)) == int(writes)
         assert prompt.token_ids.count(*t.eos_ids) == 1
     prompt = encode_chat(t, chat, [{"role": "user", "content": "Hello"}])
     if writes:
@@ -142,7 +143,7 @@ def test_a_file_that_asks_for_truncation_is_not_obeyed(tmp_path):
 
 
 def test_a_lone_surrogate_is_refused(tokenizer):
-    for encode in (tokenizer.encode, tokenizer.encode_plain, tokenizer.encode_rendered):
+    for encode in (tokenizer.encode, tokenizer.encode_ordinary):
         with pytest.raises(RequestError, match=r"\\ud800"):
             encode("Hi \ud800")
 
@@ -200,7 +201,7 @@ def test_a_decoder_that_is_not_supported(tmp_path, shown):
 
 
 def unigram():
-    """In Unigram a whole control token is likelier than its characters."""
+    """In Unigram a whole special token is likelier than its characters."""
     words = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *((c, -3.0) for c in "▁</>sabc")]
     return tokenizers.Tokenizer(tokenizers.models.Unigram(words, 0))
 
@@ -220,16 +221,16 @@ def words():
 
 
 @pytest.mark.parametrize("make", [unigram, bpe, words])
-def test_no_model_makes_control_tokens_of_plain_text(make, tmp_path):
+def test_no_model_makes_special_tokens_of_plain_text(make, tmp_path):
     inner = make()
     inner.decoder = tokenizers.decoders.Metaspace()
     inner.add_special_tokens(["<s>", "</s>"])
     inner.add_tokens([tokenizers.AddedToken("<b>", special=False, normalized=False)])
     texts.write_text_files(tmp_path, inner, eos_token="</s>")
     t = Tokenizer.load(tmp_path)
-    assert t.encode("a </s> <b>").count(t.id_of("</s>")) == 1
-    plain = t.encode_plain("a <s> </s> <b>")
-    assert t.control.isdisjoint(plain)
-    assert plain[-1] == t.id_of("<b>")
+    assert t.encode("a </s> <b>").count(t.token_to_id("</s>")) == 1
+    plain = t.encode_ordinary("a <s> </s> <b>")
+    assert t.special_ids.isdisjoint(plain)
+    assert plain[-1] == t.token_to_id("<b>")
     assert max(plain) < t.vocab_size
-    assert t.encode_plain("a b") == t.encode_rendered("a b")
+    assert t.encode_ordinary("a b") == texts.rendered_ids(t, "a b")

@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint are used, under which names, compared with transformers on the same files."""
+"""Tensor names and tied heads of checkpoints, against transformers on the same files."""
 
 import json
 import shutil
@@ -17,14 +17,14 @@ from llmrs.core.errors import ModelError
 from llmrs.loading import measure, read_folder
 from llmrs.models.arch.families import family, graph_of, read_config
 from llmrs.models.files.safetensors import SafetensorsSource
-from llmrs.models.files.weights import Weights, parameters, with_stored_head
+from llmrs.models.files.weights import Weights, num_parameters, untie_stored_head
 
 HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"
 
 
 @pytest.fixture
 def changed(checkpoints, tmp_path):
-    """A function that writes a checkpoint whose tensors and config are changed."""
+    """Writes a checkpoint with changed tensors and config."""
 
     def write(name, change=lambda tensors: tensors, **fields):
         folder = texts.write_model(checkpoints.folder(name), tmp_path / "changed")
@@ -40,10 +40,10 @@ def changed(checkpoints, tmp_path):
 
 
 def logits(folder):
-    """Ours, of the reference backend, and transformers'."""
+    """Logits of the reference backend and of transformers."""
     config = read_config(folder)
     names, source = family(config.architecture).names, SafetensorsSource(folder)
-    config = with_stored_head(config, names, source)
+    config = untie_stored_head(config, names, source)
     graph, backend = graph_of(config), tiny.empty_backend("reference")
     backend.load(graph, Weights(graph, names, source, tied=config.tie_word_embeddings), lambda _: None)
     backend.allocate(16, 4, 1, 64)
@@ -106,9 +106,9 @@ def test_a_tied_model_with_another_head_uses_it_and_warns(name, changed):
         model = read_folder(folder)
     tied = graph_of(read_config(folder))
     more = read_config(folder).vocab_size * read_config(folder).hidden_size
-    assert parameters(model.graph) == parameters(tied) + more  # which the fit of memory counts
+    assert num_parameters(model.graph) == num_parameters(tied) + more  # which the fit of memory counts
     backend, config = tiny.empty_backend("torch"), EngineConfig(str(folder), dtype="f32")
-    assert measure(backend, config, model, 10**9).weights == 4 * parameters(model.graph)
+    assert measure(backend, config, model, 10**9).weights == 4 * num_parameters(model.graph)
 
 
 def test_an_engine_with_another_head_answers_as_one_whose_config_says_so(changed):

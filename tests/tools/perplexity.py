@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 from demo_model.corpus import END, START, held_out_conversations, render
-from demo_model.rows import trained_tokens
+from demo_model.packing import answer_mask
 
 from llmrs import Engine, EngineConfig, SamplingParams
 
@@ -33,7 +33,7 @@ def perplexity(texts: int, **config: object) -> Perplexity:
         prompts = [encode(render(c)) for c in held_out_conversations(texts)]
         outputs = engine.generate_sync(params, [p[:LONGEST] for p in prompts])
     header, (end,) = encode(f"{START}assistant\n"), encode(END)
-    marks = np.concatenate([trained_tokens(np.array(p), header, end)[1:LONGEST] for p in prompts])
+    marks = np.concatenate([answer_mask(np.array(p), header, end)[1:LONGEST] for p in prompts])
     logs = np.array([p.logprob for o in outputs for p in o.prompt_logprobs[1:]])
     return Perplexity(math.exp(-logs[marks].mean()), math.exp(-logs.mean()), len(logs))
 

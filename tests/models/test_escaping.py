@@ -1,4 +1,4 @@
-"""Texts with marks in them: a template sees them without, and can't write a control token out of them."""
+"""Escaped strings: templates don't see the escapes, and can't build special tokens from them."""
 
 import itertools
 
@@ -9,13 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from talks import BOS, EOS, chat_template, vocabulary
 
-from llmrs.models.text.conversation import broken, conversation
-from llmrs.models.text.marked import Marked
+from llmrs.models.text.conversation import conversation
+from llmrs.models.text.escaped_str import EscapedStr
+from llmrs.models.text.escaping import escape_special_tokens
 from llmrs.models.text.message import Message
 from llmrs.models.text.template import encode_chat
 from llmrs.models.text.tokenizer import Tokenizer
 
-MARK = "\ue000"
+ESCAPE = "\ue000"
 LETTERS = st.text("ab |<>\n", max_size=8)
 SHORT = st.text("ab |<>\n", max_size=2)
 
@@ -27,21 +28,21 @@ def tokenizer(tmp_path_factory):
     return Tokenizer.load(folder)
 
 
-def marked(text, places):
-    """The text with marks before these characters."""
+def escaped(text, places):
+    """The text with escapes before these characters."""
     at = sorted(p % (len(text) + 1) for p in places)
     cuts = [0, *at, len(text)]
-    return Marked(MARK.join(text[a:b] for a, b in itertools.pairwise(cuts)), MARK)
+    return EscapedStr(ESCAPE.join(text[a:b] for a, b in itertools.pairwise(cuts)), ESCAPE)
 
 
 def bare(value):
-    """What a template sees: texts by their own methods, not by what C code finds in them."""
+    """What a template sees: str methods, not the raw text."""
     if isinstance(value, str):
-        return "".join(c.replace(MARK, "") for c in map(str.__str__, value))
+        return "".join(c.replace(ESCAPE, "") for c in map(str.__str__, value))
     return [bare(v) for v in value] if isinstance(value, list | tuple) else value
 
 
-QUESTIONS = {
+QUERIES = {
     "len": lambda s, x, y: len(s),
     "bool": lambda s, x, y: bool(s),
     "==": lambda s, x, y: (s == x, x == s, s != x, s < x, x < s, s <= x, s > x, s >= x),
@@ -66,25 +67,25 @@ QUESTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", QUESTIONS)
+@pytest.mark.parametrize("name", QUERIES)
 @settings(max_examples=200)
 @given(text=LETTERS, x=SHORT, y=SHORT, places=st.lists(st.integers(0, 8), max_size=3))
-def test_marks_are_out_of_sight(name, text, x, y, places):
-    ask = QUESTIONS[name]
+def test_escapes_are_hidden(name, text, x, y, places):
+    ask = QUERIES[name]
     for other in (x, text):
-        assert ask(marked(text, places), other, y) == ask(text, other, y)
-        assert ask(marked(text, places), marked(other, places), y) == ask(text, other, y)
+        assert ask(escaped(text, places), other, y) == ask(text, other, y)
+        assert ask(escaped(text, places), escaped(other, places), y) == ask(text, other, y)
 
 
 @given(text=LETTERS.filter(bool), x=SHORT.filter(bool), places=st.lists(st.integers(0, 8), max_size=3))
-def test_no_mark_is_lost(text, x, places):
-    s = marked(text, places)
+def test_no_escape_is_lost(text, x, places):
+    s = escaped(text, places)
     for pieces in (list(s), s.partition(x), s.rpartition(x), s.splitlines(True), [s[:3], s[3:]], [s.upper()], [f"{s}"]):
-        assert sum(str.count(piece, MARK) for piece in pieces) >= len(places)
+        assert sum(str.count(piece, ESCAPE) for piece in pieces) >= len(places)
 
 
-def test_python_writes_the_mark_as_it_is():
-    assert repr([Marked(f"a{MARK}\\ue000\n", MARK)]) == f"['a{MARK}\\\\ue000\\n']"
+def test_repr_keeps_the_escape():
+    assert repr([EscapedStr(f"a{ESCAPE}\\ue000\n", ESCAPE)]) == f"['a{ESCAPE}\\\\ue000\\n']"
 
 
 CONTENT = "ab<|end|>cd<|end|>"
@@ -108,7 +109,7 @@ SEES = [
 
 @pytest.mark.parametrize("source", SEES)
 def test_a_template_sees_what_was_written(tokenizer, source):
-    """As in plain Jinja; and no control token comes of it but the template's own."""
+    """As in plain Jinja, with no special tokens but the template's own."""
     source = "{% set content = messages[0].content %}" + source
     talk = [{"role": "user", "content": CONTENT}]
     plain = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, finalize=None)
@@ -128,7 +129,7 @@ def test_a_template_sees_what_was_written(tokenizer, source):
     right = right.replace(plain.from_string("{{ c | tojson }}").render(c=CONTENT), f'"{CONTENT}"')  # not for HTML
     prompt = encode_chat(tokenizer, chat_template(source + "<|end|>"), talk)
     assert prompt == right + "<|end|>"
-    assert [i for i in prompt.token_ids if i in tokenizer.control] == [tokenizer.id_of("<|end|>")]
+    assert [i for i in prompt.token_ids if i in tokenizer.special_ids] == [tokenizer.token_to_id("<|end|>")]
 
 
 TAKES_OUT = [
@@ -145,29 +146,31 @@ TAKES_OUT = [
 
 
 @pytest.mark.parametrize(("source", "content"), TAKES_OUT)
-def test_no_template_makes_a_control_token_of_what_was_written(tokenizer, source, content):
+def test_no_template_makes_a_special_token_of_what_was_written(tokenizer, source, content):
     template = chat_template("{% set c = messages[0].content %}" + source + "<|end|>")
     prompt = encode_chat(tokenizer, template, [Message("user", content)])
     assert "<|end|>" in prompt.removesuffix("<|end|>")
-    assert [i for i in prompt.token_ids if i in tokenizer.control] == [tokenizer.id_of("<|end|>")]
+    assert [i for i in prompt.token_ids if i in tokenizer.special_ids] == [tokenizer.token_to_id("<|end|>")]
 
 
-def test_roles_may_be_parts_of_control_tokens(tokenizer):
+def test_roles_may_be_parts_of_special_tokens(tokenizer):
     template = chat_template("{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}")
     prompt = encode_chat(tokenizer, template, [Message("user", "a")])
-    assert prompt.token_ids[0] == tokenizer.id_of("<|user|>")
+    assert prompt.token_ids[0] == tokenizer.token_to_id("<|user|>")
 
 
-def test_a_control_token_of_one_character(tmp_path):
+def test_a_special_token_of_one_character(tmp_path):
     inner = texts.byte_level()
     inner.add_special_tokens(["§"])
     texts.write_text_files(tmp_path, inner)
     t = Tokenizer.load(tmp_path)
     prompt = encode_chat(t, chat_template("§{{ messages[0].content }}§"), [Message("user", "a§§ b§")])
     assert prompt == "§a§§ b§§"
-    assert [n for n, i in enumerate(prompt.token_ids) if i == t.id_of("§")] == [0, len(prompt.token_ids) - 1]
+    assert [n for n, i in enumerate(prompt.token_ids) if i == t.token_to_id("§")] == [0, len(prompt.token_ids) - 1]
 
 
-def test_a_word_is_marked_only_whole():
-    (message,) = broken(conversation([Message("user", "name naming NAME <b <a>")]), {"name", "<a>"}, MARK).messages
-    assert str.__str__(message["content"]) == f"n{MARK}ame naming N{MARK}AME <b <{MARK}a>"
+def test_a_word_is_escaped_only_whole():
+    (message,) = escape_special_tokens(
+        conversation([Message("user", "name naming NAME <b <a>")]), {"name", "<a>"}, ESCAPE
+    ).messages
+    assert str.__str__(message["content"]) == f"n{ESCAPE}ame naming N{ESCAPE}AME <b <{ESCAPE}a>"
