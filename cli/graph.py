@@ -31,10 +31,10 @@ def show(model: str, revision: str | None, offline: bool, fused: str | None) -> 
 
 def header(architecture: str, plain: Graph) -> str:
     """One line: what is in the graph, in numbers."""
-    from llmrs.memory import token_bytes
+    from llmrs.memory import kv_bytes_per_token
     from llmrs.models.files.weights import parameters
 
-    layers, kv_bytes = len(plain.kv_types()), token_bytes(plain, "bf16")
+    layers, kv_bytes = len(plain.kv_types()), kv_bytes_per_token(plain, "bf16")
     return (
         f"{architecture}: {layers} layers, {parameters(plain):,} parameters, {kv_bytes:,} bytes of KV per token in bf16"
     )

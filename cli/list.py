@@ -69,11 +69,11 @@ def table(entries: Sequence["Entry"]) -> list[str]:
 
 
 def cells(entry: "Entry") -> tuple[str, ...]:
-    from llmrs.memory import size
+    from llmrs.memory import format_bytes
 
     where = {"cache": "Hugging Face cache"}.get(entry.where, entry.where)
     if entry.revision not in ("", "main"):
         where += f", revision {entry.revision}"
     kind = entry.architecture.removesuffix("ForCausalLM")
-    texts = (entry.name, size(entry.bytes) if entry.bytes else "", kind, entry.dtype, where)
+    texts = (entry.name, format_bytes(entry.bytes) if entry.bytes else "", kind, entry.dtype, where)
     return tuple(one_line(text) for text in texts)

@@ -1,4 +1,4 @@
-"""From a config to what an engine runs: the model's text side, and a backend that holds its weights and KV cache."""
+"""Loads a model: config and tokenizer from its folder, weights and KV cache into a backend."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from llmrs.core.config import EngineConfig, SamplingParams
 from llmrs.core.engine import EngineCore
 from llmrs.core.errors import ConfigError, LoadCancelledError, ModelError
 from llmrs.core.ir import Graph
-from llmrs.memory import Fit, fit
+from llmrs.memory import MemoryPlan, plan_memory
 from llmrs.models.arch.config import ModelConfig
 from llmrs.models.arch.families import family, graph_of, read_config
 from llmrs.models.files.generation import read_generation
@@ -20,47 +20,42 @@ from llmrs.models.hub.locate import locate
 from llmrs.models.text.template import ChatTemplate
 from llmrs.models.text.tokenizer import Tokenizer
 
-Progress = Callable[[int, int], object]  # bytes done, bytes of all; False ends the loading
-OnFit = Callable[[Fit], object]  # False ends the loading
+Progress = Callable[[int, int], object]  # bytes done, bytes in total; False cancels the loading
+OnMemoryPlan = Callable[[MemoryPlan], object]  # False cancels the loading
 
 
-def ignore_progress(done: int, total: int) -> None:
-    """Nobody wants to know."""
-
-
-def ignore_fit(fit: Fit) -> None:
-    """Nobody wants to know."""
+def no_callback(*values: object) -> None:
+    """The default of callbacks."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model folder as read: everything but its weights."""
+    """A model folder without its weights."""
 
     folder: Path
     config: ModelConfig
     graph: Graph
     tokenizer: Tokenizer
-    template: ChatTemplate | ModelError | None  # the error where it can't work: it stops conversations only
-    sampling: SamplingParams  # what its author recommends
+    template: ChatTemplate | ModelError | None  # the error of a broken one: plain text works without
+    sampling: SamplingParams  # the author's defaults
     eos_ids: tuple[int, ...]
 
 
-def read_model(config: EngineConfig, on_download: Progress = ignore_progress) -> Model:
-    """Reads and checks the small files of a model, whose files are all downloaded before if need be.
+def read_model(config: EngineConfig, on_download: Progress = no_callback) -> Model:
+    """Downloads missing files of a Hub model, then reads its folder.
 
     Raises ModelError, or LoadCancelledError where `on_download` returns False.
     """
 
     def advance(done: int, total: int) -> None:
         if on_download(done, total) is False:
-            raise LoadCancelledError("the download of the model was cancelled", "the next one goes on where it was")
+            raise LoadCancelledError("the download of the model was cancelled", "the next one resumes it")
 
-    folder = locate(config.model_path, config.revision, offline=config.offline, progress=advance)
-    return read_folder(folder)
+    return read_folder(locate(config.model_path, config.revision, offline=config.offline, progress=advance))
 
 
 def read_folder(folder: Path) -> Model:
-    """Reads and checks the small files of a model. Raises ModelError."""
+    """Reads and checks config, tokenizer and templates. Raises ModelError."""
     config = _with_stored_head(folder, read_config(folder))
     graph = graph_of(config)
     tokenizer = Tokenizer.load(folder)
@@ -82,19 +77,21 @@ def read_folder(folder: Path) -> Model:
 
 
 def _with_stored_head(folder: Path, config: ModelConfig) -> ModelConfig:
-    """See `with_stored_head`. The weights are opened only where they are to be tied."""
+    """Unties embeddings where the files hold an lm_head. The weights are opened only for a tied model."""
     if not config.tie_word_embeddings:
         return config
     source = SafetensorsSource(folder)
-    found = with_stored_head(config, family(config.architecture).names, source)
+    config = with_stored_head(config, family(config.architecture).names, source)
     source.close()
-    return found
+    return config
 
 
 def make_backend(config: EngineConfig) -> base.Backend:
     """The backend on its device. Raises BackendError or ConfigError."""
     if config.quant is not None:
-        raise ConfigError(f"quant: {config.quant!r} is not there yet", "leave it out to run the weights as they are")
+        raise ConfigError(
+            f"quant: {config.quant!r} is not supported yet", "leave it out to run the weights as they are"
+        )
     kind = base.find(base.choose(config.backend))
     kv_dtype = config.dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
     backend = kind(base.pick_device(kind, config.device), config.dtype, kv_dtype)
@@ -103,31 +100,32 @@ def make_backend(config: EngineConfig) -> base.Backend:
 
 
 def load(
-    backend: base.Backend, config: EngineConfig, model: Model, progress: Progress, on_fit: OnFit
-) -> tuple[EngineCore, Fit]:
-    """Weights and KV cache into the backend; the core that steps it. Raises ModelError, ConfigError, BackendError.
+    backend: base.Backend, config: EngineConfig, model: Model, progress: Progress, on_memory_plan: OnMemoryPlan
+) -> tuple[EngineCore, MemoryPlan]:
+    """Loads weights and allocates the KV cache. Raises ModelError, ConfigError, BackendError.
 
-    `on_fit` is called before anything is loaded, and again if there is room for less than was expected.
+    `on_memory_plan` is called before anything is loaded, and again if less memory is left than expected.
     """
-    expected = measure(backend, config, model, backend.free_memory())
-    on_fit(expected)
+    expected = plan(backend, config, model, backend.free_memory())
+    on_memory_plan(expected)
     expected.check()
     _load_weights(backend, model, progress)
-    found = measure(backend, config, model, backend.free_memory() + expected.weights)
-    if found.length != expected.length:
-        on_fit(found)
-    found.check()
-    backend.allocate(found.blocks, found.block_size, config.max_num_seqs, found.length)
-    pool = BlockPool(found.blocks, found.block_size, config.prefix_cache)
-    return EngineCore(backend, config, model.config.vocab_size, found.length, pool), found
+    final = plan(backend, config, model, backend.free_memory() + expected.weight_bytes)
+    if final.max_model_len != expected.max_model_len:
+        on_memory_plan(final)
+    final.check()
+    backend.allocate(final.num_blocks, final.block_size, config.max_num_seqs, final.max_model_len)
+    pool = BlockPool(final.num_blocks, final.block_size, config.prefix_cache)
+    return EngineCore(backend, config, model.config.vocab_size, final.max_model_len, pool), final
 
 
-def measure(backend: base.Backend, config: EngineConfig, model: Model, free: int) -> Fit:
-    """How the model fits where `free` bytes are free before the weights are there. Raises ConfigError."""
+def plan(backend: base.Backend, config: EngineConfig, model: Model, device_free: int) -> MemoryPlan:
+    """The memory plan for `device_free` bytes before the weights are loaded. Raises ConfigError."""
     block_size, dtypes = config.block_size or backend.block_size, (backend.dtype, backend.kv_dtype)
     tokens = config.max_num_batched_tokens or max(backend.step_tokens, config.max_num_seqs)
-    reserve = backend.reserve(model.graph, config.max_num_seqs, tokens)
-    return fit(model.graph, config, model.config.max_position_embeddings, block_size, dtypes, free, reserve)
+    workspace = backend.reserve(model.graph, config.max_num_seqs, tokens)
+    max_len = model.config.max_position_embeddings
+    return plan_memory(model.graph, config, max_len, block_size, dtypes, device_free, workspace)
 
 
 def _load_weights(backend: base.Backend, model: Model, progress: Progress) -> None:

@@ -65,8 +65,8 @@ class Ours:
         before = resident()
         self.engine = Engine(config)
         gc.collect()
-        fit = self.engine.fit
-        planned = fit.weights + fit.blocks * fit.block_size * fit.token
+        plan = self.engine.memory_plan
+        planned = plan.weight_bytes + plan.num_blocks * plan.block_size * plan.kv_bytes_per_token
         print(f"anonymous memory after load {(resident() - before) / 1e9:.3f} GB, weights + KV {planned / 1e9:.3f} GB")
 
     def run(self, tokens: list[int], count: int) -> tuple[float, float]:

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import random_checkpoint
 
 from llmrs import Engine, EngineConfig
-from llmrs.bench.workloads import WORKLOADS, arrivals, percentiles, run
+from llmrs.bench.workloads import WORKLOADS, percentiles, poisson_arrivals, run
 
 SHARES = (0.5, 0.8)
 
@@ -71,15 +71,15 @@ def child(folder: str, rate: float) -> None:
     with loaded(folder) as engine:
         load = time.perf_counter() - begin
         at_load = {name: len(found) for name, found in seen.items()}
-        asked = WORKLOADS["mixed"].requests_of(engine.model.config.vocab_size)
+        specs = WORKLOADS["mixed"].make_requests(engine.model.config.vocab_size)
         if not rate:
-            run(engine, asked)
-            print(json.dumps({"rate": len(asked) / run(engine, asked).seconds}))
+            run(engine, specs)
+            print(json.dumps({"rate": len(specs) / run(engine, specs).seconds}))
             return
         trace = engine.start_trace()
-        outcome = run(engine, asked, arrivals(len(asked), rate))
+        result = run(engine, specs, poisson_arrivals(len(specs), rate))
         longest = sorted(((e["dur"] / 1e3, e["name"]) for e in trace.events), reverse=True)[:8]
-    ttft = [a.to_first * 1e3 for a in outcome.answers]
+    ttft = [r.ttft * 1e3 for r in result.requests]
     compiled = seen["compile"]
     print(
         json.dumps(
@@ -87,7 +87,7 @@ def child(folder: str, rate: float) -> None:
                 "load": load,
                 "at_load": at_load,
                 "ttft": {**percentiles(ttft), "max": max(ttft)},
-                "itl": outcome.latencies()["between_tokens"],
+                "itl": result.latencies()["itl"],
                 "captures": len(seen["capture"]),
                 "capture_ms": percentiles(seen["capture"] or [0.0]),
                 "compiled": sum(not hit for *_, hit in compiled),

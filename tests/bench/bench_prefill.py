@@ -218,7 +218,7 @@ def prefill(
                 results[str(options)] = rates
                 print(f"prefill {options}: {max(rates):.0f} tokens/s of {[round(r) for r in rates]}", flush=True)
                 if options.get("attention") is None and "block_size" not in options:
-                    engine._worker.ask(partial(step, timed))
+                    engine._worker.run_on_device_thread(partial(step, timed))
         except Exception:  # noqa: BLE001
             traceback.print_exc()
     return results

@@ -43,7 +43,7 @@ class Gate:
 
 def settled(engine):
     """The statistics when all that was asked of the engine until now is done."""
-    engine._worker.ask(lambda backend: None)
+    engine._worker.run_on_device_thread(lambda backend: None)
     return engine.stats()
 
 

@@ -41,7 +41,7 @@ class Gate:
     def __exit__(self, *exception):
         self.open()
 
-    def engine(self, config, *, progress, on_fit):
+    def engine(self, config, *, progress, on_memory_plan):
         def stop(done, total):
             self.steps += 1
             progress(done, total)
@@ -49,7 +49,7 @@ class Gate:
             self.opened.wait()
             return progress(done, total)
 
-        return Engine(config, progress=stop, on_fit=on_fit)
+        return Engine(config, progress=stop, on_memory_plan=on_memory_plan)
 
     def open(self):
         self.opened.set()

@@ -266,7 +266,7 @@ def test_a_task_that_is_cancelled_while_it_closes_an_engine(config):
     assert len(engine_threads()) == before
 
 
-@pytest.mark.parametrize("name", ["progress", "on_fit"])
+@pytest.mark.parametrize("name", ["progress", "on_memory_plan", "on_fit"])
 @pytest.mark.parametrize("at", ["first", "last"])
 @pytest.mark.parametrize("answer", [Stop, False])
 def test_what_a_callback_raises_or_refuses_ends_the_loading(config, name, at, answer):
@@ -291,10 +291,15 @@ def test_what_a_callback_raises_or_refuses_ends_the_loading(config, name, at, an
 
 def test_callbacks_of_a_loading_see_what_those_of_the_constructor_see(config):
     ours, theirs = [], []
-    Engine(config, progress=lambda *both: ours.append(both), on_fit=lambda fit: ours.append(fit.length)).close()
+    Engine(
+        config, progress=lambda *both: ours.append(both), on_memory_plan=lambda plan: ours.append(plan.max_model_len)
+    ).close()
 
     async def main():
-        callbacks = {"progress": lambda *both: theirs.append(both), "on_fit": lambda fit: theirs.append(fit.length)}
+        callbacks = {
+            "progress": lambda *both: theirs.append(both),
+            "on_memory_plan": lambda plan: theirs.append(plan.max_model_len),
+        }
         async with await Engine.load_async(config, **callbacks):
             pass
 

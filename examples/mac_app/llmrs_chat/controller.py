@@ -43,7 +43,7 @@ class Controller:
     @property
     def context(self) -> int:
         """Tokens that a conversation may have, as far as the memory that it was given goes; 0 without a model."""
-        return self._engine.fit.length if self._engine else 0
+        return self._engine.memory_plan.max_model_len if self._engine else 0
 
     async def switch(self, model: str, kv_cache_memory: int | None, progress: Progress) -> None:
         """Gives the engine that is there back, and then loads `model`: "demo", or the path of a folder.
@@ -123,7 +123,7 @@ def load(config: EngineConfig, progress: Progress, unwanted: threading.Event) ->
         progress(done, total)
         return not unwanted.is_set()
 
-    engine = Engine(config, progress=advance, on_fit=lambda fit: not unwanted.is_set())
+    engine = Engine(config, progress=advance, on_memory_plan=lambda plan: not unwanted.is_set())
     if unwanted.is_set():
         engine.close()
         raise LoadCancelledError("the loading of the model was cancelled")
