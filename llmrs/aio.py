@@ -5,25 +5,16 @@ import queue
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from threading import get_ident
-from typing import Any, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self
 
 from llmrs.core.errors import LlmrsError, LoadCancelledError, RequestError
 from llmrs.output import GenerationOutput
 from llmrs.stream import Stream
 
+if TYPE_CHECKING:
+    from llmrs.engine import Engine
+
 Callback = Callable[..., object]  # False cancels the loading
-
-
-class Closable(Protocol):
-    def close(self) -> None: ...
-
-    async def aclose(self) -> None: ...
-
-    def stop(self) -> None:
-        """Starts to close, without waiting."""
-
-
-Loaded = TypeVar("Loaded", bound=Closable)
 
 
 class LoopEvent:
@@ -155,13 +146,13 @@ class LoadCallbacks:
             raise LoadCancelledError("the loading of the model was cancelled")
 
 
-async def load(make: Callable[..., Loaded], *callbacks: Callback) -> Loaded:
+async def load(make: Callable[..., "Engine"], *callbacks: Callback) -> "Engine":
     """Runs `make(*callbacks)` in a thread of its own, the callbacks in the event loop's.
 
     Loading ends if a callback raises, or returns False (LoadCancelledError), or the task is cancelled; an engine that
     the thread still makes is closed.
     """
-    calls, made, complete = LoadCallbacks(), list[Loaded](), False
+    calls, made, complete = LoadCallbacks(), list["Engine"](), False
 
     def run() -> None:
         made.append(make(*map(calls.in_loop, callbacks)))

@@ -7,6 +7,7 @@ Backend.launch. Its tokens return by `on_update` on the device thread -> OutputQ
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,7 +23,7 @@ from llmrs.models.text.detokenize import Detokenizer
 from llmrs.models.text.message import Message
 from llmrs.models.text.template import ChatPrompt, encode_chat
 from llmrs.output import GenerationOutput
-from llmrs.stream import OutputQueue, PromptProgress, Stream, cancelling
+from llmrs.stream import OutputQueue, PromptProgress, Stream
 from llmrs.trace import Trace
 from llmrs.worker import Worker
 
@@ -234,3 +235,11 @@ class Engine:
     def _stream_async(self, request: Request) -> AsyncStream:
         event = LoopEvent(partial(self._worker.cancel, request))
         return AsyncStream(self._stream(request, event.set), event)
+
+
+def cancelling(streams: Sequence[Stream | AsyncStream]) -> ExitStack:
+    """A context that cancels these streams on exit, unless its `pop_all` is called."""
+    stack = ExitStack()
+    for stream in streams:
+        stack.callback(stream.cancel)
+    return stack

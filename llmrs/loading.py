@@ -1,6 +1,7 @@
 """Loads a model: config and tokenizer from its folder, weights and KV cache into a backend."""
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,7 +57,10 @@ def read_model(config: EngineConfig, on_download: Progress = no_callback) -> Mod
 
 def read_folder(folder: Path) -> Model:
     """Reads and checks config, tokenizer and templates. Raises ModelError."""
-    config = _with_stored_head(folder, read_config(folder))
+    config = read_config(folder)
+    if config.tie_word_embeddings:
+        with closing(SafetensorsSource(folder)) as source:  # files with an lm_head untie the embeddings
+            config = with_stored_head(config, family(config.architecture).names, source)
     graph = graph_of(config)
     tokenizer = Tokenizer.load(folder)
     generation = read_generation(folder, config.vocab_size, tokenizer.eos_ids)
@@ -74,16 +78,6 @@ def read_folder(folder: Path) -> Model:
         SamplingParams(**generation.sampling),
         generation.eos_ids,
     )
-
-
-def _with_stored_head(folder: Path, config: ModelConfig) -> ModelConfig:
-    """Unties embeddings where the files hold an lm_head. The weights are opened only for a tied model."""
-    if not config.tie_word_embeddings:
-        return config
-    source = SafetensorsSource(folder)
-    config = with_stored_head(config, family(config.architecture).names, source)
-    source.close()
-    return config
 
 
 def make_backend(config: EngineConfig) -> base.Backend:

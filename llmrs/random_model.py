@@ -101,41 +101,31 @@ def prompts(*lengths: int) -> list[list[int]]:
     return [np.random.default_rng(n).integers(0, VOCABULARY, n).tolist() for n in lengths]
 
 
+def make_batch(query_lens: np.ndarray, seq_lens: np.ndarray, block_tables: np.ndarray, **fields: Any) -> Batch:
+    """A step of the last `query_lens` tokens of each sequence, in slots 0, 1, ...; greedy, and token 0 by default.
+
+    Lengths are int32 (S,), block_tables int32 (S, B).
+    """
+    count, starts = len(seq_lens), np.concatenate([[0], np.cumsum(query_lens)]).astype(np.int32)
+    pairs = zip(query_lens, seq_lens, strict=True)
+    defaults = {
+        "input_ids": np.zeros(starts[-1], np.int32),
+        "positions": np.concatenate([np.arange(n - q, n, dtype=np.int32) for q, n in pairs]),
+        "req_slots": np.arange(count, dtype=np.int32),
+        "do_sample": np.ones(count, bool),
+        "sampling": SamplingArrays.zeros(count),
+        "logits_indices": starts[1:] - 1,
+        "prompt_logprob_ids": np.zeros(0, np.int32),
+    }
+    return Batch(query_start_loc=starts, seq_lens=seq_lens, block_tables=block_tables, **{**defaults, **fields})
+
+
 def prefill_batch(sequences: Sequence[Sequence[int]], block_size: int = BLOCK) -> Batch:
     """One step that prefills whole sequences, each in its own blocks."""
-    counts = np.array([len(s) for s in sequences], np.int32)
-    width = int(-(-counts.max() // block_size))
-    starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-    return Batch(
-        input_ids=np.concatenate([np.array(s, np.int32) for s in sequences]),
-        positions=np.concatenate([np.arange(n, dtype=np.int32) for n in counts]),
-        query_start_loc=starts,
-        seq_lens=counts,
-        block_tables=np.arange(len(counts) * width, dtype=np.int32).reshape(len(counts), width),
-        req_slots=np.arange(len(counts), dtype=np.int32),
-        do_sample=np.ones(len(counts), bool),
-        sampling=SamplingArrays.zeros(len(counts)),
-        logits_indices=starts[1:] - 1,
-        prompt_logprob_ids=np.zeros(0, np.int32),
-    )
-
-
-def decode_step(sampling: SamplingArrays, seq_lens: np.ndarray, block_tables: np.ndarray, **more: Any) -> Batch:
-    """A step of one token per sequence, in slots 0, 1, ...; `seq_lens` int32 (S,), `block_tables` int32 (S, B)."""
-    count = len(seq_lens)
-    return Batch(
-        input_ids=np.zeros(count, np.int32),
-        positions=seq_lens - 1,
-        query_start_loc=np.arange(count + 1, dtype=np.int32),
-        seq_lens=seq_lens,
-        block_tables=block_tables,
-        req_slots=np.arange(count, dtype=np.int32),
-        do_sample=np.ones(count, bool),
-        sampling=sampling,
-        logits_indices=np.arange(count, dtype=np.int32),
-        prompt_logprob_ids=np.zeros(0, np.int32),
-        **more,
-    )
+    lens = np.array([len(s) for s in sequences], np.int32)
+    width = int(-(-lens.max() // block_size))
+    blocks = np.arange(len(lens) * width, dtype=np.int32).reshape(len(lens), width)
+    return make_batch(lens, lens, blocks, input_ids=np.concatenate([np.array(s, np.int32) for s in sequences]))
 
 
 def sampling_batch(sampling: SamplingArrays, new_requests: Sequence[NewRequest] = (), **more: Any) -> Batch:
@@ -143,8 +133,8 @@ def sampling_batch(sampling: SamplingArrays, new_requests: Sequence[NewRequest] 
     seq_lens = np.ones(len(sampling.rng_key), np.int32)
     for r in new_requests:
         seq_lens[r.slot] = len(r.tokens)
-    block_tables = np.zeros((len(seq_lens), 1), np.int32)
-    return decode_step(sampling, seq_lens, block_tables, new_requests=new_requests, **more)
+    query_lens, blocks = np.ones_like(seq_lens), np.zeros((len(seq_lens), 1), np.int32)
+    return make_batch(query_lens, seq_lens, blocks, sampling=sampling, new_requests=new_requests, **more)
 
 
 def random_sampling(rng: np.random.Generator, count: int) -> SamplingArrays:

@@ -5,9 +5,8 @@ in the caller's thread, `aio.AsyncStream` in an event loop.
 """
 
 import queue
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
-from typing import Any, Protocol, Self
+from collections.abc import Callable, Iterator
+from typing import Any, Self
 
 from llmrs.core.errors import EngineClosedError, RequestError
 from llmrs.core.request import Request
@@ -184,18 +183,6 @@ class Stream(Iterator[str]):
     def __del__(self) -> None:
         if not self._output.ended:
             self.cancel()
-
-
-class Cancellable(Protocol):
-    def cancel(self) -> None: ...
-
-
-def cancelling(streams: Iterable[Cancellable]) -> ExitStack:
-    """A context that cancels these streams on exit, unless its `pop_all` is called."""
-    stack = ExitStack()
-    for stream in streams:
-        stack.callback(stream.cancel)
-    return stack
 
 
 def copied(error: Exception) -> Exception:

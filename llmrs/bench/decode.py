@@ -1,12 +1,11 @@
 """`llmrs bench`: decode and prefill speed of a model against the device's roofline."""
 
-import time
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from llmrs.bench.roofline import Device, Measurement, ModelCost
-from llmrs.bench.workloads import RequestSpec
+from llmrs.bench.workloads import RequestSpec, run
 from llmrs.core.config import SamplingParams
 from llmrs.engine import Engine
 
@@ -34,16 +33,11 @@ def _prompts(engine: Engine, count: int, length: int, seed: int) -> list[list[in
 
 def _decode(engine: Engine, batch: int, prompt_len: int, output_len: int) -> float:
     """Seconds from the last first token of the batch to its end."""
-    specs = [RequestSpec(prompt, output_len) for prompt in _prompts(engine, batch, prompt_len, batch)]
-    streams = [engine.generate_stream(s.params, s.prompt) for s in specs]
-    for stream in streams:
-        while not stream.token_count and not stream.finished:  # `result` raises the error of one that failed
-            time.sleep(0.0002)
-    begin, early = time.perf_counter(), sum(s.token_count for s in streams)
-    for stream in streams:
-        stream.result()
-    seconds = time.perf_counter() - begin
-    return seconds * batch * (output_len - 1) / max(batch * output_len - early, 1)
+    prompts = _prompts(engine, batch, prompt_len, batch)
+    times = [r.token_times for r in run(engine, [RequestSpec(prompt, output_len) for prompt in prompts]).requests]
+    begin, end = max(t[0] for t in times), max(t[-1] for t in times)
+    decoded = sum(at > begin for t in times for at in t)
+    return (end - begin) * batch * (output_len - 1) / max(decoded, 1)
 
 
 def _prefill(engine: Engine, length: int, seed: int) -> float:

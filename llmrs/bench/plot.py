@@ -38,7 +38,9 @@ def svg(title: str, x_name: str, y_name: str, curves: Sequence[Curve]) -> str:
     xs = sorted({x for c in curves for x, _ in c.points})
     ys = [y for c in curves for _, y in c.points]
     x = Axis(xs[0], xs[-1], LEFT, WIDTH - RIGHT)
-    y = Axis(10 ** math.floor(math.log10(min(ys))), 10 ** math.ceil(math.log10(max(ys))), HEIGHT - BOTTOM, TOP)
+    low, high = math.floor(math.log10(min(ys))), math.ceil(math.log10(max(ys)))
+    y = Axis(10.0**low, 10.0**high, HEIGHT - BOTTOM, TOP)
+    tens = [10.0**n for n in range(low, high + 1)]
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
@@ -46,18 +48,13 @@ def svg(title: str, x_name: str, y_name: str, curves: Sequence[Curve]) -> str:
         _text((x.begin + x.end) / 2, HEIGHT - 10, x_name),
         f'<g transform="rotate(-90 16 {HEIGHT / 2})">{_text(16, HEIGHT / 2, y_name)}</g>',
         *(_tick(x.at(v), y.begin, x.at(v), y.end, x.at(v), y.begin + 16, f"{v:g}", "middle") for v in xs),
-        *(_tick(x.begin, y.at(v), x.end, y.at(v), x.begin - 6, y.at(v) + 4, f"{v:g}", "end") for v in _tens(y)),
+        *(_tick(x.begin, y.at(v), x.end, y.at(v), x.begin - 6, y.at(v) + 4, f"{v:g}", "end") for v in tens),
     ]
     color = -1
     for n, curve in enumerate(curves):
         color += not curve.roofline
         lines += _curve(curve, x, y, COLORS[color % len(COLORS)], TOP + 14 + 18 * n)
     return "\n".join([*lines, "</svg>\n"])
-
-
-def _tens(axis: Axis) -> list[float]:
-    low, high = round(math.log10(axis.low)), round(math.log10(axis.high))
-    return [10.0**n for n in range(low, high + 1)]
 
 
 def _curve(curve: Curve, x: Axis, y: Axis, color: str, legend: float) -> list[str]:

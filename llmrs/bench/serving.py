@@ -65,9 +65,6 @@ class BusyMeter:
     def __init__(self, profiler: Profiler) -> None:
         self.profiler, self.steps, self.busy = profiler, 0, 0.0
 
-    def start(self) -> None:
-        self.profiler.start()
-
     def stop(self) -> None:
         self.busy += device_busy(self.profiler.stop())
 
@@ -78,7 +75,7 @@ class BusyMeter:
             self.steps += 1
             if self.steps % FLUSH_EVERY_STEPS == 0:
                 self.stop()
-                self.start()
+                self.profiler.start()
         yield
 
 
@@ -93,7 +90,7 @@ def device_idle(engine: Engine, specs: Sequence[RequestSpec], seconds: float) ->
         return None
     core, meter = engine._worker.core, BusyMeter(profiler)
     before, core.span = core.span, meter.span
-    on_device(lambda backend: meter.start())
+    on_device(lambda backend: profiler.start())
     try:
         run(engine, specs)
     finally:

@@ -17,7 +17,7 @@ from llmrs.core.engine import Ticket
 from llmrs.core.errors import BackendError
 from llmrs.core.sampling import SamplingArrays
 from llmrs.engine import Engine
-from llmrs.random_model import decode_step
+from llmrs.random_model import make_batch
 
 ROUNDS, ROUND_SECONDS, MIN_STEPS, MAX_STEPS = 3, 0.3, 3, 50
 
@@ -80,7 +80,8 @@ def decode_batch(block_size: int, num_seqs: int, context: int) -> Batch:
     sampling.rng_key[:] = np.arange(num_seqs)
     width = -(-context // block_size)
     blocks = np.random.default_rng(0).permutation(num_seqs * width).astype(np.int32).reshape(num_seqs, width)
-    return decode_step(sampling, np.full(num_seqs, context, np.int32), blocks)
+    ones = np.ones(num_seqs, np.int32)
+    return make_batch(ones, context * ones, blocks, sampling=sampling)
 
 
 def run_steps(backend: Backend, batch: Batch, count: int) -> None:

@@ -1,7 +1,7 @@
 """The engine against transformers on the CPU, in one run, one checkpoint: python tests/bench/bench_cpu.py [FOLDER]
 
-One request: decode rate after a prompt of 32 tokens, and prefill of 512 tokens; bf16, greedy. Both take turns, and
-the best of each counts, so that what else the machine does hits both.
+One request: decode rate after a prompt of 32 tokens, and prefill of 512 tokens; bf16, greedy. Both alternate,
+and the best of each counts, so that other load on the machine hits both.
 """
 
 import gc
@@ -32,7 +32,7 @@ def resident() -> int:
 
 
 class Theirs:
-    """transformers, its static settings as they come."""
+    """transformers with default settings."""
 
     def __init__(self, folder: Path) -> None:
         import transformers
@@ -84,13 +84,13 @@ class Ours:
 
 
 def serve(kind: str, folder: Path, connection: Any) -> None:
-    """A process of its own for each engine, so that neither changes the other's allocator or threads."""
+    """Serves one engine in its own process: allocator and threads are not shared."""
     engine = {"llmrs": Ours, "transformers": Theirs}[kind](folder)
     connection.send("ready")
     while True:
         try:
             seed = connection.recv()
-        except EOFError:  # the parent has seen enough
+        except EOFError:  # the parent is done
             return
         connection.send((engine.decode(ids(PROMPT, seed), NEW), engine.prefill(ids(PREFILL, seed))))
 

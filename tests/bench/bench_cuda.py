@@ -149,7 +149,7 @@ def on_its_thread(of: Engine, run: Callable[[Any], Any]) -> Any:
 
 @cache
 def device() -> Device:
-    """The ceilings as the engine measures them."""
+    """The measured peaks."""
     return Device.of(engine())
 
 

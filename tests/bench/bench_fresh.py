@@ -1,8 +1,8 @@
-"""First tokens of a fresh engine under load, on an NVIDIA GPU: python tests/bench/bench_fresh.py FOLDER [--cold]
+"""TTFT of a fresh engine under load, on an NVIDIA GPU: python tests/bench/bench_fresh.py FOLDER [--cold]
 
-The requests of `mixed` arrive in a Poisson process at 50 % and 80 % of the rate that a warm engine reaches, each in a
+The requests of `mixed` arrive in a Poisson process at 50 % and 80 % of the rate of a warm engine, each in a
 process of its own, right after the engine is loaded and without a warm-up run. With --cold Triton's cache on disk is
-empty too. FOLDER is a checkpoint; one with Qwen3-0.6B's shapes is written if it is not there. The last line is JSON.
+empty too. FOLDER is a checkpoint; if missing, one with Qwen3-0.6B's shapes is written. The last line is JSON.
 """
 
 import gc
@@ -40,7 +40,7 @@ def loaded(folder: str) -> Engine:
 
 
 def watch() -> dict[str, list[Any]]:
-    """Milliseconds of every capture of a CUDA graph and of every Triton kernel that is compiled."""
+    """Milliseconds of every CUDA graph capture and Triton compilation."""
     from llmrs.backends.torch.cuda_graphs import Recorder
 
     seen: dict[str, list[Any]] = {"capture": [], "compile": []}
@@ -66,7 +66,7 @@ def watch() -> dict[str, list[Any]]:
 
 
 def child(folder: str, rate: float) -> None:
-    """One fresh engine. A rate of 0: all requests at once, twice, and the rate of the second run."""
+    """One fresh engine. Rate 0: all requests at once, twice; prints the rate of the second run."""
     seen, begin = watch(), time.perf_counter()
     with loaded(folder) as engine:
         load = time.perf_counter() - begin
@@ -126,7 +126,7 @@ def main(folder: str, cold: bool) -> None:
             found[f"{name} {share}"] = one
             ttft = ", ".join(f"{k} {v:.1f}" for k, v in one["ttft"].items())
             print(
-                f"{name} kernel cache, {share:.0%}: ms to the first token {ttft}; loaded in {one['load']:.1f} s; ",
+                f"{name} kernel cache, {share:.0%}: TTFT in ms {ttft}; loaded in {one['load']:.1f} s; ",
                 end="",
             )
             print(f"{one['captures']} graphs, {one['capture_ms']['p50']:.1f} ms each; ", end="")

@@ -1,4 +1,4 @@
-"""What fits into memory: numbers by hand, that advice is true, and where it is shown."""
+"""Memory plans: numbers by hand, true advice, and the table on stderr."""
 
 import io
 import re
@@ -40,7 +40,7 @@ def test_numbers_by_hand():
     assert (f.weight_bytes, f.kv_bytes_per_token, f.kv_budget) == (4 * WEIGHTS, 4 * TOKEN, 9000)
     assert f.max_blocks == 9000 // (4 * TOKEN * 4) == 46
     assert f.max_len_one_seq == 184
-    assert f.max_concurrency == 3  # of 13 blocks each
+    assert f.max_concurrency == 3  # 13 blocks each
     assert (f.max_model_len, f.num_blocks) == (50, 39)
     assert f.complete
     assert f.advice() == []
@@ -91,7 +91,7 @@ def test_weights_that_do_not_fit():
 
 
 def test_a_memory_limit_that_is_too_low_for_the_weights():
-    """The error says what it needs, and a limit that is enough is enough."""
+    """The error names a sufficient limit."""
     wanted = {"max_model_len": 100, "dtype": "bf16"}
     f = tiny(10**6, memory_limit=2 * WEIGHTS - 1, **wanted)
     with pytest.raises(
@@ -120,7 +120,7 @@ def test_a_memory_limit_that_is_too_low_for_the_context():
     ]
     assert tiny(10**6, memory_limit=f.required, max_model_len=100).max_model_len == 100
     fixed = tiny(10**6, memory_limit=4 * WEIGHTS + 1000, max_model_len=100, kv_cache_memory=1000)
-    assert not any("memory_limit" in line for line in fixed.advice())  # it would change nothing
+    assert not any("memory_limit" in line for line in fixed.advice())  # kv_cache_memory decides
 
 
 def test_fewer_sequences_than_asked_for_run_all_the_same():
@@ -231,7 +231,7 @@ def test_progress_is_told_before_anything_is_loaded():
         assert not any(isinstance(s, MemoryPlan) for s in seen[1:])
     with pytest.raises(MemoryLimitError):
         Engine(EngineConfig(max_model_len=4096, kv_cache_memory=1000), on_memory_plan=seen.append)
-    assert not seen[-1].complete  # told, then refused before loading
+    assert not seen[-1].complete  # reported, then refused before loading
     with pytest.raises(LoadCancelledError):
         Engine(EngineConfig(), on_fit=lambda plan: False)
 

@@ -32,7 +32,7 @@ def test_op_costs_add_up_to_the_model_cost():
         matrices = [c for c in found if c.op in ("linear", "merged_linear", "lm_head")]
         assert sum(c.flops for c in matrices) == 4 * 2 * (cost.num_weights - norms())
         assert sum(c.flops for c in by_op["attend"]) == 4 * 100 * cost.attention_flops
-        queries = 28 * 2 * 4 * 16 * 128 * 2  # read, and the answers written
+        queries = 28 * 2 * 4 * 16 * 128 * 2  # queries read, outputs written
         assert sum(c.bytes for c in by_op["attend"]) == 4 * 100 * cost.kv_bytes_per_token + queries
         assert sum(c.bytes for c in matrices) > 2 * (cost.num_weights - norms())
         assert found[-1] == OpCost("sample", "sample", 4 * 151_936 * 2)
@@ -41,7 +41,7 @@ def test_op_costs_add_up_to_the_model_cost():
 
 @pytest.mark.parametrize(("batch", "part"), [(1, 1 / 3), (2, 5 / 9), (200, 1.0)])
 def test_op_cost_of_moe(batch: int, part: float):
-    """Six experts of 3 x 24 x 64, two of them for each token; the router of 6 x 64 is for all."""
+    """Six experts of 3 x 24 x 64, two activated per token; a router of 6 x 64."""
     found = op_costs(RandomModel.of("qwen3-moe", num_hidden_layers=1).graph, ("f32", "f32"), batch, 9)
     (moe,) = (c for c in found if c.op == "moe")
     router, experts = 6 * 64, 6 * 3 * 24 * 64

@@ -20,7 +20,7 @@ H200 = Device("H200", 4.66e12, 803e12)
 
 
 def test_the_cost_of_qwen3():
-    """As counted by hand: 28 layers of 2 x 8 x 128 x 2 bytes of KV; the head is the embedding table, read once."""
+    """By hand: 28 layers of 2 x 8 x 128 x 2 bytes of KV; the lm_head is the embedding table, read once."""
     graph = paper.graph("Qwen3-0.6B")
     cost = ModelCost.of(graph)
     assert cost.kv_bytes_per_token == 114_688
@@ -41,7 +41,7 @@ def test_roofline_times():
 
 
 def test_moe_counts_activated_experts():
-    """Six experts a layer, of which each token goes through two."""
+    """Six experts per layer, two activated per token."""
     model = RandomModel.of("qwen3-moe", num_hidden_layers=3)
     cost, slow, fast = ModelCost.of(model.graph), Device("slow", math.inf, 1.0), Device("fast", 1.0, math.inf)
     experts = 3 * 6 * 3 * 24 * 64  # layers, experts, matrices of 24 x 64
@@ -51,9 +51,9 @@ def test_moe_counts_activated_experts():
     assert cost.step_time(fast, "bf16", 2, 0) == pytest.approx(2 * (rest + experts * (1 - (2 / 3) ** 2)))
     assert cost.step_time(fast, "bf16", 100, 0) == pytest.approx(2 * cost.num_weights)
     assert cost.step_time(slow, "bf16", 5, 0) == pytest.approx(5 * 2 * (rest + experts / 3))
-    through = rest - cost.lm_head_weights + experts / 3
+    active = rest - cost.lm_head_weights + experts / 3
     keys = cost.causal_pairs(7) * cost.attention_flops
-    assert cost.prefill_time(slow, "bf16", 7) == pytest.approx(7 * 2 * through + 2 * cost.lm_head_weights + keys)
+    assert cost.prefill_time(slow, "bf16", 7) == pytest.approx(7 * 2 * active + 2 * cost.lm_head_weights + keys)
 
 
 def test_the_tables_of_the_docs():
@@ -78,18 +78,18 @@ def lengths(name: str) -> list[tuple[int, int]]:
 
 
 def test_rooflines_of_the_workloads_on_an_h200():
-    """Tokens per second as counted by hand for Qwen3-0.6B: prompts by arithmetic, answers by memory reads."""
+    """Tokens/s by hand for Qwen3-0.6B: prefill is compute-bound, decode memory-bound."""
     cost = ModelCost.of(paper.graph("Qwen3-0.6B"))
 
-    def limit(name: str) -> float:
+    def roofline(name: str) -> float:
         requests = lengths(name)
         tokens = sum(prompt if new == 1 else new for prompt, new in requests)
         return tokens / cost.workload_time(H200, "bf16", requests)
 
-    assert limit("seed") == pytest.approx(72_500, rel=0.01)
-    assert limit("mixed") == pytest.approx(38_500, rel=0.03)  # there with the head for every token of a prompt
-    assert limit("single") == pytest.approx(3_900, rel=0.05)
-    assert limit("prefill") == pytest.approx(596_000, rel=0.01)
+    assert roofline("seed") == pytest.approx(72_500, rel=0.01)
+    assert roofline("mixed") == pytest.approx(38_500, rel=0.03)  # by hand with the lm_head for every prompt token
+    assert roofline("single") == pytest.approx(3_900, rel=0.05)
+    assert roofline("prefill") == pytest.approx(596_000, rel=0.01)
 
 
 def test_the_roofline_of_a_workload_is_the_sum_of_its_steps():

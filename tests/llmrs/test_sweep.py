@@ -22,8 +22,8 @@ def engine():
         yield made
 
 
-class MadeUp:
-    """A backend whose steps take 2 ms of a clock that it turns itself, 0.5 of which its kernels run."""
+class FakeBackend:
+    """A backend with steps of 2 ms on its own clock, 0.5 ms of them in kernels."""
 
     def __init__(self, max_in_flight=2):
         self.block_size, self.max_in_flight, self.now, self.unread, self.shapes = 16, max_in_flight, 0.0, 0, Counter()
@@ -58,10 +58,10 @@ class MadeUp:
 
 
 def test_steps_are_timed_with_max_in_flight():
-    backend = MadeUp()
-    seconds, share = measure_step(backend, 3, 40, lambda: backend.now)
+    backend = FakeBackend()
+    seconds, idle = measure_step(backend, 3, 40, lambda: backend.now)
     assert seconds == pytest.approx(0.002)
-    assert share == pytest.approx(0.75)
+    assert idle == pytest.approx(0.75)
     assert (backend.deepest, backend.unread) == (2, 0)
     assert set(backend.shapes) == {(3, 40)}
     backend.asynchronous = False
@@ -128,7 +128,7 @@ def test_plot():
     (x1, y1), (x2, y2), (x3, y3) = points[0]
     assert x1 < x2 < x3
     assert y1 > y2 > y3  # up is less
-    assert (x2 - x1, y2 - y1) == pytest.approx((x3 - x2, y3 - y2), abs=0.2)  # logarithmic: equal factors, equal ways
+    assert (x2 - x1, y2 - y1) == pytest.approx((x3 - x2, y3 - y2), abs=0.2)  # logarithmic
     assert points[1][0][0] == x1
     assert y2 < points[1][0][1] < y1
     assert lines[1].get("stroke-dasharray")

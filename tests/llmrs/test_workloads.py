@@ -66,7 +66,7 @@ def test_poisson_arrivals():
     assert due[0] == 0
     assert due == poisson_arrivals(20_000, 4.0)
     assert gaps.mean() == pytest.approx(1 / 4, rel=0.03)
-    assert gaps.std() == pytest.approx(1 / 4, rel=0.05)  # of the exponential distribution, as the mean
+    assert gaps.std() == pytest.approx(1 / 4, rel=0.05)  # of an exponential distribution
     assert (gaps > 0.25).mean() == pytest.approx(np.exp(-1), rel=0.05)
 
 
@@ -101,7 +101,7 @@ def test_prefill_counts_prompt_tokens(engine):
 
 
 class Busy:
-    """A profiler of a device that works a tenth of a second between start and stop."""
+    """A profiler with 0.1 s of kernels between start and stop."""
 
     asynchronous = True
 
@@ -121,7 +121,7 @@ def test_device_idle_of_a_workload(engine, monkeypatch):
     monkeypatch.setattr("llmrs.bench.serving.FLUSH_EVERY_STEPS", 3)
     monkeypatch.setattr(core.backend, "profiler", lambda: profiler)
     before = core.span
-    assert device_idle(engine, [RequestSpec([5, 6, 7], 7)], 1.0) == pytest.approx(0.7)  # 7 steps: pieces of 2, 3 and 2
+    assert device_idle(engine, [RequestSpec([5, 6, 7], 7)], 1.0) == pytest.approx(0.7)  # flushed after 2, 3, 2
     assert profiler.calls == ["start", "stop"] * 3
     assert core.span is before
     assert device_idle(engine, [RequestSpec([5], 2)], 0.05) == 0.0  # a profiler that slows kernels down
