@@ -171,4 +171,4 @@ def random_step(rng: np.random.Generator, count: int, vocabulary: int) -> tuple[
     flags[:, 0] = True  # neither banned nor masked out
     mask = np.packbits(flags, axis=-1, bitorder="little").view(np.uint32)
     logits = np.round(rng.normal(size=(count, vocabulary)) * 4).astype(np.float32) / 2
-    return logits, sampling_batch(sampling, new_requests, banned=banned, logprobs=int(rng.integers(-1, 4))), mask
+    return logits, sampling_batch(sampling, new_requests, banned_ids=banned, logprobs=int(rng.integers(-1, 4))), mask

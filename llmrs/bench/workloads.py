@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 
 from llmrs.core.config import SamplingParams
@@ -85,7 +86,7 @@ def parse_workloads(text: str, scale: float = 1.0) -> list[Workload]:
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if name not in WORKLOADS:
-            raise ConfigError(f"workloads: {name!r} is not there", did_you_mean(name, WORKLOADS))
+            raise ConfigError(f"workloads: {name!r} is unknown", did_you_mean(name, WORKLOADS))
     return [WORKLOADS[name].scaled(scale) for name in dict.fromkeys(names)]
 
 
@@ -105,16 +106,6 @@ class RequestTimes:
     def itl(self) -> list[float]:
         """Inter-token latencies."""
         return [after - before for before, after in pairwise(self.token_times)]
-
-    def record(self, on_update: Callable[[Request, list[int]], None]) -> Callable[[Request, list[int]], None]:
-        """Wraps a request's `on_update`."""
-
-        def timed(request: Request, tokens: list[int]) -> None:
-            if tokens:
-                self.token_times.append(time.monotonic())
-            on_update(request, tokens)
-
-        return timed
 
 
 @dataclass(frozen=True)
@@ -153,12 +144,18 @@ def run(engine: Engine, specs: Sequence[RequestSpec], arrivals: Sequence[float] 
             time.sleep(max(begin + arrivals[n] - time.monotonic(), 0))
         times.append(RequestTimes(time.monotonic()))
         stream = engine._stream(engine._inputs.request(spec.params, spec.prompt))
-        stream.request.on_update = times[-1].record(stream.request.on_update)
+        stream.request.on_update = partial(_record, times[-1].token_times, stream.request.on_update)
         engine._submit([stream])
         streams.append(stream)
     for stream in streams:
         stream.result()
     return RunResult(times)
+
+
+def _record(times: list[float], on_update: Callable[..., None], request: Request, tokens: list[int]) -> None:
+    if tokens:
+        times.append(time.monotonic())
+    on_update(request, tokens)
 
 
 def poisson_arrivals(count: int, rate: float, seed: int = 0) -> list[float]:

@@ -74,7 +74,7 @@ def test_a_backend_without_a_profiler(call):
     ("args", "words"),
     [
         (["--workloads", "sead"], "did you mean seed"),
-        (["--workloads", ""], "'' is not there"),
+        (["--workloads", ""], "'' is unknown"),
         (["--workloads", "seed", "--batches", "3"], "batches changes nothing"),
         (["--scale", "0.5"], "scale changes nothing"),
         (["--contexts", "8", "--new-tokens", "9"], "new_tokens changes nothing"),
