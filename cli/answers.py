@@ -94,8 +94,8 @@ def fail(answers: Sequence[Answer], error: LlmrsError) -> None:
 
 def longer_context(engine: "Engine") -> str:
     """The end of a hint: that the context can be longer, where it can."""
-    most = min(engine.fit.longest, engine.fit.context)
-    return f", or raise max_model_len, to {most} at most" if most > engine.fit.length else ""
+    most = min(engine.memory_plan.max_len_one_seq, engine.memory_plan.model_max_len)
+    return f", or raise max_model_len, to {most} at most" if most > engine.memory_plan.max_model_len else ""
 
 
 def render(engine: "Engine", run: RunOptions, text: str) -> "Prompt":

@@ -20,7 +20,7 @@ from llmrs.config import EngineConfig
 from llmrs.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from llmrs.bench.startup import Start
+    from llmrs.bench.startup import StartupTimes
     from llmrs.bench.workloads import Workload
     from llmrs.engine import Engine
 
@@ -59,10 +59,10 @@ def refuse_unused(mine: BenchOptions, settings: Settings) -> None:
 
 def model(mine: BenchOptions, settings: Settings) -> int:
     """Everything that needs the model, in one engine; and the start of processes, beside none."""
-    from llmrs.bench.workloads import named  # here and below, since `llmrs --help` should not wait for it
+    from llmrs.bench.workloads import parse_workloads  # here and below, since `llmrs --help` should not wait for it
 
-    chosen = named(mine.workloads, mine.scale) if mine.workloads is not None else []
-    arriving = named("mixed", mine.scale) if mine.arrivals else []
+    chosen = parse_workloads(mine.workloads, mine.scale) if mine.workloads is not None else []
+    arriving = parse_workloads("mixed", mine.scale) if mine.arrivals else []
     report = Report(mine)
     if mine.start:
         report.add("start", [started(settings.engine)])
@@ -76,7 +76,7 @@ def model(mine: BenchOptions, settings: Settings) -> int:
     return 0
 
 
-def started(config: EngineConfig) -> "Start":
+def started(config: EngineConfig) -> "StartupTimes":
     """Times `llmrs run` with a file of this config."""
     from llmrs.bench import startup
 
@@ -107,9 +107,9 @@ def measure(
         report.add("workloads", serving.measure(engine, device, chosen))
     for w in arriving:
         closed = next((m for m in report.found.get("workloads", ()) if m.name == w.name), None)
-        report.add("arrivals", serving.over_time(engine, device, w, mine.arrivals or (), closed))
+        report.add("arrivals", serving.open_loop(engine, device, w, mine.arrivals or (), closed))
     if mine.grid:
-        report.add("grid", sweep.grid(engine, device, batches, contexts))
+        report.add("grid", sweep.sweep(engine, device, batches, contexts))
     if mine.profile:
         report.add("profiles", (profile.profile_step(engine, device, b, c) for b, c in shapes))
 
@@ -122,7 +122,7 @@ def with_room(config: EngineConfig, mine: BenchOptions, workloads: "Sequence[Wor
     steps = mine.grid or mine.profile
     batches = (mine.batches or BATCHES) if steps or mine.table else ()
     sequences = max(config.max_num_seqs, *batches, *(w.requests for w in workloads), 1)
-    needed = [w.longest for w in workloads] + [mine.prompt_tokens + mine.new_tokens] * mine.table
+    needed = [w.max_len for w in workloads] + [mine.prompt_tokens + mine.new_tokens] * mine.table
     wanted = [*needed, *((mine.contexts or CONTEXTS) if steps else ()), (PROMPT + 1) * mine.table, 2]
     length = config.max_model_len or min(max(wanted), model_context(config))
     if needed and max(needed) > length:

@@ -27,8 +27,8 @@ class Report:
 
     def with_ceilings(self, device: "Device") -> "Device":
         """The device itself."""
-        self.head |= {"bytes_per_second": device.bandwidth, "operations_per_second": device.operations}
-        read, computed = device.bandwidth / 1e9, device.operations / 1e12
+        self.head |= {"bytes_per_second": device.bandwidth, "operations_per_second": device.flops}
+        read, computed = device.bandwidth / 1e9, device.flops / 1e12
         self._print(f"ceilings: {read:.1f} GB/s read, {computed:.2f} TFLOP/s")
         return device
 

@@ -69,11 +69,10 @@ def table(entries: Sequence["LocalModel"]) -> list[str]:
 
 
 def cells(entry: "LocalModel") -> tuple[str, ...]:
-    from llmrs.memory import size
 
     where = {"cache": "Hugging Face cache"}.get(entry.where, entry.where)
     if entry.revision not in ("", "main"):
         where += f", revision {entry.revision}"
     kind = entry.architecture.removesuffix("ForCausalLM")
-    texts = (entry.name, size(entry.bytes) if entry.bytes else "", kind, entry.dtype, where)
+    texts = (entry.name, format_bytes(entry.bytes) if entry.bytes else "", kind, entry.dtype, where)
     return tuple(one_line(text) for text in texts)

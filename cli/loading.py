@@ -9,7 +9,7 @@ from llmrs.cli.terminal import StatusLine
 
 if TYPE_CHECKING:
     from llmrs.engine import Engine
-    from llmrs.memory import Fit
+    from llmrs.memory import MemoryPlan
 
 
 def load_engine(settings: Settings) -> "Engine":
@@ -20,16 +20,16 @@ def load_engine(settings: Settings) -> "Engine":
     def show(doing: str) -> Callable[[int, int], None]:
         return lambda done, total: line.show(lambda: f"{doing} {name}: {share(done, total)}")
 
-    def table(fit: "Fit") -> None:
+    def table(plan: "MemoryPlan") -> None:
         line.clear()
-        if line.active or not fit.complete:  # a script is told only what is not as it asked
-            for title, text in fit.table():
+        if line.active or not plan.complete:  # a script is told only what is not as it asked
+            for title, text in plan.table():
                 print(f"{title:10}{text}", file=sys.stderr)
 
     try:
         from llmrs.engine import Engine  # here, since it imports what `llmrs --help` should not wait for
 
-        return Engine(settings.engine, progress=show("loading"), on_download=show("downloading"), on_fit=table)
+        return Engine(settings.engine, progress=show("loading"), on_download=show("downloading"), on_memory_plan=table)
     finally:
         line.clear()
 

@@ -1,4 +1,4 @@
-"""A conversation: python examples/chat.py [MODEL]. Ctrl-C stops an answer, the end of input ends the talk."""
+"""A conversation: python examples/chat.py [MODEL]. Ctrl-C stops an answer, end of input the program."""
 
 import sys
 
@@ -16,7 +16,7 @@ def main(model: str = "demo") -> None:
                     print(text, end="", flush=True)
             except KeyboardInterrupt:
                 stream.cancel()
-            except LlmrsError as error:  # this turn can't be answered; the next one may
+            except LlmrsError as error:  # the next turn may succeed
                 print(f"error: {error}", file=sys.stderr)
                 continue
             print()

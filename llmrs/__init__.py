@@ -56,7 +56,7 @@ __all__ = [
     "TokenLogprob",
 ]
 
-_LATER = {
+_LAZY = {
     "AsyncStream": "llmrs.aio",
     "ChatPrompt": "llmrs.models.text.template",
     "Engine": "llmrs.engine",
@@ -65,7 +65,7 @@ _LATER = {
 
 
 def __getattr__(name: str) -> Any:
-    """Imports the engine when it is first asked for, so that `import llmrs` and `import llmrs.core` stay light."""
-    if name in _LATER:
-        return getattr(import_module(_LATER[name]), name)
+    """Imports the engine on first use, so that `import llmrs` and `import llmrs.core` stay light."""
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'llmrs' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""`python -m llmrs`, which is `llmrs`."""
+"""`python -m llmrs`."""
 
 import sys
 

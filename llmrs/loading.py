@@ -1,6 +1,7 @@
-"""From a config to what an engine runs: the model's text side, and a backend that holds its weights and KV cache."""
+"""Loads a model: config and tokenizer from its folder, weights and KV cache into a backend."""
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,58 +12,55 @@ from llmrs.core.engine import EngineCore
 from llmrs.core.errors import ConfigError, LoadCancelledError, ModelError
 from llmrs.core.ir import Graph
 from llmrs.core.options import SamplingParams
-from llmrs.memory import Fit, fit
+from llmrs.memory import MemoryPlan, plan_memory
 from llmrs.models.arch.config import ModelConfig
 from llmrs.models.arch.families import family, graph_of, read_config
 from llmrs.models.files.generation import read_generation
 from llmrs.models.files.safetensors import SafetensorsSource
-from llmrs.models.files.weights import Weights, untie_stored_head
-from llmrs.models.hub.resolve import resolve_model
+from llmrs.models.files.weights import Weights
 from llmrs.models.text.template import ChatTemplate
 from llmrs.models.text.tokenizer import Tokenizer
 
-Progress = Callable[[int, int], object]  # bytes done, bytes of all; False ends the loading
-OnFit = Callable[[Fit], object]  # False ends the loading
+Progress = Callable[[int, int], object]  # bytes done, bytes in total; False cancels the loading
+OnMemoryPlan = Callable[[MemoryPlan], object]  # False cancels the loading
 
 
-def ignore_progress(done: int, total: int) -> None:
-    """Nobody wants to know."""
-
-
-def ignore_fit(fit: Fit) -> None:
-    """Nobody wants to know."""
+def no_callback(*values: object) -> None:
+    """The default of callbacks."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model folder as read: everything but its weights."""
+    """A model folder without its weights."""
 
     folder: Path
     config: ModelConfig
     graph: Graph
     tokenizer: Tokenizer
-    template: ChatTemplate | ModelError | None  # the error where it can't work: it stops conversations only
-    sampling: SamplingParams  # what its author recommends
+    template: ChatTemplate | ModelError | None  # the error of a broken one: plain text works without
+    sampling: SamplingParams  # the author's defaults
     eos_ids: tuple[int, ...]
 
 
-def read_model(config: EngineConfig, on_download: Progress = ignore_progress) -> Model:
-    """Reads and checks the small files of a model, whose files are all downloaded before if need be.
+def read_model(config: EngineConfig, on_download: Progress = no_callback) -> Model:
+    """Downloads missing files of a Hub model, then reads its folder.
 
     Raises ModelError, or LoadCancelledError where `on_download` returns False.
     """
 
     def advance(done: int, total: int) -> None:
         if on_download(done, total) is False:
-            raise LoadCancelledError("the download of the model was cancelled", "the next one goes on where it was")
+            raise LoadCancelledError("the download of the model was cancelled", "the next one resumes it")
 
-    folder = resolve_model(config.model_path, config.revision, offline=config.offline, progress=advance)
-    return read_folder(folder)
+    return read_folder(resolve_model(config.model_path, config.revision, offline=config.offline, progress=advance))
 
 
 def read_folder(folder: Path) -> Model:
-    """Reads and checks the small files of a model. Raises ModelError."""
-    config = _with_stored_head(folder, read_config(folder))
+    """Reads and checks config, tokenizer and templates. Raises ModelError."""
+    config = read_config(folder)
+    if config.tie_word_embeddings:
+        with closing(SafetensorsSource(folder)) as source:  # files with an lm_head untie the embeddings
+            config = untie_stored_head(config, family(config.architecture).names, source)
     graph = graph_of(config)
     tokenizer = Tokenizer.load(folder)
     generation = read_generation(folder, config.vocab_size, tokenizer.eos_ids)
@@ -82,20 +80,12 @@ def read_folder(folder: Path) -> Model:
     )
 
 
-def _with_stored_head(folder: Path, config: ModelConfig) -> ModelConfig:
-    """See `untie_stored_head`. The weights are opened only where they are to be tied."""
-    if not config.tie_word_embeddings:
-        return config
-    source = SafetensorsSource(folder)
-    found = untie_stored_head(config, family(config.architecture).names, source)
-    source.close()
-    return found
-
-
 def make_backend(config: EngineConfig) -> base.Backend:
     """The backend on its device. Raises BackendError or ConfigError."""
     if config.quant is not None:
-        raise ConfigError(f"quant: {config.quant!r} is not there yet", "leave it out to run the weights as they are")
+        raise ConfigError(
+            f"quant: {config.quant!r} is not supported yet", "leave it out to run the weights as they are"
+        )
     kind = base.load_backend(base.resolve(config.backend))
     kv_dtype = config.dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
     backend = kind(base.pick_device(kind, config.device), config.dtype, kv_dtype)
@@ -104,43 +94,44 @@ def make_backend(config: EngineConfig) -> base.Backend:
 
 
 def load(
-    backend: base.Backend, config: EngineConfig, model: Model, progress: Progress, on_fit: OnFit
-) -> tuple[EngineCore, Fit]:
-    """Weights and KV cache into the backend; the core that steps it. Raises ModelError, ConfigError, BackendError.
+    backend: base.Backend, config: EngineConfig, model: Model, progress: Progress, on_memory_plan: OnMemoryPlan
+) -> tuple[EngineCore, MemoryPlan]:
+    """Loads weights and allocates the KV cache. Raises ModelError, ConfigError, BackendError.
 
-    `on_fit` is called before anything is loaded, and again if there is room for less than was expected.
+    `on_memory_plan` is called before anything is loaded, and again if less memory is left than expected.
     """
-    expected = measure(backend, config, model, backend.free_memory())
-    on_fit(expected)
+    expected = plan(backend, config, model, backend.free_memory())
+    on_memory_plan(expected)
     expected.check()
     _load_weights(backend, model, progress)
-    found = measure(backend, config, model, backend.free_memory() + expected.weights)
-    if found.length != expected.length:
-        on_fit(found)
-    found.check()
-    max_tokens = step_tokens(backend, config)
-    backend.allocate(found.blocks, found.block_size, config.max_num_seqs, found.length, max_tokens)
+    final = plan(backend, config, model, backend.free_memory() + expected.weight_bytes)
+    if final.max_model_len != expected.max_model_len:
+        on_memory_plan(final)
+    final.check()
+    max_tokens = _max_num_batched_tokens(backend, config)
+    backend.allocate(final.num_blocks, final.block_size, config.max_num_seqs, final.max_model_len, max_tokens)
     core = EngineCore(
         backend,
-        BlockPool(found.blocks, found.block_size, config.prefix_cache),
+        BlockPool(final.num_blocks, final.block_size, config.prefix_cache),
         vocab_size=model.config.vocab_size,
-        max_model_len=found.length,
+        max_model_len=final.max_model_len,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=max_tokens,
     )
-    return core, found
+    return core, final
 
 
-def step_tokens(backend: base.Backend, config: EngineConfig) -> int:
-    """max_num_batched_tokens, or the backend's default."""
+def _max_num_batched_tokens(backend: base.Backend, config: EngineConfig) -> int:
     return config.max_num_batched_tokens or max(backend.step_tokens, config.max_num_seqs)
 
 
-def measure(backend: base.Backend, config: EngineConfig, model: Model, free: int) -> Fit:
-    """How the model fits where `free` bytes are free before the weights are there. Raises ConfigError."""
+def plan(backend: base.Backend, config: EngineConfig, model: Model, device_free: int) -> MemoryPlan:
+    """The memory plan for `device_free` bytes before the weights are loaded. Raises ConfigError."""
     block_size, dtypes = config.block_size or backend.block_size, (backend.dtype, backend.kv_dtype)
-    workspace = backend.workspace_bytes(model.graph, config.max_num_seqs, step_tokens(backend, config))
-    return fit(model.graph, config, model.config.max_position_embeddings, block_size, dtypes, free, workspace)
+    max_tokens = _max_num_batched_tokens(backend, config)
+    workspace = backend.workspace_bytes(model.graph, config.max_num_seqs, max_tokens)
+    max_len = model.config.max_position_embeddings
+    return plan_memory(model.graph, config, max_len, block_size, dtypes, device_free, workspace)
 
 
 def _load_weights(backend: base.Backend, model: Model, progress: Progress) -> None:

@@ -1,4 +1,4 @@
-"""Whether a model fits: the memory that its weights and its KV cache need, and what there is. Nothing is allocated."""
+"""The memory plan of a model: bytes of weights and KV cache against the device's memory. Nothing is allocated."""
 
 import math
 from dataclasses import dataclass
@@ -9,189 +9,188 @@ from llmrs.core.errors import ConfigError, MemoryLimitError
 from llmrs.core.ir import Graph
 from llmrs.models.files.weights import num_parameters
 
-DEFAULT_CONTEXT = 4096  # tokens of prompt and answer, where the user does not say and the model allows it
-SHORTEST = 2  # tokens of a context: one of a prompt, one of an answer
+DEFAULT_MAX_LEN = 4096  # tokens of prompt and answer without max_model_len
+MIN_LEN = 2  # one token of prompt, one of answer
 
 
 @dataclass(frozen=True)
-class Fit:
-    """What was asked for, what there is, and what becomes of it. Sizes are bytes, lengths are tokens."""
+class MemoryPlan:
+    """What was requested, what is free, and what is allocated. Sizes are bytes, lengths are tokens."""
 
     dtype: str
     kv_dtype: str
-    weights: int
-    token: int  # of KV cache per token, all layers
-    free: int  # on the device, before the weights are there
-    usable: int  # for the KV cache
+    weight_bytes: int
+    kv_bytes_per_token: int  # all layers
+    available: int  # before the weights are loaded: device_free, bounded by memory_limit
+    kv_budget: int
     block_size: int
-    context: int  # that the model has
-    wanted: int  # length of a context that was asked for, or the default
-    fixed: bool  # it was asked for: it must not be shortened
-    sequences: int  # max_num_seqs
-    there: int = 0  # on the device, of which memory_limit may allow less
-    needed: int = 0  # that would have to be free for one sequence of `wanted`; 0: kv_cache_memory decides
+    model_max_len: int  # the model's max_position_embeddings
+    requested_len: int  # max_model_len or the default
+    explicit: bool  # max_model_len is set: it must not be shortened
+    max_num_seqs: int
+    device_free: int = 0
+    required: int = 0  # free bytes that one sequence of requested_len takes; 0: kv_cache_memory decides
 
     @property
-    def possible(self) -> int:
-        """Blocks of KV cache that may be allocated."""
-        return self.usable // (self.token * self.block_size)
+    def max_blocks(self) -> int:
+        """KV blocks that fit into the budget."""
+        return self.kv_budget // (self.kv_bytes_per_token * self.block_size)
 
     @property
-    def longest(self) -> int:
+    def max_len_one_seq(self) -> int:
         """The longest context that fits for one sequence."""
-        return min(self.context, self.possible * self.block_size)
+        return min(self.model_max_len, self.max_blocks * self.block_size)
 
     @property
-    def length(self) -> int:
-        """The context that a request gets; 0 where it can't get what was asked for."""
-        if self._each(self.wanted) <= self.possible:
-            return self.wanted
-        return 0 if self.fixed or self.longest < SHORTEST else self.longest
+    def max_model_len(self) -> int:
+        """The context length of a request; 0 where the requested one does not fit."""
+        if self._blocks_for(self.requested_len) <= self.max_blocks:
+            return self.requested_len
+        return 0 if self.explicit or self.max_len_one_seq < MIN_LEN else self.max_len_one_seq
 
     @property
-    def at_once(self) -> int:
-        """Sequences of `length` that fit at once, whatever max_num_seqs is; of `wanted` where that is 0."""
-        return self.possible // self._each(self.length or self.wanted)
+    def max_concurrency(self) -> int:
+        """Sequences of full length that fit together, regardless of max_num_seqs."""
+        return self.max_blocks // self._blocks_for(self.max_model_len or self.requested_len)
 
     @property
-    def blocks(self) -> int:
-        """Blocks to allocate: what max_num_seqs full contexts need, or as many as may be."""
-        return min(self._each(self.length) * self.sequences, self.possible)
+    def num_blocks(self) -> int:
+        """KV blocks to allocate: max_num_seqs full contexts, or as many as fit."""
+        return min(self._blocks_for(self.max_model_len) * self.max_num_seqs, self.max_blocks)
 
     @property
     def complete(self) -> bool:
-        """Whether all is as asked for: the weights, the context, and max_num_seqs such contexts at once."""
-        whole = self.length == self.wanted and self.at_once >= self.sequences
-        return whole and self.weights + self.blocks * self.block_size * self.token <= self.free
+        """Whether weights, requested length and max_num_seqs full contexts all fit."""
+        full = self.max_model_len == self.requested_len and self.max_concurrency >= self.max_num_seqs
+        kv_bytes = self.num_blocks * self.block_size * self.kv_bytes_per_token
+        return full and self.weight_bytes + kv_bytes <= self.available
 
     def check(self) -> None:
-        """Raises MemoryLimitError where the model can't run as asked."""
+        """Raises MemoryLimitError where the model can't run as requested."""
         hint = next(iter(self.advice()), "")
-        if self.weights > self.free:
-            room = f"memory_limit allows {size(self.free)}" if self._limited() else f"{size(self.free)} are free"
-            needs = f"the weights need {size(self.weights)} in {self.dtype}, and {room}"
-            whole = f"; {size(self.needed)} with a context of {self.wanted} tokens" if self.needed else ""
+        length = self.requested_len
+        if self.weight_bytes > self.available:
+            free = format_bytes(self.available)
+            room = f"memory_limit allows {free}" if self._limited() else f"{free} are free"
+            needs = f"the weights need {format_bytes(self.weight_bytes)} in {self.dtype}, and {room}"
+            whole = f"; {format_bytes(self.required)} with a context of {length} tokens" if self.required else ""
             raise MemoryLimitError(needs + whole, hint)
-        if not self.length:
-            needs = f"one sequence of {self.wanted} tokens needs {size(self.wanted * self.token)} of KV cache"
-            raise MemoryLimitError(f"{needs}, and {size(self.usable)} may be used", hint)
+        if not self.max_model_len:
+            needs = (
+                f"one sequence of {length} tokens needs {format_bytes(length * self.kv_bytes_per_token)} of KV cache"
+            )
+            raise MemoryLimitError(f"{needs}, and {format_bytes(self.kv_budget)} may be used", hint)
 
     def advice(self) -> list[str]:
-        """What would help, the best first; empty when all is as asked for."""
-        if self.weights > self.free:
-            return self._about_weights()
-        found = []
-        if self.length != self.wanted:
-            found = self._about_length()
-        elif self.at_once < self.sequences:
-            found = self._about_sequences()
-        if self.weights + self.usable > self.free and not self.complete:
-            found.append(f"the weights leave {size(self.free - self.weights)} free")
-        return found + self._about_limit() if not self.length else found
+        """Remedies, the best first; empty when the plan is complete."""
+        if self.weight_bytes > self.available:
+            return self._weight_advice()
+        lines = []
+        if self.max_model_len != self.requested_len:
+            lines = self._length_advice()
+        elif self.max_concurrency < self.max_num_seqs:
+            lines = self._concurrency_advice()
+        if self.weight_bytes + self.kv_budget > self.available and not self.complete:
+            lines.append(f"the weights leave {format_bytes(self.available - self.weight_bytes)} free")
+        return lines if self.max_model_len else lines + self._limit_advice()
 
     def table(self) -> list[tuple[str, str]]:
-        """Rows of a name and what is to be said."""
+        """Rows of title and text."""
+        length, budget = self.max_model_len or self.requested_len, format_bytes(self.kv_budget)
         rows = [
-            ("weights", f"{size(self.weights)} in {self.dtype}"),
-            ("KV cache", f"{size(1000 * self.token)} per 1,000 tokens in {self.kv_dtype}"),
-            ("free", f"{size(self.free)}; {size(self.usable)} may be used for the KV cache"),
-            ("longest", f"{self.longest:,} tokens for one sequence; the model has {self.context:,}"),
-            (
-                "at once",
-                f"{self.at_once:,} of {self.length or self.wanted:,} tokens; max_num_seqs is {self.sequences:,}",
-            ),
+            ("weights", f"{format_bytes(self.weight_bytes)} in {self.dtype}"),
+            ("KV cache", f"{format_bytes(1000 * self.kv_bytes_per_token)} per 1,000 tokens in {self.kv_dtype}"),
+            ("free", f"{format_bytes(self.available)}; {budget} may be used for the KV cache"),
+            ("max length", f"{self.max_len_one_seq:,} tokens for one sequence; the model has {self.model_max_len:,}"),
+            ("concurrency", f"{self.max_concurrency:,} of {length:,} tokens; max_num_seqs is {self.max_num_seqs:,}"),
         ]
         return [*rows, *(("advice", line) for line in self.advice())]
 
-    def _about_weights(self) -> list[str]:
-        smaller = self.weights // DTYPE_BYTES[self.dtype] * DTYPE_BYTES["bf16"]
-        if smaller <= self.free and smaller < self.weights:
-            return [f"dtype: bf16 needs {size(smaller)}", *self._about_limit()]
-        return self._about_limit() or ["use a smaller model"]
+    def _weight_advice(self) -> list[str]:
+        smaller = self.weight_bytes // DTYPE_BYTES[self.dtype] * DTYPE_BYTES["bf16"]
+        if smaller <= self.available and smaller < self.weight_bytes:
+            return [f"dtype: bf16 needs {format_bytes(smaller)}", *self._limit_advice()]
+        return self._limit_advice() or ["use a smaller model"]
 
-    def _about_limit(self) -> list[str]:
-        fits = self._limited() and self.free < self.needed <= self.there
-        return [f"memory_limit of at least {self.needed} has room for {self.wanted} tokens"] if fits else []
+    def _limit_advice(self) -> list[str]:
+        fits = self._limited() and self.available < self.required <= self.device_free
+        return [f"memory_limit of at least {self.required} has room for {self.requested_len} tokens"] if fits else []
 
     def _limited(self) -> bool:
-        return self.there > self.free
+        return self.device_free > self.available
 
-    def _about_length(self) -> list[str]:
-        found = [f"max_model_len of at most {self.longest} fits"] if self.longest >= SHORTEST else []
-        halved = self.token // DTYPE_BYTES[self.kv_dtype] * DTYPE_BYTES["bf16"]
-        if halved < self.token and (longer := self.usable // (halved * self.block_size) * self.block_size) >= SHORTEST:
-            found.append(f"kv_cache_dtype: bf16 makes room for {min(longer, self.context)} tokens")
-        return found or ["give the KV cache more memory: kv_cache_memory, memory_fraction"]
+    def _length_advice(self) -> list[str]:
+        lines = [f"max_model_len of at most {self.max_len_one_seq} fits"] if self.max_len_one_seq >= MIN_LEN else []
+        in_bf16 = self.kv_bytes_per_token // DTYPE_BYTES[self.kv_dtype] * DTYPE_BYTES["bf16"]
+        longer = self.kv_budget // (in_bf16 * self.block_size) * self.block_size
+        if in_bf16 < self.kv_bytes_per_token and longer >= MIN_LEN:
+            lines.append(f"kv_cache_dtype: bf16 makes room for {min(longer, self.model_max_len)} tokens")
+        return lines or ["give the KV cache more memory: kv_cache_memory, memory_fraction"]
 
-    def _about_sequences(self) -> list[str]:
-        found = [f"max_num_seqs of at most {self.at_once} has room for full contexts"]
-        each = self.possible // self.sequences * self.block_size
-        if each >= SHORTEST:
-            found.append(f"max_model_len of at most {each} lets {self.sequences} run at once")
-        return found
+    def _concurrency_advice(self) -> list[str]:
+        lines = [f"max_num_seqs of at most {self.max_concurrency} has room for full contexts"]
+        length = self.max_blocks // self.max_num_seqs * self.block_size
+        if length >= MIN_LEN:
+            lines.append(f"max_model_len of at most {length} lets {self.max_num_seqs} run at once")
+        return lines
 
-    def _each(self, length: int) -> int:
-        """Blocks of one sequence."""
+    def _blocks_for(self, length: int) -> int:
         return -(-length // self.block_size)
 
 
-def fit(
+def plan_memory(
     graph: Graph,
     config: EngineConfig,
-    context: int,
+    model_max_len: int,
     block_size: int,
     dtypes: tuple[str, str],
-    free: int,
-    reserve: int = 0,
-) -> Fit:
-    """How a model fits where `free` bytes are free. `dtypes` are those of the weights and the KV cache in the backend.
+    device_free: int,
+    workspace: int = 0,
+) -> MemoryPlan:
+    """The plan for a device with `device_free` bytes, before the weights are loaded.
 
-    `reserve` are the bytes that steps need for themselves.
-
-    Raises ConfigError for a max_model_len beyond the model's `context`.
+    `dtypes` are the backend's for weights and KV cache; `workspace` are bytes that steps need.
+    Raises ConfigError for a max_model_len above `model_max_len`.
     """
-    weights, token = num_parameters(graph) * DTYPE_BYTES[dtypes[0]], token_bytes(graph, dtypes[1])
-    there, free = free, min(free, config.memory_limit or free)
-    wanted = context_length(config, context)
-    cache = -(-wanted // block_size) * block_size * token
-    needed = weights + reserve + math.ceil(cache / config.memory_fraction) + 1  # which is rounded
-    return Fit(
-        dtype=dtypes[0],
-        kv_dtype=dtypes[1],
-        weights=weights,
-        token=token,
-        free=free,
-        usable=config.kv_cache_memory or int(max(free - weights - reserve, 0) * config.memory_fraction),
+    weight_bytes, per_token = num_parameters(graph) * DTYPE_BYTES[dtypes[0]], kv_bytes_per_token(graph, dtypes[1])
+    available, length = min(device_free, config.memory_limit or device_free), requested_length(config, model_max_len)
+    kv_bytes = -(-length // block_size) * block_size * per_token
+    required = weight_bytes + workspace + math.ceil(kv_bytes / config.memory_fraction) + 1  # the budget is rounded
+    budget = int(max(available - weight_bytes - workspace, 0) * config.memory_fraction)
+    return MemoryPlan(
+        *dtypes,
+        weight_bytes=weight_bytes,
+        kv_bytes_per_token=per_token,
+        available=available,
+        kv_budget=config.kv_cache_memory or budget,
         block_size=block_size,
-        context=context,
-        wanted=wanted,
-        fixed=config.max_model_len is not None,
-        sequences=config.max_num_seqs,
-        there=there,
-        needed=0 if config.kv_cache_memory else needed,
+        model_max_len=model_max_len,
+        requested_len=length,
+        explicit=config.max_model_len is not None,
+        max_num_seqs=config.max_num_seqs,
+        device_free=device_free,
+        required=0 if config.kv_cache_memory else required,
     )
 
 
-def token_bytes(graph: Graph, dtype: str) -> int:
+def kv_bytes_per_token(graph: Graph, dtype: str) -> int:
     """Bytes of KV cache per token, all layers."""
     scale = SCALE_BYTES if dtype == "fp8" else 0
     return 2 * sum(heads * (size * DTYPE_BYTES[dtype] + scale) for heads, size in (t.sizes for t in graph.kv_types()))
 
 
-def context_length(config: EngineConfig, context: int) -> int:
-    """Tokens of prompt and answer together. Raises ConfigError when the user asks for more than the model has."""
-    if config.max_model_len is None:
-        return min(context, DEFAULT_CONTEXT)
-    if config.max_model_len > context:
+def requested_length(config: EngineConfig, model_max_len: int) -> int:
+    """Tokens of prompt and answer together. Raises ConfigError for a max_model_len above the model's."""
+    length = config.max_model_len or min(model_max_len, DEFAULT_MAX_LEN)
+    if length > model_max_len:
         raise ConfigError(
-            f"max_model_len: {config.max_model_len} is more than the model's context of {context} tokens",
-            f"use at most {context}",
+            f"max_model_len: {length} is more than the model's context of {model_max_len} tokens",
+            f"use at most {model_max_len}",
         )
-    return config.max_model_len
+    return length
 
 
-def size(count: int) -> str:
-    """Bytes in words."""
+def format_bytes(count: int) -> str:
     if count >= 1e8:
         return f"{count / 1e9:.2f} GB"
     return f"{count / 1e6:.2f} MB" if count >= 1e5 else f"{count / 1e3:.2f} kB"

@@ -1,4 +1,4 @@
-"""What comes out of an engine."""
+"""Results of requests."""
 
 from dataclasses import dataclass
 
@@ -7,21 +7,21 @@ from llmrs.core.request import TokenLogprobs
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """How likely the model held a token that came, and the likeliest ones in its place, as (token id, logprob)."""
+    """A token's log probability, and the top alternatives as (token id, logprob)."""
 
     token_id: int
     logprob: float
     top: list[tuple[int, float]]
 
     @staticmethod
-    def of(likely: TokenLogprobs) -> "TokenLogprob":
-        token, logprob, ids, top = likely
+    def of(logprobs: TokenLogprobs) -> "TokenLogprob":
+        token, logprob, ids, top = logprobs
         return TokenLogprob(token, logprob, list(zip(ids, top, strict=True)))
 
 
 @dataclass(frozen=True)
 class GenerationOutput:
-    """The answer to one request. Times are seconds: `prompt_time` until the first token, `decode_time` after it."""
+    """The output of one request. Times are seconds: `prompt_time` to the first token, `decode_time` after it."""
 
     seq_id: int
     text: str
@@ -33,6 +33,6 @@ class GenerationOutput:
     queue_time: float
     prompt_time: float
     decode_time: float
-    index: int = 0  # which of the n answers to its prompt
-    logprobs: list[TokenLogprob] | None = None  # of token_ids; None: not asked for
+    index: int = 0  # among the n outputs of its prompt
+    logprobs: list[TokenLogprob] | None = None  # of token_ids; None: not requested
     prompt_logprobs: list[TokenLogprob | None] | None = None  # of the prompt; the first token has none

@@ -1,7 +1,4 @@
-"""Small models with random weights, and the cores, requests and batches to run them: for tests and benchmarks.
-
-Imports nothing that only tests need. `llmrs.backends.testing`, the suite for backends, builds on it.
-"""
+"""Small models with random weights, and cores, requests and batches to run them, for tests and benchmarks."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +19,7 @@ from llmrs.models.arch.config import parse
 from llmrs.models.arch.families import family, graph_of
 from llmrs.quant.tensor import Tensor
 
-VOCABULARY = 211  # a prime: a multiple of nothing
+VOCABULARY = 211  # a prime
 BLOCK = 4
 CONTEXT = 256
 SHAPE = {
@@ -34,7 +31,7 @@ SHAPE = {
     "num_key_value_heads": 2,
     "max_position_embeddings": CONTEXT,
 }
-# name -> architecture, and what differs from SHAPE; windows are shorter than the prompts
+# name -> architecture, changes to SHAPE; windows are shorter than the prompts
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
     "mistral": ("MistralForCausalLM", {"sliding_window": 9, "num_key_value_heads": 1, "head_dim": 8}),
@@ -50,7 +47,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class RandomModel:
-    """A small model with random weights, the same each time."""
+    """A small model with reproducible random weights."""
 
     graph: Graph
     weights: Mapping[str, Tensor]
@@ -70,13 +67,13 @@ class RandomModel:
         return RandomModel(graph, weights)
 
     def on(self, backend: Backend) -> Backend:
-        """The backend with this model loaded."""
+        """Loads this model into the backend."""
         backend.load(self.graph, self.weights, lambda done: None)
         return backend
 
 
 def core_on(backend: Backend, blocks: int = 200, block_size: int = BLOCK, **config: Any) -> EngineCore:
-    """An engine core with a pool of its own."""
+    """An engine core with its own block pool."""
     config = {"max_num_seqs": 8, "max_num_batched_tokens": 64, **config}
     pool = BlockPool(blocks, block_size, config.pop("prefix_cache", True))
     length = min(CONTEXT, blocks * block_size)
@@ -85,12 +82,12 @@ def core_on(backend: Backend, blocks: int = 200, block_size: int = BLOCK, **conf
 
 
 def request(prompt: Sequence[int], seed: int = 0, stops: Sequence[int] = (), **params: Any) -> Request:
-    """A request; greedy unless told otherwise."""
+    """A request, greedy by default."""
     return Request(prompt, SamplingParams(**{"temperature": 0.0, **params}).over(BUILT_IN), seed, stops)
 
 
 def run(core: EngineCore, requests: Sequence[Request]) -> list[list[int]]:
-    """Submits all and steps until nothing is left; the answers."""
+    """Runs all requests to their end; their output tokens."""
     for r in requests:
         core.submit(r)
     while not core.idle:
@@ -100,53 +97,48 @@ def run(core: EngineCore, requests: Sequence[Request]) -> list[list[int]]:
 
 
 def prompts(*lengths: int) -> list[list[int]]:
-    """Random prompts, the same each time."""
+    """Reproducible random prompts of these lengths."""
     return [np.random.default_rng(n).integers(0, VOCABULARY, n).tolist() for n in lengths]
 
 
+def make_batch(query_lens: np.ndarray, seq_lens: np.ndarray, block_tables: np.ndarray, **fields: Any) -> Batch:
+    """A step of the last `query_lens` tokens of each sequence, in slots 0, 1, ...; greedy, and token 0 by default.
+
+    Lengths are int32 (S,), block_tables int32 (S, B).
+    """
+    count, starts = len(seq_lens), np.concatenate([[0], np.cumsum(query_lens)]).astype(np.int32)
+    pairs = zip(query_lens, seq_lens, strict=True)
+    defaults = {
+        "input_ids": np.zeros(starts[-1], np.int32),
+        "positions": np.concatenate([np.arange(n - q, n, dtype=np.int32) for q, n in pairs]),
+        "req_slots": np.arange(count, dtype=np.int32),
+        "do_sample": np.ones(count, bool),
+        "sampling": SamplingArrays.zeros(count),
+        "logits_indices": starts[1:] - 1,
+        "prompt_logprob_ids": np.zeros(0, np.int32),
+    }
+    return Batch(query_start_loc=starts, seq_lens=seq_lens, block_tables=block_tables, **{**defaults, **fields})
+
+
 def prefill_batch(sequences: Sequence[Sequence[int]], block_size: int = BLOCK) -> Batch:
-    """One step that computes whole sequences from nothing, each in blocks of its own."""
-    counts = np.array([len(s) for s in sequences], np.int32)
-    width = int(-(-counts.max() // block_size))
-    starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-    return Batch(
-        input_ids=np.concatenate([np.array(s, np.int32) for s in sequences]),
-        positions=np.concatenate([np.arange(n, dtype=np.int32) for n in counts]),
-        query_start_loc=starts,
-        seq_lens=counts,
-        block_tables=np.arange(len(counts) * width, dtype=np.int32).reshape(len(counts), width),
-        req_slots=np.arange(len(counts), dtype=np.int32),
-        do_sample=np.ones(len(counts), bool),
-        sampling=SamplingArrays.zeros(len(counts)),
-        logits_indices=starts[1:] - 1,
-        prompt_logprob_ids=np.zeros(0, np.int32),
-    )
+    """One step that prefills whole sequences, each in its own blocks."""
+    lens = np.array([len(s) for s in sequences], np.int32)
+    width = int(-(-lens.max() // block_size))
+    blocks = np.arange(len(lens) * width, dtype=np.int32).reshape(len(lens), width)
+    return make_batch(lens, lens, blocks, input_ids=np.concatenate([np.array(s, np.int32) for s in sequences]))
 
 
-def sampling_batch(sampling: SamplingArrays, begun: Sequence[NewRequest] = (), **more: Any) -> Batch:
-    """A step of one token a sequence, in slots 0, 1, ..., whose tokens so far are those of `begun`."""
-    count = len(sampling.rng_key)
-    lengths = np.ones(count, np.int32)
-    for b in begun:
-        lengths[b.slot] = len(b.tokens)
-    return Batch(
-        input_ids=np.zeros(count, np.int32),
-        positions=lengths - 1,
-        query_start_loc=np.arange(count + 1, dtype=np.int32),
-        seq_lens=lengths,
-        block_tables=np.zeros((count, 1), np.int32),
-        req_slots=np.arange(count, dtype=np.int32),
-        do_sample=np.ones(count, bool),
-        sampling=sampling,
-        logits_indices=np.arange(count, dtype=np.int32),
-        prompt_logprob_ids=np.zeros(0, np.int32),
-        new_requests=begun,
-        **more,
-    )
+def sampling_batch(sampling: SamplingArrays, new_requests: Sequence[NewRequest] = (), **more: Any) -> Batch:
+    """A decode step whose sequences are the tokens of `new_requests`."""
+    seq_lens = np.ones(len(sampling.rng_key), np.int32)
+    for r in new_requests:
+        seq_lens[r.slot] = len(r.tokens)
+    query_lens, blocks = np.ones_like(seq_lens), np.zeros((len(seq_lens), 1), np.int32)
+    return make_batch(query_lens, seq_lens, blocks, sampling=sampling, new_requests=new_requests, **more)
 
 
 def random_sampling(rng: np.random.Generator, count: int) -> SamplingArrays:
-    """Every mix of parameters, neutral ones too."""
+    """Random mixes of all parameters, neutral values included."""
     arrays = SamplingArrays.zeros(count)
     values: dict[str, list[float]] = {
         "temperature": [0.0, 0.7, 1.0, 3.0],
@@ -164,14 +156,14 @@ def random_sampling(rng: np.random.Generator, count: int) -> SamplingArrays:
 
 
 def random_step(rng: np.random.Generator, count: int, vocabulary: int) -> tuple[np.ndarray, Batch, np.ndarray]:
-    """Logits float32 (S, V) with ties, a step with every kind of parameter, and a mask that leaves something over."""
+    """Logits float32 (S, V) with ties, a step with every kind of parameter, and a mask uint32 (S, ceil(V / 32))."""
     sampling = random_sampling(rng, count)
-    begun = []
+    new_requests = []
     for slot in range(count):
         tokens = rng.integers(0, vocabulary, rng.integers(1, 40)).astype(np.int32)
         ids = rng.choice(vocabulary, min(3, vocabulary), replace=False).astype(np.int32)
         bias = rng.choice([-4.0, 0.5, 8.0], len(ids)).astype(np.float32)
-        begun.append(NewRequest(slot, tokens, ids[:slot], bias[:slot]))
+        new_requests.append(NewRequest(slot, tokens, ids[:slot], bias[:slot]))
         sampling.prompt_len[slot] = rng.integers(1, len(tokens) + 1)
     banned = rng.integers(1, vocabulary + 1, (count, 2)).astype(np.int32)
     banned[banned == vocabulary] = -1
@@ -179,4 +171,4 @@ def random_step(rng: np.random.Generator, count: int, vocabulary: int) -> tuple[
     flags[:, 0] = True  # neither banned nor masked out
     mask = np.packbits(flags, axis=-1, bitorder="little").view(np.uint32)
     logits = np.round(rng.normal(size=(count, vocabulary)) * 4).astype(np.float32) / 2
-    return logits, sampling_batch(sampling, begun, banned_ids=banned, logprobs=int(rng.integers(-1, 4))), mask
+    return logits, sampling_batch(sampling, new_requests, banned_ids=banned, logprobs=int(rng.integers(-1, 4))), mask

@@ -1,91 +1,83 @@
-"""One request's answer as it grows: written by the engine's thread, read by any other."""
+"""One request's output: written by the device thread, read by any other.
 
-import os
+`OutputQueue.on_update` runs on the device thread after each commit and puts text into a queue; `Stream` takes it out
+in the caller's thread, `aio.AsyncStream` in an event loop.
+"""
+
 import queue
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
-from typing import Any, Protocol, Self
+from collections.abc import Callable, Iterator
+from typing import Any, Self
 
 from llmrs.core.errors import EngineClosedError, RequestError
 from llmrs.core.request import Request
 from llmrs.models.text.detokenize import Detokenizer
 from llmrs.output import GenerationOutput, TokenLogprob
+from llmrs.process import current_process
 
 Cancel = Callable[[Request, str], None]
-PromptProgress = Callable[[int, int], object]  # tokens of the prompt done, and all; False cancels the request
-_process = os.getpid()  # kept, because a system call for each token would cost more than the token
+PromptProgress = Callable[[int, int], object]  # prompt tokens computed, prompt tokens; False cancels the request
 
 
-def _note_fork() -> None:
-    global _process
-    _process = os.getpid()
-
-
-if hasattr(os, "register_at_fork"):  # Windows has no fork
-    os.register_at_fork(after_in_child=_note_fork)
-
-
-class Sink:
-    """Turns a request's tokens into text and hands it over. `text` is what has been handed over so far."""
+class OutputQueue:
+    """Turns a request's tokens into text and queues it. `text_parts` is all text so far."""
 
     def __init__(self, detokenizer: Detokenizer, stop: Cancel, notify: Callable[[], None] = lambda: None) -> None:
         self.detokenizer, self.stop, self.notify = detokenizer, stop, notify
-        self.pieces: queue.SimpleQueue[str | int | None] = queue.SimpleQueue()  # int: prompt tokens; None: the end
+        self.queue: queue.SimpleQueue[str | int | None] = queue.SimpleQueue()  # text, prompt tokens done, or the end
         self.ended = False
-        self.parts: list[str] = []
+        self.text_parts: list[str] = []
 
-    def update(self, request: Request, tokens: list[int]) -> None:
-        """Called by the engine's thread after each commit, and when the request ends without a token."""
+    def on_update(self, request: Request, tokens: list[int]) -> None:
+        """Called by the device thread after each commit, and when the request ends without a token."""
         if self.ended:
             return
         if len(request.output) == len(tokens):  # up to the first token
-            self._hand_over(request.computed_tokens)
+            self._put(request.computed_tokens)
         for token in tokens:
-            self._put(self.detokenizer.add(token))
+            self._put_text(self.detokenizer.add(token))
         if request.finish_reason is not None:
-            self._put(self.detokenizer.flush())
+            self._put_text(self.detokenizer.flush())
         if self.detokenizer.stopped is not None:
             if request.finish_reason == "length":  # on the token that completes the stop string
                 request.finish_reason = "stop"
-            self.stop(request, "stop")  # unless it has ended, comes back here with no tokens
+            self.stop(request, "stop")  # calls this again without tokens, unless the request has ended
         if request.finish_reason is not None and not self.ended:
             self.ended = True
-            self._hand_over(None)
+            self._put(None)
 
-    def _put(self, text: str) -> None:
+    def _put_text(self, text: str) -> None:
         if text:
-            self.parts.append(text)
-            self._hand_over(text)
+            self.text_parts.append(text)
+            self._put(text)
 
-    def _hand_over(self, piece: str | int | None) -> None:
-        self.pieces.put(piece)
+    def _put(self, item: str | int | None) -> None:
+        self.queue.put(item)
         self.notify()
 
 
 class Stream(Iterator[str]):
-    """An iterator of text. Ends when the answer does; raises what ended it when that was an error.
+    """An iterator of text. Raises the request's error, if any, at the end.
 
-    `with stream:` and `close()` cancel a request that has not ended. So does an exception, such as Ctrl-C, that comes
-    while the stream waits, and so does the stream's deletion. The engine is not closed while it has a stream that is
-    in use. Threads that read one stream share its pieces, and each gets the end.
+    `with stream:` and `close()` cancel an unfinished request; so do an exception such as Ctrl-C while the stream
+    waits, and the stream's deletion. The engine stays open while one of its streams is in use. Threads that read one
+    stream share its text, and each gets the end.
     """
 
     def __init__(
         self,
         request: Request,
-        sink: Sink,
+        output_queue: OutputQueue,
         cancel: Callable[[Request], None],
         progress: PromptProgress | None = None,
         engine: object = None,
     ) -> None:
         """`engine` is kept alive until the stream is read to its end or closed."""
-        self._request, self._sink, self._cancel, self._progress = request, sink, cancel, progress
-        self._pieces, self._drained = sink.pieces, False
-        self._engine, self._process = engine, _process
+        self._request, self._output, self._cancel, self._progress = request, output_queue, cancel, progress
+        self._drained, self._engine, self._process = False, engine, current_process()
 
     @property
     def request(self) -> Request:
-        """What was submitted. For the engine."""
+        """For the engine."""
         return self._request
 
     @property
@@ -99,35 +91,35 @@ class Stream(Iterator[str]):
 
     @property
     def finished(self) -> bool:
-        """Whether the answer is complete; parts of it may still wait to be read."""
-        return self._sink.ended
+        """Whether generation has ended; text may still be unread."""
+        return self._output.ended
 
     @property
     def token_count(self) -> int:
-        """Tokens of the answer so far."""
+        """Tokens generated so far."""
         return len(self._request.output)
 
     def __iter__(self) -> "Stream":
         return self
 
     def take(self, *, block: bool = True) -> str:
-        """The next piece of text. Raises StopIteration at the end, and queue.Empty where it would have to wait."""
-        if self._process != _process:
+        """The next text. Raises StopIteration at the end; without `block`, queue.Empty where it would wait."""
+        if self._process != current_process():
             raise EngineClosedError("the stream belongs to another process", "read it in the process that started it")
         interrupted = True
         try:
             while not self._drained:
-                piece = self._pieces.get(block)
-                if isinstance(piece, str):
+                item = self._output.queue.get(block)
+                if isinstance(item, str):
                     interrupted = False
-                    return piece
-                self._note(piece)
+                    return item
+                self._on_event(item)
             interrupted = False
         except queue.Empty:
             interrupted = False
             raise
         finally:
-            if interrupted:  # by what `progress` raised, Ctrl-C, or another exception in a signal handler
+            if interrupted:  # by an exception of `progress` or of a signal handler, such as Ctrl-C
                 self.cancel()
         if self._request.error is not None:
             raise copied(self._request.error)
@@ -135,20 +127,20 @@ class Stream(Iterator[str]):
 
     __next__ = take
 
-    def _note(self, piece: int | None) -> None:
-        """Takes in what is not text: how many tokens of the prompt are computed, or the end."""
-        if piece is None:
-            self._pieces.put(None)  # for other readers that wait
+    def _on_event(self, prompt_tokens: int | None) -> None:
+        """Handles prompt progress, or None: the end."""
+        if prompt_tokens is None:
+            self._output.queue.put(None)  # for other readers that wait
             self._drained, self._engine = True, None
-        elif self._progress is not None and self._progress(piece, self.prompt_length) is False:
+        elif self._progress is not None and self._progress(prompt_tokens, self.prompt_length) is False:
             self.cancel()
 
     def cancel(self) -> None:
-        """Ends the answer where it is, after the step under way. May be called from any thread, more than once."""
+        """Ends the request after the current step. Callable from any thread, repeatedly."""
         self._cancel(self._request)
 
     def close(self) -> None:
-        """Cancels what has not ended, and needs the engine no more. May be called again."""
+        """Cancels an unfinished request and releases the engine. Callable repeatedly."""
         self.cancel()
         self._engine = None
 
@@ -159,21 +151,22 @@ class Stream(Iterator[str]):
         self.close()
 
     def __reduce__(self) -> Any:
-        raise RequestError("a Stream can't be pickled or copied", "pickle what output() gives")
+        raise RequestError("a Stream can't be pickled or copied", "pickle the result of output()")
 
     def result(self) -> GenerationOutput:
-        """Waits for the end; the whole answer. Raises what ended it when that was an error."""
+        """Waits for the end and returns the whole output. Raises the request's error."""
         for _ in self:
             pass
         return self.output()
 
     def output(self) -> GenerationOutput:
-        """The answer so far, without waiting; its `finish_reason` is "" while it grows."""
+        """The output so far, without waiting; `finish_reason` is "" until the end."""
         r, now = self._request, self._request.finished
         first = r.first_token or now
+        prompt_logprobs = [p and TokenLogprob.of(p) for p in r.prompt_logprobs]
         return GenerationOutput(
             seq_id=r.id,
-            text="".join(self._sink.parts),
+            text="".join(self._output.text_parts),
             token_ids=list(r.output),
             finish_reason=r.finish_reason or "",
             prompt_length=len(r.prompt),
@@ -184,32 +177,18 @@ class Stream(Iterator[str]):
             decode_time=max(now - first, 0.0),
             index=r.index,
             logprobs=None if r.params.logprobs is None else [TokenLogprob.of(p) for p in r.logprobs],
-            prompt_logprobs=None
-            if r.params.prompt_logprobs is None
-            else [p and TokenLogprob.of(p) for p in r.prompt_logprobs],
+            prompt_logprobs=None if r.params.prompt_logprobs is None else prompt_logprobs,
         )
 
     def __del__(self) -> None:
-        if not self._sink.ended:
+        if not self._output.ended:
             self.cancel()
 
 
-class Cancellable(Protocol):
-    def cancel(self) -> None: ...
-
-
-def cancelling(streams: Iterable[Cancellable]) -> ExitStack:
-    """A context that cancels these streams at its end, however it ends, unless its `pop_all` is called."""
-    stack = ExitStack()
-    for stream in streams:
-        stack.callback(stream.cancel)
-    return stack
-
-
 def copied(error: Exception) -> Exception:
-    """An exception to raise in place of one that several requests or readers share, with its cause and traceback.
+    """A copy of an exception that several requests or readers share, with its cause and traceback.
 
-    Raising one object more than once adds to its traceback, which then holds the frames of every reader.
+    Each raise of one object adds the reader's frames to its traceback.
     """
     copy = type(error).__new__(type(error), *error.args)  # __init__ may want other arguments
     copy.__dict__.update(error.__dict__)

@@ -1,4 +1,4 @@
-"""Where the time of each step goes, in the trace format of Chrome (chrome://tracing, ui.perfetto.dev).
+"""A timeline of each step's phases, in the trace format of Chrome (chrome://tracing, ui.perfetto.dev).
 
 Source: "Trace Event Format", the complete events ("ph": "X"), with times in microseconds.
 """
@@ -12,11 +12,11 @@ from typing import Any
 
 from llmrs.core.errors import ConfigError
 
-MOST = 1_000_000  # events that are kept; what comes later is left out
+MAX_EVENTS = 1_000_000  # later ones are dropped
 
 
 class Trace:
-    """Records spans of the thread that steps the engine."""
+    """Records spans of the device thread."""
 
     def __init__(self) -> None:
         self.events: list[dict[str, Any]] = []
@@ -28,7 +28,7 @@ class Trace:
         try:
             yield
         finally:
-            if len(self.events) < MOST:
+            if len(self.events) < MAX_EVENTS:
                 times = {"ts": (begin - self._start) / 1000, "dur": (time.perf_counter_ns() - begin) / 1000}
                 self.events.append({"name": name, "ph": "X", "pid": 0, "tid": 0, **times})
 

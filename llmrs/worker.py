@@ -1,6 +1,9 @@
-"""The thread that owns the backend: it loads the model, steps the core, and gives everything back at the end."""
+"""The device thread: it owns the backend, loads the model, steps the core, and releases all memory at the end.
 
-import os
+Other threads put commands into a queue (`Worker.submit`); the thread runs them between steps, then calls
+`EngineCore.step`, which launches on the backend and reports tokens to each request's `on_update`.
+"""
+
 import queue
 import sys
 import threading
@@ -15,110 +18,112 @@ from llmrs.config import EngineConfig
 from llmrs.core.engine import EngineCore
 from llmrs.core.errors import BackendError, EngineClosedError, LlmrsError, LoadCancelledError
 from llmrs.core.request import Request
-from llmrs.loading import Model, OnFit, Progress, load, make_backend
-from llmrs.memory import Fit
+from llmrs.loading import Model, OnMemoryPlan, Progress, load, make_backend
+from llmrs.memory import MemoryPlan
+from llmrs.process import current_process
 
 Command = Callable[[EngineCore], None]
-Answer = TypeVar("Answer")
-Event = tuple[str, tuple[object, ...]]  # which callback, and what it is told
+Result = TypeVar("Result")
+LoadEvent = tuple[str, tuple[object, ...]]  # a callback's name, its arguments
 
 
 class Worker:
-    """Runs commands between steps, in the order in which they were given, from any thread."""
+    """Runs commands between steps, in the order of their arrival, from any thread."""
 
-    def __init__(self, config: EngineConfig, model: Model, progress: Progress, on_fit: OnFit) -> None:
-        """Returns when the model is loaded; raises what loading raised."""
+    def __init__(self, config: EngineConfig, model: Model, progress: Progress, on_memory_plan: OnMemoryPlan) -> None:
+        """Returns when the model is loaded. Raises the errors of loading."""
         self.core: EngineCore
-        self.fit: Fit
+        self.memory_plan: MemoryPlan
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
-        self.ended: Future[None] = Future()  # done when the backend's memory is given back
-        self.ended.set_running_or_notify_cancel()  # who waits for it can't cancel it
-        # No lock guards these: a signal handler may close the engine while its thread submits a request. Commands that
-        # come after `_stopped` are refused, those before it are run; see `_give` and `_end`.
+        self.ended: Future[None] = Future()  # done when the backend's memory is released
+        self.ended.set_running_or_notify_cancel()  # waiters can't cancel it
+        # No lock guards these: a signal handler may close the engine while its thread submits a request. Commands
+        # after `_stopped` are refused, those before it are run; see `_enqueue` and `_shut_down`.
         self._closed = self._stopped = False
         self._loaded = False
-        self._loading: queue.SimpleQueue[Event | None] = queue.SimpleQueue()  # None: the end
-        self._unwanted = False  # nobody waits for the model any more
+        self._load_events: queue.SimpleQueue[LoadEvent | None] = queue.SimpleQueue()  # None: loading has ended
+        self._load_cancelled = False
         self._failure: BaseException | None = None
-        self._process = os.getpid()
+        self._process = current_process()
         self._thread = threading.Thread(target=self._run, args=(config, model), name="llmrs", daemon=True)
         self._thread.start()
-        self._wait_for_model({"progress": progress, "fit": on_fit})
+        self._wait_for_model({"progress": progress, "memory_plan": on_memory_plan})
         if self._failure is not None:
             self._thread.join()
             try:
                 raise self._failure
             finally:
-                self._failure = None  # whose traceback holds this worker
+                self._failure = None  # its traceback holds this worker
 
     def _wait_for_model(self, callbacks: Mapping[str, Callable[..., object]]) -> None:
-        """Calls the caller's callbacks in the caller's thread; what they raise, or Ctrl-C, ends the loading too."""
-        event: Event | None = ("", ())
+        """Runs the callbacks in the caller's thread; an exception, Ctrl-C included, cancels the loading."""
+        event: LoadEvent | None = ("", ())
         try:
-            while (event := self._loading.get()) is not None:
+            while (event := self._load_events.get()) is not None:
                 name, values = event
                 if callbacks[name](*values) is False:
                     raise LoadCancelledError("the loading of the model was cancelled")
         finally:
             if event is not None:
-                self._unwanted = True
+                self._load_cancelled = True
                 self.close()
 
     def _report(self, name: str, *values: object) -> None:
-        if self._unwanted:
+        if self._load_cancelled:
             raise LoadCancelledError("the loading of the model was cancelled")
-        self._loading.put((name, values))
+        self._load_events.put((name, values))
 
     def submit(self, request: Request, followers: Sequence[Request] = ()) -> None:
-        """Queues a checked request, and others with its prompt. Raises EngineClosedError, in a fork too."""
-        self._give(lambda core: submit_group(core, request, followers))
+        """Queues a checked request for `EngineCore.submit`, and others with its prompt. Raises EngineClosedError, in a
+        fork too."""
+        self._enqueue(lambda core: submit_group(core, request, followers))
 
     def cancel(self, request: Request) -> None:
         """Ends a request, unless it has ended; one that is not submitted yet will not start."""
-        if request.finish_reason is None and not self._closed and not self.foreign:
+        if request.finish_reason is None and not self._closed and not self.in_fork:
             self._commands.put(lambda core: core.cancel(request))
 
     @property
-    def foreign(self) -> bool:
+    def in_fork(self) -> bool:
         """Whether this is a fork of the engine's process, which alone has the thread and the memory."""
-        return os.getpid() != self._process
+        return current_process() != self._process
 
     def stop(self) -> None:
         """Has the thread end every request with EngineClosedError, and then itself. Does not wait."""
-        if not self._stopped and not self.foreign:
+        if not self._stopped and not self.in_fork:
             self._closed = True
             self._commands.put(lambda core: core.close(EngineClosedError("the engine was closed")))
 
     def close(self) -> None:
-        """`stop`, and returns when the backend's memory is given back."""
+        """`stop`, and waits until the backend's memory is released."""
         self.stop()
-        if threading.current_thread() is not self._thread and not self.foreign:
+        if threading.current_thread() is not self._thread and not self.in_fork:
             self._thread.join()
 
-    def ask(self, question: Callable[[Backend], Answer]) -> Answer:
-        """What the backend answers, on its own thread, between two steps. Raises BackendError where that fails."""
-        answers: queue.SimpleQueue[tuple[Answer | None, LlmrsError | None]] = queue.SimpleQueue()
+    def run_on_device_thread(self, function: Callable[[Backend], Result]) -> Result:
+        """Runs a function between two steps. Raises its LlmrsError; BackendError for errors of the device."""
+        results: queue.SimpleQueue[tuple[Result | None, LlmrsError | None]] = queue.SimpleQueue()
 
-        def answer(core: EngineCore) -> None:
-            found: tuple[Answer | None, LlmrsError | None] = None, EngineClosedError("the engine stopped")
+        def command(core: EngineCore) -> None:
+            result: tuple[Result | None, LlmrsError | None] = None, EngineClosedError("the engine stopped")
             try:
                 if not self._stopped:
-                    found = question(self._backend), None
+                    result = function(self._backend), None
             except LlmrsError as error:
-                found = None, error
+                result = None, error
             except (RuntimeError, MemoryError, ArithmeticError) as error:
-                found = None, BackendError(f"the device failed: {error}")
-            finally:  # whatever happens, nobody may be left waiting
-                answers.put(found)
+                result = None, BackendError(f"the device failed: {error}")
+            finally:  # the caller must never wait forever
+                results.put(result)
 
-        self._give(answer)
-        result, error = answers.get()
+        self._enqueue(command)
+        value, error = results.get()
         if error is not None:
             raise error
-        return cast(Answer, result)
+        return cast(Result, value)
 
-    def _give(self, command: Command) -> None:
-        if self.foreign:
+    def _enqueue(self, command: Command) -> None:
+        if self.in_fork:
             hint = "make an engine in each process, and start processes with multiprocessing's 'spawn'"
             raise EngineClosedError("the engine belongs to another process", hint)
         if not self._closed:
@@ -132,39 +137,36 @@ class Worker:
         try:
             with closing(make_backend(config)) as backend:
                 self._backend = backend
-                told = partial(self._report, "progress"), partial(self._report, "fit")
-                self.core, self.fit = load(backend, config, model, *told)
+                callbacks = partial(self._report, "progress"), partial(self._report, "memory_plan")
+                self.core, self.memory_plan = load(backend, config, model, *callbacks)
                 self._loaded = True
-                self._loading.put(None)
-                self._serve()
+                self._load_events.put(None)
+                while not (self._closed and self._commands.empty()):
+                    self._drain_commands()
+                    self.core.step()
         except LlmrsError as error:
             self._failure = error
         finally:
             try:
-                self._end(sys.exception())
-            finally:  # whatever ended the thread, nothing may be left waiting for it
-                self._loading.put(None)
+                self._shut_down(sys.exception())
+            finally:  # waiters are released, whatever ended the thread
+                self._load_events.put(None)
                 self.ended.set_result(None)
 
-    def _serve(self) -> None:
-        while not (self._closed and self._commands.empty()):
-            self._take_commands()
-            self.core.step()
-
-    def _end(self, bug: BaseException | None) -> None:
-        """Ends every request, those whose submission still waits in the queue too."""
+    def _shut_down(self, bug: BaseException | None) -> None:
+        """Ends every request, queued submissions included."""
         self._failure = self._failure or bug
         self._closed = self._stopped = True
         if self._loaded:
             try:
-                self._take_commands()
+                self._drain_commands()
             finally:
                 self.core.close(EngineClosedError(f"the engine stopped: {bug!r}" if bug else "the engine was closed"))
 
-    def _take_commands(self) -> None:
-        """Runs what has been asked for by now; waits for something when there is nothing else to do.
+    def _drain_commands(self) -> None:
+        """Runs the commands queued by now; waits for one while the core is idle.
 
-        What comes meanwhile waits for a step: whoever submits many requests must not keep the first ones waiting.
+        Later commands wait for the next step, so that a flood of submissions does not delay running requests.
         """
         for _ in range(self._commands.qsize()):
             self._commands.get()(self.core)

@@ -1,1 +1,1 @@
-"""What `llmrs bench` measures: decode rates, sweeps, workloads, profiles, start-up, beside what the device allows."""
+"""The measurements of `llmrs bench`: decode rates, sweeps, workloads, profiles and start-up against the roofline."""

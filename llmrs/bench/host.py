@@ -1,4 +1,4 @@
-"""What the host needs for a step: scheduling, batch, commit and text, on a device that answers at once."""
+"""CPU overhead per step: scheduling, batch, commit and text, on a backend that computes nothing."""
 
 import statistics
 import time
@@ -14,15 +14,13 @@ from llmrs.core.request import Request
 from llmrs.core.sampling import Logprobs
 from llmrs.models.text.detokenize import Detokenizer
 from llmrs.models.text.tokenizer import Tokenizer
-from llmrs.stream import Sink
+from llmrs.stream import OutputQueue
 
 PROMPT, STEPS, WARM_UP, BLOCK = 32, 400, 50, 16
 
 
 @dataclass(frozen=True)
-class Answered:
-    """Tokens that are there."""
-
+class NullOutput:
     result: np.ndarray
 
     def tokens(self) -> np.ndarray:
@@ -32,36 +30,36 @@ class Answered:
         return None
 
 
-class NoDevice:
-    """A backend that computes nothing: its tokens are drawn beforehand."""
+class NullBackend:
+    """A backend whose tokens are drawn in advance."""
 
     max_in_flight = 1
 
-    def __init__(self, rows: int, vocabulary: int) -> None:
-        self.drawn = np.random.default_rng(0).integers(0, vocabulary, (256, rows)).astype(np.int32)
+    def __init__(self, num_seqs: int, vocab_size: int) -> None:
+        self.drawn = np.random.default_rng(0).integers(0, vocab_size, (256, num_seqs)).astype(np.int32)
         self.steps = 0
 
-    def launch(self, batch: Batch) -> Answered:
+    def launch(self, batch: Batch) -> NullOutput:
         self.steps += 1
-        return Answered(self.drawn[self.steps % 256, : len(batch.req_slots)])
+        return NullOutput(self.drawn[self.steps % 256, : len(batch.req_slots)])
 
     def forward(self, batch: Batch) -> None:
-        """Nothing."""
+        """Computes nothing."""
 
-    def sample(self, logits: None, batch: Batch, mask: np.ndarray | None) -> Answered:
+    def sample(self, logits: None, batch: Batch, mask: np.ndarray | None) -> NullOutput:
         return self.launch(batch)
 
 
 def host_step(tokenizer: Tokenizer, running: int) -> float:
-    """Median seconds of the host for a step of `running` answers, text included."""
-    vocabulary, length = tokenizer.vocab_size, PROMPT + STEPS + WARM_UP + 8
+    """Median host seconds of a step of `running` requests, detokenization included."""
+    vocab_size, length = tokenizer.vocab_size, PROMPT + STEPS + WARM_UP + 8
     pool = BlockPool(running * (-(-length // BLOCK) + 1), BLOCK)
     sizes = {"max_model_len": length, "max_num_seqs": running, "max_num_batched_tokens": max(2048, running)}
-    core = EngineCore(NoDevice(running, vocabulary), pool, vocab_size=vocabulary, **sizes)
+    core = EngineCore(NullBackend(running, vocab_size), pool, vocab_size=vocab_size, **sizes)
     for n in range(running):
         params = SamplingParams(max_tokens=length, temperature=0.8, top_p=0.95).over(BUILT_IN)
-        request = Request([(n + i) % vocabulary for i in range(PROMPT)], params, n)
-        request.on_update = Sink(Detokenizer(tokenizer), core.cancel).update
+        request = Request([(n + i) % vocab_size for i in range(PROMPT)], params, n)
+        request.on_update = OutputQueue(Detokenizer(tokenizer), core.cancel).on_update
         core.submit(request)
     while core.scheduler.stats["generated_tokens"] < running * WARM_UP:
         core.step()

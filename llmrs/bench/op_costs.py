@@ -1,6 +1,6 @@
-"""What each equation of a decode step must move and compute, and which kernels do it: a floor for every kernel.
+"""Bytes and FLOPs of each equation of a decode step, and the kernels that run it: a roofline time for every kernel.
 
-The floor of an equation is what it would take alone, with its inputs read from memory and its results written there.
+An equation alone reads its inputs from memory and writes its results there.
 """
 
 import math
@@ -11,9 +11,9 @@ from functools import cache
 
 from llmrs.backends.base import DTYPE_BYTES, KernelEvent
 from llmrs.backends.linearize import inline
-from llmrs.bench.roofline import Device, experts_of, met
+from llmrs.bench.roofline import Device, expected_active_fraction, moe_cost
 from llmrs.core.ir import Equation, Graph, S, T, Type, Value, Weight
-from llmrs.memory import token_bytes
+from llmrs.memory import kv_bytes_per_token
 
 LINEAR = ("linear", "merged_linear", "lm_head")
 NORM = ("rms_norm", "fused_add_rms_norm")
@@ -27,70 +27,69 @@ VENDOR_KERNELS: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 @dataclass(frozen=True)
-class Cost:
-    """An equation of a step: bytes that it must move, operations that it must do."""
+class OpCost:
+    """An equation of a step: bytes moved and FLOPs."""
 
     op: str
     label: str
     bytes: float
-    operations: float = 0.0
+    flops: float = 0.0
 
-    def floor(self, device: Device) -> float:
-        """Seconds."""
-        return max(self.bytes / device.bandwidth, self.operations / device.operations)
+    def roofline_time(self, device: Device) -> float:
+        return device.roofline_time(self.bytes, self.flops)
 
 
 @dataclass(frozen=True)
-class Kernel:
-    """A kernel's part of a step; `floor` is None where it is not known which equation it computes."""
+class KernelStats:
+    """A kernel's share of a step; `roofline_time` is None for an unknown op."""
 
     name: str
-    what: str
+    what: str  # its equation
     count: float  # per step
     seconds: float  # per step
-    floor: float | None = None
+    roofline_time: float | None = None
 
 
-def costs(graph: Graph, dtypes: tuple[str, str], batch: int, context: int) -> list[Cost]:
-    """Of a decode step of a lowered graph, in order, sampling last; `dtypes` are those of weights and of the cache."""
-    elements = 2 * sum(math.prod(t.sizes) for t in graph.kv_types())
-    each = DTYPE_BYTES[dtypes[0]], token_bytes(graph, dtypes[1]) / elements
-    found = [_cost(e, each, batch, context) for e in inline(graph).equations]
-    logits = graph.main.outs[0].type.sizes[0]
-    return [*found, Cost("sample", "sample", batch * logits * each[0])]
+def op_costs(graph: Graph, dtypes: tuple[str, str], num_seqs: int, context: int) -> list[OpCost]:
+    """The equations of a decode step of a fused graph in order, then sampling; `dtypes` of weights and KV cache."""
+    kv_elements = 2 * sum(math.prod(t.sizes) for t in graph.kv_types())
+    itemsizes = DTYPE_BYTES[dtypes[0]], kv_bytes_per_token(graph, dtypes[1]) / kv_elements
+    costs = [_op_cost(e, itemsizes, num_seqs, context) for e in inline(graph).equations]
+    vocab_size = graph.main.outs[0].type.sizes[0]
+    return [*costs, OpCost("sample", "sample", num_seqs * vocab_size * itemsizes[0])]
 
 
-def _cost(e: Equation, each: tuple[float, float], batch: int, context: int) -> Cost:
-    """`each` are the bytes of an element of weights and values, and of the KV cache with what belongs to it."""
-    own, cached = each
+def _op_cost(e: Equation, itemsizes: tuple[float, float], num_seqs: int, context: int) -> OpCost:
+    """`itemsizes` are bytes per element of weights and activations, and of the KV cache with its scales."""
+    itemsize, kv_itemsize = itemsizes
     weights = [o for o in e.inputs if isinstance(o, Weight)]
-    moved = sum(_bytes(o.type, own, batch) for o in (*e.inputs, *e.outs) if isinstance(o, Value))
-    stored = 2 * sum(math.prod(o.type.sizes) for o in e.outs if o.type.dtype == "kv")  # K and V of a token
-    moved += batch * stored * cached
-    if e.op == "embed":  # only the rows of the step's tokens are read
-        return Cost(e.op, e.op, moved + batch * weights[0].type.sizes[1] * own)
+    moved = sum(_bytes(o.type, itemsize, num_seqs) for o in (*e.inputs, *e.outs) if isinstance(o, Value))
+    written = 2 * sum(math.prod(o.type.sizes) for o in e.outs if o.type.dtype == "kv")  # K and V of a token
+    moved += num_seqs * written * kv_itemsize
+    if e.op == "embed":  # reads the rows of the step's tokens
+        return OpCost(e.op, e.op, moved + num_seqs * weights[0].type.sizes[1] * itemsize)
     if e.op == "attend":
-        q, cache = e.inputs[0].type.sizes, e.inputs[1].type.sizes
-        keys = batch * min(context, e.params.get("window") or context)
-        return Cost(e.op, e.op, moved + 2 * math.prod(cache) * keys * cached, 4 * math.prod(q) * keys)
+        q, kv = e.inputs[0].type.sizes, e.inputs[1].type.sizes
+        keys = num_seqs * min(context, e.params.get("window") or context)
+        return OpCost(e.op, e.op, moved + 2 * math.prod(kv) * keys * kv_itemsize, 4 * math.prod(q) * keys)
     size = sum(math.prod(w.type.sizes) for w in weights)
     label = " ".join([e.op, *("x".join(map(str, w.type.sizes)) for w in weights[:1])])
     if e.op == "moe":
-        experts, chosen = experts_of(e)
-        read, through = (size - experts * (1 - part) for part in (met(chosen, batch), chosen))
-        return Cost(e.op, label, moved + read * own, 2 * batch * through)
-    return Cost(e.op, label, moved + size * own, 2 * batch * size if e.op in LINEAR else 0)
+        experts, active = moe_cost(e)
+        read, used = (size - experts * (1 - part) for part in (expected_active_fraction(active, num_seqs), active))
+        return OpCost(e.op, label, moved + read * itemsize, 2 * num_seqs * used)
+    return OpCost(e.op, label, moved + size * itemsize, 2 * num_seqs * size if e.op in LINEAR else 0)
 
 
-def _bytes(t: Type, own: float, batch: int) -> float:
-    """Of a value of the step; a cache is none."""
+def _bytes(t: Type, itemsize: float, num_seqs: int) -> float:
+    """Of a value of the step, KV caches excluded."""
     if t.dtype == "kv":
         return 0
-    return (own if t.dtype == "act" else 4) * math.prod(batch if d in (T, S) else int(d) for d in t.shape)
+    return (itemsize if t.dtype == "act" else 4) * math.prod(num_seqs if d in (T, S) else int(d) for d in t.shape)
 
 
 def ops_of(name: str) -> tuple[str, ...]:
-    """The ops that a kernel of this name computes; () if unknown."""
+    """The ops of a kernel of this name; empty if unknown."""
     if name.endswith("_kernel") and name in (own := _triton_kernels()):
         return own[name]
     return next((ops for pattern, ops in VENDOR_KERNELS if re.search(pattern, name, re.IGNORECASE)), ())
@@ -105,63 +104,54 @@ def _triton_kernels() -> dict[str, tuple[str, ...]]:
     return KERNEL_OPS
 
 
-def joined(found: Sequence[Cost]) -> list[Cost]:
-    """With each `add` and the norm right after it as one, which reads the sum from where it has just been made."""
-    merged: list[Cost] = []
-    for cost in found:
+def merge_add_norms(costs: Sequence[OpCost]) -> list[OpCost]:
+    """Merges each `add` with the norm after it, which then does not read the sum."""
+    merged: list[OpCost] = []
+    for cost in costs:
         if cost.op == "rms_norm" and merged and merged[-1].op == "add":
-            merged[-1] = Cost(
-                "fused_add_rms_norm",
-                f"fused_add_rms_norm{cost.label.removeprefix('rms_norm')}",
-                merged[-1].bytes * 4 / 3,
-            )
+            label = f"fused_add_rms_norm{cost.label.removeprefix('rms_norm')}"
+            merged[-1] = OpCost("fused_add_rms_norm", label, merged[-1].bytes * 4 / 3)
         else:
             merged.append(cost)
     return merged
 
 
-def kernels(ran: Sequence[KernelEvent], steps: int, found: Sequence[Cost], device: Device) -> list[Kernel]:
-    """The kernels of so many equal steps, the longest first, each beside the floor of what it computes.
+def kernel_stats(
+    events: Sequence[KernelEvent], steps: int, costs: Sequence[OpCost], device: Device
+) -> list[KernelStats]:
+    """The kernels of `steps` equal steps, the longest first, each with the roofline time of its ops.
 
-    Where a step has as many kernels of a kind (matrix products) as equations of it, the first is the first's, and so
-    on; else the kind has one row, with the floors of all.
+    If a step has as many kernels of a kind (GEMMs) as equations of it, they are paired in order; otherwise the kind
+    has one row with the sum of its roofline times.
     """
     by_ops: dict[tuple[str, ...], list[KernelEvent]] = {}
-    for r in ran:
-        by_ops.setdefault(ops_of(r.name), []).append(r)
-    if NORM in by_ops:  # our own kernels: they add and norm in one, between layers too
-        found = joined(found)
-    rows: list[Kernel] = []
-    for ops, group in by_ops.items():
-        due = [c for c in found if c.op in ops]
-        if due and len(group) == steps * len(due):
-            pairs = [(r.name, c.label, r, c.floor(device)) for r, c in zip(group, due * steps, strict=True)]
-            rows += _rows(pairs, steps)
-        elif due:
-            rows.append(_together(group, due, steps, device))
-        else:
-            rows += _rows([(r.name, "", r, None) for r in group], steps)
+    for event in events:
+        by_ops.setdefault(ops_of(event.name), []).append(event)
+    if NORM in by_ops:  # our own kernels fuse add and norm, across layers too
+        costs = merge_add_norms(costs)
+    groups: dict[
+        tuple[str, str], tuple[list[KernelEvent], list[OpCost]]
+    ] = {}  # kernel and equation -> events, their costs
+    for ops, found in by_ops.items():
+        own = [c for c in costs if c.op in ops]
+        paired = len(found) == steps * len(own)
+        if own and not paired:
+            names = list(dict.fromkeys(e.name for e in found))
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            groups[names[0] + more, ", ".join(dict.fromkeys(c.op for c in own))] = found, own * steps
+            continue
+        for n, event in enumerate(found):
+            cost = own[n % len(own)] if own else None
+            members, member_costs = groups.setdefault((event.name, cost.label if cost else ""), ([], []))
+            members.append(event)
+            member_costs += [cost] if cost else []
+    rows = [_stats(*key, *group, steps, device) for key, group in groups.items()]
     return sorted(rows, key=lambda k: -k.seconds)
 
 
-def _rows(pairs: Sequence[tuple[str, str, KernelEvent, float | None]], steps: int) -> list[Kernel]:
-    """One row for each name and label."""
-    groups: dict[tuple[str, str], list[tuple[KernelEvent, float | None]]] = {}
-    for name, label, r, floor in pairs:
-        groups.setdefault((name, label), []).append((r, floor))
-    found = []
-    for (name, label), group in groups.items():
-        floors = [floor for _, floor in group if floor is not None]
-        seconds = sum(r.end - r.begin for r, _ in group)
-        floor = sum(floors) / steps if floors else None
-        found.append(Kernel(name, label, len(group) / steps, seconds / steps, floor))
-    return found
-
-
-def _together(group: Sequence[KernelEvent], due: Sequence[Cost], steps: int, device: Device) -> Kernel:
-    names = list(dict.fromkeys(r.name for r in group))
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    seconds = sum(r.end - r.begin for r in group)
-    what = ", ".join(dict.fromkeys(c.op for c in due))
-    floor = sum(c.floor(device) for c in due)
-    return Kernel(names[0] + more, what, len(group) / steps, seconds / steps, floor)
+def _stats(
+    name: str, what: str, events: Sequence[KernelEvent], costs: Sequence[OpCost], steps: int, device: Device
+) -> KernelStats:
+    seconds = sum(e.end - e.begin for e in events)
+    roofline = sum(c.roofline_time(device) for c in costs) / steps if costs else None
+    return KernelStats(name, what, len(events) / steps, seconds / steps, roofline)

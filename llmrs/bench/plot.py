@@ -1,4 +1,4 @@
-"""Curves as SVG, on two logarithmic axes."""
+"""Curves as SVG, with logarithmic axes."""
 
 import math
 from collections.abc import Sequence
@@ -6,17 +6,17 @@ from dataclasses import dataclass
 from xml.sax.saxutils import escape, quoteattr
 
 Point = tuple[float, float]
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 440, 70, 190, 36, 48  # of the picture, and margins in it
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # Okabe and Ito's, for all eyes
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 440, 70, 190, 36, 48  # of the picture, and its margins
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # Okabe and Ito's, for color blindness too
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Points with positive coordinates; a ceiling is drawn with dashes, in the colour of the curve before it."""
+    """Points with positive coordinates; a roofline is dashed, in the color of the curve before it."""
 
     name: str
     points: Sequence[Point]
-    ceiling: bool = False
+    roofline: bool = False
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,13 @@ class Axis:
 
 
 def svg(title: str, x_name: str, y_name: str, curves: Sequence[Curve]) -> str:
-    """The picture, as the text of a file."""
+    """The SVG file's text."""
     xs = sorted({x for c in curves for x, _ in c.points})
     ys = [y for c in curves for _, y in c.points]
     x = Axis(xs[0], xs[-1], LEFT, WIDTH - RIGHT)
-    y = Axis(10 ** math.floor(math.log10(min(ys))), 10 ** math.ceil(math.log10(max(ys))), HEIGHT - BOTTOM, TOP)
+    low, high = math.floor(math.log10(min(ys))), math.ceil(math.log10(max(ys)))
+    y = Axis(10.0**low, 10.0**high, HEIGHT - BOTTOM, TOP)
+    tens = [10.0**n for n in range(low, high + 1)]
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
@@ -46,28 +48,23 @@ def svg(title: str, x_name: str, y_name: str, curves: Sequence[Curve]) -> str:
         _text((x.begin + x.end) / 2, HEIGHT - 10, x_name),
         f'<g transform="rotate(-90 16 {HEIGHT / 2})">{_text(16, HEIGHT / 2, y_name)}</g>',
         *(_tick(x.at(v), y.begin, x.at(v), y.end, x.at(v), y.begin + 16, f"{v:g}", "middle") for v in xs),
-        *(_tick(x.begin, y.at(v), x.end, y.at(v), x.begin - 6, y.at(v) + 4, f"{v:g}", "end") for v in _tens(y)),
+        *(_tick(x.begin, y.at(v), x.end, y.at(v), x.begin - 6, y.at(v) + 4, f"{v:g}", "end") for v in tens),
     ]
-    colour = -1
+    color = -1
     for n, curve in enumerate(curves):
-        colour += not curve.ceiling
-        lines += _curve(curve, x, y, COLOURS[colour % len(COLOURS)], TOP + 14 + 18 * n)
+        color += not curve.roofline
+        lines += _curve(curve, x, y, COLORS[color % len(COLORS)], TOP + 14 + 18 * n)
     return "\n".join([*lines, "</svg>\n"])
 
 
-def _tens(axis: Axis) -> list[float]:
-    low, high = round(math.log10(axis.low)), round(math.log10(axis.high))
-    return [10.0**n for n in range(low, high + 1)]
-
-
-def _curve(curve: Curve, x: Axis, y: Axis, colour: str, legend: float) -> list[str]:
+def _curve(curve: Curve, x: Axis, y: Axis, color: str, legend: float) -> list[str]:
     at = [(x.at(a), y.at(b)) for a, b in curve.points]
-    style = f'fill="none" stroke="{colour}" stroke-width="2"' + (' stroke-dasharray="5 4"' if curve.ceiling else "")
+    style = f'fill="none" stroke="{color}" stroke-width="2"' + (' stroke-dasharray="5 4"' if curve.roofline else "")
     path, right = " ".join(f"{a:.1f},{b:.1f}" for a, b in at), WIDTH - RIGHT + 12
-    dots = [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{colour}"/>' for a, b in at]
+    dots = [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{color}"/>' for a, b in at]
     return [
         f"<polyline points={quoteattr(path)} {style}/>",
-        *([] if curve.ceiling else dots),
+        *([] if curve.roofline else dots),
         f'<line x1="{right}" y1="{legend}" x2="{right + 24}" y2="{legend}" {style}/>',
         _text(right + 30, legend + 4, curve.name, anchor="start"),
     ]

@@ -1,14 +1,14 @@
-"""Where a decode step goes, kernel by kernel, each against the floor of what it computes."""
+"""The kernels of a decode step, each against the roofline of its ops."""
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llmrs.backends.base import Backend, KernelEvent
-from llmrs.bench.op_costs import Kernel, costs, kernels
-from llmrs.bench.roofline import Device, Work
-from llmrs.bench.sweep import busy, decode_batch, profiled, run_steps, timed, too_large
+from llmrs.bench.op_costs import KernelStats, kernel_stats, op_costs
+from llmrs.bench.roofline import Device, ModelCost
+from llmrs.bench.sweep import decode_batch, device_busy, does_not_fit, profile, run_steps, time_step
 from llmrs.core.errors import BackendError, ConfigError
+from llmrs.core.ir import Graph
 from llmrs.engine import Engine
 
 STEPS = 5  # under the profiler
@@ -21,34 +21,35 @@ class Profile:
     batch: int
     context: int
     seconds: float  # of a step without the profiler, host included
-    busy: float  # of them something runs on the device
-    floor: float
-    kernels: list[Kernel]
+    busy: float  # seconds in which a kernel runs
+    roofline_time: float
+    kernels: list[KernelStats]
 
 
 def check(engine: Engine, shapes: Sequence[tuple[int, int]]) -> None:
-    """Raises BackendError where the backend can't say what runs, ConfigError for a step that does not fit."""
-    name, profiler = engine._worker.ask(lambda backend: (backend.name, backend.profiler()))
+    """Raises BackendError for a backend without a profiler, ConfigError for a step that does not fit."""
+    name, profiler = engine._worker.run_on_device_thread(lambda backend: (backend.name, backend.profiler()))
     if profiler is None:
-        raise BackendError(f"backend {name} does not say what runs on its device", "leave out --profile")
+        raise BackendError(f"backend {name} has no profiler for its device", "leave out --profile")
     for batch, context in shapes:
-        if reason := too_large(engine, batch, context):
+        if reason := does_not_fit(engine, batch, context):
             raise ConfigError(f"a step of {batch} x {context}: {reason}", "give smaller batches or contexts")
 
 
 def profile_step(engine: Engine, device: Device, batch: int, context: int) -> Profile:
-    """A step that `check` found to be possible."""
-    seconds, ran = engine._worker.ask(lambda backend: recorded(backend, batch, context))
-    fit, graph = engine.fit, engine._worker.ask(lambda backend: backend.graph)
-    found = costs(graph, (fit.dtype, fit.kv_dtype), batch, context)
-    floor = Work.of(engine.model.graph, fit.kv_dtype).decode(device, fit.dtype, batch, context)
-    return Profile(batch, context, seconds, busy(ran) / STEPS, floor, kernels(ran, STEPS, found, device))
+    """Profiles a step that passed `check`."""
+    seconds, events, graph = engine._worker.run_on_device_thread(lambda backend: _profile(backend, batch, context))
+    plan = engine.memory_plan
+    costs = op_costs(graph, (plan.dtype, plan.kv_dtype), batch, context)
+    roofline = ModelCost.of(engine.model.graph, plan.kv_dtype).decode_time(device, plan.dtype, batch, context)
+    kernels = kernel_stats(events, STEPS, costs, device)
+    return Profile(batch, context, seconds, device_busy(events) / STEPS, roofline, kernels)
 
 
-def recorded(backend: Backend, count: int, context: int) -> tuple[float, Sequence[KernelEvent]]:
-    """Seconds of a step, and what ran in STEPS of them."""
+def _profile(backend: Backend, num_seqs: int, context: int) -> tuple[float, list[KernelEvent], Graph]:
+    """Seconds of a step, and the kernels of STEPS of them."""
     profiler = backend.profiler()
-    assert profiler is not None, "check says so"
-    batch = decode_batch(backend.block_size, count, context)
-    seconds, _ = timed(backend, batch, time.perf_counter)
-    return seconds, profiled(profiler, lambda: run_steps(backend, batch, STEPS))
+    assert profiler is not None
+    batch = decode_batch(backend.block_size, num_seqs, context)
+    seconds, _ = time_step(backend, batch)
+    return seconds, profile(profiler, lambda: run_steps(backend, batch, STEPS)), backend.graph

@@ -1,4 +1,4 @@
-"""The speed of a model on paper: bytes and operations of a step, and the time that a device takes for them at least."""
+"""Roofline model: bytes and FLOPs of a step, and the least time that a device's peaks allow for them."""
 
 import math
 from collections import Counter, defaultdict
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmrs.core.ir import Equation, Graph, Weight
-from llmrs.memory import token_bytes
+from llmrs.memory import kv_bytes_per_token
 
 if TYPE_CHECKING:
     from llmrs.engine import Engine
@@ -18,131 +18,146 @@ WEIGHT_BYTES = {"f32": 4.0, "bf16": 2.0, "f16": 2.0, "q8_0": 34 / 32, "q4k": 144
 
 @dataclass(frozen=True)
 class Device:
-    """What a device can do: bytes read per second, and operations per second of its matrix units in half precision."""
+    """Peaks of a device: memory bandwidth in bytes/s, matrix units in half-precision FLOP/s."""
 
     name: str
     bandwidth: float
-    operations: float
+    flops: float
 
     @staticmethod
     def of(engine: "Engine") -> "Device":
-        """What an engine's device can do, measured now. Raises BackendError."""
-        config = engine.config
-        return Device(f"{config.backend} {config.device}", *engine._worker.ask(lambda backend: backend.measure_peak()))
+        """Measures the peaks of an engine's device. Raises BackendError."""
+        config, worker = engine.config, engine._worker
+        return Device(f"{config.backend} {config.device}", *worker.run_on_device_thread(lambda b: b.measure_peak()))
+
+    def roofline_time(self, nbytes: float, flops: float) -> float:
+        """Seconds: the larger of memory and compute time."""
+        return max(nbytes / self.bandwidth, flops / self.flops)
 
 
-class Rated:
-    """What a record of a measurement is by its rate, and by the least seconds that a device's ceilings allow."""
+class Rates:
+    """Rates that follow from a measurement."""
 
     tokens: int
     seconds: float
-    floor: float
+    roofline_time: float
 
     @property
-    def rate(self) -> float:
-        return self.tokens / self.seconds
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
 
     @property
-    def share(self) -> float:
-        """Of the ceiling that was reached."""
-        return self.floor / self.seconds
+    def fraction_of_roofline(self) -> float:
+        return self.roofline_time / self.seconds if self.seconds else 0.0
 
 
 @dataclass(frozen=True)
-class Work:
-    """What one token costs. A step reads all weights once, and each sequence's KV cache; embeddings are looked up.
+class Measurement(Rates):
+    """One line of a table."""
 
-    Of a mixture of experts it reads those that its tokens meet (`met`), and a token goes through `chosen` of them.
+    name: str
+    tokens: int
+    seconds: float
+    roofline_time: float
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """Cost of a token. A step reads all weights once, and the KV cache of each sequence; embeddings are looked up.
+
+    MoE layers read the activated experts (`expected_active_fraction`).
     """
 
-    weights: int  # numbers that a step reads, all experts counted
-    token: int  # bytes of KV cache of a token
-    attention: int  # operations for each token and each key that it sees, all layers
-    head: int = 0  # of the weights, those of logits: only the last token of a prompt goes through them
-    windows: tuple[tuple[int, float], ...] = ((0, 1.0),)  # tokens that a layer sees (0: all), and the part of layers
-    experts: int = 0  # of the weights, those of all experts
-    chosen: float = 1.0  # the part of them that a token goes through
+    num_weights: int  # elements, all experts included, embeddings only if tied
+    kv_bytes_per_token: int
+    attention_flops: int  # per query-key pair, all layers
+    lm_head_weights: int = 0  # run for the last token of a prompt only
+    windows: tuple[tuple[int, float], ...] = ((0, 1.0),)  # sliding window (0: full), fraction of the layers
+    expert_weights: int = 0
+    active_fraction: float = 1.0  # of the experts, for one token
 
     @staticmethod
-    def of(graph: Graph, kv_dtype: str = "bf16") -> "Work":
-        """Of a plain graph, with a KV cache of this type."""
-        used = [(op, math.prod(w)) for op, w in _weights(graph) if op != "embed"]
-        calls = [graph.functions[e.params["function"]] for e in graph.main.equations if e.op == "call"]
-        attends = [e for f in calls for e in f.equations if e.op == "attend"]
-        attention = 4 * sum(math.prod(e.inputs[0].type.sizes) for e in attends)
+    def of(graph: Graph, kv_dtype: str = "bf16") -> "ModelCost":
+        """The cost of an unfused graph."""
+        weights = [(op, math.prod(shape)) for op, shape in _weight_shapes(graph) if op != "embed"]
+        layers = [graph.functions[e.params["function"]] for e in graph.main.equations if e.op == "call"]
+        attends = [e for f in layers for e in f.equations if e.op == "attend"]
         windows = Counter(e.params.get("window", 0) for e in attends)
-        parts = tuple((window, count / len(attends)) for window, count in windows.items())
-        head = sum(count for op, count in used if op == "lm_head")
-        mixtures = [experts_of(e) for f in calls for e in f.equations if e.op == "moe"]
-        experts = sum(count for count, _ in mixtures)
-        chosen = sum(count * part for count, part in mixtures) / experts if experts else 1.0
-        weights = sum(count for _, count in used)
-        return Work(weights, token_bytes(graph, kv_dtype), attention, head, parts, experts, chosen)
+        moes = [moe_cost(e) for f in layers for e in f.equations if e.op == "moe"]
+        expert_weights = sum(count for count, _ in moes)
+        return ModelCost(
+            num_weights=sum(count for _, count in weights),
+            kv_bytes_per_token=kv_bytes_per_token(graph, kv_dtype),
+            attention_flops=4 * sum(math.prod(e.inputs[0].type.sizes) for e in attends),
+            lm_head_weights=sum(count for op, count in weights if op == "lm_head"),
+            windows=tuple((window, count / len(attends)) for window, count in windows.items()),
+            expert_weights=expert_weights,
+            active_fraction=sum(count * part for count, part in moes) / expert_weights if moes else 1.0,
+        )
 
-    def decode(self, device: Device, dtype: str, batch: int, context: int) -> float:
-        """Seconds of a step for `batch` answers of `context` tokens each: the larger of reading and computing."""
-        return self.step(device, dtype, batch, batch * self.seen(context))
+    def decode_time(self, device: Device, dtype: str, num_seqs: int, context: int) -> float:
+        """Roofline seconds of a decode step for sequences of `context` tokens."""
+        return self.step_time(device, dtype, num_seqs, num_seqs * self.keys_seen(context))
 
-    def step(self, device: Device, dtype: str, answers: int, keys: float) -> float:
-        """Seconds of a step of one token for each of some answers, which see `keys` tokens together."""
-        read = self._read(answers) * WEIGHT_BYTES[dtype] + keys * self.token
-        computed = answers * 2 * self._through() + keys * self.attention
-        return max(read / device.bandwidth, computed / device.operations)
+    def step_time(self, device: Device, dtype: str, num_seqs: int, keys: float) -> float:
+        """Roofline seconds of a decode step whose sequences attend to `keys` tokens in total."""
+        nbytes = self._weights_read(num_seqs) * WEIGHT_BYTES[dtype] + keys * self.kv_bytes_per_token
+        return device.roofline_time(nbytes, num_seqs * 2 * self._active_weights() + keys * self.attention_flops)
 
-    def prefill(self, device: Device, dtype: str, *prompts: int) -> float:
-        """Seconds for prompts of so many tokens: every token through all weights but the head's, which give one row of
-        logits a prompt, and half of all pairs of tokens."""
-        through = 2 * (self._through() - self.head)
-        computed = sum(n * through + 2 * self.head + self.pairs(n) * self.attention for n in prompts)
-        return max(computed / device.operations, self._read(sum(prompts)) * WEIGHT_BYTES[dtype] / device.bandwidth)
+    def prefill_time(self, device: Device, dtype: str, *prompt_lens: int) -> float:
+        """Roofline seconds of prefill: causal attention, and one logits row per prompt."""
+        per_token = 2 * (self._active_weights() - self.lm_head_weights)
+        flops = sum(
+            n * per_token + 2 * self.lm_head_weights + self.causal_pairs(n) * self.attention_flops for n in prompt_lens
+        )
+        return device.roofline_time(self._weights_read(sum(prompt_lens)) * WEIGHT_BYTES[dtype], flops)
 
-    def _read(self, tokens: int) -> float:
-        """Weights that a step of so many tokens reads."""
-        return self.weights - self.experts * (1 - met(self.chosen, tokens))
+    def workload_time(self, device: Device, dtype: str, lengths: Sequence[tuple[int, int]]) -> float:
+        """Roofline seconds of requests of (prompt, output) tokens that start at once and all run together.
 
-    def _through(self) -> float:
-        """Weights that a token goes through."""
-        return self.weights - self.experts * (1 - self.chosen)
-
-    def answers(self, device: Device, dtype: str, asked: Sequence[tuple[int, int]]) -> float:
-        """Seconds for requests of (prompt, new) tokens that begin at once and all run together.
-
-        First the prompts, whose last tokens give the first new ones, then a step for each further one.
+        One prefill gives the first output tokens, one decode step each further one.
         """
-        steps: Counter[int] = Counter()  # number of the step -> answers
-        keys: dict[int, float] = defaultdict(float)  # that they see
-        for prompt, new in asked:
-            for n in range(1, new):
-                steps[n] += 1
-                keys[n] += self.seen(prompt + n)
-        prompts = self.prefill(device, dtype, *(prompt for prompt, _ in asked))
-        return prompts + sum(self.step(device, dtype, count, keys[n]) for n, count in steps.items())
+        num_seqs: Counter[int] = Counter()  # by decode step
+        keys: dict[int, float] = defaultdict(float)
+        for prompt_len, output_len in lengths:
+            for n in range(1, output_len):
+                num_seqs[n] += 1
+                keys[n] += self.keys_seen(prompt_len + n)
+        prefill = self.prefill_time(device, dtype, *(prompt_len for prompt_len, _ in lengths))
+        return prefill + sum(self.step_time(device, dtype, count, keys[n]) for n, count in num_seqs.items())
 
-    def seen(self, context: int) -> float:
-        """Keys that a token sees, the mean of all layers."""
+    def keys_seen(self, context: int) -> float:
+        """Keys that a token attends to, the mean of all layers."""
         return sum(part * min(context, window or context) for window, part in self.windows)
 
-    def pairs(self, tokens: int) -> float:
-        """Pairs of a prompt's tokens of which one sees the other, the mean of all layers."""
+    def causal_pairs(self, tokens: int) -> float:
+        """Query-key pairs of a prompt, the mean of all layers."""
         reach = [(min(tokens, window or tokens), part) for window, part in self.windows]
         return sum(part * (near * tokens - near * near / 2) for near, part in reach)
 
+    def _weights_read(self, tokens: int) -> float:
+        return self.num_weights - self.expert_weights * (1 - expected_active_fraction(self.active_fraction, tokens))
 
-def experts_of(e: Equation) -> tuple[int, float]:
-    """Of a mixture: the numbers of all its experts, and the part of them that a token goes through."""
+    def _active_weights(self) -> float:
+        """Weights that one token uses."""
+        return self.num_weights - self.expert_weights * (1 - self.active_fraction)
+
+
+def moe_cost(e: Equation) -> tuple[int, float]:
+    """Weights of all experts, and the fraction of them that one token activates."""
     router, *stacks = (o.type.sizes for o in e.inputs if isinstance(o, Weight))
     return sum(map(math.prod, stacks)), e.params["top_k"] / router[0]
 
 
-def met(chosen: float, tokens: int) -> float:
-    """The part of a mixture's experts that so many tokens go through together, if each chooses without preference."""
-    return 1 - (1 - chosen) ** tokens
+def expected_active_fraction(active_fraction: float, tokens: int) -> float:
+    """The fraction of experts that `tokens` activate together, with uniform routing."""
+    return 1 - (1 - active_fraction) ** tokens
 
 
-def _weights(graph: Graph) -> list[tuple[str, tuple[int, ...]]]:
-    """Op and shape of every weight, layers counted."""
-    found = []
+def _weight_shapes(graph: Graph) -> list[tuple[str, tuple[int, ...]]]:
+    """Op and shape of every weight of every layer."""
+    shapes = []
     for e in graph.main.equations:
         body = graph.functions[e.params["function"]].equations if e.op == "call" else (e,)
-        found += [(b.op, o.type.sizes) for b in body for o in b.inputs if o.type.dtype == "weight"]
-    return found
+        shapes += [(b.op, o.type.sizes) for b in body for o in b.inputs if o.type.dtype == "weight"]
+    return shapes

@@ -1,126 +1,117 @@
-"""Runs workloads: time, rate, percent of the ceiling, latencies and idle share; also with arrivals over time."""
+"""Runs workloads, all requests at once or with Poisson arrivals: rate, % of roofline, latencies, device idle time."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from llmrs.backends.base import Profiler
-from llmrs.bench.roofline import Device, Rated, Work
-from llmrs.bench.sweep import busy, settle
-from llmrs.bench.workloads import Asked, Outcome, Workload, arrivals, run
+from llmrs.bench.roofline import Device, Measurement, ModelCost
+from llmrs.bench.sweep import device_busy, run_idle_work
+from llmrs.bench.workloads import RequestSpec, RunResult, Workload, poisson_arrivals, run
 from llmrs.core.errors import ConfigError
 from llmrs.engine import Engine
 
-PIECE = 100  # steps
-Latencies = dict[str, dict[str, float]]
+FLUSH_EVERY_STEPS = 100
 
 
 @dataclass(frozen=True)
-class Measured(Rated):
-    """A workload that was run. `tokens` are new ones, of `prefill` those of the prompts."""
+class WorkloadResult(Measurement):
+    """A workload's run. `tokens` are output tokens, or prompt tokens of `prefill`."""
 
-    name: str
     requests: int
-    tokens: int
-    seconds: float
-    floor: float  # the least seconds that the ceilings of the device allow
-    latencies: Latencies
-    idle: float | None = None  # share of the time in which the device does nothing; None: can't be measured
-    rate_of_requests: float | None = None  # per second, where they came over time
+    latencies: dict[str, dict[str, float]]
+    idle: float | None = None  # fraction of the time without a running kernel; None: not measurable
+    request_rate: float | None = None  # arrivals per second; None: all at once
 
 
 def check(engine: Engine, workloads: Sequence[Workload]) -> None:
-    """Raises ConfigError for a workload whose requests do not fit into the context."""
+    """Raises ConfigError for a workload whose requests exceed the context."""
     for w in workloads:
-        if w.longest > engine.fit.length:
+        if w.max_len > engine.memory_plan.max_model_len:
             raise ConfigError(
-                f"workload {w.name} needs {w.longest} tokens, more than the context of {engine.fit.length}",
+                f"workload {w.name} needs {w.max_len} tokens, more than the context of "
+                f"{engine.memory_plan.max_model_len}",
                 "lower --scale, or raise --max-model-len",
             )
 
 
-def measure(engine: Engine, device: Device, workloads: Sequence[Workload]) -> Iterator[Measured]:
-    """Each workload after one run of it to warm up, and once more for the idle share where that can be measured."""
+def measure(engine: Engine, device: Device, workloads: Sequence[Workload]) -> Iterator[WorkloadResult]:
+    """Each workload after a warm-up run, and again under the profiler for the idle time."""
     check(engine, workloads)
+    plan = engine.memory_plan
+    cost = ModelCost.of(engine.model.graph, plan.kv_dtype)
     for w in workloads:
-        asked = w.requests_of(engine.model.config.vocab_size)
-        run(engine, asked)
-        engine._worker.ask(settle)
-        outcome = run(engine, asked)
-        yield summary(engine, device, w, asked, outcome, idle(engine, asked, outcome.seconds))
+        specs = w.make_requests(engine.model.config.vocab_size)
+        result = _run_warm(engine, specs)
+        roofline = cost.workload_time(device, plan.dtype, [(len(s.prompt), s.output_len) for s in specs])
+        tokens = sum(len(s.prompt) for s in specs) if w.is_prefill else result.tokens
+        idle, latencies = device_idle(engine, specs, result.seconds), result.latencies()
+        yield WorkloadResult(w.name, tokens, result.seconds, roofline, len(specs), latencies, idle)
 
 
-def summary(
-    engine: Engine, device: Device, w: Workload, asked: Sequence[Asked], outcome: Outcome, idle: float | None
-) -> Measured:
-    work = Work.of(engine.model.graph, engine.fit.kv_dtype)
-    floor = work.answers(device, engine.fit.dtype, [(len(a.prompt), a.new) for a in asked])
-    tokens = sum(len(a.prompt) for a in asked) if w.counts_prompts else outcome.tokens
-    return Measured(w.name, len(asked), tokens, outcome.seconds, floor, outcome.latencies(), idle)
+def _run_warm(engine: Engine, specs: Sequence[RequestSpec], arrivals: Sequence[float] | None = None) -> RunResult:
+    """The second of two runs."""
+    run(engine, specs, arrivals)
+    engine._worker.run_on_device_thread(run_idle_work)
+    return run(engine, specs, arrivals)
 
 
-class Meter:
-    """Adds up the time in which the device does something, while an engine steps.
+class BusyMeter:
+    """Adds up device time while an engine steps.
 
-    A profiler holds only so much, and silently drops the rest: it is emptied every PIECE steps.
+    A profiler's buffer is bounded and drops events silently: it is flushed every FLUSH_EVERY_STEPS.
     """
 
     def __init__(self, profiler: Profiler) -> None:
         self.profiler, self.steps, self.busy = profiler, 0, 0.0
 
-    def start(self) -> None:
-        self.profiler.start()
-
     def stop(self) -> None:
-        self.busy += busy(self.profiler.stop())
+        self.busy += device_busy(self.profiler.stop())
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
-        """For the core, which calls it around each part of a step."""
+        """The core's trace hook, called around each phase of a step."""
         if name == "schedule":
             self.steps += 1
-            if self.steps % PIECE == 0:
+            if self.steps % FLUSH_EVERY_STEPS == 0:
                 self.stop()
-                self.start()
+                self.profiler.start()
         yield
 
 
-def idle(engine: Engine, asked: Sequence[Asked], seconds: float) -> float | None:
-    """The device's idle share of a run that took `seconds`, from a run of the same requests under a profiler.
+def device_idle(engine: Engine, specs: Sequence[RequestSpec], seconds: float) -> float | None:
+    """The device's idle fraction of a run of `seconds`, with the kernel time of a profiled run of the same requests.
 
-    A profiler slows the host down: what is taken from that run is only what kernels took. Kernels that overlap count
-    once.
+    The profiler slows down the host, not the kernels.
     """
-    profiler = engine._worker.ask(lambda backend: backend.profiler())
+    on_device = engine._worker.run_on_device_thread
+    profiler = on_device(lambda backend: backend.profiler())
     if profiler is None or not profiler.asynchronous:
         return None
-    core, meter = engine._worker.core, Meter(profiler)
+    core, meter = engine._worker.core, BusyMeter(profiler)
     before, core.span = core.span, meter.span
-    engine._worker.ask(lambda backend: meter.start())
+    on_device(lambda backend: profiler.start())
     try:
-        run(engine, asked)
+        run(engine, specs)
     finally:
         core.span = before
-        engine._worker.ask(lambda backend: meter.stop())
+        on_device(lambda backend: meter.stop())
     return max(1 - meter.busy / seconds, 0.0)
 
 
-def over_time(
-    engine: Engine, device: Device, w: Workload, shares: Sequence[float], closed: Measured | None = None
-) -> Iterator[Measured]:
-    """The workload's requests in a Poisson process, at shares of the rate at which they are answered all at once.
+def open_loop(
+    engine: Engine, device: Device, w: Workload, shares: Sequence[float], closed: WorkloadResult | None = None
+) -> Iterator[WorkloadResult]:
+    """The workload with Poisson arrivals, at shares of the request rate of a closed-loop run (`closed`, or a new one).
 
-    Each after one run of the same arrivals to warm up. `closed` is the run of all at once, where there was one.
+    Each after a warm-up run of the same arrivals.
     """
     closed = closed or next(measure(engine, device, [w]))
-    asked = w.requests_of(engine.model.config.vocab_size)
+    specs = w.make_requests(engine.model.config.vocab_size)
     for share in shares:
         rate = share * closed.requests / closed.seconds
-        due = arrivals(len(asked), rate)
-        run(engine, asked, due)
-        engine._worker.ask(settle)
-        outcome = run(engine, asked, due)
-        yield Measured(
-            f"{w.name} at {share:g}", len(asked), outcome.tokens, outcome.seconds, max(closed.floor, due[-1]),
-            outcome.latencies(), None, rate,
-        )  # fmt: skip
+        arrivals = poisson_arrivals(len(specs), rate)
+        result = _run_warm(engine, specs, arrivals)
+        roofline = max(closed.roofline_time, arrivals[-1])
+        latencies, name = result.latencies(), f"{w.name} at {share:g}"
+        yield WorkloadResult(name, result.tokens, result.seconds, roofline, len(specs), latencies, None, rate)

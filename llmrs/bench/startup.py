@@ -1,7 +1,7 @@
-"""From the start of a process to the first token: what `llmrs run` takes, and which part of it is what.
+"""From process start to the first token: `llmrs run` as a whole, and the phases of a program that uses the engine.
 
-As a program (`python -m llmrs.bench.startup CONFIG SINCE`) it is the process that is timed for the parts: the config as
-JSON, and the time.time() at which it was started. It prints the seconds since then after each part.
+`python -m llmrs.bench.startup CONFIG SINCE` is the process with timed phases: CONFIG is JSON, SINCE its time.time() at
+start. It prints the seconds since then at the end of each phase.
 """
 
 import json
@@ -16,13 +16,13 @@ from llmrs.config import EngineConfig
 from llmrs.core.errors import BackendError
 from llmrs.core.options import SamplingParams
 
-ROUNDS = 3  # after one that warms the file cache
+ROUNDS = 3  # after one warm-up of the file cache
 PROMPT = "Hi"
 
 
 @dataclass(frozen=True)
-class Start:
-    """Median seconds. `first_token` is that of `llmrs run`; the parts are those of a program that uses the engine."""
+class StartupTimes:
+    """Median seconds. `first_token` is the total of `llmrs run`; the others are phases of a program of its own."""
 
     first_token: float
     imported: float  # Python and all modules
@@ -30,14 +30,13 @@ class Start:
     answered: float  # the first token, after that
 
 
-def measure(config: EngineConfig, run: Sequence[str], rounds: int = ROUNDS) -> Start:
+def measure(config: EngineConfig, run: Sequence[str], rounds: int = ROUNDS) -> StartupTimes:
     """`run` is the command line of `llmrs run` with this config. Raises BackendError where a process fails."""
     command = [*run, "--prompts", PROMPT, "--max-tokens", "1", "--ignore-eos"]
     until_output(command)
     totals = [until_output(command) for _ in range(rounds)]
-    parts = [stages(config) for _ in range(rounds)]
-    imported, loaded, answered = (statistics.median(p[n] for p in parts) for n in range(3))
-    return Start(statistics.median(totals), imported, loaded, answered)
+    phases = [*zip(*(time_phases(config) for _ in range(rounds)), strict=True)]
+    return StartupTimes(statistics.median(totals), *map(statistics.median, phases))
 
 
 def until_output(command: Sequence[str]) -> float:
@@ -49,28 +48,28 @@ def until_output(command: Sequence[str]) -> float:
         seconds = time.perf_counter() - begin
         _, errors = process.communicate()
     if process.returncode or not first:
-        raise failed(process.returncode, errors)
+        raise process_error(process.returncode, errors)
     return seconds
 
 
-def stages(config: EngineConfig) -> tuple[float, float, float]:
-    """Seconds of importing, of loading, and of the first token, in a process of their own."""
+def time_phases(config: EngineConfig) -> tuple[float, float, float]:
+    """Seconds of imports, loading and first token, in a new process."""
     command = [sys.executable, "-m", "llmrs.bench.startup", json.dumps(vars(config)), repr(time.time())]
     done = subprocess.run(command, capture_output=True)
     if done.returncode:
-        raise failed(done.returncode, done.stderr)
+        raise process_error(done.returncode, done.stderr)
     imported, loaded, answered = json.loads(done.stdout)
     return imported, loaded - imported, answered - loaded
 
 
-def failed(status: int, errors: bytes) -> BackendError:
+def process_error(status: int, errors: bytes) -> BackendError:
     lines = errors.decode("utf-8", "replace").strip().splitlines()
     said = next((line for line in lines if line.startswith("error: ")), lines[-1] if lines else "nothing")
-    return BackendError(f"a process that was timed ended with status {status}: {said}", "does `llmrs run` work?")
+    return BackendError(f"a timed process ended with status {status}: {said}", "does `llmrs run` work?")
 
 
 def main(config: EngineConfig, since: float) -> list[float]:
-    """What the timed process does."""
+    """Seconds since `since` after each phase."""
     from llmrs.backends import base
     from llmrs.engine import Engine
 

@@ -1,6 +1,6 @@
-"""Decode steps by themselves, at any batch and context: what a step takes, beside its floor, on the pool's own blocks.
+"""Decode steps alone, at any batch size and context: seconds against the roofline, on the engine's own KV blocks.
 
-The batch is made up: random blocks, whatever they hold, and a token for each sequence. Nothing else may run meanwhile.
+The batch is synthetic: random blocks with any content, and one token per sequence. No request may run meanwhile.
 """
 
 import time
@@ -11,95 +11,81 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmrs.backends.base import Backend, KernelEvent, Profiler
-from llmrs.bench.roofline import Device, Work
+from llmrs.bench.roofline import Device, ModelCost, Rates
 from llmrs.core.batch import Batch
 from llmrs.core.engine import AsyncOutput
 from llmrs.core.errors import BackendError
 from llmrs.core.sampling import SamplingArrays
 from llmrs.engine import Engine
+from llmrs.random_model import make_batch
 
-ROUNDS, ENOUGH, FEWEST, MOST = 3, 0.3, 3, 50  # rounds of steps, the seconds of one, and how many steps it has
+ROUNDS, ROUND_SECONDS, MIN_STEPS, MAX_STEPS = 3, 0.3, 3, 50
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A step of `batch` sequences of `context` tokens. `skipped` says why it was not run; then there are no seconds."""
+class SweepPoint(Rates):
+    """A decode step of `batch` sequences of `context` tokens; 0 seconds where `skipped` says why it was not run."""
 
     batch: int
     context: int
     seconds: float = 0.0
-    floor: float = 0.0
-    idle: float | None = None  # share of the time in which the device does nothing; None: can't be measured
+    roofline_time: float = 0.0
+    idle: float | None = None  # fraction of the time without a running kernel; None: not measurable
     skipped: str = ""
 
     @property
-    def rate(self) -> float:
-        """Tokens per second."""
-        return self.batch / self.seconds if self.seconds else 0.0
+    def tokens(self) -> int:  # type: ignore[override]
+        return self.batch
 
     @property
-    def ceiling(self) -> float:
-        """Tokens per second that the device's ceilings allow."""
-        return self.batch / self.floor if self.floor else 0.0
-
-    @property
-    def share(self) -> float:
-        return self.floor / self.seconds if self.seconds else 0.0
+    def roofline_tokens_per_second(self) -> float:
+        return self.batch / self.roofline_time if self.roofline_time else 0.0
 
 
-def grid(engine: Engine, device: Device, batches: Sequence[int], contexts: Sequence[int]) -> Iterator[Cell]:
-    """Every batch at every context; what does not fit comes with the reason."""
-    work = Work.of(engine.model.graph, engine.fit.kv_dtype)
+def sweep(engine: Engine, device: Device, batches: Sequence[int], contexts: Sequence[int]) -> Iterator[SweepPoint]:
+    """Every batch size at every context."""
+    plan = engine.memory_plan
+    cost = ModelCost.of(engine.model.graph, plan.kv_dtype)
     for context in contexts:
         for batch in batches:
-            if reason := too_large(engine, batch, context):
-                yield Cell(batch, context, skipped=reason)
-                continue
-            yield _cell(engine, work.decode(device, engine.fit.dtype, batch, context), batch, context)
+            yield _measure_point(engine, batch, context, cost.decode_time(device, plan.dtype, batch, context))
 
 
-def _cell(engine: Engine, floor: float, batch: int, context: int) -> Cell:
-    """A step that the device has no memory for is left out like one that the cache is too small for."""
-    try:
-        seconds, idle = engine._worker.ask(lambda backend: measured(backend, batch, context))
-    except BackendError as error:
-        return Cell(batch, context, skipped=error.message.splitlines()[0])
-    return Cell(batch, context, seconds, floor, idle)
+def _measure_point(engine: Engine, batch: int, context: int, roofline_time: float) -> SweepPoint:
+    skipped = does_not_fit(engine, batch, context)
+    if not skipped:
+        try:
+            seconds, idle = engine._worker.run_on_device_thread(lambda backend: measure_step(backend, batch, context))
+            return SweepPoint(batch, context, seconds, roofline_time, idle)
+        except BackendError as error:  # out of memory
+            skipped = error.message.splitlines()[0]
+    return SweepPoint(batch, context, skipped=skipped)
 
 
-def too_large(engine: Engine, batch: int, context: int) -> str:
-    """Why a step can't be run here; empty: it can."""
-    fit = engine.fit
-    if context > fit.length:
-        return f"the context has at most {fit.length} tokens"
-    needed = batch * -(-context // fit.block_size)
-    if needed > fit.blocks:
-        return f"needs {needed} blocks of KV cache, and there are {fit.blocks}"
-    return "" if batch <= fit.sequences else f"at most {fit.sequences} sequences run at once"
+def does_not_fit(engine: Engine, batch: int, context: int) -> str:
+    """Why a step can't run; empty if it can."""
+    plan = engine.memory_plan
+    if context > plan.max_model_len:
+        return f"the context has at most {plan.max_model_len} tokens"
+    blocks = batch * -(-context // plan.block_size)
+    if blocks > plan.num_blocks:
+        return f"needs {blocks} blocks of KV cache, and there are {plan.num_blocks}"
+    return "" if batch <= plan.max_num_seqs else f"at most {plan.max_num_seqs} sequences run at once"
 
 
-def decode_batch(block_size: int, count: int, context: int) -> Batch:
-    """A step of one token for each of `count` sequences of `context` tokens, in the first blocks of the pool, mixed."""
-    sampling = SamplingArrays.zeros(count)
+def decode_batch(block_size: int, num_seqs: int, context: int) -> Batch:
+    """A decode step of sequences of `context` tokens, in the first blocks of the pool, shuffled."""
+    sampling = SamplingArrays.zeros(num_seqs)
     sampling.temperature[:] = 0.6
-    sampling.rng_key[:] = np.arange(count)
-    lengths, width = np.full(count, context, np.int32), -(-context // block_size)
-    return Batch(
-        input_ids=np.zeros(count, np.int32),
-        positions=lengths - 1,
-        query_start_loc=np.arange(count + 1, dtype=np.int32),
-        seq_lens=lengths,
-        block_tables=np.random.default_rng(0).permutation(count * width).astype(np.int32).reshape(count, width),
-        req_slots=np.arange(count, dtype=np.int32),
-        do_sample=np.ones(count, bool),
-        sampling=sampling,
-        logits_indices=np.arange(count, dtype=np.int32),
-        prompt_logprob_ids=np.zeros(0, np.int32),
-    )
+    sampling.rng_key[:] = np.arange(num_seqs)
+    width = -(-context // block_size)
+    blocks = np.random.default_rng(0).permutation(num_seqs * width).astype(np.int32).reshape(num_seqs, width)
+    ones = np.ones(num_seqs, np.int32)
+    return make_batch(ones, context * ones, blocks, sampling=sampling)
 
 
 def run_steps(backend: Backend, batch: Batch, count: int) -> None:
-    """Runs a step again and again, as far ahead as the engine does."""
+    """Launches a step `count` times, with as many in flight as the engine has."""
     outputs: deque[AsyncOutput] = deque()
     for _ in range(count):
         outputs.append(backend.launch(batch))
@@ -109,53 +95,53 @@ def run_steps(backend: Backend, batch: Batch, count: int) -> None:
         outputs.popleft().tokens()
 
 
-def measured(
-    backend: Backend, count: int, context: int, clock: Callable[[], float] = time.perf_counter
+def measure_step(
+    backend: Backend, num_seqs: int, context: int, clock: Callable[[], float] = time.perf_counter
 ) -> tuple[float, float | None]:
-    """Seconds of a step, host and device together, of the fastest round; and the device's idle share."""
-    batch = decode_batch(backend.block_size, count, context)
-    seconds, steps = timed(backend, batch, clock)
+    """Seconds of a step in the fastest round, and the device's idle fraction."""
+    batch = decode_batch(backend.block_size, num_seqs, context)
+    seconds, steps = time_step(backend, batch, clock)
     profiler = backend.profiler()
     if profiler is None or not profiler.asynchronous:
         return seconds, None
-    ran = profiled(profiler, lambda: run_steps(backend, batch, steps))
-    return seconds, max(1 - busy(ran) / (seconds * steps), 0.0)  # the profiler slows the host, but not the kernels
+    events = profile(profiler, lambda: run_steps(backend, batch, steps))
+    return seconds, max(1 - device_busy(events) / (seconds * steps), 0.0)  # profiling slows the host, not the kernels
 
 
-def settle(backend: Backend) -> None:
-    """Has the backend do what it would do while no request runs."""
+def run_idle_work(backend: Backend) -> None:
+    """Runs the work that a backend defers to idle time, such as CUDA graph capture."""
     while backend.idle():
         pass
 
 
-def timed(backend: Backend, batch: Batch, clock: Callable[[], float]) -> tuple[float, int]:
+def time_step(backend: Backend, batch: Batch, clock: Callable[[], float] = time.perf_counter) -> tuple[float, int]:
     """Seconds of a step in the fastest round, and the steps of a round."""
 
-    def lasts(steps: int) -> float:
+    def time_round(steps: int) -> float:
         begin = clock()
         run_steps(backend, batch, steps)
         return clock() - begin
 
-    lasts(FEWEST)  # compiles, fills caches
-    settle(backend)
-    steps = min(max(round(ENOUGH * FEWEST / max(lasts(FEWEST), 1e-9)), FEWEST), MOST)
-    return min(lasts(steps) for _ in range(ROUNDS)) / steps, steps
+    time_round(MIN_STEPS)  # compiles, fills caches
+    run_idle_work(backend)
+    steps = min(max(round(ROUND_SECONDS * MIN_STEPS / max(time_round(MIN_STEPS), 1e-9)), MIN_STEPS), MAX_STEPS)
+    return min(time_round(steps) for _ in range(ROUNDS)) / steps, steps
 
 
-def profiled(profiler: Profiler, run: Callable[[], object]) -> list[KernelEvent]:
-    """What ran on the device during a run."""
+def profile(profiler: Profiler, run: Callable[[], object]) -> list[KernelEvent]:
+    """The kernels of a run."""
     profiler.start()
     try:
         run()
     finally:
-        found = profiler.stop()
-    return found
+        events = profiler.stop()
+    return events
 
 
-def busy(ran: Sequence[KernelEvent]) -> float:
-    """Seconds in which something ran, of a list in order of the beginnings; what overlaps counts once."""
+def device_busy(events: Sequence[KernelEvent]) -> float:
+    """Seconds in which a kernel ran; `events` are sorted by begin, overlaps count once."""
     total, reached = 0.0, float("-inf")
-    for r in ran:
-        total += max(r.end - max(r.begin, reached), 0.0)
-        reached = max(reached, r.end)
+    for e in events:
+        total += max(e.end - max(e.begin, reached), 0.0)
+        reached = max(reached, e.end)
     return total

@@ -1,12 +1,12 @@
-"""The workloads of `llmrs bench`: their requests, as token ids; and what came of them, token by token.
+"""The workloads of `llmrs bench`: their requests as token ids, and the time of each output token.
 
-All are sampled exactly at temperature 0.6, without filters, and run once before the run that counts. `mixed` draws what
-nano-vllm's bench.py draws: prompts first, each its length before its tokens, then the lengths of the answers.
+All sample at temperature 0.6 without filters, and run once to warm up. `mixed` draws the lengths and tokens of
+nano-vllm's bench.py in its order: for each prompt its length and tokens, then all output lengths.
 """
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -14,47 +14,60 @@ from itertools import pairwise
 from llmrs.core.errors import ConfigError, did_you_mean
 from llmrs.core.options import SamplingParams
 from llmrs.core.request import Request
-from llmrs.engine import Engine, OnUpdate
+from llmrs.engine import Engine
 from llmrs.stream import Stream
 
-HIGHEST = 10_000  # token id
+MAX_TOKEN_ID = 10_000
+
+
+@dataclass(frozen=True)
+class RequestSpec:
+    """Token ids of a prompt, and the number of output tokens."""
+
+    prompt: list[int]
+    output_len: int
+
+    @property
+    def params(self) -> SamplingParams:
+        new = self.output_len
+        return SamplingParams(temperature=0.6, top_k=0, top_p=1.0, min_p=0.0, max_tokens=new, ignore_eos=True)
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Requests that begin together; lengths in tokens are drawn from (shortest, longest)."""
+    """Requests that start together; lengths are tokens, drawn from (min, max)."""
 
     name: str
     requests: int
-    prompt: tuple[int, int]
-    new: tuple[int, int]
+    prompt_len: tuple[int, int]
+    output_len: tuple[int, int]
 
     def scaled(self, scale: float) -> "Workload":
-        """A smaller one of the same form; an answer keeps the second token, before which there is nothing to time."""
-        low, high = self.new
-        least = min(low, 2)
+        """A smaller workload of the same form; outputs keep a second token, or there is no ITL."""
+        low, high = self.output_len
 
-        def less(n: int, least: int = 1) -> int:
-            return max(round(n * scale), least)
+        def scaled(n: int, minimum: int = 1) -> int:
+            return max(round(n * scale), minimum)
 
-        prompt = less(self.prompt[0]), less(self.prompt[1])
-        return Workload(self.name, less(self.requests), prompt, (less(low, least), less(high, least)))
+        prompt_len = scaled(self.prompt_len[0]), scaled(self.prompt_len[1])
+        output_len = scaled(low, min(low, 2)), scaled(high, min(low, 2))
+        return Workload(self.name, scaled(self.requests), prompt_len, output_len)
 
-    def requests_of(self, vocabulary: int) -> "list[Asked]":
-        """The same each time."""
-        rng, top = random.Random(0), min(HIGHEST, vocabulary - 1)
-        prompts = [[rng.randint(0, top) for _ in range(rng.randint(*self.prompt))] for _ in range(self.requests)]
-        return [Asked(prompt, rng.randint(*self.new)) for prompt in prompts]
+    def make_requests(self, vocab_size: int) -> list[RequestSpec]:
+        """The same requests each time."""
+        rng, top = random.Random(0), min(MAX_TOKEN_ID, vocab_size - 1)
+        prompts = [[rng.randint(0, top) for _ in range(rng.randint(*self.prompt_len))] for _ in range(self.requests)]
+        return [RequestSpec(prompt, rng.randint(*self.output_len)) for prompt in prompts]
 
     @property
-    def longest(self) -> int:
+    def max_len(self) -> int:
         """Tokens of the longest context."""
-        return self.prompt[1] + self.new[1]
+        return self.prompt_len[1] + self.output_len[1]
 
     @property
-    def counts_prompts(self) -> bool:
-        """Whether its rate is that of prompt tokens: there are no others to speak of."""
-        return self.new[1] == 1
+    def is_prefill(self) -> bool:
+        """Whether the rate counts prompt tokens: outputs have one token."""
+        return self.output_len[1] == 1
 
 
 WORKLOADS = {
@@ -68,103 +81,87 @@ WORKLOADS = {
 }
 
 
-def named(text: str, scale: float = 1.0) -> list[Workload]:
-    """The workloads of a list such as "seed,mixed". Raises ConfigError for a name that is none of them."""
+def parse_workloads(text: str, scale: float = 1.0) -> list[Workload]:
+    """The workloads of a list such as "seed,mixed". Raises ConfigError for an unknown name."""
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if name not in WORKLOADS:
-            raise ConfigError(f"workloads: {name!r} is not there", did_you_mean(name, WORKLOADS))
+            raise ConfigError(f"workloads: {name!r} is unknown", did_you_mean(name, WORKLOADS))
     return [WORKLOADS[name].scaled(scale) for name in dict.fromkeys(names)]
 
 
 @dataclass(frozen=True)
-class Asked:
-    """One request: the prompt's token ids, and how many tokens its answer has."""
+class RequestTimes:
+    """Arrival of a request and of each output token, in seconds of time.monotonic()."""
 
-    prompt: list[int]
-    new: int
+    arrival_time: float
+    token_times: list[float] = field(default_factory=list)
 
     @property
-    def params(self) -> SamplingParams:
-        return SamplingParams(temperature=0.6, top_k=0, top_p=1.0, min_p=0.0, max_tokens=self.new, ignore_eos=True)
+    def ttft(self) -> float:
+        """Time to first token."""
+        return self.token_times[0] - self.arrival_time
+
+    @property
+    def itl(self) -> list[float]:
+        """Inter-token latencies."""
+        return [after - before for before, after in pairwise(self.token_times)]
 
 
 @dataclass(frozen=True)
-class Answered:
-    """When a request was submitted, and when each of its tokens came, in seconds of one clock."""
-
-    submitted: float
-    times: list[float] = field(default_factory=list)
-
-    @property
-    def to_first(self) -> float:
-        return self.times[0] - self.submitted
-
-    @property
-    def gaps(self) -> list[float]:
-        """Between one token and the next."""
-        return [after - before for before, after in pairwise(self.times)]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came of the requests of a workload."""
-
-    answers: list[Answered]
+class RunResult:
+    requests: list[RequestTimes]
 
     @property
     def seconds(self) -> float:
         """From the first request to the last token."""
-        return max(a.times[-1] for a in self.answers) - min(a.submitted for a in self.answers)
+        return max(r.token_times[-1] for r in self.requests) - min(r.arrival_time for r in self.requests)
 
     @property
     def tokens(self) -> int:
-        return sum(len(a.times) for a in self.answers)
+        return sum(len(r.token_times) for r in self.requests)
 
     def latencies(self) -> dict[str, dict[str, float]]:
-        """Seconds to the first token of a request, and from a token to the next, as percentiles."""
-        gaps = [gap for a in self.answers for gap in a.gaps]
-        found = {"first_token": percentiles([a.to_first for a in self.answers])}
-        return {**found, "between_tokens": percentiles(gaps)} if gaps else found
+        """Percentiles of TTFT and ITL in seconds."""
+        found = {"ttft": percentiles([r.ttft for r in self.requests])}
+        itl = [gap for r in self.requests for gap in r.itl]
+        return {**found, "itl": percentiles(itl)} if itl else found
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:
-    """The values that 50, 90 and 99 of 100 do not exceed."""
+    """p50, p90 and p99 by nearest rank."""
     ranked = sorted(values)
     return {f"p{p}": ranked[-(-p * len(ranked) // 100) - 1] for p in (50, 90, 99)}
 
 
-def run(engine: Engine, asked: Sequence[Asked], due: Sequence[float] | None = None) -> Outcome:
-    """Answers all requests, which begin at once, or `due` so many seconds after the beginning, in rising order."""
-    answers: list[Answered] = []
+def run(engine: Engine, specs: Sequence[RequestSpec], arrivals: Sequence[float] | None = None) -> RunResult:
+    """Runs all requests, from now on or at rising `arrivals` in seconds from now."""
+    times: list[RequestTimes] = []
     streams: list[Stream] = []
     begin = time.monotonic()
-    for n, one in enumerate(asked):
-        if due is not None:
-            time.sleep(max(begin + due[n] - time.monotonic(), 0))
-        answers.append(Answered(time.monotonic()))
-        request = engine._inputs.request(one.params, one.prompt)
-        streams.append(engine._start(request, around=partial(_noting, answers[-1].times)))
+    for n, spec in enumerate(specs):
+        if arrivals is not None:
+            time.sleep(max(begin + arrivals[n] - time.monotonic(), 0))
+        times.append(RequestTimes(time.monotonic()))
+        stream = engine._stream(engine._inputs.request(spec.params, spec.prompt))
+        stream.request.on_update = partial(_record, times[-1].token_times, stream.request.on_update)
+        engine._submit([stream])
+        streams.append(stream)
     for stream in streams:
         stream.result()
-    return Outcome(answers)
+    return RunResult(times)
 
 
-def _noting(times: list[float], update: OnUpdate) -> OnUpdate:
-    """`update`, which also notes when tokens come."""
-
-    def noted(request: Request, tokens: list[int]) -> None:
-        if tokens:
-            times.append(time.monotonic())
-        update(request, tokens)
-
-    return noted
+def _record(times: list[float], on_update: Callable[..., None], request: Request, tokens: list[int]) -> None:
+    if tokens:
+        times.append(time.monotonic())
+    on_update(request, tokens)
 
 
-def arrivals(count: int, rate: float, seed: int = 0) -> list[float]:
-    """Seconds at which `count` requests come, `rate` a second on average: the gaps of a Poisson process."""
-    rng, at, found = random.Random(seed), 0.0, []
+def poisson_arrivals(count: int, rate: float, seed: int = 0) -> list[float]:
+    """Arrival times in seconds of a Poisson process of `rate` requests per second."""
+    rng, at, times = random.Random(seed), 0.0, []
     for _ in range(count):
-        found.append(at)
+        times.append(at)
         at += rng.expovariate(rate)
-    return found
+    return times

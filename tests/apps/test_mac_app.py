@@ -1,4 +1,4 @@
-"""The chat app for Macs in windows that nobody sees: Toga's dummy backend, and the bundled model."""
+"""The chat app for Macs on Toga's dummy backend, with the bundled model."""
 
 import asyncio
 
@@ -32,7 +32,7 @@ def window(controllers, monkeypatch, tmp_path, capsys):
 
 
 async def settled():
-    """Waits for all that the app has started."""
+    """Waits for the app's tasks."""
     while others := asyncio.all_tasks() - {asyncio.current_task()}:
         await asyncio.wait(others)
 

@@ -47,7 +47,7 @@ def threads():
 
 def test_the_option_sets_torchs_threads(threads):
     with Engine(EngineConfig("demo", backend="torch", device="cpu", threads=1), "f32") as engine:
-        assert engine._worker.ask(lambda backend: torch.get_num_threads()) == 1
+        assert engine._worker.run_on_device_thread(lambda backend: torch.get_num_threads()) == 1
         assert engine.generate_sync(SamplingParams(max_tokens=2), ["Hi"])[0].token_ids
 
 

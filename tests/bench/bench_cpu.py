@@ -1,7 +1,7 @@
 """The engine against transformers on the CPU, in one run, one checkpoint: python tests/bench/bench_cpu.py [FOLDER]
 
-One request: decode rate after a prompt of 32 tokens, and prefill of 512 tokens; bf16, greedy. Both take turns, and
-the best of each counts, so that what else the machine does hits both.
+One request: decode rate after a prompt of 32 tokens, and prefill of 512 tokens; bf16, greedy. Both alternate,
+and the best of each counts, so that other load on the machine hits both.
 """
 
 import gc
@@ -32,7 +32,7 @@ def resident() -> int:
 
 
 class Theirs:
-    """transformers, its static settings as they come."""
+    """transformers with default settings."""
 
     def __init__(self, folder: Path) -> None:
         import transformers
@@ -65,8 +65,8 @@ class Ours:
         before = resident()
         self.engine = Engine(config)
         gc.collect()
-        fit = self.engine.fit
-        planned = fit.weights + fit.blocks * fit.block_size * fit.token
+        plan = self.engine.memory_plan
+        planned = plan.weight_bytes + plan.num_blocks * plan.block_size * plan.kv_bytes_per_token
         print(f"anonymous memory after load {(resident() - before) / 1e9:.3f} GB, weights + KV {planned / 1e9:.3f} GB")
 
     def run(self, tokens: list[int], count: int) -> tuple[float, float]:
@@ -84,13 +84,13 @@ class Ours:
 
 
 def serve(kind: str, folder: Path, connection: Any) -> None:
-    """A process of its own for each engine, so that neither changes the other's allocator or threads."""
+    """Serves one engine in its own process: allocator and threads are not shared."""
     engine = {"llmrs": Ours, "transformers": Theirs}[kind](folder)
     connection.send("ready")
     while True:
         try:
             seed = connection.recv()
-        except EOFError:  # the parent has seen enough
+        except EOFError:  # the parent is done
             return
         connection.send((engine.decode(ids(PROMPT, seed), NEW), engine.prefill(ids(PREFILL, seed))))
 

@@ -129,7 +129,7 @@ def loaded(**options: Any) -> Engine:
 
 def engine(kv: str = "bf16") -> Engine:
     """The engine, loaded once for each type of the KV cache in turn."""
-    if ENGINE and ENGINE[0].fit.kv_dtype != kv:
+    if ENGINE and ENGINE[0].memory_plan.kv_dtype != kv:
         ENGINE.pop().close()
     if not ENGINE:
         begin = time.perf_counter()
@@ -137,19 +137,19 @@ def engine(kv: str = "bf16") -> Engine:
         ENGINE.append(loaded(kv_cache_memory=memory, kv_cache_dtype=kv))
         print(f"loaded in {time.perf_counter() - begin:.1f} s")
         begin = time.perf_counter()
-        on_its_thread(ENGINE[0], sweep.settle)
+        on_its_thread(ENGINE[0], sweep.run_idle_work)
         print(f"captured the graphs of decode steps in {time.perf_counter() - begin:.1f} s", flush=True)
     return ENGINE[0]
 
 
 def on_its_thread(of: Engine, run: Callable[[Any], Any]) -> Any:
     """What `run` gives for the engine's backend, which captures graphs on the engine's thread while no request runs."""
-    return of._worker.ask(run)
+    return of._worker.run_on_device_thread(run)
 
 
 @cache
 def device() -> Device:
-    """The ceilings as the engine measures them."""
+    """The measured peaks."""
     return Device.of(engine())
 
 
@@ -161,7 +161,7 @@ def tell(kind: str, records: list[Any]) -> None:
 
 def steps() -> None:
     """Decode steps as the engine runs them, and device time of their two parts beside the host's time to launch one."""
-    tell("grid", [cell for n, context in SHAPES for cell in sweep.grid(engine(), device(), [n], [context])])
+    tell("grid", [point for n, context in SHAPES for point in sweep.sweep(engine(), device(), [n], [context])])
     on_its_thread(engine(), parts_of_steps)
 
 
@@ -188,7 +188,7 @@ def workloads() -> None:
 
 
 def arrivals() -> None:
-    tell("arrivals", list(serving.over_time(engine(), device(), WORKLOADS["mixed"], (0.5, 0.8))))
+    tell("arrivals", list(serving.open_loop(engine(), device(), WORKLOADS["mixed"], (0.5, 0.8))))
 
 
 def grid() -> None:
@@ -198,15 +198,15 @@ def grid() -> None:
         ENGINE.pop().close()
     config = EngineConfig(sys.argv[1], device=GPU, max_num_seqs=512, max_model_len=16384, prefix_cache=False)
     with Engine(config) as large:
-        cells = list(sweep.grid(large, device(), (1, 4, 16, 64, 256, 512), (128, 1024, 4096, 16384)))
-    tell("grid", cells)
-    Path(os.environ.get("OUT", "."), f"grid-{Path(sys.argv[1]).name}.svg").write_text(report.picture(cells))
+        points = list(sweep.sweep(large, device(), (1, 4, 16, 64, 256, 512), (128, 1024, 4096, 16384)))
+    tell("grid", points)
+    Path(os.environ.get("OUT", "."), f"grid-{Path(sys.argv[1]).name}.svg").write_text(report.picture(points))
 
 
 def start() -> None:
     """Fresh processes, up to the first token, from Python; `llmrs bench --start` times `llmrs run` too."""
     config = EngineConfig(sys.argv[1], device=GPU)
-    found = [startup.stages(config) for _ in range(4)][1:]
+    found = [startup.time_phases(config) for _ in range(4)][1:]
     FOUND["start"] = found
     for parts in found:
         print("imports {:.2f} s, loading {:.2f} s, first token {:.2f} s".format(*parts), flush=True)
@@ -307,7 +307,7 @@ def prefill() -> None:
     """The parts of bench_prefill.py."""
 
     def measured(engine: Engine) -> float:
-        asked = WORKLOADS["prefill"].requests_of(engine.model.config.vocab_size)
+        asked = WORKLOADS["prefill"].make_requests(engine.model.config.vocab_size)
         return sum(len(a.prompt) for a in asked) / run_workload(engine, asked).seconds
 
     FOUND["prefill"] = bench_prefill.kernels(timed)

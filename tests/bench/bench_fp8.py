@@ -24,8 +24,8 @@ def fp8(bench: Any) -> None:
     device = bench.device()
     for kv in ("bf16", "fp8"):
         engine = bench.engine(kv)
-        print(f"KV cache in {kv}: {engine.fit.token:,} bytes a token")
-        bench.tell("grid", [cell for n, context in SHAPES for cell in sweep.grid(engine, device, [n], [context])])
+        print(f"KV cache in {kv}: {engine.memory_plan.kv_bytes_per_token:,} bytes a token")
+        bench.tell("grid", [cell for n, context in SHAPES for cell in sweep.sweep(engine, device, [n], [context])])
         bench.tell("workloads", list(serving.measure(engine, device, [WORKLOADS["seed"]])))
 
 

@@ -1,8 +1,8 @@
-"""First tokens of a fresh engine under load, on an NVIDIA GPU: python tests/bench/bench_fresh.py FOLDER [--cold]
+"""TTFT of a fresh engine under load, on an NVIDIA GPU: python tests/bench/bench_fresh.py FOLDER [--cold]
 
-The requests of `mixed` arrive in a Poisson process at 50 % and 80 % of the rate that a warm engine reaches, each in a
+The requests of `mixed` arrive in a Poisson process at 50 % and 80 % of the rate of a warm engine, each in a
 process of its own, right after the engine is loaded and without a warm-up run. With --cold Triton's cache on disk is
-empty too. FOLDER is a checkpoint; one with Qwen3-0.6B's shapes is written if it is not there. The last line is JSON.
+empty too. FOLDER is a checkpoint; if missing, one with Qwen3-0.6B's shapes is written. The last line is JSON.
 """
 
 import gc
@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import random_checkpoint
 
 from llmrs import Engine, EngineConfig
-from llmrs.bench.workloads import WORKLOADS, arrivals, percentiles, run
+from llmrs.bench.workloads import WORKLOADS, percentiles, poisson_arrivals, run
 
 SHARES = (0.5, 0.8)
 
@@ -40,20 +40,20 @@ def loaded(folder: str) -> Engine:
 
 
 def watch() -> dict[str, list[Any]]:
-    """Milliseconds of every capture of a CUDA graph and of every Triton kernel that is compiled."""
+    """Milliseconds of every CUDA graph capture and Triton compilation."""
     from llmrs.backends.torch.cuda_graphs import GraphCapturer
 
     seen: dict[str, list[Any]] = {"capture": [], "compile": []}
-    record = GraphCapturer.record
+    capture = GraphCapturer.capture
 
     def timed(self: GraphCapturer, *args: Any, **options: Any) -> Any:
         begin = time.perf_counter()
         try:
-            return record(self, *args, **options)
+            return capture(self, *args, **options)
         finally:
             seen["capture"].append((time.perf_counter() - begin) * 1e3)
 
-    GraphCapturer.record = timed  # type: ignore[method-assign]
+    GraphCapturer.capture = timed  # type: ignore[method-assign]
     import triton
 
     def compiled(src: Any, metadata: Any, metadata_group: Any, times: Any, cache_hit: bool) -> None:
@@ -66,20 +66,20 @@ def watch() -> dict[str, list[Any]]:
 
 
 def child(folder: str, rate: float) -> None:
-    """One fresh engine. A rate of 0: all requests at once, twice, and the rate of the second run."""
+    """One fresh engine. Rate 0: all requests at once, twice; prints the rate of the second run."""
     seen, begin = watch(), time.perf_counter()
     with loaded(folder) as engine:
         load = time.perf_counter() - begin
         at_load = {name: len(found) for name, found in seen.items()}
-        asked = WORKLOADS["mixed"].requests_of(engine.model.config.vocab_size)
+        specs = WORKLOADS["mixed"].make_requests(engine.model.config.vocab_size)
         if not rate:
-            run(engine, asked)
-            print(json.dumps({"rate": len(asked) / run(engine, asked).seconds}))
+            run(engine, specs)
+            print(json.dumps({"rate": len(specs) / run(engine, specs).seconds}))
             return
         trace = engine.start_trace()
-        outcome = run(engine, asked, arrivals(len(asked), rate))
+        result = run(engine, specs, poisson_arrivals(len(specs), rate))
         longest = sorted(((e["dur"] / 1e3, e["name"]) for e in trace.events), reverse=True)[:8]
-    ttft = [a.to_first * 1e3 for a in outcome.answers]
+    ttft = [r.ttft * 1e3 for r in result.requests]
     compiled = seen["compile"]
     print(
         json.dumps(
@@ -87,7 +87,7 @@ def child(folder: str, rate: float) -> None:
                 "load": load,
                 "at_load": at_load,
                 "ttft": {**percentiles(ttft), "max": max(ttft)},
-                "itl": outcome.latencies()["between_tokens"],
+                "itl": result.latencies()["itl"],
                 "captures": len(seen["capture"]),
                 "capture_ms": percentiles(seen["capture"] or [0.0]),
                 "compiled": sum(not hit for *_, hit in compiled),
@@ -126,7 +126,7 @@ def main(folder: str, cold: bool) -> None:
             found[f"{name} {share}"] = one
             ttft = ", ".join(f"{k} {v:.1f}" for k, v in one["ttft"].items())
             print(
-                f"{name} kernel cache, {share:.0%}: ms to the first token {ttft}; loaded in {one['load']:.1f} s; ",
+                f"{name} kernel cache, {share:.0%}: TTFT in ms {ttft}; loaded in {one['load']:.1f} s; ",
                 end="",
             )
             print(f"{one['captures']} graphs, {one['capture_ms']['p50']:.1f} ms each; ", end="")

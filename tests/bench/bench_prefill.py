@@ -173,7 +173,7 @@ def prefill(
                 rates = [measured(engine) for _ in range(4)][1:]  # the first compiles
                 results[str(options)] = rates
                 print(f"prefill {options}: {max(rates):.0f} tokens/s of {[round(r) for r in rates]}", flush=True)
-                engine._worker.ask(partial(step, timed))
+                engine._worker.run_on_device_thread(partial(step, timed))
         except Exception:  # noqa: BLE001
             traceback.print_exc()
     return results

@@ -176,7 +176,7 @@ WRONG = [
 def test_what_is_wrong_gives_one_line_a_hint_and_status_2(call, folder, args, words):
     status, out, err = call(*[folder if a == "MODEL" else a for a in args])
     assert (status, out) == (2, "")
-    beside = ("Prompt", "Decoded", "note", "weights ", "KV cache ", "free ", "longest ", "at once ", "advice ")
+    beside = ("Prompt", "Decoded", "note", "weights ", "KV cache ", "free ", "max length ", "concurrency ", "advice ")
     lines = [line for line in err.splitlines() if not line.startswith(beside)]
     assert lines[0].startswith("error: ")
     assert words in err
@@ -306,7 +306,7 @@ def test_bench_of_a_model(call, folder):
     found = json.loads(out)
     assert found["bytes_per_second"] > 0
     assert [r["tokens"] for r in found["results"]] == [6, 511]
-    assert all(r["share_of_ceiling"] > 0 for r in found["results"])
+    assert all(r["fraction_of_roofline"] > 0 for r in found["results"])
     status, out, err = call("bench", "--model", folder, "--new-tokens", "1000000")
     assert (status, out) == (2, "")
     assert "more than the context" in err

@@ -1,5 +1,6 @@
-"""A backend without a model, for the tests of the core: it checks what a step may hold, and its next token is a
-function of the whole sequence before it, so that any mistake in feeding tokens changes the answer.
+"""A backend without a model, for the tests of the core.
+
+It checks each batch, and its next token hashes the whole sequence, so that any wrong input changes the output.
 """
 
 import numpy as np
@@ -8,7 +9,7 @@ from llmrs.core.batch import Batch
 
 
 def next_token(sequence, vocabulary):
-    """What the fake model answers to a sequence of token ids."""
+    """The fake model's next token of a sequence."""
     value = 17
     for token in sequence:
         value = (value * 31 + token + 1) % 1_000_003
@@ -16,7 +17,7 @@ def next_token(sequence, vocabulary):
 
 
 def first_permitted(token, vocabulary, permits):
-    """The token, or the next one that may be sampled."""
+    """The token, or the next permitted one."""
     return next(t % vocabulary for t in range(token, token + vocabulary) if permits(t % vocabulary))
 
 
@@ -33,7 +34,7 @@ class FakeTicket:
 
 
 class FakeBackend:
-    """Its KV cache holds (token, position) in each cell; attention reads the whole sequence back from it."""
+    """Its KV cache holds (token, position) in each slot; attention reads the whole sequence back."""
 
     step_tokens = 16
 
@@ -49,10 +50,10 @@ class FakeBackend:
         return self.sample(self.forward(batch), batch, None)
 
     def forward(self, batch):
-        """The hash of each sequence, from which its token follows."""
+        """The sequences, in place of logits."""
         self.steps.append(batch)
         if self.fail_at == len(self.steps):
-            self.unread = 0  # nobody will read what is lost
+            self.unread = 0  # lost steps are not read
             raise RuntimeError("the device caught fire")
         tokens = np.where(batch.input_ids >= 0, batch.input_ids, self.last_token[-1 - np.minimum(batch.input_ids, -1)])
         assert len(batch.input_ids) == len(batch.positions) == batch.query_start_loc[-1]
@@ -80,11 +81,11 @@ class FakeBackend:
 
     @staticmethod
     def permits(token, banned, mask):
-        """Whether a token may be sampled: not banned, and its bit set in the mask, where there is one."""
+        """Whether a token may be sampled: not banned, and its bit set in the mask, if any."""
         return token not in banned and (mask is None or bool(mask[token // 32] >> np.uint32(token % 32) & 1))
 
     def _chosen(self, sequence, batch, mask, s):
-        """The next token that may be sampled, counting on from the one that would be."""
+        """The first permitted token from the fake model's own on."""
         token = next_token(sequence, self.vocabulary)
         banned = set() if batch.banned_ids is None else set(batch.banned_ids[s].tolist())
         return first_permitted(

@@ -1,10 +1,10 @@
-"""Holds an engine between two steps, so that a test decides what happens meanwhile."""
+"""Blocks an engine between two steps."""
 
 import threading
 
 from llmrs import LlmrsError, SamplingParams
 
-GUARD = 120  # seconds after which a test that hangs fails
+GUARD = 120  # seconds until a hanging test fails
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
 LONG = SamplingParams(temperature=0.0, max_tokens=400, ignore_eos=True)
 
@@ -14,9 +14,9 @@ class Stop(Exception):
 
 
 class Gate:
-    """Every step of the engine waits until `open()`; `reached` is set as soon as one does.
+    """Every step waits until `open()`; `reached` is set when the first one waits.
 
-    `at_step` is called in the engine's thread with the number of each step before it waits.
+    `at_step` is called on the device thread with each step's number before it waits.
     """
 
     def __init__(self, engine, at_step=lambda number: None):
@@ -42,8 +42,8 @@ class Gate:
 
 
 def settled(engine):
-    """The statistics when all that was asked of the engine until now is done."""
-    engine._worker.ask(lambda backend: None)
+    """The statistics after all commands queued so far."""
+    engine._worker.run_on_device_thread(lambda backend: None)
     return engine.stats()
 
 
@@ -52,7 +52,7 @@ def engine_threads():
 
 
 def read_in_threads(count, read):
-    """What `read()` gives or raises in each of so many threads at once."""
+    """Runs `read()` in `count` threads; the threads, and their results or errors."""
     found = []
 
     def run():

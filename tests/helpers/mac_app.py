@@ -1,4 +1,4 @@
-"""What the tests of the chat app for Macs share."""
+"""Helpers of the tests of the chat app for Macs."""
 
 import asyncio
 import threading
@@ -18,18 +18,18 @@ def engine_threads():
 
 
 def ignore(*_):
-    """Nobody wants to know."""
+    """A callback without effect."""
 
 
 async def until(condition, *tasks):
-    """Lets the others run until something has come about, or the tasks that it must come from have ended."""
+    """Yields to other tasks until the condition holds; fails if one of `tasks` ends before."""
     while not condition() and not any(t.done() for t in tasks):
         await asyncio.sleep(0.001)
     assert condition()
 
 
 class Gate:
-    """While it lasts, or until `open`, a controller's Engine stops after its first weights."""
+    """Blocks a controller's Engine after its first weights, until `open` or the end of the block."""
 
     def __init__(self, monkeypatch, module):
         self.reached, self.opened, self.steps = threading.Event(), threading.Event(), 0
@@ -41,7 +41,7 @@ class Gate:
     def __exit__(self, *exception):
         self.open()
 
-    def engine(self, config, *, progress, on_fit):
+    def engine(self, config, *, progress, on_memory_plan):
         def stop(done, total):
             self.steps += 1
             progress(done, total)
@@ -49,7 +49,7 @@ class Gate:
             self.opened.wait()
             return progress(done, total)
 
-        return Engine(config, progress=stop, on_fit=on_fit)
+        return Engine(config, progress=stop, on_memory_plan=on_memory_plan)
 
     def open(self):
         self.opened.set()

@@ -1,4 +1,4 @@
-"""The text of answers: control tokens in it, and stop texts that are made of them or begin before min_tokens."""
+"""Output text: control tokens, and stop strings that consist of them or start before min_tokens."""
 
 import asyncio
 
@@ -25,7 +25,7 @@ def engine(request, checkpoints, tmp_path_factory):
 
 
 def says(engine, *ids, **options):
-    """An answer of these tokens, in any order."""
+    """Generates these tokens, in any order."""
     params = SamplingParams(seed=3, allowed_token_ids=list(ids), **{"max_tokens": 12, "min_tokens": 0, **options})
     return engine.generate_sync(params, ["Hello"])[0]
 
@@ -62,7 +62,7 @@ def test_stop_texts_may_be_control_tokens(engine, skip):
     for token, stop in [(START, "<|im_start|>"), (EOS, "<|im_end|>")]:
         output = says(engine, token, stop=[stop], ignore_eos=True, **more)
         assert (output.text, output.token_ids, output.finish_reason) == ("", [token], "stop")
-    output = says(engine, EOS, stop=["<|im_end|>"], **more)  # which ends the answer anyway
+    output = says(engine, EOS, stop=["<|im_end|>"], **more)  # EOS ends the request anyway
     assert (output.text, output.finish_reason) == ("", "stop")
     output = says(engine, START, stop=["<|im_start|>"], stop_token_ids=[START], **more)
     assert (output.text, output.finish_reason) == ("", "stop")

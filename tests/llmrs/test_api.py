@@ -1,4 +1,4 @@
-"""The rest of the Python API: asyncio, progress and cancelling, statistics, several answers, forks, failures."""
+"""The Python API: asyncio, progress and cancellation, statistics, n > 1, logprobs, failures."""
 
 import asyncio
 import json
@@ -174,7 +174,7 @@ def test_several_answers_compute_the_prompt_once(engine):
     outputs = engine.generate_sync(params, [prompt])
     assert [o.index for o in outputs] == [0, 1, 2, 3]
     assert len({tuple(o.token_ids) for o in outputs}) == 4
-    assert engine.stats()["prompt_tokens"] == 41 + 3  # the prompt, and its last token for each of the others
+    assert engine.stats()["prompt_tokens"] == 41 + 3  # the prompt, and its last token for each other request
     one = SamplingParams(temperature=1.0, max_tokens=8, seed=5, ignore_eos=True)
     assert engine.generate_sync(one, [prompt])[0].token_ids == outputs[0].token_ids
     seeded = SamplingParams(temperature=1.0, max_tokens=8, seed=child_seed(5, 2), ignore_eos=True)
@@ -195,7 +195,7 @@ def test_log_probabilities(engine):
     assert [p.token_id for p in output.logprobs] == output.token_ids
     for p in output.logprobs:
         assert isinstance(p, TokenLogprob)
-        assert p.top[0] == (p.token_id, p.logprob)  # greedy takes the likeliest
+        assert p.top[0] == (p.token_id, p.logprob)  # greedy
         assert p.top[1][1] <= p.top[0][1] < 0
     assert output.prompt_logprobs[0] is None
     ids = engine.model.tokenizer.encode("Hello there")
@@ -205,7 +205,7 @@ def test_log_probabilities(engine):
 
 
 def test_prompt_log_probabilities_are_those_of_the_answer(engine):
-    """What was sampled, fed as a prompt, is as likely there; over many steps, and with the cache full of it."""
+    """Sampled tokens fed as a prompt get the same logprobs, over many steps and from the prefix cache."""
     params = SamplingParams(temperature=0.0, max_tokens=140, logprobs=0, ignore_eos=True)
     (answer,) = engine.generate_sync(params, [[5, 6, 7]])
     whole = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
@@ -313,7 +313,7 @@ def test_a_trace_shows_where_steps_spend_their_time(engine, tmp_path):
 
 
 def test_the_second_turn_of_a_chat_computes_only_what_is_new():
-    """On the demo model's own template: all full blocks of the first turn are found again."""
+    """With the demo model's template, all full blocks of the first turn hit the prefix cache."""
     with Engine(EngineConfig("demo", device="cpu", block_size=4)) as engine:
         talk = [Message("user", "What is llmrs?")]
         first = engine.generate_stream(GREEDY, engine.apply_chat_template(talk)).result()

@@ -1,4 +1,4 @@
-"""Streams and engines under asyncio: who cancels what, which loop reads, and that the loop is never held up."""
+"""Streams and engines under asyncio: cancellation, readers, and an event loop that is never blocked."""
 
 import asyncio
 import gc
@@ -13,7 +13,7 @@ from llmrs.loading import read_model
 
 
 def run(main):
-    """As asyncio.run, but a test that hangs fails."""
+    """asyncio.run with a timeout."""
 
     async def guarded():
         async with asyncio.timeout(GUARD):
@@ -31,7 +31,7 @@ def nothing_runs(engine, cancelled):
     assert (stats["running"], stats["waiting"], stats["finished_cancelled"]) == (0, 0, cancelled)
 
 
-# ---- who cancels what ----------------------------------------------------------------------------------------------
+# ---- cancellation --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["cancel", "wait_for", "timeout", "group", "close"])
@@ -69,7 +69,7 @@ def test_a_task_that_ends_cancels_all_its_requests_though_its_exception_is_held(
     with Gate(engine) as gate:
         held = run(ask(gate))
     assert held is not None
-    nothing_runs(engine, cancelled=0 if how == "wait_for" else 4)  # with no time at all, nothing was started
+    nothing_runs(engine, cancelled=0 if how == "wait_for" else 4)  # a timeout of 0 starts nothing
 
 
 @pytest.mark.parametrize("end", ["break", "raise", "aclose"])
@@ -106,7 +106,7 @@ def test_a_stream_that_is_never_read_ends_when_it_is_dropped(engine):
 
 
 def test_a_stream_whose_loop_is_closed_is_cancelled(engine):
-    """Its text has nowhere to go: another loop may not read it."""
+    """No other loop may read it."""
 
     async def start(gate):
         await reached(gate)
@@ -120,7 +120,7 @@ def test_a_stream_whose_loop_is_closed_is_cancelled(engine):
     assert stream.output().finish_reason == "cancelled"
 
 
-# ---- who reads -----------------------------------------------------------------------------------------------------
+# ---- readers -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("complete", [True, False])
@@ -216,12 +216,12 @@ def test_a_stream_keeps_its_engine(config):
         assert engine.generate_sync(GREEDY, ["Hello"])[0].text == text
 
 
-# ---- the loop goes on ----------------------------------------------------------------------------------------------
+# ---- a free loop ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("busy", [False, True])
 def test_leaving_an_engine_leaves_the_loop_free(config, busy):
-    """Only the loop lets the step under way end, so it must run meanwhile; so must it with no thread to spare."""
+    """Only the loop lets the current step end, so it must keep running, also with a full thread pool."""
     before = len(engine_threads())
 
     async def main():
@@ -266,7 +266,7 @@ def test_a_task_that_is_cancelled_while_it_closes_an_engine(config):
     assert len(engine_threads()) == before
 
 
-@pytest.mark.parametrize("name", ["progress", "on_fit"])
+@pytest.mark.parametrize("name", ["progress", "on_memory_plan", "on_fit"])
 @pytest.mark.parametrize("at", ["first", "last"])
 @pytest.mark.parametrize("answer", [Stop, False])
 def test_what_a_callback_raises_or_refuses_ends_the_loading(config, name, at, answer):
@@ -291,10 +291,15 @@ def test_what_a_callback_raises_or_refuses_ends_the_loading(config, name, at, an
 
 def test_callbacks_of_a_loading_see_what_those_of_the_constructor_see(config):
     ours, theirs = [], []
-    Engine(config, progress=lambda *both: ours.append(both), on_fit=lambda fit: ours.append(fit.length)).close()
+    Engine(
+        config, progress=lambda *both: ours.append(both), on_memory_plan=lambda plan: ours.append(plan.max_model_len)
+    ).close()
 
     async def main():
-        callbacks = {"progress": lambda *both: theirs.append(both), "on_fit": lambda fit: theirs.append(fit.length)}
+        callbacks = {
+            "progress": lambda *both: theirs.append(both),
+            "on_memory_plan": lambda plan: theirs.append(plan.max_model_len),
+        }
         async with await Engine.load_async(config, **callbacks):
             pass
 
@@ -329,7 +334,7 @@ def test_errors_of_loading_come_out(folder):
 
 @pytest.mark.parametrize("when", ["while it loads", "when it is loaded"])
 def test_a_cancelled_loading_leaves_no_engine(config, monkeypatch, when):
-    """Also where the thread is done when the task is cancelled, and though `made` holds the engine."""
+    """Also if the thread is done when the task is cancelled, and although `made` holds the engine."""
     before, made = len(engine_threads()), []
     started, go, ready = threading.Event(), threading.Event(), threading.Event()
 
@@ -348,7 +353,7 @@ def test_a_cancelled_loading_leaves_no_engine(config, monkeypatch, when):
         if when == "while it loads":
             assert await asyncio.to_thread(started.wait, GUARD)
         else:
-            assert ready.wait(GUARD)  # the loop is held up, so that it can't take the engine yet
+            assert ready.wait(GUARD)  # blocks the loop, which can't take the engine yet
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task

@@ -1,4 +1,4 @@
-"""The engine as Python programs use it: text in, text out, threads, streams, and the end of it all."""
+"""The engine: text in, text out, threads, streams, and closing."""
 
 import array
 import asyncio
@@ -46,7 +46,7 @@ def engine(request, folder):
 
 @pytest.fixture
 def quick(folder):
-    """An engine of its own for one test."""
+    """A new engine for one test."""
     with Engine(EngineConfig(str(folder), dtype="f32", max_model_len=256)) as engine:
         yield engine
 
@@ -155,7 +155,7 @@ def test_cancel_keeps_what_was_said(quick):
     assert quick.generate_sync(GREEDY, ["Hello"])[0].finish_reason == "length"  # and the engine goes on
 
 
-def test_a_stream_that_nobody_holds_is_cancelled(quick):
+def test_an_unreferenced_stream_is_cancelled(quick):
     stream = quick.generate_stream(SamplingParams(max_tokens=240, ignore_eos=True, seed=1), "Hello")
     request = stream._request
     del stream
@@ -197,7 +197,7 @@ def test_close_ends_streams_and_gives_the_thread_back(folder):
         engine.generate_sync(GREEDY, ["Hello"])
 
 
-def test_an_engine_that_nobody_holds_ends_its_thread(folder):
+def test_an_unreferenced_engine_ends_its_thread(folder):
     before = len(threads())
     engine = Engine(EngineConfig(str(folder), dtype="f32"))
     del engine
@@ -220,7 +220,7 @@ def test_values_come_from_the_request_else_the_engine_else_the_model(folder, tmp
     texts.change(model / "generation_config.json", temperature=0.0, do_sample=None, eos_token_id=2)
     with Engine(EngineConfig(str(model), dtype="f32"), defaults=SamplingParams(max_tokens=3)) as engine:
         first, second = engine.generate_sync(SamplingParams(), ["Hello", "Hello"])
-        assert first.token_ids == second.token_ids  # the model's author wants temperature 0
+        assert first.token_ids == second.token_ids  # the model author's default: temperature 0
         assert first.decoded_length == 3
         assert engine.generate_sync(SamplingParams(max_tokens=5), ["Hello"])[0].decoded_length == 5
 
@@ -338,7 +338,7 @@ def test_configs_that_cannot_work(folder, config, words):
     assert len(threads()) == before
 
 
-def test_a_context_that_nobody_asked_for_is_shortened_to_what_fits(folder):
+def test_the_default_context_is_shortened_to_what_fits(folder):
     with Engine(EngineConfig(str(folder), dtype="f32", kv_cache_memory=200_000)) as engine:
         with pytest.raises(ContextLengthError):
             engine.generate_sync(GREEDY, ["Hello " * 400])
@@ -420,7 +420,7 @@ def test_progress_of_loading(folder):
 
 
 def test_what_is_asked_for_meanwhile_waits_for_a_step():
-    """Whoever submits without end must not keep what was submitted first from being computed."""
+    """A flood of submissions must not delay the first requests."""
     worker, ran = Worker.__new__(Worker), []
     worker._commands, worker._closed, worker.core = queue.SimpleQueue(), False, SimpleNamespace(idle=False)
 
@@ -429,5 +429,5 @@ def test_what_is_asked_for_meanwhile_waits_for_a_step():
         worker._commands.put(command)
 
     worker._commands.put(command)
-    worker._take_commands()
+    worker._drain_commands()
     assert ran == [worker.core]

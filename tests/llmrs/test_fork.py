@@ -1,4 +1,4 @@
-"""What a fork may do with engines and streams: those of its parent say whose they are, and nothing waits for ever."""
+"""Engines and streams in a fork: those of the parent raise, and nothing hangs."""
 
 import json
 import os
@@ -95,7 +95,7 @@ def test_a_fork_has_engines_of_its_own_but_not_its_parents():
 
 
 def test_mlx_does_not_survive_a_fork_and_says_so():
-    """It would wait, with Python's lock held, for threads that only the parent has."""
+    """It would wait, holding the GIL, for threads of the parent."""
     pytest.importorskip("mlx.core")
     found = fork("mlx", "mlx", "torch")
     check_whose_they_are(found)

@@ -1,4 +1,4 @@
-"""How long streams and engines live: what ends a request, who is told, and what gives an engine's memory back."""
+"""Lifetimes of streams and engines: ends of a request, errors of its readers, release of an engine's memory."""
 
 import copy
 import gc
@@ -23,7 +23,7 @@ def interrupt_main(step):
 needs_signals = pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="the system sends no signals to threads")
 
 
-# ---- what ends a request -------------------------------------------------------------------------------------------
+# ---- ends of a request ---------------------------------------------------------------------------------------------
 
 
 @needs_signals
@@ -89,7 +89,7 @@ def test_a_with_block_ends_the_request_however_it_is_left(engine, end):
         except Stop:
             assert end == "raise"
     assert settled(engine)["running"] == 0
-    output = stream.result()  # what is there can still be read
+    output = stream.result()  # the rest can still be read
     assert output.finish_reason == "cancelled"
     assert output.decoded_length < 400
     stream.close()
@@ -134,7 +134,7 @@ def test_one_failure_of_several_cancels_the_others(engine):
     assert (stats["finished_error"], stats["finished_cancelled"], stats["running"]) == (1, 2, 0)
 
 
-# ---- who is told ---------------------------------------------------------------------------------------------------
+# ---- readers -------------------------------------------------------------------------------------------------------
 
 
 def test_every_reader_of_a_stream_gets_the_end(engine):
@@ -166,7 +166,7 @@ def test_errors_are_not_shared_and_gather_no_frames(engine):
             raise RuntimeError("the device caught fire")
 
     with Gate(engine, fail):
-        streams = [engine.generate_stream(LONG, "Hello") for _ in range(2)]  # which run together from step 2 on
+        streams = [engine.generate_stream(LONG, "Hello") for _ in range(2)]  # run together from step 2 on
     seen = []
     for stream in (*streams, streams[0]):
         with pytest.raises(BackendError, match="caught fire") as caught:
@@ -200,7 +200,7 @@ def test_close_from_a_signal_handler(config):
 
 
 def test_a_command_is_refused_where_the_thread_may_have_ended_without_it(engine):
-    """A signal handler may close the engine between the look whether it is open and the command."""
+    """A signal handler may close the engine between the check and the command."""
     put = engine._worker._commands.put
 
     class Closing:
@@ -226,7 +226,7 @@ def test_both_who_close_wait_for_the_end(engine):
     assert found == [False, False]
 
 
-# ---- how long an engine lives --------------------------------------------------------------------------------------
+# ---- lifetime of an engine ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -268,7 +268,7 @@ def test_the_last_stream_that_goes_closes_the_engine(config, no_gc, end):
 
 @pytest.mark.parametrize("use", ["nothing", "answers", "an error", "a failed step"])
 def test_the_last_reference_closes_the_engine(config, no_gc, use):
-    """By reference counting alone: an engine in a cycle would hold the device's memory until a collection."""
+    """By reference counting alone: a cycle would hold device memory until a collection."""
     before, engine = len(engine_threads()), Engine(config)
     if use == "answers":
         engine.generate_sync(GREEDY, ["Hello", "a"])
@@ -316,4 +316,4 @@ sys.exit(3)
 def test_the_interpreter_ends_while_requests_run():
     ended = subprocess.run([sys.executable, "-P", "-c", EXIT], capture_output=True, text=True, timeout=GUARD)
     assert (ended.returncode, ended.stderr) == (3, "")
-    assert ended.stdout in ("told\n", "")  # the reader may not come to it any more
+    assert ended.stdout in ("told\n", "")  # the reader may not run again

@@ -1,4 +1,4 @@
-"""What loading costs: memory at its peak, and progress on the way."""
+"""Peak memory and progress of loading."""
 
 import json
 import subprocess
@@ -28,7 +28,7 @@ SHAPE = {
     "tie_word_embeddings": True,
 }
 LARGEST = 2 * 3072 * 1024  # elements: gate and up, merged
-SLACK = 16_000_000  # bytes that the allocator keeps between what it gives out: 4 to 6 million here; a tensor has 12.6
+SLACK = 16_000_000  # bytes of allocator fragmentation: 4 to 6 million here; a tensor has 12.6
 SCRIPT = """
 import json, sys
 from pathlib import Path
@@ -55,7 +55,7 @@ print(json.dumps({"peak": max(seen), "end": anonymous() - before, "done": sum(do
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """About 50 million weights in float32, without transformers' help."""
+    """About 50 million weights in float32, without transformers."""
     folder = tmp_path_factory.mktemp("large")
     (folder / "config.json").write_text(json.dumps(SHAPE))
     config = read_config(folder)

@@ -1,4 +1,4 @@
-"""What fits into memory: numbers by hand, that advice is true, and where it is shown."""
+"""Memory plans: numbers by hand, true advice, and the table on stderr."""
 
 import io
 import re
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from llmrs import ConfigError, Engine, EngineConfig, LoadCancelledError, MemoryLimitError
 from llmrs.cli import main
-from llmrs.memory import Fit, fit, size, token_bytes
+from llmrs.memory import MemoryPlan, format_bytes, kv_bytes_per_token, plan_memory
 from llmrs.models.arch.config import parse
 from llmrs.models.arch.families import graph_of
 
@@ -31,35 +31,35 @@ GRAPH = graph_of(parse(Path("config.json"), TINY, {}))
 TOKEN = 2 * 3 * 2  # keys and values of 3 layers, one head of size 2
 
 
-def tiny(free: int, block_size: int = 4, dtype: str = "f32", context: int = 1000, **config) -> Fit:
-    return fit(GRAPH, EngineConfig(dtype=dtype, **config), context, block_size, (dtype, dtype), free)
+def tiny(free: int, block_size: int = 4, dtype: str = "f32", context: int = 1000, **config) -> MemoryPlan:
+    return plan_memory(GRAPH, EngineConfig(dtype=dtype, **config), context, block_size, (dtype, dtype), free)
 
 
 def test_numbers_by_hand():
     f = tiny(4 * WEIGHTS + 10_000, max_model_len=50, max_num_seqs=3)
-    assert (f.weights, f.token, f.usable) == (4 * WEIGHTS, 4 * TOKEN, 9000)
-    assert f.possible == 9000 // (4 * TOKEN * 4) == 46
-    assert f.longest == 184
-    assert f.at_once == 3  # of 13 blocks each
-    assert (f.length, f.blocks) == (50, 39)
+    assert (f.weight_bytes, f.kv_bytes_per_token, f.kv_budget) == (4 * WEIGHTS, 4 * TOKEN, 9000)
+    assert f.max_blocks == 9000 // (4 * TOKEN * 4) == 46
+    assert f.max_len_one_seq == 184
+    assert f.max_concurrency == 3  # 13 blocks each
+    assert (f.max_model_len, f.num_blocks) == (50, 39)
     assert f.complete
     assert f.advice() == []
     half = tiny(4 * WEIGHTS + 10_000, dtype="bf16")
-    assert (half.weights, half.token) == (2 * WEIGHTS, 2 * TOKEN)
-    assert token_bytes(GRAPH, "f16") == 2 * TOKEN
-    assert token_bytes(GRAPH, "fp8") == TOKEN + 2 * 3 * 4  # a scale for keys and one for values, in each layer
+    assert (half.weight_bytes, half.kv_bytes_per_token) == (2 * WEIGHTS, 2 * TOKEN)
+    assert kv_bytes_per_token(GRAPH, "f16") == 2 * TOKEN
+    assert kv_bytes_per_token(GRAPH, "fp8") == TOKEN + 2 * 3 * 4  # a scale for keys and one for values, in each layer
 
 
 def test_the_default_context():
-    assert tiny(10**9).wanted == 1000
-    assert tiny(10**9, context=100_000).wanted == 4096
+    assert tiny(10**9).requested_len == 1000
+    assert tiny(10**9, context=100_000).requested_len == 4096
     with pytest.raises(ConfigError, match="more than the model's context of 1000"):
         tiny(10**9, max_model_len=1001)
 
 
 def test_a_context_that_was_not_asked_for_is_shortened():
     f = tiny(10**9, kv_cache_memory=4 * TOKEN * 4 * 10)
-    assert (f.length, f.blocks, f.at_once, f.complete) == (40, 10, 1, False)
+    assert (f.max_model_len, f.num_blocks, f.max_concurrency, f.complete) == (40, 10, 1, False)
     f.check()
     assert f.advice() == [
         "max_model_len of at most 40 fits",
@@ -69,7 +69,7 @@ def test_a_context_that_was_not_asked_for_is_shortened():
 
 def test_a_context_that_was_asked_for_is_refused():
     f = tiny(10**9, kv_cache_memory=4 * TOKEN * 4 * 10, max_model_len=41)
-    assert (f.length, f.blocks) == (0, 0)
+    assert (f.max_model_len, f.num_blocks) == (0, 0)
     with pytest.raises(MemoryLimitError, match=r"one sequence of 41 tokens needs 1\.97 kB .* 1\.92 kB may") as caught:
         f.check()
     assert caught.value.hint == "max_model_len of at most 40 fits"
@@ -83,7 +83,7 @@ def test_weights_that_do_not_fit():
     f = tiny(4 * WEIGHTS - 1)
     with pytest.raises(MemoryLimitError, match=r"weights need .* in f32, and .* are free") as caught:
         f.check()
-    assert caught.value.hint == f"dtype: bf16 needs {size(2 * WEIGHTS)}"
+    assert caught.value.hint == f"dtype: bf16 needs {format_bytes(2 * WEIGHTS)}"
     for too_large in (tiny(2 * WEIGHTS - 1), tiny(2 * WEIGHTS - 1, dtype="bf16")):
         assert too_large.advice() == ["use a smaller model"]
         assert not too_large.complete
@@ -91,21 +91,21 @@ def test_weights_that_do_not_fit():
 
 
 def test_a_memory_limit_that_is_too_low_for_the_weights():
-    """The error says what it needs, and a limit that is enough is enough."""
+    """The error names a sufficient limit."""
     wanted = {"max_model_len": 100, "dtype": "bf16"}
     f = tiny(10**6, memory_limit=2 * WEIGHTS - 1, **wanted)
     with pytest.raises(
         MemoryLimitError, match=r"weights need .* in bf16, and memory_limit allows .*; .* 100"
     ) as caught:
         f.check()
-    assert size(2 * WEIGHTS) in caught.value.message
-    assert size(f.needed) in caught.value.message
+    assert format_bytes(2 * WEIGHTS) in caught.value.message
+    assert format_bytes(f.required) in caught.value.message
     enough = int(re.search(r"memory_limit of at least (\d+) has room for 100 tokens", caught.value.hint)[1])
-    assert tiny(10**6, memory_limit=enough, **wanted).length == 100
-    assert tiny(10**6, memory_limit=enough - 8 * TOKEN, **wanted).length == 0  # a block less
+    assert tiny(10**6, memory_limit=enough, **wanted).max_model_len == 100
+    assert tiny(10**6, memory_limit=enough - 8 * TOKEN, **wanted).max_model_len == 0  # a block less
     assert tiny(enough - 1, memory_limit=2 * WEIGHTS - 1, **wanted).advice() == ["use a smaller model"]
     narrower = tiny(10**6, memory_limit=2 * WEIGHTS, dtype="f32").advice()
-    assert narrower[0] == f"dtype: bf16 needs {size(2 * WEIGHTS)}"
+    assert narrower[0] == f"dtype: bf16 needs {format_bytes(2 * WEIGHTS)}"
     assert narrower[1].startswith("memory_limit of at least")
 
 
@@ -116,16 +116,16 @@ def test_a_memory_limit_that_is_too_low_for_the_context():
     assert caught.value.hint == "max_model_len of at most 16 fits"
     assert f.advice()[1:] == [
         "kv_cache_dtype: bf16 makes room for 36 tokens",
-        f"memory_limit of at least {f.needed} has room for 100 tokens",
+        f"memory_limit of at least {f.required} has room for 100 tokens",
     ]
-    assert tiny(10**6, memory_limit=f.needed, max_model_len=100).length == 100
+    assert tiny(10**6, memory_limit=f.required, max_model_len=100).max_model_len == 100
     fixed = tiny(10**6, memory_limit=4 * WEIGHTS + 1000, max_model_len=100, kv_cache_memory=1000)
-    assert not any("memory_limit" in line for line in fixed.advice())  # it would change nothing
+    assert not any("memory_limit" in line for line in fixed.advice())  # kv_cache_memory decides
 
 
 def test_fewer_sequences_than_asked_for_run_all_the_same():
     f = tiny(10**9, kv_cache_memory=4 * TOKEN * 4 * 10, max_model_len=12, max_num_seqs=4)
-    assert (f.length, f.at_once, f.blocks, f.complete) == (12, 3, 10, False)
+    assert (f.max_model_len, f.max_concurrency, f.num_blocks, f.complete) == (12, 3, 10, False)
     f.check()
     assert f.advice() == [
         "max_num_seqs of at most 3 has room for full contexts",
@@ -139,57 +139,70 @@ def test_more_for_the_kv_cache_than_there_is():
     assert f.advice() == ["the weights leave 1.00 kB free"]
 
 
-def fits_of_all_sizes():
+def plans():
     return st.builds(
-        Fit,
+        MemoryPlan,
         dtype=st.sampled_from(["f32", "bf16"]),
         kv_dtype=st.sampled_from(["f32", "bf16", "f16"]),
-        weights=st.integers(1, 300).map(lambda n: 4 * n),
-        token=st.integers(1, 50).map(lambda n: 4 * n),
-        free=st.integers(0, 10**5),
-        usable=st.integers(0, 10**5),
+        weight_bytes=st.integers(1, 300).map(lambda n: 4 * n),
+        kv_bytes_per_token=st.integers(1, 50).map(lambda n: 4 * n),
+        available=st.integers(0, 10**5),
+        kv_budget=st.integers(0, 10**5),
         block_size=st.integers(1, 64),
-        context=st.just(500),
-        wanted=st.integers(2, 500),
-        fixed=st.booleans(),
-        sequences=st.integers(1, 40),
+        model_max_len=st.just(500),
+        requested_len=st.integers(2, 500),
+        explicit=st.booleans(),
+        max_num_seqs=st.integers(1, 40),
     )
 
 
-@given(fits_of_all_sizes())
+@given(plans())
 def test_what_is_allocated_stays_within_the_budget_and_uses_it(f):
-    block = f.token * f.block_size
-    assert f.blocks * block <= f.usable
-    if f.length:
-        each = -(-f.length // f.block_size)
-        assert f.blocks >= each  # one whole sequence, always
-        assert f.blocks == each * f.sequences or (f.blocks + 1) * block > f.usable
-        assert f.at_once * each * block <= f.usable < (f.at_once + 1) * each * block
-        assert f.length == f.wanted or not f.fixed
+    block = f.kv_bytes_per_token * f.block_size
+    assert f.num_blocks * block <= f.kv_budget
+    if f.max_model_len:
+        each = -(-f.max_model_len // f.block_size)
+        assert f.num_blocks >= each  # one whole sequence, always
+        assert f.num_blocks == each * f.max_num_seqs or (f.num_blocks + 1) * block > f.kv_budget
+        assert f.max_concurrency * each * block <= f.kv_budget < (f.max_concurrency + 1) * each * block
+        assert f.max_model_len == f.requested_len or not f.explicit
     else:
-        assert f.wanted * f.token > f.usable - block
+        assert f.requested_len * f.kv_bytes_per_token > f.kv_budget - block
     if f.complete:
-        assert f.weights + f.blocks * block <= f.free
-        assert f.at_once >= f.sequences
+        assert f.weight_bytes + f.num_blocks * block <= f.available
+        assert f.max_concurrency >= f.max_num_seqs
     assert bool(f.advice()) != f.complete
 
 
-@given(fits_of_all_sizes())
+@given(plans())
 def test_advice_is_true(f):
-    if f.weights > f.free:
+    if f.weight_bytes > f.available:
         return
     for line in f.advice():
         number = int(re.sub(r"bf16", "", line).split("most ")[-1].split()[0]) if "most" in line else 0
         if line.startswith("max_model_len") and line.endswith("fits"):
-            assert replace(f, wanted=number, fixed=True).length == number
-            assert number == f.context or not replace(f, wanted=number + 1, fixed=True).length
+            assert replace(f, requested_len=number, explicit=True).max_model_len == number
+            assert number == f.model_max_len or not replace(f, requested_len=number + 1, explicit=True).max_model_len
         if line.startswith("max_model_len") and line.endswith("run at once"):
-            assert replace(f, wanted=number).at_once >= f.sequences > replace(f, wanted=number + 1).at_once
+            assert (
+                replace(f, requested_len=number).max_concurrency
+                >= f.max_num_seqs
+                > replace(f, requested_len=number + 1).max_concurrency
+            )
         if line.startswith("max_num_seqs"):
-            assert f.at_once == number < f.sequences
+            assert f.max_concurrency == number < f.max_num_seqs
         if line.startswith("kv_cache_dtype"):
             longer = int(re.search(r"(\d+) tokens", line)[1])
-            assert replace(f, wanted=longer, fixed=True, token=f.token // 2, kv_dtype="bf16").length == longer
+            assert (
+                replace(
+                    f,
+                    requested_len=longer,
+                    explicit=True,
+                    kv_bytes_per_token=f.kv_bytes_per_token // 2,
+                    kv_dtype="bf16",
+                ).max_model_len
+                == longer
+            )
 
 
 @pytest.mark.parametrize(("backend", "kv"), [("torch", "auto"), ("torch", "fp8"), ("reference", "fp8")])
@@ -199,24 +212,28 @@ def test_the_backend_allocates_what_was_computed(backend, kv):
     with Engine(config) as engine:
         kv = engine._worker.core.backend.kv
         there = sum(tensor.nbytes for pair in kv for tensor in (pair.keys, pair.values))
-        block = engine.fit.token * engine.fit.block_size
-        assert there == engine.fit.blocks * block
+        block = engine.memory_plan.kv_bytes_per_token * engine.memory_plan.block_size
+        assert there == engine.memory_plan.num_blocks * block
         assert budget - block < there <= budget
-        assert engine.fit.length == engine.fit.longest == engine.fit.blocks * engine.fit.block_size
+        assert (
+            engine.memory_plan.max_model_len
+            == engine.memory_plan.max_len_one_seq
+            == engine.memory_plan.num_blocks * engine.memory_plan.block_size
+        )
 
 
 def test_progress_is_told_before_anything_is_loaded():
     seen = []
-    with Engine(EngineConfig(max_num_seqs=2), on_fit=seen.append, progress=lambda *n: seen.append(n)) as engine:
-        assert seen[0].weights == engine.fit.weights
+    with Engine(EngineConfig(max_num_seqs=2), on_memory_plan=seen.append, progress=lambda *n: seen.append(n)) as engine:
+        assert seen[0].weight_bytes == engine.memory_plan.weight_bytes
         assert seen[0].complete
         assert seen[1:]
-        assert not any(isinstance(s, Fit) for s in seen[1:])
+        assert not any(isinstance(s, MemoryPlan) for s in seen[1:])
     with pytest.raises(MemoryLimitError):
-        Engine(EngineConfig(max_model_len=4096, kv_cache_memory=1000), on_fit=seen.append)
-    assert not seen[-1].complete  # told, then refused before loading
+        Engine(EngineConfig(max_model_len=4096, kv_cache_memory=1000), on_memory_plan=seen.append)
+    assert not seen[-1].complete  # reported, then refused before loading
     with pytest.raises(LoadCancelledError):
-        Engine(EngineConfig(), on_fit=lambda fit: False)
+        Engine(EngineConfig(), on_fit=lambda plan: False)
 
 
 class Terminal(io.StringIO):
@@ -225,7 +242,7 @@ class Terminal(io.StringIO):
 
 
 RUN = ["run", "--model", "demo", "--prompts", "Hi", "--max-tokens", "2"]
-TITLES = ["weights", "KV cache", "free", "longest", "at once"]
+TITLES = ["weights", "KV cache", "free", "max length", "concurrency"]
 
 
 def titles(text: str) -> list[str]:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from llmrs import Engine, EngineConfig, SamplingParams
 from llmrs.core.errors import ModelError
-from llmrs.loading import measure, read_folder
+from llmrs.loading import plan, read_folder
 from llmrs.models.arch.families import family, graph_of, read_config
 from llmrs.models.files.safetensors import SafetensorsSource
 from llmrs.models.files.weights import Weights, num_parameters, untie_stored_head
@@ -108,7 +108,7 @@ def test_a_tied_model_with_another_head_uses_it_and_warns(name, changed):
     more = read_config(folder).vocab_size * read_config(folder).hidden_size
     assert num_parameters(model.graph) == num_parameters(tied) + more  # which the fit of memory counts
     backend, config = tiny.empty_backend("torch"), EngineConfig(str(folder), dtype="f32")
-    assert measure(backend, config, model, 10**9).weights == 4 * num_parameters(model.graph)
+    assert plan(backend, config, model, 10**9).weight_bytes == 4 * num_parameters(model.graph)
 
 
 def test_an_engine_with_another_head_answers_as_one_whose_config_says_so(changed):

@@ -15,7 +15,7 @@ def main(folder: str) -> None:
         with Engine(EngineConfig(folder, device="cuda:0", dtype=dtype, max_num_seqs=256)) as engine:
             free, total = torch.cuda.mem_get_info()
             print(f"{dtype}: loaded in {time.perf_counter() - begin:.1f} s; {(total - free) / 1e9:.2f} GB in use")
-            for row in engine.fit.table():
+            for row in engine.memory_plan.table():
                 print(f"  {row[0]:10}{row[1]}")
             params = SamplingParams(temperature=0.6, max_tokens=128, ignore_eos=True)
             for count in (1, 32, 256):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from random_checkpoint import QWEN3
 
-from llmrs.bench.roofline import Device, Work
+from llmrs.bench.roofline import Device, ModelCost
 from llmrs.core.ir import Graph
 from llmrs.models.arch.config import parse
 from llmrs.models.arch.families import family, graph_of
@@ -49,21 +49,21 @@ def graph(name: str) -> Graph:
     return graph_of(parse(Path(name), data, family("Qwen3ForCausalLM").defaults))
 
 
-def expected(work: Work, device: Device, dtype: str, batch: int, layers: int) -> float:
-    """Total tokens per second."""
+def expected(cost: ModelCost, device: Device, dtype: str, batch: int, layers: int) -> float:
+    """Tokens per second of all answers together."""
     launches = (layers * PER_LAYER + BESIDE) * LAUNCH
-    return batch / (work.decode(device, dtype, batch, CONTEXT) / REACHED + launches)
+    return batch / (cost.decode_time(device, dtype, batch, CONTEXT) / REACHED + launches)
 
 
 def table(name: str) -> str:
     plain = graph(name)
-    work, layers = Work.of(plain), len(plain.kv_types())
+    cost, layers = ModelCost.of(plain), len(plain.kv_types())
     head = [f"{f} x{b}" for f in FORMATS for b in BATCHES]
     rows = [f"| {name} | roofline bf16 | {' | '.join(head)} | prefill |", "|---" * (len(head) + 3) + "|"]
     for device in DEVICES:
-        cells = [expected(work, device, dtype, batch, layers) for dtype in FORMATS.values() for batch in BATCHES]
-        floor = 1e3 * work.decode(device, "bf16", 1, CONTEXT)
-        prefill = PROMPT / (work.prefill(device, "bf16", PROMPT) / MATRIX)
+        cells = [expected(cost, device, dtype, batch, layers) for dtype in FORMATS.values() for batch in BATCHES]
+        floor = 1e3 * cost.decode_time(device, "bf16", 1, CONTEXT)
+        prefill = PROMPT / (cost.prefill_time(device, "bf16", PROMPT) / MATRIX)
         rows.append(f"| {device.name} | {floor:.2f} ms | {' | '.join(f'{c:,.0f}' for c in cells)} | {prefill:,.0f} |")
     return "\n".join(rows)
 

@@ -1,4 +1,4 @@
-"""The app: its handlers say what the controller shall do, and show in the view what came of it."""
+"""The app: handlers call the controller and show its results in the view."""
 
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ class ChatApp(toga.App):
         self.view.conversation.value = ""
 
     async def choose(self, widget: toga.Widget, **_: Any) -> None:
-        """Another model or another budget; showing the ones that are there comes here too."""
+        """Switches model or budget. Also called when the app itself sets a selection."""
         wanted = self.view.models.choice, self.view.budgets.choice
         if self.view.models.enabled and wanted != self.loaded():
             await self.load(*wanted)
@@ -64,7 +64,7 @@ class ChatApp(toga.App):
             await self.load(str(folder), self.view.budgets.choice)
 
     async def load(self, model: str, budget: int | None) -> None:
-        """Loads a model, and shows the one that is there then."""
+        """Loads a model, and shows the one loaded afterwards."""
         self.view.loads(model)
         try:
             await self.controller.switch(model, budget, self.view.advance)
@@ -87,7 +87,7 @@ class ChatApp(toga.App):
         return (config.model_path, config.kv_cache_memory) if config else (None, None)
 
     def saved_budget(self) -> int | None:
-        """What was chosen last time; what another version of the app may have saved is not known any more."""
+        """The last choice; None for one of another version of the app."""
         file = self.paths.config / "budget.txt"
         return BUDGETS.get(file.read_text("utf-8")) if file.exists() else None
 

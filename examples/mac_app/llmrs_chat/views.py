@@ -1,4 +1,4 @@
-"""The window's content: widgets, and what they look like while the app loads, answers or waits."""
+"""The window's widgets, and their states: loading, answering, waiting."""
 
 import textwrap
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ LINE = 90  # characters of an error's line: labels don't wrap
 
 
 class Switch(toga.Selection):
-    """A list of choices by name. `on_change` hears of the user's choices, and of those that the app shows."""
+    """A list of choices by name. `on_change` is called for choices of the user and of the app."""
 
     def __init__(self, choices: Mapping[str, object], on_change: Handler) -> None:
         rows = [{"name": name, "choice": choice} for name, choice in choices.items()]
@@ -27,7 +27,7 @@ class Switch(toga.Selection):
         return self.value.choice
 
     def choose(self, choice: object, name: str) -> None:
-        """Shows a choice; a new one is added."""
+        """Selects a choice, and adds a new one."""
         row = next((row for row in self.items if row.choice == choice), None)
         self.value = self.items.append({"name": name, "choice": choice}) if row is None else row
 
@@ -79,7 +79,7 @@ class ChatView:
         self.add(f"You: {question}\n\nllmrs: ")
 
     def waits(self, *, ready: bool) -> None:
-        """Nothing is under way; `ready` says whether there is a model that can be asked."""
+        """Idle; `ready`: a model is loaded."""
         choices = (self.models, self.budgets, self.open_folder, self.new)
         self._enable(*choices, *((self.send,) if ready else ()))
 
@@ -93,7 +93,7 @@ class ChatView:
         self.conversation.scroll_to_bottom()
 
     def show_problem(self, error: LlmrsError | None) -> None:
-        """The error's message, and under it its hint."""
+        """Shows the error's message above its hint."""
         lines = [error.message, error.hint and f"Hint: {error.hint}"] if error else []
         self.problem.text = "\n".join(textwrap.fill(line, LINE) for line in lines if line)
 

@@ -21,7 +21,7 @@ from llmrs.cli import main
 from llmrs.config import EngineConfig
 from llmrs.core.errors import BackendError, LoadCancelledError, MemoryLimitError
 from llmrs.loading import make_backend
-from llmrs.memory import token_bytes
+from llmrs.memory import kv_bytes_per_token
 
 mx = pytest.importorskip("mlx.core")
 
@@ -56,7 +56,7 @@ def test_memory_does_not_grow_with_steps(chunk, compiles):
     backend = RandomModel.of("qwen3").on(make(compiles=compiles))
     core = core_on(backend, blocks=BLOCKS, max_num_batched_tokens=chunk, max_num_seqs=4, prefix_cache=False)
     mx.synchronize(backend.stream)
-    cache = BLOCKS * BLOCK * token_bytes(backend.graph, "f32")
+    cache = BLOCKS * BLOCK * kv_bytes_per_token(backend.graph, "f32")
     assert mx.get_active_memory() > cache > 80_000_000
     for p in prompts(1, 2, 3, 30):
         core.submit(request(p, max_tokens=220))
@@ -183,7 +183,7 @@ def test_a_model_over_the_budget_is_refused_and_leaves_no_limit(limits):
     gc.collect()
     assert now() == before
     with Engine(EngineConfig(backend="mlx", device="cpu", memory_limit=enough)) as engine:
-        assert engine.fit.length == engine.fit.wanted
+        assert engine.memory_plan.max_model_len == engine.memory_plan.requested_len
         assert now()[0] < enough + 10**8
         assert len(engine.generate_sync(SamplingParams(max_tokens=3, ignore_eos=True), ["a"])[0].token_ids) == 3
     assert now() == before
