@@ -1,23 +1,18 @@
-"""`llmrs graph`: a model's graph, without its weights and without a device."""
+"""`llmrs graph`: a model's graph, without weights or a device."""
 
 import typer
 
-from llmrs.cli.terminal import guarded
 from llmrs.core.ir import Graph
 
 
 def graph(
     model: str = typer.Argument("demo", help="bundled name, model folder or Hugging Face id"),
-    revision: str | None = typer.Option(None, help="of a Hugging Face id: branch, tag or commit"),
-    offline: bool = typer.Option(False, "--offline", help="of Hugging Face ids use only what is in the cache"),
-    fused: str | None = typer.Option(None, help="rewrite it to the fused ops of this backend; `all` for every one"),
+    revision: str | None = typer.Option(None, help="branch, tag or commit of a Hugging Face id"),
+    offline: bool = typer.Option(False, "--offline", help="use only the Hugging Face cache"),
+    fused: str | None = typer.Option(None, help="apply the fusions of this backend; all: every fusion"),
 ) -> int:
-    """Prints the model's graph, as described or as a backend runs it."""
-    return guarded(lambda: show(model, revision, offline, fused))
-
-
-def show(model: str, revision: str | None, offline: bool, fused: str | None) -> int:
-    # here, since `llmrs --help` should not wait for them
+    """Print a model's graph, plain or with a backend's fused ops."""
+    # imported here to keep `llmrs --help` fast
     from llmrs.backends.fusion import fuse
     from llmrs.models.arch.families import graph_of, read_config
     from llmrs.models.hub.locate import locate
@@ -30,14 +25,11 @@ def show(model: str, revision: str | None, offline: bool, fused: str | None) -> 
 
 
 def header(architecture: str, plain: Graph) -> str:
-    """One line: what is in the graph, in numbers."""
     from llmrs.memory import token_bytes
     from llmrs.models.files.weights import parameters
 
-    layers, kv_bytes = len(plain.kv_types()), token_bytes(plain, "bf16")
-    return (
-        f"{architecture}: {layers} layers, {parameters(plain):,} parameters, {kv_bytes:,} bytes of KV per token in bf16"
-    )
+    kv_cache = f"{token_bytes(plain, 'bf16'):,} bytes of KV cache per token (bf16)"
+    return f"{architecture}: {len(plain.kv_types())} layers, {parameters(plain):,} parameters, {kv_cache}"
 
 
 def fused_ops(backend: str) -> frozenset[str]:

@@ -154,7 +154,7 @@ def test_the_table(capsys, cache, folder):
     assert main(["list"]) == 0
     out = capsys.readouterr().out
     lines = out.splitlines()
-    assert lines[0].split() == ["model", "weights", "architecture", "type", "where"]
+    assert lines[0].split() == ["model", "weights", "architecture", "dtype", "location"]
     assert lines[1].split() == ["demo", "7.35", "MB", "Qwen3", "bf16", "bundled"]
     assert lines[2].endswith("Hugging Face cache, revision v1")
     assert "can't run: architecture" in lines[3]

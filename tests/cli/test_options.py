@@ -66,11 +66,11 @@ UNUSED = [
     (["chat", "--logprobs", "2"], "logprobs: a chat does not use it"),
     (["chat", "--prompt-logprobs", "2"], "prompt_logprobs: a chat does not use it"),
     (["chat", "--priority", "2"], "priority: all requests"),
-    (["chat", "--no-interactive"], "interactive: a chat is nothing else"),
-    (["bench", "--host", "--model", "a"], "model_path changes nothing"),
-    (["bench", "--host", "--dtype", "f32"], "dtype changes nothing"),
+    (["chat", "--no-interactive"], "interactive: a chat is always interactive"),
+    (["bench", "--host", "--model", "a"], "model_path has no effect"),
+    (["bench", "--host", "--dtype", "f32"], "dtype has no effect"),
     (["bench", "--host", "--backend", "torch"], "backend: torch is not used with host"),
-    (["bench", "--prefix-cache"], "prefix_cache: speed is measured without one"),
+    (["bench", "--prefix-cache"], "prefix_cache: benchmarks run without it"),
     (["bench", "--scale", "0.5"], "--workloads"),
     (["bench", "--workloads", "single", "--batches", "2"], "--contexts or --profile"),
     (["graph", "--fused", ""], "backend '' is not there"),
@@ -102,7 +102,7 @@ def test_hints_where_the_context_is_full(call, folder, monkeypatch):
     long = "word " * 300
     monkeypatch.setattr("sys.stdin", io.StringIO(f"Hello\n{long}\n"))
     whole = ["--w", folder, *QUICK]
-    assert hints("chat", *whole) == ["hint: /clear forgets the conversation"]
+    assert hints("chat", *whole) == ["hint: /clear starts a new conversation"]
     assert hints("run", "--prompts", long, *whole) == ["hint: shorten the prompt"]
     assert hints("run", "--prompts", long, *whole, "--max-model-len", "100") == [
         "hint: shorten the prompt, or raise max_model_len, to 512 at most"
