@@ -39,18 +39,6 @@ class Answer:
         for _ in self.pieces():
             pass
 
-    def cancel(self) -> None:
-        if self.stream is not None:
-            self.stream.cancel()
-
-    @property
-    def finished(self) -> bool:
-        return self.stream is None or self.stream.finished
-
-    @property
-    def token_count(self) -> int:
-        return self.stream.token_count if self.stream else 0
-
     def output(self) -> GenerationOutput:
         if self.stream is not None:
             return self.stream.output()
@@ -83,6 +71,12 @@ def submit(answers: Sequence[Answer], engine: "Engine", params: SamplingParams, 
         answer.submitted = time.monotonic()
 
 
+def cancel(answers: Sequence[Answer]) -> None:
+    for answer in answers:
+        if answer.stream is not None:
+            answer.stream.cancel()
+
+
 def longer_context(engine: "Engine") -> str:
     """End of a hint: the largest max_model_len that fits, if the context can be longer."""
     most = min(engine.fit.longest, engine.fit.context)
@@ -101,9 +95,10 @@ def system_message(run: RunOptions) -> list[Message]:
 
 
 def progress(answers: Sequence[Answer], since: float) -> str:
-    done, tokens = sum(a.finished for a in answers), sum(a.token_count for a in answers)
+    running = sum(not a.stream.finished for a in answers if a.stream)
+    tokens = sum(a.stream.token_count for a in answers if a.stream)
     rate = tokens / max(time.monotonic() - since, 1e-9)
-    return f"{done} of {len(answers)} answered, {tokens} tokens, {rate:.1f} tokens/s"
+    return f"{len(answers) - running} of {len(answers)} answered, {tokens} tokens, {rate:.1f} tokens/s"
 
 
 def throughput_lines(answers: Sequence[Answer]) -> list[str]:

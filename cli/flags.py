@@ -85,7 +85,7 @@ def _long(name: str) -> str:
 
 
 def _config_argument() -> inspect.Parameter:
-    info = typer.Argument(None, metavar="[CONFIG]", help="YAML file (default: ./config.yaml, if it exists)")
+    info = typer.Argument(None, metavar="CONFIG", help="YAML file (default: ./config.yaml, if it exists)")
     return inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=info, annotation=str | None)
 
 

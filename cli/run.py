@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from llmrs.cli.answers import Answer, progress, submit, throughput_lines
+from llmrs.cli.answers import Answer, cancel, progress, submit, throughput_lines
 from llmrs.cli.chat import converse
 from llmrs.cli.flags import Flags
 from llmrs.cli.loading import load_engine
@@ -62,11 +62,6 @@ def generate(engine: "Engine", settings: Settings, groups: Sequence[Sequence[Ans
             print(line, file=sys.stderr)
     failed = FAILED if any(a.error for a in answers) else 0
     return (write_status if write_status == FAILED else 0) or stop.status or failed or write_status
-
-
-def cancel(answers: Sequence[Answer]) -> None:
-    for answer in answers:
-        answer.cancel()
 
 
 def check_template(engine: "Engine", options: RunOptions) -> None:
