@@ -90,25 +90,23 @@ def _config_argument() -> inspect.Parameter:
 
 
 def _parameters(title: str, cls: type) -> Iterator[inspect.Parameter]:
+    """The parameter of each option, and a hidden one for its aliases."""
     for o in options(cls):
-        yield _parameter(o.name, o, visible_flags(o), title, hidden=False)
-        if o.aliases:
-            yield _parameter(ALIASES + o.name, o, hidden_flags(o), title, hidden=True)
-
-
-def _parameter(name: str, o: Option, flags: list[str], title: str, *, hidden: bool) -> inspect.Parameter:
-    metavars = {int: "INT", float: "TOKEN=NUMBER" if o.kind is dict else "NUMBER", str: "|".join(o.choices) or "TEXT"}
-    info = typer.Option(
-        None,
-        *flags,
-        help=_help(o),
-        metavar=metavars.get(o.element),
-        show_default=False,
-        hidden=hidden,
-        rich_help_panel=title,
-    )
-    annotation = ANNOTATIONS.get(o.kind, str | None)
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=info, annotation=annotation)
+        number = "TOKEN=NUMBER" if o.kind is dict else "NUMBER"
+        metavar = {int: "INT", float: number, str: "|".join(o.choices) or "TEXT"}.get(o.element)
+        annotation = ANNOTATIONS.get(o.kind, str | None)
+        for name, flags in ((o.name, visible_flags(o)), (ALIASES + o.name, hidden_flags(o))):
+            if flags:
+                info = typer.Option(
+                    None,
+                    *flags,
+                    help=_help(o),
+                    metavar=metavar,
+                    show_default=False,
+                    hidden=name != o.name,
+                    rich_help_panel=title,
+                )
+                yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=info, annotation=annotation)
 
 
 def _help(o: Option) -> str:

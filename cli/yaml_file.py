@@ -20,20 +20,13 @@ NO_TABS = "use spaces instead, or put quotes around the text that holds it"
 TAG = "tag:yaml.org,2002:"
 YES_NO = ("yes", "on", "no", "off")
 
-# plain scalars by tag: pattern, and possible first characters
 DIGITS = "[0-9](?:_?[0-9])*"
 SCALARS = {
-    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    "int": (
-        r"[-+]?(?:0|[1-9](?:_?[0-9])*|0o[0-7_]*[0-7]|0x[0-9a-fA-F_]*[0-9a-fA-F]|0b[01_]*[01])",
-        list("-+0123456789"),
-    ),
-    "float": (
-        rf"[-+]?(?:\.{DIGITS}|{DIGITS}\.(?:{DIGITS})?)(?:[eE][-+]?[0-9]+)?|[-+]?{DIGITS}[eE][-+]?[0-9]+"
-        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
-        list("-+.0123456789"),
-    ),
+    "null": "~|null|Null|NULL|",
+    "bool": "true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?(?:0|[1-9](?:_?[0-9])*|0o[0-7_]*[0-7]|0x[0-9a-fA-F_]*[0-9a-fA-F]|0b[01_]*[01])",
+    "float": rf"[-+]?(?:\.{DIGITS}|{DIGITS}\.(?:{DIGITS})?)(?:[eE][-+]?[0-9]+)?|[-+]?{DIGITS}[eE][-+]?[0-9]+"
+    r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
 }
 
 
@@ -63,8 +56,8 @@ class Loader(yaml.SafeLoader):
         return float(re.sub(r"\.(?=[in])", "", node.value.replace("_", "").lower()))
 
 
-for tag, (pattern, first) in SCALARS.items():
-    Loader.add_implicit_resolver(TAG + tag, re.compile(f"(?:{pattern})$"), first)
+for tag, pattern in SCALARS.items():
+    Loader.add_implicit_resolver(TAG + tag, re.compile(f"(?:{pattern})$"), None)
 Loader.add_constructor(TAG + "int", Loader.construct_int)
 Loader.add_constructor(TAG + "float", Loader.construct_float)
 

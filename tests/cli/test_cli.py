@@ -102,7 +102,7 @@ def test_a_conversation(call, folder, monkeypatch):
     assert call("run", "--i", "--w", folder, *QUICK)[0] == 0
 
 
-def test_control_tokens_that_are_shown_are_not_said_again(call, folder, monkeypatch):
+def test_special_tokens_in_the_output_stay_out_of_the_history(call, folder, monkeypatch):
     import io
 
     lengths = []
@@ -168,11 +168,11 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("args", "words"), WRONG, ids=lambda v: " ".join(v)[:60] if isinstance(v, list) else "")
-def test_what_is_wrong_gives_one_line_a_hint_and_status_2(call, folder, args, words):
+def test_wrong_usage_gives_an_error_a_hint_and_status_2(call, folder, args, words):
     status, out, err = call(*[folder if a == "MODEL" else a for a in args])
     assert (status, out) == (2, "")
-    beside = ("Prompt", "Decoded", "note", "weights ", "KV cache ", "free ", "longest ", "at once ", "advice ")
-    lines = [line for line in err.splitlines() if not line.startswith(beside)]
+    other = ("Prompt", "Decoded", "note", "weights ", "KV cache ", "free ", "longest ", "at once ", "advice ")
+    lines = [line for line in err.splitlines() if not line.startswith(other)]
     assert lines[0].startswith("error: ")
     assert words in err
     assert lines[1].startswith("hint: ")
@@ -230,7 +230,7 @@ LONG = [*SMALL, "--ignore-eos", "--max-tokens"]
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals differ on Windows")
 @pytest.mark.parametrize("count", [1, 40])
-def test_ctrl_c_keeps_what_was_answered(folder, tmp_path, count):
+def test_ctrl_c_keeps_the_answers(folder, tmp_path, count):
     out = tmp_path / "out.jsonl"
     args = ["--w", folder, "--output", str(out), "--prompts", " | ".join(["Hello"] * count)]
     with start("run", *args, *LONG, "400" if count == 1 else "100") as process:
@@ -262,7 +262,7 @@ def test_a_live_line_for_many_prompts_on_a_terminal(folder):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no such pipes on Windows")
-def test_a_reader_that_goes_away(folder):
+def test_a_stdout_pipe_that_is_closed(folder):
     with start("run", "--w", folder, "--prompts", "Hello", *LONG, "400") as process:
         process.stdout.read(1)
         process.stdout.close()

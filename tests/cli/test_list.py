@@ -1,4 +1,4 @@
-"""`llmrs list`: what is found, what is said about it, and that nothing broken breaks it."""
+"""`llmrs list`: models in each location, their columns, and broken models."""
 
 import json
 import os
@@ -97,7 +97,7 @@ def test_a_sharded_model_in_half_precision(listed, folder):
     assert entry["bytes"] == sum(os.path.getsize(f"m/{n}.safetensors") for n in (1, 2))
 
 
-def test_what_can_not_run_is_listed_with_the_reason(listed, cache, folder):
+def test_models_that_cannot_run_are_listed_with_the_reason(listed, cache, folder):
     put_into_cache(cache, "o/strange", spoiled(folder, Path("strange"), architectures=["StrangeModel"]))
     put_into_cache(cache, "o/nothing", Path("strange")).joinpath("snapshots", COMMIT, "config.json").unlink()
     spoiled(folder, Path("quantized"), quantization_config={"quant_method": "awq"})

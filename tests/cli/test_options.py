@@ -1,4 +1,4 @@
-"""What a command is told: files that would overwrite one another, flags that change nothing, and what hints say."""
+"""Options of a command: outputs over other files, flags without effect, hints."""
 
 import io
 import json
@@ -78,14 +78,14 @@ UNUSED = [
 
 
 @pytest.mark.parametrize(("args", "words"), UNUSED, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
-def test_a_flag_that_would_change_nothing_is_refused_by_name(call, args, words):
+def test_flags_without_effect_are_refused_by_name(call, args, words):
     status, out, err = call(*args)
     assert (status, out) == (2, "")
     assert words in err
     assert "hint: " in err
 
 
-def test_what_a_chat_does_not_use_of_a_file_is_noted(call, folder, tmp_path, monkeypatch):
+def test_config_keys_without_effect_in_a_chat_are_noted(call, folder, tmp_path, monkeypatch):
     (tmp_path / "c.yaml").write_text("prompts: [a]\nn: 2\nlogprobs: 1\n")
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
     status, out, err = call("chat", "c.yaml", "--w", folder, "--trace", "t.json", *QUICK)

@@ -50,7 +50,7 @@ def expected(folder):
 
 
 @pytest.mark.parametrize("where", [FULL])
-def test_a_lost_stderr_decides_nothing(asked, expected, where):
+def test_a_failing_stderr_changes_nothing(asked, expected, where):
     closed, full, wrong = shells((asked, "2>&-"), (asked, f"2> {where}"), ([*LLMRS, "run", "--nonsense"], "2>&-"))
     assert (closed.returncode, closed.stdout) == (0, expected)
     assert (full.returncode, full.stdout) == (0, expected)
@@ -87,7 +87,7 @@ os._exit(0)
 
 
 @pytest.mark.parametrize("where", [FULL])
-def test_whatever_is_printed_to_a_full_disk_is_missed(where):
+def test_a_full_disk_fails_every_command(where):
     lines = ["--help", "run --help", "--version", "list", "graph"]  # in forks of one process, which has the modules
     done = shell([sys.executable, "-c", FORKED, *lines], f"> {where}")
     error = r"error: standard output can't be written: .*\nhint: the disk is full.*\n2\n"
@@ -127,7 +127,7 @@ def test_a_disk_that_is_full_half_way_holds_whole_lines(asked, tmp_path):
     assert done.stdout.count("> Hello\n") == 40
 
 
-def test_a_stdout_that_fails_leaves_what_was_answered_to_the_file(asked, tmp_path):
+def test_a_failing_stdout_still_fills_the_output_file(asked, tmp_path):
     out = tmp_path / "out.jsonl"
     many = [*asked, "--json", "--output", str(out), "--max-num-seqs", "1"]
     many[many.index("Hello")] = " | ".join(["Hello"] * 40)
@@ -189,7 +189,7 @@ def test_answers_are_utf_8_whatever_the_locale(asked):
     assert json.loads(done.stdout.decode("utf-8"))["prompt"] == "¿Qué? 你"
 
 
-def test_a_signal_keeps_what_was_answered(asked, tmp_path):
+def test_signals_keep_the_answers(asked, tmp_path):
     asked[asked.index("10")] = "400"
     env = {**os.environ, "PYTHONUNBUFFERED": "1"}
 

@@ -208,7 +208,7 @@ def test_words_and_numbers_mean_what_they_mean_in_yaml_1_2(tmp_path, text, name,
         ("1: a\n0x1: b", "duplicate key 1 in line 2"),
     ],
 )
-def test_what_can_mean_two_things_is_refused_with_its_line(tmp_path, text, words):
+def test_ambiguous_values_are_refused_with_their_line(tmp_path, text, words):
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(ConfigError) as caught:
         load_settings(str(tmp_path / "config.yaml"), {})
@@ -222,7 +222,7 @@ VALUES = st.recursive(
 
 
 @given(VALUES)
-def test_what_pyyaml_writes_is_read_back(value):
+def test_pyyaml_round_trip(value):
     with NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
         yaml.safe_dump({"key": value}, file, allow_unicode=True)
         file.flush()
