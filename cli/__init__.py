@@ -1,4 +1,4 @@
-"""The command line: `llmrs run`, `chat`, `graph`, `list`."""
+"""The command line: `llmrs run`, `chat`, `graph`, `bench`, `list`."""
 
 from llmrs.cli.app import main
 

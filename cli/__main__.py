@@ -1,4 +1,4 @@
-"""`python -m llmrs.cli`, which is `llmrs`."""
+"""`python -m llmrs.cli`, the same as `llmrs`."""
 
 import sys
 

@@ -1,37 +1,31 @@
-"""The tables of docs/config.md, made from the options: `python -m llmrs.cli.docs_table docs/config.md` renews them."""
+"""Generates the option tables of docs/config.md: `python -m llmrs.cli.docs_table docs/config.md` updates them."""
 
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from llmrs.cli.flags import hidden, visible
+from llmrs.cli.flags import hidden_flags, visible_flags
 from llmrs.cli.options import SECTIONS, BenchOptions
 from llmrs.core.options import Option, options
 
-MARK = "<!-- options: {} -->"
 
-
-def tables() -> dict[str, str]:
-    """Heading -> Markdown table."""
+def updated(page: str) -> str:
+    """The page with the table after each `<!-- options: TITLE -->` replaced."""
     sections: dict[str, type] = {**SECTIONS, "llmrs bench": BenchOptions}
-    return {title: "\n".join(_rows(cls)) for title, cls in sections.items()}
-
-
-def renewed(text: str) -> str:
-    """The page with each table after its mark replaced."""
-    for title, table in tables().items():
-        mark = MARK.format(title)
-        assert mark in text, f"the page lacks {mark}"
-        text = re.sub(re.escape(mark) + r"\n(\|.*\n)*", lambda _, m=mark, t=table: f"{m}\n{t}\n", text)  # type: ignore[misc]
-    return text
+    for title, cls in sections.items():
+        mark = f"<!-- options: {title} -->"
+        assert mark in page, f"the page lacks {mark}"
+        table = "\n".join([mark, *_rows(cls), ""])
+        page = re.sub(re.escape(mark) + r"\n(\|.*\n)*", lambda _, t=table: t, page)  # type: ignore[misc]
+    return page
 
 
 def _rows(cls: type) -> Iterator[str]:
     yield "| key | flags | value | default | meaning |"
     yield "|---|---|---|---|---|"
     for o in options(cls):
-        flags = ", ".join(f"`{flag}`" for flag in dict.fromkeys([*visible(o), *hidden(o)]))
+        flags = ", ".join(f"`{flag}`" for flag in dict.fromkeys([*visible_flags(o), *hidden_flags(o)]))
         cells = (f"`{o.name}`", flags, o.allowed(), f"`{_default(o)}`", o.help)
         yield "| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |"
 
@@ -43,5 +37,5 @@ def _default(o: Option) -> str:
 
 
 if __name__ == "__main__":
-    page = Path(sys.argv[1])
-    page.write_text(renewed(page.read_text("utf-8")), "utf-8")
+    path = Path(sys.argv[1])
+    path.write_text(updated(path.read_text("utf-8")), "utf-8")

@@ -1,4 +1,4 @@
-"""Command-line flags, made from the options: `max_num_seqs` becomes --max-num-seqs (and --max_num_seqs)."""
+"""Command-line flags, derived from the options: `max_num_seqs` becomes --max-num-seqs (and --max_num_seqs)."""
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
@@ -7,86 +7,69 @@ from typing import Any
 import typer
 
 from llmrs.cli.options import SECTIONS
-from llmrs.cli.terminal import guarded
 from llmrs.core.errors import ConfigError
 from llmrs.core.options import Option, options
 
-Values = dict[str, Any]  # option name -> value, for the flags that were given
-Body = Callable[[str | None, Values], int]  # config file, flags -> exit status
+Flags = dict[str, Any]  # option name -> value, for the flags on the command line
+Body = Callable[[str | None, Flags], int]  # (config file, flags) -> exit status
 
-PREFIX = "alias_"  # parameters that hold the further flags of an option
-TYPES = {
-    bool: bool | None,
-    list: list[str] | None,
-    dict: list[str] | None,
-}  # of the parameter; other kinds are read as text
 CONTEXT = {"token_normalize_func": lambda name: name.replace("_", "-"), "help_option_names": ["-h", "--help"]}
+ALIASES = "alias_"  # prefix of the parameter for an option's hidden flags
+ANNOTATIONS = {bool: bool | None, list: list[str] | None, dict: list[str] | None}  # other kinds are read as text
 
 
-def spelled(name: str) -> str:
-    """The flag for a name: --max-num-seqs."""
-    return "--" + name.replace("_", "-")
+def visible_flags(o: Option) -> list[str]:
+    """The flags in the help: the option's name and its one-letter aliases."""
+    name, letters = _long(o.name), [f"-{a}" for a in o.aliases if len(a) == 1]
+    return [f"{name}/--no-{name[2:]}" if o.kind is bool else name, *letters]
 
 
-def visible(o: Option) -> list[str]:
-    """The flags that help shows: the option's name, and its one-letter aliases as people write them."""
-    letters = [f"-{a}" for a in o.aliases if len(a) == 1]
-    if o.kind is bool:
-        return [f"{spelled(o.name)}/--no-{spelled(o.name)[2:]}", *letters]
-    return [spelled(o.name), *letters]
-
-
-def hidden(o: Option) -> list[str]:
-    """Further flags: every alias with two dashes (vllm.rs writes --w)."""
-    return [spelled(a) for a in o.aliases]
+def hidden_flags(o: Option) -> list[str]:
+    """Every alias with two dashes (vllm.rs writes --w)."""
+    return [_long(a) for a in o.aliases]
 
 
 def command(body: Body, sections: Mapping[str, type] = SECTIONS) -> Callable[..., int]:
-    """A function for typer with a parameter for the config file and one for each flag."""
+    """A typer function with a parameter for the config file and one for each flag."""
 
     def run(config: str | None, **values: Any) -> int:
-        return guarded(lambda: body(config, given(values, sections)))
+        return body(config, parse_flags(values, sections))
 
     parameters = [_config_argument(), *(p for title, cls in sections.items() for p in _parameters(title, cls))]
+    run.__doc__ = body.__doc__
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters}
     return run
 
 
-def given(values: Mapping[str, Any], sections: Mapping[str, type] = SECTIONS) -> Values:
-    """The options that flags set, as the types that the config classes check; unset flags are left out."""
-    found: Values = {}
+def parse_flags(values: Mapping[str, Any], sections: Mapping[str, type]) -> Flags:
+    """The flags that were given, as the types that the option classes check."""
+    flags: Flags = {}
     for o in (o for cls in sections.values() for o in options(cls)):
-        for key in (o.name, PREFIX + o.name):
+        for key in (o.name, ALIASES + o.name):
             value = values.get(key)
             if value is None or value == [] or value == ():
                 continue
-            if o.name in found:
-                raise ConfigError(f"two flags set {o.name!r}", "keep one: " + ", ".join([*visible(o), *hidden(o)]))
-            found[o.name] = read_any(o, value)
-    return found
+            if o.name in flags:
+                names = ", ".join([*visible_flags(o), *hidden_flags(o)])
+                raise ConfigError(f"two flags set {o.name!r}", f"keep one: {names}")
+            flags[o.name] = _parse(o, value)
+    return flags
 
 
-def read_any(o: Option, value: Any) -> Any:
-    return read_table(o, value) if o.kind is dict else read_list(o, value) if o.kind is list else read(o, value)
+def _parse(o: Option, value: Any) -> Any:
+    """Text as the option's type. Text of another form stays as it is: the option itself refuses it."""
+    if o.kind is dict:  # TOKEN=NUMBER
+        pairs = [text.partition("=") for text in value]
+        wrong = [key + equals + number for key, equals, number in pairs if not key.isdecimal()]
+        return wrong[0] if wrong else {int(key): _parse_scalar(o, number) for key, _, number in pairs}
+    if o.kind is list:
+        texts = [t for text in value for t in text.split(",")] if o.element in (int, float) else value
+        return [_parse_scalar(o, text) for text in texts]
+    return _parse_scalar(o, value)
 
 
-def read_list(o: Option, texts: list[str]) -> list[Any]:
-    """Numbers may also stand in one text, with commas between."""
-    if o.element in (int, float):
-        texts = [part for text in texts for part in text.split(",")]
-    return [read(o, text) for text in texts]
-
-
-def read_table(o: Option, texts: list[str]) -> Any:
-    """TOKEN=VALUE, each; the first that has another form as it is, for the option's own error."""
-    pairs = [text.partition("=") for text in texts]
-    wrong = next((text for text, (key, _, _) in zip(texts, pairs, strict=True) if not key.isdecimal()), None)
-    return {int(key): read(o, value) for key, _, value in pairs} if wrong is None else wrong
-
-
-def read(o: Option, text: str | bool) -> Any:
-    """A flag's text as the option's type, where it has that form; else as it is, for the option's own error."""
+def _parse_scalar(o: Option, text: str | bool) -> Any:
     if isinstance(text, bool) or o.element not in (int, float):
         return text
     if o.optional and text in ("null", "none"):
@@ -97,35 +80,37 @@ def read(o: Option, text: str | bool) -> Any:
         return text
 
 
+def _long(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 def _config_argument() -> inspect.Parameter:
-    info = typer.Argument(None, metavar="[CONFIG]", help="YAML file; without it ./config.yaml, if there is one")
+    info = typer.Argument(None, metavar="CONFIG", help="YAML file (default: ./config.yaml, if it exists)")
     return inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=info, annotation=str | None)
 
 
 def _parameters(title: str, cls: type) -> Iterator[inspect.Parameter]:
+    """The parameter of each option, and a hidden one for its aliases."""
     for o in options(cls):
-        yield _parameter(o.name, o, visible(o), title, hide=False)
-        if o.aliases:
-            yield _parameter(PREFIX + o.name, o, hidden(o), title, hide=True)
-
-
-def _parameter(name: str, o: Option, flags: list[str], title: str, *, hide: bool) -> inspect.Parameter:
-    metavars = {int: "INT", float: "TOKEN=NUMBER" if o.kind is dict else "NUMBER", str: "|".join(o.choices) or "TEXT"}
-    info = typer.Option(
-        None,
-        *flags,
-        help=_help(o),
-        metavar=metavars.get(o.element),
-        show_default=False,
-        hidden=hide,
-        rich_help_panel=title,
-    )
-    kind = inspect.Parameter.KEYWORD_ONLY
-    return inspect.Parameter(name, kind, default=info, annotation=TYPES.get(o.kind, str | None))
+        number = "TOKEN=NUMBER" if o.kind is dict else "NUMBER"
+        metavar = {int: "INT", float: number, str: "|".join(o.choices) or "TEXT"}.get(o.element)
+        annotation = ANNOTATIONS.get(o.kind, str | None)
+        for name, flags in ((o.name, visible_flags(o)), (ALIASES + o.name, hidden_flags(o))):
+            if flags:
+                info = typer.Option(
+                    None,
+                    *flags,
+                    help=_help(o),
+                    metavar=metavar,
+                    show_default=False,
+                    hidden=name != o.name,
+                    rich_help_panel=title,
+                )
+                yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=info, annotation=annotation)
 
 
 def _help(o: Option) -> str:
-    longer = [spelled(a) for a in o.aliases if len(a) > 1]
-    also = f"; also {', '.join(longer)}" if longer else ""
+    long_aliases = [_long(a) for a in o.aliases if len(a) > 1]
+    also = f"; also {', '.join(long_aliases)}" if long_aliases else ""
     default = f" (default: {o.default})" if o.default not in (None, False, True) else ""
     return f"{o.help}{also}{default}"

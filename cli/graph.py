@@ -1,45 +1,30 @@
-"""`llmrs graph`: a model's graph, without its weights and without a device."""
+"""`llmrs graph`: a model's graph, without weights or a device."""
 
 import typer
-
-from llmrs.cli.terminal import guarded
-from llmrs.core.ir import Graph
 
 
 def graph(
     model: str = typer.Argument("demo", help="bundled name, model folder or Hugging Face id"),
-    revision: str | None = typer.Option(None, help="of a Hugging Face id: branch, tag or commit"),
-    offline: bool = typer.Option(False, "--offline", help="of Hugging Face ids use only what is in the cache"),
-    fused: str | None = typer.Option(None, help="rewrite it to the fused ops of this backend; `all` for every one"),
+    revision: str | None = typer.Option(None, help="branch, tag or commit of a Hugging Face id"),
+    offline: bool = typer.Option(False, "--offline", help="use only the Hugging Face cache"),
+    fused: str | None = typer.Option(None, help="apply the fusions of this backend; all: every fusion"),
 ) -> int:
-    """Prints the model's graph, as described or as a backend runs it."""
-    return guarded(lambda: show(model, revision, offline, fused))
-
-
-def show(model: str, revision: str | None, offline: bool, fused: str | None) -> int:
-    # here, since `llmrs --help` should not wait for them
-    from llmrs.backends.fusion import fuse_graph
+    """Print a model's graph, plain or with a backend's fused ops."""
+    # imported here to keep `llmrs --help` fast
+    from llmrs.backends.base import load_backend, resolve
+    from llmrs.backends.fusion import FUSED_OPS, fuse_graph
+    from llmrs.memory import kv_bytes_per_token
     from llmrs.models.arch.families import graph_of, read_config
+    from llmrs.models.files.weights import num_parameters
     from llmrs.models.hub.resolve import resolve_model
 
     config = read_config(resolve_model(model, revision, offline=offline, weights=False))
     plain = graph_of(config)
-    shown = fuse_graph(plain, fused_ops(fused)) if fused is not None else plain
-    print(f"{header(config.architecture, plain)}\n\n{shown}")
+    kv_cache = f"{kv_bytes_per_token(plain, 'bf16'):,} bytes of KV cache per token (bf16)"
+    header = f"{config.architecture}: {len(plain.kv_types())} layers, {num_parameters(plain):,} parameters, {kv_cache}"
+    if fused is None:
+        print(f"{header}\n\n{plain}")
+    else:
+        ops = frozenset(FUSED_OPS) if fused == "all" else load_backend(resolve(fused)).fused_ops
+        print(f"{header}\n\n{fuse_graph(plain, ops)}")
     return 0
-
-
-def header(architecture: str, plain: Graph) -> str:
-    """One line: what is in the graph, in numbers."""
-    from llmrs.memory import token_bytes
-    from llmrs.models.files.weights import num_parameters
-
-    layers, count, kv_bytes = len(plain.kv_types()), num_parameters(plain), token_bytes(plain, "bf16")
-    return f"{architecture}: {layers} layers, {count:,} parameters, {kv_bytes:,} bytes of KV per token in bf16"
-
-
-def fused_ops(backend: str) -> frozenset[str]:
-    from llmrs.backends.base import load_backend, resolve
-    from llmrs.backends.fusion import FUSED_OPS
-
-    return frozenset(FUSED_OPS) if backend == "all" else load_backend(resolve(backend)).fused_ops

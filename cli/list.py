@@ -8,71 +8,64 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmrs.cli.terminal import guarded, note, one_line
+from llmrs.cli.terminal import note, one_line
 from llmrs.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from llmrs.models.hub.local import LocalModel
 
-HEADINGS = ("model", "weights", "architecture", "type", "where")
+HEADINGS = ("model", "weights", "architecture", "dtype", "location")
 
 
 def list_models(
     folders: Annotated[
-        list[str] | None, typer.Argument(help="model folders, or folders of them; without: . and ./models")
+        list[str] | None, typer.Argument(help="model folders, or their parent folders (default: . and ./models)")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object per model")] = False,
 ) -> int:
-    """Lists the models that are bundled, in the Hugging Face cache and in folders. Nothing is loaded or downloaded."""
-    return guarded(lambda: show(folders or [], as_json))
-
-
-def show(folders: Sequence[str], as_json: bool) -> int:
-    # here, since `llmrs --help` should not wait for them
+    """List bundled models, models in the Hugging Face cache, and models in folders. Loads and downloads nothing."""
+    # imported here to keep `llmrs --help` fast
     from llmrs.models.hub.local import list_local
     from llmrs.models.hub.snapshot import cache_folder
 
-    entries = list(list_local(cache_folder(), models_in(folders)))
-    if as_json:
-        for entry in entries:
-            print(json.dumps(asdict(entry), ensure_ascii=False))
-        return 0
-    for line in table(entries):
+    entries = list(list_local(cache_folder(), model_folders(folders or [])))
+    for line in (json.dumps(asdict(e), ensure_ascii=False) for e in entries) if as_json else table(entries):
         print(line)
     return 0
 
 
-def models_in(folders: Sequence[str]) -> list[Path]:
-    """The model folders that are meant. Raises ConfigError for a folder that is not there, or that holds none."""
+def model_folders(folders: Sequence[str]) -> list[Path]:
+    """The models in `folders`, or in . and ./models. Raises ConfigError where a folder does not exist."""
     from llmrs.models.hub.local import find_models, holds_model, subfolders
 
     if not folders:
-        return [f for place in (Path(), Path("models")) for f in subfolders(place) if holds_model(f)]
-    found = []
+        return [f for parent in (Path(), Path("models")) for f in subfolders(parent) if holds_model(f)]
+    models = []
     for folder in (Path(f).expanduser() for f in folders):
         if not folder.is_dir():
-            raise ConfigError(f"there is no folder {folder}", "give model folders, or folders of them")
-        models = find_models(folder)
-        if not models:
+            raise ConfigError(f"there is no folder {folder}", "give model folders, or their parent folders")
+        in_folder = find_models(folder)
+        if not in_folder:
             note(f"{folder} holds no models with safetensors")
-        found += models
-    return found
+        models += in_folder
+    return models
 
 
 def table(entries: Sequence["LocalModel"]) -> list[str]:
-    """Aligned lines; what is wrong with a model stands at the end of its line."""
-    rows = [HEADINGS, *(cells(e) for e in entries)]
-    widths = [max(len(row[n]) for row in rows) for n in range(len(HEADINGS))]
+    """Aligned lines; a problem of a model stands at the end of its line."""
+    rows = [HEADINGS, *map(cells, entries)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     problems = ["", *(f"  can't run: {one_line(e.problem)}" if e.problem else "" for e in entries)]
     lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows)
     return [f"{line}{problem}".rstrip() for line, problem in zip(lines, problems, strict=True)]
 
 
 def cells(entry: "LocalModel") -> tuple[str, ...]:
+    from llmrs.memory import format_bytes
 
-    where = {"cache": "Hugging Face cache"}.get(entry.where, entry.where)
+    location = "Hugging Face cache" if entry.where == "cache" else entry.where
     if entry.revision not in ("", "main"):
-        where += f", revision {entry.revision}"
-    kind = entry.architecture.removesuffix("ForCausalLM")
-    texts = (entry.name, format_bytes(entry.bytes) if entry.bytes else "", kind, entry.dtype, where)
+        location += f", revision {entry.revision}"
+    family = entry.architecture.removesuffix("ForCausalLM")
+    texts = (entry.name, format_bytes(entry.bytes) if entry.bytes else "", family, entry.dtype, location)
     return tuple(one_line(text) for text in texts)

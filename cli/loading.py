@@ -1,4 +1,4 @@
-"""An engine for a command, with its progress on the terminal."""
+"""Loads an engine for a command, with progress on the terminal."""
 
 import sys
 from collections.abc import Callable
@@ -17,23 +17,22 @@ def load_engine(settings: Settings) -> "Engine":
     line, name = StatusLine(), settings.engine.model_path
     line.show(lambda: f"loading {name}")
 
-    def show(doing: str) -> Callable[[int, int], None]:
-        return lambda done, total: line.show(lambda: f"{doing} {name}: {share(done, total)}")
+    def progress(action: str) -> Callable[[int, int], None]:
+        def show(done: int, total: int) -> None:
+            line.show(lambda: f"{action} {name}: {100 * done // max(total, 1)} % of {total / 1e6:.1f} MB")
+
+        return show
 
     def table(plan: "MemoryPlan") -> None:
         line.clear()
-        if line.active or not plan.complete:  # a script is told only what is not as it asked
+        if line.active or not plan.complete:  # without a terminal only where the config was not met in full
             for title, text in plan.table():
                 print(f"{title:10}{text}", file=sys.stderr)
 
     try:
-        from llmrs.engine import Engine  # here, since it imports what `llmrs --help` should not wait for
+        from llmrs.engine import Engine  # imported here to keep `llmrs --help` fast
 
-        return Engine(settings.engine, progress=show("loading"), on_download=show("downloading"), on_memory_plan=table)
+        callbacks = {"progress": progress("loading"), "on_download": progress("downloading")}
+        return Engine(settings.engine, **callbacks, on_memory_plan=table)
     finally:
         line.clear()
-
-
-def share(done: int, total: int) -> str:
-    """How much of it, in words."""
-    return f"{100 * done // max(total, 1)} % of {total / 1e6:.1f} MB"

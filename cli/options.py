@@ -1,4 +1,4 @@
-"""What `llmrs run` and `llmrs chat` know beyond the engine and sampling: defined as in core/options.py."""
+"""Options of the command line beyond engine and sampling, defined as in core/options.py."""
 
 from dataclasses import dataclass
 
@@ -9,96 +9,108 @@ from llmrs.core.options import Checked, SamplingParams, option
 
 @dataclass(frozen=True)
 class RunOptions(Checked):
-    """Which prompts are answered, and how the answers are shown."""
+    """The prompts, and where the outputs go."""
 
     prompts: list[str] | None = option(
-        None, "what to answer: a list, one text split at '|', a file with one prompt a line, or '-' for standard input"
+        None, "a list, text split at '|', a file with one prompt per line, or '-' for standard input"
     )
-    chat: bool = option(True, "put each prompt through the model's chat template; false: complete it as plain text")
-    system: str | None = option(None, "system message before each prompt or conversation")
-    interactive: bool = option(False, "talk to the model, as `llmrs chat` does", ("i",))
+    chat: bool = option(True, "apply the model's chat template; false: complete plain text")
+    system: str | None = option(None, "system message of every prompt or conversation")
+    interactive: bool = option(False, "chat, as `llmrs chat` does", ("i",))
     output: str | None = option(None, "also write one JSON object per request to this file", ("o",))
     json: bool = option(False, "print one JSON object per request instead of text")
-    trace: str | None = option(None, "write what each step spends its time on to this file, in Chrome's trace format")
-    flash: bool | None = option(None, "vllm.rs's word for attention: flash")
+    trace: str | None = option(None, "write a timeline of the engine's steps to this file, in Chrome's trace format")
 
 
 @dataclass(frozen=True)
-class LaterOptions(Checked):
-    """Options of parts that are not there yet. They are known, so that they can be refused by name."""
+class IgnoredOptions(Checked):
+    """Accepted without effect: vllm.rs's `flash`, and choices of earlier versions."""
 
-    batch: int | None = option(None, "benchmark with this many requests (not there yet)", low=1, high=2**20)
-    host: str | None = option(None, "address of the server (not there yet)")
-    port: int | None = option(None, "port of the server (not there yet)", low=0, high=65535)
+    flash: bool = option(False, "no effect: decode attention is always flash decoding")
+    attention: str = option("auto", "no effect: prefill attention is llmrs's own kernel")
+    tune: bool | None = option(None, "no effect: launch configs are stored or derived, not timed at load")
+
+
+@dataclass(frozen=True)
+class UnimplementedOptions(Checked):
+    """Options of features that do not exist yet, known so that the error can name them."""
+
+    batch: int | None = option(None, "benchmark with this many requests (not implemented)", low=1, high=2**20)
+    host: str | None = option(None, "address of the server (not implemented)")
+    port: int | None = option(None, "port of the server (not implemented)", low=0, high=65535)
 
     def refuse(self) -> None:
         """Raises ConfigError for the first option that is set."""
-        hints = {"batch": "`llmrs bench --batches 8` measures 8 answers at once"}
         for name, value in vars(self).items():
             if value is not None:
-                hint = hints.get(name, "leave it out; there is no server to set it for")
-                raise ConfigError(f"{name} is not there yet", hint)
+                hint = "use `llmrs bench --batches 8`" if name == "batch" else "leave it out: llmrs has no server yet"
+                raise ConfigError(f"{name} is not implemented", hint)
 
 
 @dataclass(frozen=True)
 class BenchOptions(Checked):
-    """What `llmrs bench` measures, and how it is shown. Without any of the first: decoding, and a prompt of 512."""
+    """The measurements of `llmrs bench`. Without any of the first six: decode by batch size, and a prefill."""
 
-    workloads: str | None = option(None, "run these, with commas between: seed, mixed, single, prefill")
+    workloads: str | None = option(None, "run these workloads, comma-separated: seed, mixed, single, prefill")
     arrivals: list[float] | None = option(
-        None, "run mixed with requests coming at these shares of the rate of all at once", low=0.01, high=10.0, most=16
+        None,
+        "run mixed with Poisson arrivals at these fractions of its measured request rate",
+        low=0.01,
+        high=10.0,
+        most=16,
     )
-    scale: float = option(1.0, "part of a workload's requests and tokens", low=0.001, high=1.0)
+    scale: float = option(1.0, "fraction of each workload's requests and tokens", low=0.001, high=1.0)
     contexts: list[int] | None = option(
-        None, "time decode steps of every batch at these contexts (512)", low=1, high=2**24, most=64
+        None, "time decode steps of every batch size at these context lengths (512)", low=1, high=2**24, most=64
     )
-    plot: str | None = option(None, "draw tokens/s by batch and context, with the ceiling, to this SVG file")
-    profile: bool = option(False, "show where a decode step goes, kernel by kernel, at these batches and contexts")
-    start: bool = option(False, "time fresh processes from their start to the first token")
-    host: bool = option(False, "only the host's part of a step, on a device that answers at once")
-    batches: list[int] | None = option(None, "answers at once (1, 8, 32)", low=1, high=4096, most=64)
-    prompt_tokens: int = option(32, "tokens of each prompt", low=1, high=2**20)
-    new_tokens: int = option(128, "tokens of each answer", low=2, high=2**20)
+    plot: str | None = option(None, "plot tokens/s and roofline by batch size and context to this SVG file")
+    profile: bool = option(False, "time each kernel of a decode step, at these batch sizes and contexts")
+    start: bool = option(False, "time new processes from start to first token")
+    host: bool = option(False, "measure only the CPU overhead per step")
+    batches: list[int] | None = option(None, "batch sizes (1, 8, 32)", low=1, high=4096, most=64)
+    prompt_tokens: int = option(32, "prompt length in tokens", low=1, high=2**20)
+    new_tokens: int = option(128, "generated tokens per request", low=2, high=2**20)
     json: bool = option(False, "print one JSON object")
 
     @property
-    def grid(self) -> bool:
-        """Whether decode steps are timed at batches and contexts."""
+    def sweep(self) -> bool:
+        """Whether decode steps are timed by batch size and context."""
         return self.plot is not None or (self.contexts is not None and not self.profile)
 
     @property
-    def table(self) -> bool:
-        """Whether nothing else was asked for."""
-        others = self.grid or self.profile or self.start or self.host
+    def decode(self) -> bool:
+        """The default measurement, where no other is chosen."""
+        others = self.sweep or self.profile or self.start or self.host
         return self.workloads is None and self.arrivals is None and not others
 
     def check(self) -> None:
-        """Raises ConfigError for an option that would change nothing, with what would give it a meaning."""
-        steps, alone = self.grid or self.profile, "give no other measurement beside it"
-        matters = {
+        """Raises ConfigError for an option without effect, with the option that it needs."""
+        other = "leave out the other measurements"
+        used = {
             "scale": (self.workloads is not None or self.arrivals is not None, "add --workloads or --arrivals"),
-            "batches": (steps or self.table or self.host, "add --contexts or --profile, or leave it out"),
-            "prompt_tokens": (self.table, alone),
-            "new_tokens": (self.table, alone),
+            "batches": (
+                self.sweep or self.profile or self.decode or self.host,
+                "add --contexts or --profile, or leave it out",
+            ),
+            "prompt_tokens": (self.decode, other),
+            "new_tokens": (self.decode, other),
         }
         for name in ("workloads", "arrivals", "contexts", "profile", "plot", "start") if self.host else ():
             if getattr(self, name) not in (None, False):
-                raise ConfigError(f"host: nothing else is measured with it, not {name}", "leave one of them out")
-        for name, (there, hint) in matters.items():
-            if not there and getattr(self, name) != getattr(BenchOptions, name):
-                raise ConfigError(f"{name} changes nothing in what is measured", hint)
+                raise ConfigError(f"host excludes other measurements: {name}", "leave one of them out")
+        for name, (has_effect, hint) in used.items():
+            if not has_effect and getattr(self, name) != getattr(BenchOptions, name):
+                raise ConfigError(f"{name} has no effect on these measurements", hint)
 
 
-# What requests differ in only from Python: hints by name, and the reason, for Settings.without.
-SAME_FOR_ALL = (
-    {"priority": "leave it out; from Python each request may have its own"},
-    "all requests of a command have the same",
-)
+# Options that need more than one kind of request: hints by name, and the reason, for Settings.without.
+PER_REQUEST = ({"priority": "leave it out; in Python it is set per request"}, "all requests of a command share it")
 
-# What a config file and the flags may hold, with the headings for help and docs.
+# Contents of a config file and of the flags, under the headings of help and docs.
 SECTIONS: dict[str, type] = {
     "Prompts and output": RunOptions,
     "Model and memory": EngineConfig,
     "Sampling": SamplingParams,
-    "Not there yet": LaterOptions,
+    "Without effect": IgnoredOptions,
+    "Not implemented": UnimplementedOptions,
 }

@@ -1,4 +1,4 @@
-"""Prompts as users give them: one text split at '|', a file, or standard input."""
+"""Prompts: text split at '|', a file, or standard input."""
 
 import io
 import json
@@ -8,94 +8,90 @@ from pathlib import Path
 from typing import BinaryIO
 
 from llmrs.cli.outputs import STDIN
-from llmrs.cli.streams import BOMS_UTF16
+from llmrs.cli.streams import UTF16_BOMS
 from llmrs.core.errors import ConfigError
 
-SUFFIXES = (".txt", ".jsonl")  # of a single word that must be a file, there or not
-LARGEST = 2**28  # bytes of a file of prompts
-ONE_A_LINE = "give a text file with one prompt a line"
+SUFFIXES = (".txt", ".jsonl")  # a single word with one of them must be an existing file
+MAX_BYTES = 2**28
+TEXT_FILE = "give a text file with one prompt per line"
+JSONL_FILE = 'each line is a JSON string, or an object such as {"prompt": "Hi"}'
 
 
 def expand(text: str, inputs: dict[str, str], folder: Path | None = None) -> list[str]:
-    """The prompts that `text` stands for. A file is looked for here, then in `folder`, and added to `inputs`.
+    """The prompts in `text`. A file is looked for in the current folder, then in `folder`, and added to `inputs`.
 
     Raises ConfigError.
     """
     if text == "-":
         inputs["the file of prompts on standard input"] = STDIN
-        return _lines("standard input", _standard_input(), jsonl=False)
+        return _parse("standard input", _read_stdin(), jsonl=False)
     for path in (text, *([str(folder / text)] if folder else [])):
         if text.strip() and os.path.exists(path):
             inputs[f"the file of prompts {path}"] = path
-            return read(Path(path))
+            return _read_file(Path(path))
     if text.endswith(SUFFIXES) and len(text.split()) == 1:
-        raise ConfigError(f"prompts: there is no file {text!r}", "give a file with one prompt a line")
-    found = [p for part in text.split("|") if (p := part.strip())]
-    if not found:
-        raise ConfigError("prompts: there is no text in it", "give prompts, with | between them")
-    return found
+        raise ConfigError(f"prompts: there is no file {text!r}", TEXT_FILE)
+    prompts = [p for part in text.split("|") if (p := part.strip())]
+    if not prompts:
+        raise ConfigError("prompts: no text", "give prompts, separated by |")
+    return prompts
 
 
-def read(path: Path) -> list[str]:
-    """One prompt a line; in a .jsonl file a JSON string, or an object with "prompt"."""
+def _read_file(path: Path) -> list[str]:
     if path.is_dir():
-        raise ConfigError(f"prompts: {path} is a folder", f"{ONE_A_LINE}; '{path} |' is the word itself")
+        raise ConfigError(f"prompts: {path} is a folder", f"{TEXT_FILE}; '{path} |' is the word itself")
     try:
-        with path.open("rb") as file:  # a pipe will do
-            text = decoded(str(path), bounded(str(path), file))
+        with path.open("rb") as file:  # or a pipe
+            text = _decode(str(path), file)
     except OSError as error:
-        raise ConfigError(f"prompts: {path} can't be read: {error.strerror}", "is it a text file?") from error
-    return _lines(str(path), text, jsonl=path.suffix == ".jsonl")
+        raise ConfigError(f"prompts: {path} can't be read: {error.strerror}", TEXT_FILE) from error
+    return _parse(str(path), text, jsonl=path.suffix == ".jsonl")
 
 
-def _standard_input() -> str:
-    name, binary = "standard input", getattr(sys.stdin, "buffer", None)
+def _read_stdin() -> str:
+    binary = getattr(sys.stdin, "buffer", None)
     try:
-        return sys.stdin.read(LARGEST) if binary is None else decoded(name, bounded(name, binary))
+        return sys.stdin.read(MAX_BYTES) if binary is None else _decode("standard input", binary)
     except OSError as error:
-        raise ConfigError(f"prompts: {name} can't be read: {error.strerror}", "give a file or a pipe") from error
+        raise ConfigError(
+            f"prompts: standard input can't be read: {error.strerror}", "give a file or a pipe"
+        ) from error
 
 
-def bounded(name: str, file: BinaryIO) -> bytes:
-    """All that is in it. Raises ConfigError where that is too much."""
-    data = file.read(LARGEST + 1)
-    if len(data) > LARGEST:
-        raise ConfigError(f"prompts: {name} is larger than {LARGEST} bytes", "split it into several files")
-    return data
-
-
-def decoded(name: str, data: bytes) -> str:
+def _decode(name: str, file: BinaryIO) -> str:
     """UTF-8, or UTF-16 as PowerShell writes it, without the byte-order mark. Raises ConfigError for other bytes."""
+    data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise ConfigError(f"prompts: {name} is larger than {MAX_BYTES} bytes", "split it into several files")
     try:
-        text = data.decode("utf-16" if data[:2] in BOMS_UTF16 else "utf-8-sig")
+        text = data.decode("utf-16" if data[:2] in UTF16_BOMS else "utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise ConfigError(f"prompts: {name}, line {line}, is not UTF-8 text", ONE_A_LINE) from error
+        raise ConfigError(f"prompts: {name}, line {line}, is not UTF-8 text", TEXT_FILE) from error
     if "\0" in text:
-        raise ConfigError(f"prompts: {name} holds zero bytes, as no text does", ONE_A_LINE)
+        raise ConfigError(f"prompts: {name} holds zero bytes, so it is no text", TEXT_FILE)
     return text
 
 
-def _lines(name: str, text: str, *, jsonl: bool) -> list[str]:
-    """Every line is looked at before anything is answered. Raises ConfigError that names the first wrong one."""
-    lines = io.StringIO(text, newline=None)  # ends of lines as in a text file; U+2028 is none
-    full = [(n, stripped) for n, line in enumerate(lines, 1) if (stripped := line.strip())]
-    if not full:
-        raise ConfigError(f"prompts: {name} holds no prompts", "it needs one prompt a line")
+def _parse(name: str, text: str, *, jsonl: bool) -> list[str]:
+    """One prompt per line. Raises ConfigError with the first wrong line."""
+    lines = io.StringIO(text, newline=None)  # line ends as in a text file; U+2028 is none
+    numbered = [(n, stripped) for n, line in enumerate(lines, 1) if (stripped := line.strip())]
+    if not numbered:
+        raise ConfigError(f"prompts: {name} holds no prompts", TEXT_FILE)
     if not jsonl:
-        return [line for _, line in full]
-    found = [(n, *_from_json(line)) for n, line in full]
-    wrong = [(n, problem) for n, _, problem in found if problem]
+        return [line for _, line in numbered]
+    parsed = [(n, *_from_json(line)) for n, line in numbered]
+    wrong = [(n, problem) for n, _, problem in parsed if problem]
     if wrong:
         number, problem = wrong[0]
         others = f" (and so on: {len(wrong)} lines are wrong)" if len(wrong) > 1 else ""
-        hint = 'each line is a JSON string, or an object such as {"prompt": "Hi"}'
-        raise ConfigError(f"prompts: {name}, line {number}: {problem}{others}", hint)
-    return [prompt for _, prompt, _ in found]
+        raise ConfigError(f"prompts: {name}, line {number}: {problem}{others}", JSONL_FILE)
+    return [prompt for _, prompt, _ in parsed]
 
 
 def _from_json(line: str) -> tuple[str, str]:
-    """The prompt, or what is wrong."""
+    """(prompt, problem) of a JSON string, or of an object with "prompt"."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:

@@ -5,118 +5,113 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from llmrs.cli.answers import Answer, figures, progress, start
+from llmrs.cli.answers import Answer, cancel, progress, submit, throughput_lines
 from llmrs.cli.chat import converse
-from llmrs.cli.flags import Values
+from llmrs.cli.flags import Flags
 from llmrs.cli.loading import load_engine
-from llmrs.cli.options import SAME_FOR_ALL, RunOptions
-from llmrs.cli.outputs import Records, check_outputs, encoded, records_file, traced
+from llmrs.cli.options import PER_REQUEST, RunOptions
+from llmrs.cli.outputs import JsonlFile, check_outputs, open_jsonl, to_json, traced
 from llmrs.cli.settings import Settings, load_settings
 from llmrs.cli.signals import on_interrupt
-from llmrs.cli.streams import ReaderLeft, WriteError, require_stdout
-from llmrs.cli.terminal import READER_LEFT, WRONG, StatusLine, note, report
+from llmrs.cli.streams import ReaderClosed, WriteError, require_stdout
+from llmrs.cli.terminal import FAILED, READER_CLOSED, StatusLine, note, print_error
 from llmrs.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from llmrs.engine import Engine
 
-STREAMED = 8  # most answers of a run that are shown as they grow
-UNSEEN = dict.fromkeys(("logprobs", "prompt_logprobs"), "add --json or --output FILE")
+MAX_STREAMED = 8  # answers of a run that are streamed
+JSON_ONLY = dict.fromkeys(("logprobs", "prompt_logprobs"), "add --json or --output FILE")
 
 
-def run(config: str | None, flags: Values) -> int:
-    """Answers the prompts of a config file, or of --prompts."""
+def run(config: str | None, flags: Flags) -> int:
+    """Answer the prompts of a config file, or of --prompts."""
     settings = load_settings(config, flags)
-    if settings.run.interactive:
+    options = settings.run
+    if options.interactive:
         return converse(settings)
-    settings = settings.without(*SAME_FOR_ALL)
-    if not settings.run.json and settings.run.output is None:
-        settings = settings.without(UNSEEN, "text holds no log probabilities")
-    prompts = settings.run.prompts
-    if not prompts:
-        raise ConfigError("there are no prompts", 'give --prompts "Hi | Bye", or talk to the model with `llmrs chat`')
-    check_outputs(
-        {name: getattr(settings.run, name) for name in ("output", "trace")}, settings.inputs, settings.engine.model_path
-    )
-    require_stdout(settings.run.output)
-    groups = [[Answer(n, prompt) for _ in range(settings.sampling.n)] for n, prompt in enumerate(prompts, 1)]
+    settings = settings.without(*PER_REQUEST)
+    if not options.json and options.output is None:
+        settings = settings.without(JSON_ONLY, "text holds no log probabilities")
+    if not options.prompts:
+        raise ConfigError("no prompts", 'give --prompts "Hi | Bye", or use `llmrs chat`')
+    outputs = {"output": options.output, "trace": options.trace}
+    check_outputs(outputs, settings.inputs, settings.engine.model_path)
+    require_stdout(options.output)
+    groups = [[Answer(n, prompt) for _ in range(settings.sampling.n)] for n, prompt in enumerate(options.prompts, 1)]
     with load_engine(settings) as engine:
-        check_template(engine, settings.run)
-        return answered(engine, settings, groups)
+        check_template(engine, options)
+        return generate(engine, settings, groups)
 
 
-def answered(engine: "Engine", settings: Settings, groups: Sequence[Sequence[Answer]]) -> int:
-    """Answers groups of n answers to one prompt, and writes what is asked for; the exit status."""
+def generate(engine: "Engine", settings: Settings, groups: Sequence[Sequence[Answer]]) -> int:
+    """Answers groups of n answers to one prompt; returns the exit status."""
     answers, options = [answer for group in groups for answer in group], settings.run
     with (
-        records_file(options.output, len(answers)) as records,
+        open_jsonl(options.output, len(answers)) as file,
         traced(engine, options.trace),
-        on_interrupt(lambda: cancel(answers)) as stopped,
+        on_interrupt(lambda: cancel(answers)) as stop,
     ):
         for group in groups:
-            if not stopped.status:
-                start(group, engine, settings.sampling, options)
-        if stopped.status:
-            cancel(answers)  # again: the signal may have come in the middle of a start
-        lost = follow(answers, options, records)
-        for line in figures(answers):
+            if not stop.status:
+                submit(group, engine, settings.sampling, options)
+        if stop.status:
+            cancel(answers)  # again: the signal may have arrived during submit
+        write_status = write_answers(answers, options, file)
+        for line in throughput_lines(answers):
             print(line, file=sys.stderr)
-    wrong = WRONG if any(a.error for a in answers) else 0
-    return (lost if lost != READER_LEFT else 0) or stopped.status or wrong or lost
-
-
-def cancel(answers: Sequence[Answer]) -> None:
-    for answer in answers:
-        answer.cancel()
+    failed = FAILED if any(a.error for a in answers) else 0
+    return (write_status if write_status == FAILED else 0) or stop.status or failed or write_status
 
 
 def check_template(engine: "Engine", options: RunOptions) -> None:
-    """Says what happens where the model has no chat template. Raises ConfigError for a system message then."""
+    """A note for a model without a chat template; ConfigError if there is a system message."""
     if options.chat and engine.model.template is None:
         if options.system is not None:
             raise ConfigError("system: the model has no chat template", "leave out the system message")
         note("the model has no chat template: prompts are completed as plain text")
 
 
-def follow(answers: Sequence[Answer], options: RunOptions, records: Records | None) -> int:
-    """Waits for each answer in turn, prints it, and writes its record; the exit status for what can't be written.
+def write_answers(answers: Sequence[Answer], options: RunOptions, file: JsonlFile | None) -> int:
+    """Prints each answer in order and writes its record; returns the exit status for failed writes.
 
-    Where one of the two fails, all answers end early, and what is there so far goes to the other one.
+    If one destination fails, all answers are cancelled, and the other one gets the tokens generated so far.
     """
-    screen, status = Screen(answers, options), 0
-    for done, answer in enumerate(answers):
+    printer, status = Printer(answers, options), 0
+    for printed, answer in enumerate(answers):
         try:
-            screen.follow(answer)
-        except ReaderLeft:
-            status = status or READER_LEFT
+            printer.print(answer)
+        except ReaderClosed:
+            status = status or READER_CLOSED
             cancel(answers)
         except WriteError as error:
-            report(WriteError(f"{error.message}; {done} of {len(answers)} answers were printed", error.hint))
-            status = WRONG
+            message = f"{error.message}; {printed} of {len(answers)} answers were printed"
+            print_error(WriteError(message, error.hint))
+            status = FAILED
             cancel(answers)
-        answer.drain()
+        answer.wait()
         try:
-            if records is not None:
-                records.write(answer.record())
+            if file is not None:
+                file.write(answer.record())
         except WriteError as error:
-            report(error)
-            status, records = WRONG, None
+            print_error(error)
+            status, file = FAILED, None
             cancel(answers)
         if answer.error is not None:
-            report(answer.error, f"prompt {answer.number}: " if len(answers) > 1 else "")
+            print_error(answer.error, f"prompt {answer.number}: " if len(answers) > 1 else "")
     return status
 
 
-class Screen:
-    """Answers on stdout. A few are shown as they grow; of many, their state is, and each when it is complete."""
+class Printer:
+    """Answers on stdout: streamed if they are few, otherwise each when it is complete, with a status line."""
 
     def __init__(self, answers: Sequence[Answer], options: RunOptions) -> None:
         self.answers, self.json = answers, options.json
-        self.streaming = len(answers) <= STREAMED and not options.json
+        self.streaming = len(answers) <= MAX_STREAMED and not options.json
         self.line, self.since = StatusLine(), time.monotonic()
 
-    def follow(self, answer: Answer) -> None:
-        """Prints one answer, and returns at its end. Raises WriteError."""
+    def print(self, answer: Answer) -> None:
+        """Prints one answer to its end. Raises WriteError."""
         several = len(self.answers) > 1
         if self.streaming and several and answer.stream is not None:
             print(quoted(answer.prompt), flush=True)
@@ -127,7 +122,7 @@ class Screen:
                 self.line.show(lambda: progress(self.answers, self.since))
         self.line.clear()
         if self.json:
-            print(encoded(answer.record()), flush=True)
+            print(to_json(answer.record()), flush=True)
         elif answer.stream is not None:
             print("" if self.streaming else f"{quoted(answer.prompt)}\n{answer.output().text}", flush=True)
             if several:
@@ -135,5 +130,5 @@ class Screen:
 
 
 def quoted(prompt: str) -> str:
-    """A prompt, marked as in an e-mail."""
+    """A prompt with `> ` before each line."""
     return "\n".join(f"> {line}" for line in prompt.splitlines())

@@ -1,4 +1,4 @@
-"""What goes to the terminal beside the data: errors, notes, and a line that is drawn over. All of it on stderr."""
+"""Diagnostics on stderr: errors, notes and a status line."""
 
 import shutil
 import sys
@@ -7,20 +7,20 @@ from collections.abc import Callable
 from typing import TextIO
 
 from llmrs.cli.signals import INTERRUPTED
-from llmrs.cli.streams import ReaderLeft
+from llmrs.cli.streams import ReaderClosed
 from llmrs.core.errors import LlmrsError
 
-WRONG, READER_LEFT = 2, 1  # exit statuses; docs/config.md has the table
+FAILED, READER_CLOSED = 2, 1  # exit statuses; docs/config.md has the table
 
 
 def one_line(text: str) -> str:
-    """Text without line ends and control characters: it may quote a file from anywhere."""
+    """Text without line ends and control characters, since it may quote an untrusted file."""
     return "".join(c if c.isprintable() else " " for c in text)
 
 
-def report(error: LlmrsError, where: str = "") -> None:
-    """`error:` and `hint:`, a line each."""
-    print(f"error: {one_line(where + error.message)}", file=sys.stderr)
+def print_error(error: LlmrsError, prefix: str = "") -> None:
+    """One line `error:`, one line `hint:`."""
+    print(f"error: {one_line(prefix + error.message)}", file=sys.stderr)
     if error.hint:
         print(f"hint: {one_line(error.hint)}", file=sys.stderr)
 
@@ -29,7 +29,7 @@ def note(text: str) -> None:
     print(f"note: {one_line(text)}", file=sys.stderr)
 
 
-def edit_lines() -> None:
+def enable_line_editing() -> None:
     """Lets `input` edit lines with the arrow keys, and take pasted lines as one."""
     try:
         import readline
@@ -39,39 +39,39 @@ def edit_lines() -> None:
 
 
 class StatusLine:
-    """One line that is drawn over, at most ten times a second; nothing at all when stderr is no terminal."""
+    """A line that is redrawn at most ten times a second; nothing where stderr is no terminal."""
 
-    def __init__(self, stream: TextIO | None = None) -> None:
-        self.stream = stream or sys.stderr
+    def __init__(self) -> None:
+        self.stream: TextIO = sys.stderr
         self.active = self.stream.isatty()
-        self._width, self._next = 0, 0.0
+        self._width, self._next_draw = 0, 0.0
 
     def show(self, text: Callable[[], str]) -> None:
-        if self.active and time.monotonic() >= self._next:
-            self._next = time.monotonic() + 0.1
+        if self.active and time.monotonic() >= self._next_draw:
+            self._next_draw = time.monotonic() + 0.1
             self._draw(text()[: shutil.get_terminal_size().columns - 1])
 
     def clear(self) -> None:
-        """Makes room for other output; the next `show` draws again."""
+        """Erases the line; the next `show` draws at once."""
         if self._width:
             self._draw("")
-            self._next = 0.0
+            self._next_draw = 0.0
 
     def _draw(self, text: str) -> None:
-        # spaces, not an escape code: it works on every Windows console
+        # spaces instead of an escape code, for every Windows console
         self.stream.write(f"\r{text.ljust(self._width)}" + ("" if text else "\r"))
         self.stream.flush()
         self._width = len(text)
 
 
-def guarded(body: Callable[[], int]) -> int:
-    """Runs a command; its exit status. Anything but an LlmrsError is a bug of ours and keeps its traceback."""
+def exit_status(command: Callable[[], int]) -> int:
+    """Runs a command and prints its LlmrsError. Other exceptions are bugs and keep their traceback."""
     try:
-        return body()
-    except ReaderLeft:
-        return READER_LEFT
+        return command()
+    except ReaderClosed:
+        return READER_CLOSED
     except LlmrsError as error:
-        report(error)
-        return WRONG
+        print_error(error)
+        return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED

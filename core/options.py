@@ -144,42 +144,44 @@ class SamplingParams(Checked):
     else from BUILT_IN.
     """
 
-    temperature: float | None = option(
-        None, "0, or less than 1e-5, is greedy; higher is more random", low=0.0, high=100.0
+    temperature: float | None = option(None, "0 (below 1e-5): greedy; higher: more random", low=0.0, high=100.0)
+    max_tokens: int | None = option(None, "maximum number of generated tokens (4096)", low=1, high=2**24)
+    top_k: int | None = option(None, "sample from the k most likely tokens; 0: off", low=0, high=2**31 - 1)
+    top_p: float | None = option(
+        None, "sample from the most likely tokens that make up this probability; 1: off", low=0.0, high=1.0
     )
-    max_tokens: int | None = option(None, "most tokens of an answer (4096)", low=1, high=2**24)
-    top_k: int | None = option(None, "keep the k likeliest tokens; 0 keeps all", low=0, high=2**31 - 1)
-    top_p: float | None = option(None, "keep the likeliest tokens that make up this probability", low=0.0, high=1.0)
-    min_p: float | None = option(None, "drop tokens below this part of the likeliest's probability", low=0.0, high=1.0)
+    min_p: float | None = option(
+        None, "drop tokens below this fraction of the highest probability; 0: off", low=0.0, high=1.0
+    )
     repetition_penalty: float | None = option(
-        None, "above 1 makes tokens of prompt and answer less likely; 1 is none", low=0.01, high=100.0
+        None, "above 1: tokens of the prompt and the output become less likely; 1: off", low=0.01, high=100.0
     )
-    presence_penalty: float | None = option(None, "taken off the logits of the answer's tokens", low=-2.0, high=2.0)
+    presence_penalty: float | None = option(
+        None, "subtracted from a token's logit once it was generated", low=-2.0, high=2.0
+    )
     frequency_penalty: float | None = option(
-        None, "taken off the logits of the answer's tokens for each time they came", low=-2.0, high=2.0
+        None, "subtracted from a token's logit for every time it was generated", low=-2.0, high=2.0
     )
     logit_bias: dict[int, float] | None = option(
         None, "added to the logits of these tokens", low=-100.0, high=100.0, most=1024
     )
-    allowed_token_ids: list[int] | None = option(None, "answer with these tokens only", low=0, high=2**31 - 1)
-    seed: int | None = option(None, "the same seed gives the same answer; null: random", low=0, high=2**64 - 1)
-    n: int = option(
-        1, "answers to the prompt; answer 0 has the seed itself, the others one mixed from it", low=1, high=16
+    allowed_token_ids: list[int] | None = option(None, "sample only from these tokens", low=0, high=2**31 - 1)
+    seed: int | None = option(None, "the same seed gives the same output; null: random", low=0, high=2**64 - 1)
+    n: int = option(1, "outputs per prompt; output 0 uses the seed, the others seeds derived from it", low=1, high=16)
+    ignore_eos: bool = option(False, "continue after the end-of-sequence token")
+    min_tokens: int = option(
+        0, "generated tokens before end of sequence, stop tokens and stop strings apply", low=0, high=2**24
     )
-    ignore_eos: bool = option(False, "go on after the end-of-sequence token")
-    min_tokens: int = option(0, "no end-of-sequence, stop token or stop text before so many tokens", low=0, high=2**24)
     stop: list[str] | None = option(
-        None, "end the answer before any of these texts, which may hold control tokens", most=16
+        None, "stop strings, left out of the output; they may contain special tokens", most=16
     )
-    stop_token_ids: list[int] | None = option(
-        None, "end the answer at any of these tokens", low=0, high=2**31 - 1, most=16
-    )
-    skip_special_tokens: bool = option(True, "leave control tokens, such as the end of sequence, out of the text")
+    stop_token_ids: list[int] | None = option(None, "stop tokens", low=0, high=2**31 - 1, most=16)
+    skip_special_tokens: bool = option(True, "leave special tokens, such as end of sequence, out of the text")
     logprobs: int | None = option(
-        None, "log probabilities of the answer's tokens, and of so many likelier ones; null: none", low=0, high=20
+        None, "log probabilities of each generated token and of the k most likely ones; null: off", low=0, high=20
     )
-    prompt_logprobs: int | None = option(None, "the same for the prompt's tokens", low=0, high=20)
-    priority: int = option(0, "lower runs first; one more is as good as 10 s of waiting", low=-1000, high=1000)
+    prompt_logprobs: int | None = option(None, "the same for each prompt token", low=0, high=20)
+    priority: int = option(0, "lower runs first; 1 is worth 10 s of waiting", low=-1000, high=1000)
 
     def over(self, *defaults: "SamplingParams") -> "SamplingParams":
         """These values, with those left at None taken from the first of `defaults` that has one."""

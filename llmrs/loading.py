@@ -17,7 +17,8 @@ from llmrs.models.arch.config import ModelConfig
 from llmrs.models.arch.families import family, graph_of, read_config
 from llmrs.models.files.generation import read_generation
 from llmrs.models.files.safetensors import SafetensorsSource
-from llmrs.models.files.weights import Weights
+from llmrs.models.files.weights import Weights, untie_stored_head
+from llmrs.models.hub.resolve import resolve_model
 from llmrs.models.text.template import ChatTemplate
 from llmrs.models.text.tokenizer import Tokenizer
 

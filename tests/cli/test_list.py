@@ -1,4 +1,4 @@
-"""`llmrs list`: what is found, what is said about it, and that nothing broken breaks it."""
+"""`llmrs list`: models in each location, their columns, and broken models."""
 
 import json
 import os
@@ -97,7 +97,7 @@ def test_a_sharded_model_in_half_precision(listed, folder):
     assert entry["bytes"] == sum(os.path.getsize(f"m/{n}.safetensors") for n in (1, 2))
 
 
-def test_what_can_not_run_is_listed_with_the_reason(listed, cache, folder):
+def test_models_that_cannot_run_are_listed_with_the_reason(listed, cache, folder):
     put_into_cache(cache, "o/strange", spoiled(folder, Path("strange"), architectures=["StrangeModel"]))
     put_into_cache(cache, "o/nothing", Path("strange")).joinpath("snapshots", COMMIT, "config.json").unlink()
     spoiled(folder, Path("quantized"), quantization_config={"quant_method": "awq"})
@@ -154,7 +154,7 @@ def test_the_table(capsys, cache, folder):
     assert main(["list"]) == 0
     out = capsys.readouterr().out
     lines = out.splitlines()
-    assert lines[0].split() == ["model", "weights", "architecture", "type", "where"]
+    assert lines[0].split() == ["model", "weights", "architecture", "dtype", "location"]
     assert lines[1].split() == ["demo", "7.35", "MB", "Qwen3", "bf16", "bundled"]
     assert lines[2].endswith("Hugging Face cache, revision v1")
     assert "can't run: architecture" in lines[3]

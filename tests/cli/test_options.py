@@ -1,4 +1,4 @@
-"""What a command is told: files that would overwrite one another, flags that change nothing, and what hints say."""
+"""Options of a command: outputs over other files, flags without effect, hints."""
 
 import io
 import json
@@ -66,11 +66,11 @@ UNUSED = [
     (["chat", "--logprobs", "2"], "logprobs: a chat does not use it"),
     (["chat", "--prompt-logprobs", "2"], "prompt_logprobs: a chat does not use it"),
     (["chat", "--priority", "2"], "priority: all requests"),
-    (["chat", "--no-interactive"], "interactive: a chat is nothing else"),
-    (["bench", "--host", "--model", "a"], "model_path changes nothing"),
-    (["bench", "--host", "--dtype", "f32"], "dtype changes nothing"),
+    (["chat", "--no-interactive"], "interactive: a chat is always interactive"),
+    (["bench", "--host", "--model", "a"], "model_path has no effect"),
+    (["bench", "--host", "--dtype", "f32"], "dtype has no effect"),
     (["bench", "--host", "--backend", "torch"], "backend: torch is not used with host"),
-    (["bench", "--prefix-cache"], "prefix_cache: speed is measured without one"),
+    (["bench", "--prefix-cache"], "prefix_cache: benchmarks run without it"),
     (["bench", "--scale", "0.5"], "--workloads"),
     (["bench", "--workloads", "single", "--batches", "2"], "--contexts or --profile"),
     (["graph", "--fused", ""], "backend '' is not registered"),
@@ -78,14 +78,14 @@ UNUSED = [
 
 
 @pytest.mark.parametrize(("args", "words"), UNUSED, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
-def test_a_flag_that_would_change_nothing_is_refused_by_name(call, args, words):
+def test_flags_without_effect_are_refused_by_name(call, args, words):
     status, out, err = call(*args)
     assert (status, out) == (2, "")
     assert words in err
     assert "hint: " in err
 
 
-def test_what_a_chat_does_not_use_of_a_file_is_noted(call, folder, tmp_path, monkeypatch):
+def test_config_keys_without_effect_in_a_chat_are_noted(call, folder, tmp_path, monkeypatch):
     (tmp_path / "c.yaml").write_text("prompts: [a]\nn: 2\nlogprobs: 1\n")
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
     status, out, err = call("chat", "c.yaml", "--w", folder, "--trace", "t.json", *QUICK)
@@ -102,7 +102,7 @@ def test_hints_where_the_context_is_full(call, folder, monkeypatch):
     long = "word " * 300
     monkeypatch.setattr("sys.stdin", io.StringIO(f"Hello\n{long}\n"))
     whole = ["--w", folder, *QUICK]
-    assert hints("chat", *whole) == ["hint: /clear forgets the conversation"]
+    assert hints("chat", *whole) == ["hint: /clear starts a new conversation"]
     assert hints("run", "--prompts", long, *whole) == ["hint: shorten the prompt"]
     assert hints("run", "--prompts", long, *whole, "--max-model-len", "100") == [
         "hint: shorten the prompt, or raise max_model_len, to 512 at most"

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -35,6 +36,12 @@ def shell(command, redirected="", **more):
     return done
 
 
+def shells(*calls):
+    """`shell(*call)` of each, at the same time."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda call: shell(*call), calls))
+
+
 @pytest.fixture(scope="module")
 def expected(folder):
     done = shell([*LLMRS, "run", "--w", folder, "--prompts", "Hello", *TEN, "--temperature", "0"])
@@ -42,11 +49,12 @@ def expected(folder):
     return done.stdout
 
 
-@pytest.mark.parametrize("how", ["2>&-", FULL])
-def test_a_lost_stderr_decides_nothing(asked, expected, how):
-    done = shell(asked, how if how.startswith("2") else f"2> {how}")
-    assert (done.returncode, done.stdout) == (0, expected)
-    assert shell([*LLMRS, "run", "--nonsense"], "2>&-").returncode == 2
+@pytest.mark.parametrize("where", [FULL])
+def test_a_failing_stderr_changes_nothing(asked, expected, where):
+    closed, full, wrong = shells((asked, "2>&-"), (asked, f"2> {where}"), ([*LLMRS, "run", "--nonsense"], "2>&-"))
+    assert (closed.returncode, closed.stdout) == (0, expected)
+    assert (full.returncode, full.stdout) == (0, expected)
+    assert wrong.returncode == 2
 
 
 def test_a_stderr_whose_reader_has_gone(asked, expected):
@@ -58,38 +66,49 @@ def test_a_stderr_whose_reader_has_gone(asked, expected):
 
 
 def test_a_closed_stdout_loses_answers_unless_a_file_gets_them(asked, tmp_path):
-    done = shell([*asked, "--json"], ">&-")
+    out = tmp_path / "out.jsonl"
+    done, saved = shells(([*asked, "--json"], ">&-"), ([*asked, "--output", str(out)], ">&- 2>&-"))
     assert done.returncode == 2
     assert "error: standard output can't be written" in done.stderr
     assert "tokens/s" not in done.stderr  # found before the model was loaded
-    out = tmp_path / "out.jsonl"
-    assert shell([*asked, "--output", str(out)], ">&- 2>&-").returncode == 0
+    assert saved.returncode == 0
     assert json.loads(out.read_text("utf-8"))["decoded_length"] == 10
 
 
-@pytest.mark.parametrize("args", [["--help"], ["run", "--help"], ["--version"], ["list"], ["graph"]], ids=" ".join)
-@pytest.mark.parametrize("where", [FULL])
-def test_whatever_is_printed_to_a_full_disk_is_missed(args, where):
-    done = shell([*LLMRS, *args], f"> {where}")
-    assert done.returncode == 2
-    assert re.fullmatch(r"error: standard output can't be written: .*\nhint: the disk is full.*\n", done.stderr)
+FORKED = """
+import os, sys
+from llmrs.cli import main
+for line in sys.argv[1:]:
+    if not os.fork():
+        sys.exit(main(line.split()))
+    print(os.waitstatus_to_exitcode(os.wait()[1]), file=sys.stderr, flush=True)
+os._exit(0)
+"""
 
 
 @pytest.mark.parametrize("where", [FULL])
-@pytest.mark.parametrize(
-    ("how", "words"),
-    [
-        ("> {}", "standard output can't be written: No space left on device; 0 of 1 answers were printed"),
-        ("--json > {}", "standard output can't be written: No space left on device; 0 of 1 answers were printed"),
-        ("--output {}", "output: /dev/full can't be written: No space left on device; it has 0 of 1 answers"),
-        ("--trace {}", "trace: /dev/full can't be written: No space left on device"),
-    ],
-)
-def test_answers_that_do_not_fit_on_the_disk(asked, expected, how, words, where):
-    done = shell(asked, how.format(where))
-    assert done.returncode == 2
-    assert f"error: {words}\nhint: " in done.stderr
-    assert done.stdout == ("" if ">" in how else expected)
+def test_a_full_disk_fails_every_command(where):
+    lines = ["--help", "run --help", "--version", "list", "graph"]  # in forks of one process, which has the modules
+    done = shell([sys.executable, "-c", FORKED, *lines], f"> {where}")
+    error = r"error: standard output can't be written: .*\nhint: the disk is full.*\n2\n"
+    assert re.fullmatch(f"({error}){{{len(lines)}}}", done.stderr), done.stderr
+
+
+FULL_DISK = {
+    "> {}": "standard output can't be written: No space left on device; 0 of 1 answers were printed",
+    "--json > {}": "standard output can't be written: No space left on device; 0 of 1 answers were printed",
+    "--output {}": "output: /dev/full can't be written: No space left on device; it has 0 of 1 answers",
+    "--trace {}": "trace: /dev/full can't be written: No space left on device",
+}
+
+
+@pytest.mark.parametrize("where", [FULL])
+def test_answers_that_do_not_fit_on_the_disk(asked, expected, where):
+    results = shells(*((asked, how.format(where)) for how in FULL_DISK))
+    for (how, words), done in zip(FULL_DISK.items(), results, strict=True):
+        assert done.returncode == 2, how
+        assert f"error: {words}\nhint: " in done.stderr
+        assert done.stdout == ("" if ">" in how else expected)
 
 
 def test_a_disk_that_is_full_half_way_holds_whole_lines(asked, tmp_path):
@@ -108,7 +127,7 @@ def test_a_disk_that_is_full_half_way_holds_whole_lines(asked, tmp_path):
     assert done.stdout.count("> Hello\n") == 40
 
 
-def test_a_stdout_that_fails_leaves_what_was_answered_to_the_file(asked, tmp_path):
+def test_a_failing_stdout_still_fills_the_output_file(asked, tmp_path):
     out = tmp_path / "out.jsonl"
     many = [*asked, "--json", "--output", str(out), "--max-num-seqs", "1"]
     many[many.index("Hello")] = " | ".join(["Hello"] * 40)
@@ -131,7 +150,7 @@ def test_a_pipe_that_does_not_block_is_waited_for(monkeypatch):
     read = []
     monkeypatch.setattr(streams.select, "select", lambda *_: read.append(os.read(reader, 2**20)))
     with io.FileIO(writer, "w") as raw:
-        text = io.BufferedWriter(streams.Raw(raw, streams._results_failed, missing=False))
+        text = io.BufferedWriter(streams.DroppingRaw(raw, streams.raise_write_error, missing=False))
         text.write(b"x" * 2**20)
         text.flush()
     with io.FileIO(reader) as rest:
@@ -141,21 +160,22 @@ def test_a_pipe_that_does_not_block_is_waited_for(monkeypatch):
 
 @pytest.mark.parametrize("command", ["chat", "run --prompts -"])
 def test_a_closed_stdin_is_an_empty_one(folder, command):
-    closed = shell([*LLMRS, *command.split(), "--w", folder, *TEN], "<&-")
-    empty = shell([*LLMRS, *command.split(), "--w", folder, *TEN], "< /dev/null")
+    whole = [*LLMRS, *command.split(), "--w", folder, *TEN]
+    closed, empty = shells((whole, "<&-"), (whole, "< /dev/null"))
     assert (closed.returncode, closed.stdout, closed.stderr) == (empty.returncode, empty.stdout, empty.stderr)
     assert closed.returncode == (0 if command == "chat" else 2)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
-def test_a_byte_order_mark_is_no_part_of_the_text(folder, asked, expected, encoding):
+def test_a_byte_order_mark_is_no_part_of_the_text(folder, asked, expected, tmp_path, encoding):
     piped = [*asked]
     piped[piped.index("Hello")] = "-"
-    done = subprocess.run(piped, input="Hello\n".encode(encoding), capture_output=True, timeout=120)
-    assert done.stdout.decode() == expected
+    (tmp_path / "prompt").write_bytes("Hello\n".encode(encoding))
+    (tmp_path / "command").write_bytes("/help\n".encode(encoding))
     chat = [*LLMRS, "chat", "--w", folder, *TEN]
-    done = subprocess.run(chat, input="/help\n".encode(encoding), capture_output=True, timeout=120)
-    assert b"/clear" in done.stderr
+    done, talked = shells((piped, f"< {tmp_path}/prompt"), (chat, f"< {tmp_path}/command"))
+    assert done.stdout == expected
+    assert "/clear" in talked.stderr
 
 
 def test_answers_are_utf_8_whatever_the_locale(asked):
@@ -169,22 +189,27 @@ def test_answers_are_utf_8_whatever_the_locale(asked):
     assert json.loads(done.stdout.decode("utf-8"))["prompt"] == "¿Qué? 你"
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
-def test_a_signal_keeps_what_was_answered(asked, tmp_path, number, status):
-    out, trace = tmp_path / "out.jsonl", tmp_path / "trace.json"
+def test_signals_keep_the_answers(asked, tmp_path):
     asked[asked.index("10")] = "400"
-    command = [*asked, "--output", str(out), "--trace", str(trace)]
     env = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env) as process:
-        process.stdout.read(1)
-        process.send_signal(number)
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == status
-    assert b"Traceback" not in err
-    record = json.loads(out.read_text("utf-8"))
-    assert record["finish_reason"] == "cancelled"
-    assert record["text"]
-    assert json.loads(trace.read_text("utf-8"))["traceEvents"]
+
+    def stopped_by(number):
+        out, trace = tmp_path / f"{number}.jsonl", tmp_path / f"{number}.json"
+        command = [*asked, "--output", str(out), "--trace", str(trace)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env) as process:
+            process.stdout.read(1)
+            process.send_signal(number)
+            _, err = process.communicate(timeout=60)
+        assert b"Traceback" not in err
+        record = json.loads(out.read_text("utf-8"))
+        assert record["finish_reason"] == "cancelled"
+        assert record["text"]
+        assert json.loads(trace.read_text("utf-8"))["traceEvents"]
+        return process.returncode
+
+    with ThreadPoolExecutor() as pool:
+        statuses = list(pool.map(stopped_by, [signal.SIGTERM, signal.SIGHUP, signal.SIGINT]))
+    assert statuses == [143, 129, 130]
 
 
 def test_sigterm_ends_a_chat_that_waits_for_input(folder):
@@ -204,7 +229,7 @@ def test_sigterm_while_a_command_line_is_read(monkeypatch):
     def kill(*_):
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr("llmrs.cli.flags.given", kill)
+    monkeypatch.setattr("llmrs.cli.flags.parse_flags", kill)
     before = signal.getsignal(signal.SIGTERM)
     assert main(["run"]) == 143
     assert signal.getsignal(signal.SIGTERM) == before
@@ -222,9 +247,9 @@ def twice():
         os.kill(os.getpid(), signal.SIGTERM)
         print("never")
 
-from llmrs.cli.terminal import guarded
+from llmrs.cli.terminal import exit_status
 with termination() as stopped:
-    status = guarded(twice)
+    status = exit_status(twice)
 raise SystemExit(stopped.status or status)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=60)
@@ -235,8 +260,8 @@ def test_lines_are_edited_and_pasted_lines_are_one(tmp_path):
     pytest.importorskip("readline")
     code = """
 import sys
-from llmrs.cli.terminal import edit_lines
-edit_lines()
+from llmrs.cli.terminal import enable_line_editing
+enable_line_editing()
 found = [input("> ") for _ in range(3)]
 open("found", "w").write(repr(found))
 """
@@ -276,7 +301,7 @@ def test_after_a_failure_the_rest_is_dropped():
             raise OSError(5, "Input/output error")
 
     broken = Broken()
-    raw = streams.Raw(broken, streams._results_failed, missing=False)
+    raw = streams.DroppingRaw(broken, streams.raise_write_error, missing=False)
     text = io.TextIOWrapper(io.BufferedWriter(raw), "utf-8")
     with pytest.raises(streams.WriteError, match="Input/output error"):
         print("a", file=text, flush=True)

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrs.cli import docs_table
-from llmrs.cli.flags import hidden, visible
+from llmrs.cli.flags import hidden_flags, visible_flags
 from llmrs.cli.options import SECTIONS, RunOptions
 from llmrs.cli.settings import load_settings
 from llmrs.cli.yaml_file import read_yaml
@@ -42,11 +42,12 @@ def refused(tmp_path, text, *words, **flags):
 
 def test_the_docs_tables_are_those_of_the_options():
     page = (DOCS / "config.md").read_text("utf-8")
-    assert docs_table.renewed(page) == page, "run: python -m llmrs.cli.docs_table docs/config.md"
+    assert docs_table.updated(page) == page, "run: python -m llmrs.cli.docs_table docs/config.md"
 
 
 def test_no_two_options_share_a_name_or_flag():
-    flags = [f for cls in SECTIONS.values() for o in options(cls) for f in dict.fromkeys(visible(o) + hidden(o))]
+    both = [[*visible_flags(o), *hidden_flags(o)] for cls in SECTIONS.values() for o in options(cls)]
+    flags = [f for flags in both for f in dict.fromkeys(flags)]
     assert len(flags) == len(set(flags))
 
 
@@ -136,10 +137,10 @@ def test_prompts_from_a_pipe(monkeypatch):
         ("modle: demo", "did you mean model"),
         ("max-tokens: 3", "did you mean max_tokens"),
         ("3: x", "unknown option 3"),
-        ("batch: 3", "batch is not there yet"),
-        ("port: 80", "port is not there yet"),
+        ("batch: 3", "batch is not implemented"),
+        ("port: 80", "port is not implemented"),
         ("a: &x [1]\nb: *x", "aliases"),
-        ("dtype: f32\ndtype: f32", "comes twice"),
+        ("dtype: f32\ndtype: f32", "duplicate key"),
         ("- a", "no mapping"),
         ("just text", "no mapping"),
         ("", "empty"),
@@ -205,10 +206,10 @@ def test_words_and_numbers_mean_what_they_mean_in_yaml_1_2(tmp_path, text, name,
         ("dtype: f32\nmodle: demo", "line 2: unknown option 'modle'"),
         ("dtype: f32\n? [a]\n: 1", "line 2"),
         ("ignore_eos: !!bool maybe", "not YAML"),
-        ("1: a\n0x1: b", "comes twice in line 2"),
+        ("1: a\n0x1: b", "duplicate key 1 in line 2"),
     ],
 )
-def test_what_can_mean_two_things_is_refused_with_its_line(tmp_path, text, words):
+def test_ambiguous_values_are_refused_with_their_line(tmp_path, text, words):
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(ConfigError) as caught:
         load_settings(str(tmp_path / "config.yaml"), {})
@@ -222,7 +223,7 @@ VALUES = st.recursive(
 
 
 @given(VALUES)
-def test_what_pyyaml_writes_is_read_back(value):
+def test_pyyaml_round_trip(value):
     with NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
         yaml.safe_dump({"key": value}, file, allow_unicode=True)
         file.flush()
@@ -262,7 +263,7 @@ def test_a_folder_is_no_file_of_prompts(tmp_path, monkeypatch):
 
 
 def test_a_file_of_prompts_without_end_is_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr("llmrs.cli.prompts.LARGEST", 100)
+    monkeypatch.setattr("llmrs.cli.prompts.MAX_BYTES", 100)
     (tmp_path / "p.txt").write_text("a\n" * 51)
     with pytest.raises(ConfigError, match="larger than 100 bytes"):
         load_settings(None, {"prompts": [str(tmp_path / "p.txt")]})
