@@ -32,7 +32,7 @@ def load_engine(settings: Settings) -> "Engine":
     try:
         from llmrs.engine import Engine  # imported here to keep `llmrs --help` fast
 
-        callbacks = {"progress": progress("loading"), "on_download": progress("downloading")}
-        return Engine(settings.engine, **callbacks, on_memory_plan=table)
+        downloading = progress("downloading")
+        return Engine(settings.engine, progress=progress("loading"), on_download=downloading, on_memory_plan=table)
     finally:
         line.clear()
