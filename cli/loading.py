@@ -24,7 +24,7 @@ def load_engine(settings: Settings) -> "Engine":
         line.clear()
         if line.active or not plan.complete:  # a script is told only what is not as it asked
             for title, text in plan.table():
-                print(f"{title:10}{text}", file=sys.stderr)
+                print(f"{title:13}{text}", file=sys.stderr)
 
     try:
         from llmrs.engine import Engine  # here, since it imports what `llmrs --help` should not wait for
