@@ -27,7 +27,7 @@ def load_engine(settings: Settings) -> "Engine":
         line.clear()
         if line.active or not plan.complete:  # without a terminal only where the config was not met in full
             for title, text in plan.table():
-                print(f"{title:10}{text}", file=sys.stderr)
+                print(f"{title:13}{text}", file=sys.stderr)
 
     try:
         from llmrs.engine import Engine  # imported here to keep `llmrs --help` fast

@@ -16,7 +16,7 @@ def main(folder: str) -> None:
             free, total = torch.cuda.mem_get_info()
             print(f"{dtype}: loaded in {time.perf_counter() - begin:.1f} s; {(total - free) / 1e9:.2f} GB in use")
             for row in engine.memory_plan.table():
-                print(f"  {row[0]:10}{row[1]}")
+                print(f"  {row[0]:13}{row[1]}")
             params = SamplingParams(temperature=0.6, max_tokens=128, ignore_eos=True)
             for count in (1, 32, 256):
                 begin = time.perf_counter()
