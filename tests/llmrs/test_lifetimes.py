@@ -54,13 +54,13 @@ def test_ctrl_c_while_a_stream_waits_cancels_it(engine):
 def test_what_was_started_is_cancelled_where_not_all_can_be(engine, monkeypatch, call, error):
     submit, submitted = engine._worker.submit, []
 
-    def failing(request):
+    def failing(request, followers):
         if len(submitted) == (0 if call == "generate_stream" else 2):
             if call == "generate_stream":
                 submit(request)  # Ctrl-C comes just after
             raise error
         submitted.append(request)
-        submit(request)
+        submit(request, followers)
 
     monkeypatch.setattr(engine._worker, "submit", failing)
     params = SamplingParams(temperature=0.0, max_tokens=400, ignore_eos=True, n=1 if call == "generate_stream" else 3)

@@ -4,7 +4,7 @@ import paper
 import pytest
 
 from llmrs.backends.base import KernelEvent
-from llmrs.backends.fusion import FUSED_OPS, fuse
+from llmrs.backends.fusion import FUSED_OPS, fuse_graph
 from llmrs.backends.testing import RandomModel
 from llmrs.backends.torch.profiler import outermost, ran
 from llmrs.bench.op_costs import KernelStats, OpCost, kernel_stats, merge_add_norms, op_costs, ops_of
@@ -27,7 +27,7 @@ def test_op_costs_add_up_to_the_model_cost():
     """The sums of weights, KV cache and FLOPs are those of `ModelCost`; activations are extra."""
     for fused in ((), FUSED_OPS):
         plain = paper.graph("Qwen3-0.6B")
-        found, cost = op_costs(fuse(plain, fused), ("bf16", "bf16"), 4, 100), ModelCost.of(plain)
+        found, cost = op_costs(fuse_graph(plain, fused), ("bf16", "bf16"), 4, 100), ModelCost.of(plain)
         by_op = {op: [c for c in found if c.op == op] for op in {c.op for c in found}}
         matrices = [c for c in found if c.op in ("linear", "merged_linear", "lm_head")]
         assert sum(c.flops for c in matrices) == 4 * 2 * (cost.num_weights - norms())
@@ -59,7 +59,7 @@ def test_kernels_get_the_roofline_time_of_their_ops():
         OpCost("attend", "attend", 500),
         OpCost("linear", "linear 8x4", 4000),
     ]
-    step = [("gemm_a", 2e-6), ("_attend", 1e-6), ("_combine", 1e-7), ("gemm_a", 5e-6)]
+    step = [("gemm_a", 2e-6), ("paged_attention_kernel", 1e-6), ("combine_splits_kernel", 1e-7), ("gemm_a", 5e-6)]
     seen, at = [], 0.0
     for name, seconds in step * 2:
         seen.append(KernelEvent(name, at, at + seconds))
@@ -68,8 +68,8 @@ def test_kernels_get_the_roofline_time_of_their_ops():
     assert rows["gemm_a", "linear 4x4"].roofline_time == pytest.approx(1e-6)
     assert rows["gemm_a", "linear 8x4"].seconds == pytest.approx(5e-6)
     assert rows["gemm_a", "linear 8x4"].roofline_time == pytest.approx(4e-6)
-    assert rows["_attend", "attend"].count == 1
-    assert rows["_combine", ""].roofline_time is None
+    assert rows["paged_attention_kernel", "attend"].count == 1
+    assert rows["combine_splits_kernel", ""].roofline_time is None
     assert [k.seconds for k in rows.values()] == sorted((k.seconds for k in rows.values()), reverse=True)
 
 
@@ -83,13 +83,15 @@ def test_unpaired_kernels_share_a_row():
 
 
 def test_ops_of_kernel_names():
-    assert ops_of("nvjet_tst_64x8_64x16_4x1_v_bz_TNT") == ops_of("_matvec") == ("linear", "merged_linear", "lm_head")
-    assert ops_of("_attend") == ("attend",)
-    assert ops_of("_qk_norm_rope_write_kv") == ("qk_norm_rope_write_kv", "rope_write_kv")
-    assert ops_of("_norm") == ("rms_norm", "fused_add_rms_norm")
-    assert ops_of("_score") == ops_of("_search") == ("sample",)
+    assert (
+        ops_of("nvjet_tst_64x8_64x16_4x1_v_bz_TNT") == ops_of("gemv_kernel") == ("linear", "merged_linear", "lm_head")
+    )
+    assert ops_of("paged_attention_kernel") == ("attend",)
+    assert ops_of("qk_norm_rope_write_kv_kernel") == ("qk_norm_rope_write_kv", "rope_write_kv")
+    assert ops_of("fused_add_rms_norm_kernel") == ("rms_norm", "fused_add_rms_norm")
+    assert ops_of("sample_gumbel_kernel") == ("sample",)
     assert ops_of("void cublasLt::splitKreduce_kernel<32, 16>") == ops_of("Memcpy HtoD (Pinned -> Device)") == ()
-    assert ops_of("aten::add") == ops_of("_pick") == ()
+    assert ops_of("aten::add") == ops_of("reduce_argmax_kernel") == ()
 
 
 def test_merge_add_norms():
