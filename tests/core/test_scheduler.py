@@ -73,7 +73,7 @@ def test_stops_end_an_answer_and_are_part_of_it(max_in_flight):
     assert request.finish_reason == "stop"
 
 
-def test_a_long_prompt_stalls_nobody():
+def test_a_long_prompt_stalls_no_decoding():
     core = make_core(200, max_num_batched_tokens=8, max_model_len=200)
     short = make_request([1, 2], max_tokens=60)
     core.submit(short)

@@ -95,7 +95,7 @@ def test_smaller_heads_need_more_programs():
 
 
 def test_what_is_sent():
-    """Fields of a padded step; what is padded belongs to nobody."""
+    """Fields of a padded step; padding belongs to no sequence."""
     batch = prefill_batch([[7] * 3, [9], [8] * 5], 4)
     batch = dataclasses.replace(batch, req_slots=np.array([2, 0, 5], np.int32), do_sample=np.array([True, False, True]))
     buffers = StepBuffers(StepShape(16, 4, 4, 8), 40, torch.device(DEVICE), copies=2)
@@ -260,7 +260,7 @@ def test_calls_that_are_alike_are_made_once():
     assert len(set(calls)) <= once
 
 
-def test_padding_writes_to_no_block_of_anybody():
+def test_padding_writes_to_the_null_block_only():
     ours = backend()
     ours.allocate(40, BLOCK, 8, 64)
     for kv in ours.kv:

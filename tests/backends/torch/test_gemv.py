@@ -134,7 +134,7 @@ def backend(name: str, dtype: str = "f32", **changes):
 def ops(
     name: str, rows: int, rest: tuple[str, ...] = ("embed", "heads", "gather_logits_rows", "mul_scalar"), **changes
 ) -> list[str]:
-    """What steps of so many rows run, but for what launches nothing or once only."""
+    """The ops of a step with this M, without those that launch nothing or only once."""
     made = backend(name, **changes)
     made.allocate(4, BLOCK, 1, 16)
     calls = [c for c in made.runner._program(StepShape(rows, rows, rows, 0)).calls if c.op not in rest]
