@@ -26,7 +26,7 @@ class Perplexity(NamedTuple):
 
 
 def perplexity(texts: int, **config: object) -> Perplexity:
-    """On `count` conversations."""
+    """On `texts` conversations. `config` is the engine's."""
     params = SamplingParams(max_tokens=1, prompt_logprobs=0, temperature=0.0)
     with Engine(EngineConfig(**config)) as engine:
         encode = engine.model.tokenizer.encode
