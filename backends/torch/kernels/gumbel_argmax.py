@@ -122,18 +122,10 @@ def sample_gumbel_kernel(
 
 
 def sample_gumbel(
-    logits: torch.Tensor,
-    temperature: torch.Tensor,
-    rng_keys: torch.Tensor,
-    req_slots: torch.Tensor,
-    last_tokens: torch.Tensor,
-    thresholds: torch.Tensor | None = None,
-    chunk: int = CHUNK,
-    num_ctas: int = 0,
-    out: torch.Tensor | None = None,
-    *,
-    pdl: bool = False,
-) -> torch.Tensor:
+    logits: torch.Tensor, temperature: torch.Tensor, rng_keys: torch.Tensor, req_slots: torch.Tensor,
+    last_tokens: torch.Tensor, thresholds: torch.Tensor | None = None, chunk: int = CHUNK, num_ctas: int = 0,
+    out: torch.Tensor | None = None, *, pdl: bool = False,
+) -> torch.Tensor:  # fmt: skip
     """Token ids int32 (S,), in `out` if given. `thresholds` int32 (S, 2) are those of `find_thresholds`; `num_ctas`
     replaces the number that fills the GPU."""
     check_sampling(logits, temperature, rng_keys, req_slots)

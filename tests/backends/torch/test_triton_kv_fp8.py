@@ -34,13 +34,13 @@ def _widen(codes, y):
     tl.store(y + n, tl.load(codes + n).to(y.dtype.element_ty))
 
 
-def pools(blocks: int, block_size: int, kv_heads: int, size: int) -> tuple[list[Scaled], list[kv_fp8.Scaled]]:
+def pools(blocks: int, block_size: int, kv_heads: int, size: int) -> tuple[list[Scaled], list[kv_fp8.QuantizedKV]]:
     """Empty K and V caches: in the backend's layout, and the reference's."""
     both = zeros_in_torch(blocks, 2, kv_heads, block_size, size, device=DEVICE)
     both.scales.fill_(torch.nan)  # unwritten tokens must not be read
     return (
         [side.transpose(1, 2) for side in both.unbind(1)],
-        [kv_fp8.Scaled.zeros((blocks, block_size, kv_heads, size)) for _ in range(2)],
+        [kv_fp8.QuantizedKV.zeros((blocks, block_size, kv_heads, size)) for _ in range(2)],
     )
 
 
@@ -48,7 +48,7 @@ def test_rounding_to_e4m3():
     x = awkward()[:-1][: 2**17]
     codes = torch.empty(len(x), dtype=CODES, device=DEVICE)
     _round[(1,)](torch.from_numpy(x).to(DEVICE), codes, COUNT=2**17)
-    np.testing.assert_array_equal(codes.float().cpu().numpy(), kv_fp8.VALUES[kv_fp8.encode(x)])
+    np.testing.assert_array_equal(codes.float().cpu().numpy(), kv_fp8.E4M3_VALUES[kv_fp8.encode(x)])
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -56,8 +56,8 @@ def test_widening_e4m3(dtype: torch.dtype):
     """All codes but NaN, which the interpreter reads as 480; scales hold NaN."""
     codes, y = torch.arange(256, dtype=torch.uint8).view(CODES), torch.empty(256, dtype=dtype, device=DEVICE)
     _widen[(1,)](codes.to(DEVICE), y)
-    numbers = ~np.isnan(kv_fp8.VALUES)
-    np.testing.assert_array_equal(y.float().cpu().numpy()[numbers], kv_fp8.VALUES[numbers])
+    numbers = ~np.isnan(kv_fp8.E4M3_VALUES)
+    np.testing.assert_array_equal(y.float().cpu().numpy()[numbers], kv_fp8.E4M3_VALUES[numbers])
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -85,7 +85,7 @@ def test_what_is_written(query_heads: int, kv_heads: int, size: int, dtype: torc
         ]
         np.testing.assert_array_equal(there[1], wanted.scales[slot_mapping // 4, slot_mapping % 4])
         finite = np.isfinite(there[1])
-        codes = kv_fp8.VALUES[wanted.codes[slot_mapping // 4, slot_mapping % 4]]
+        codes = kv_fp8.E4M3_VALUES[wanted.data[slot_mapping // 4, slot_mapping % 4]]
         np.testing.assert_array_equal(there[0][finite], codes[finite])
         rest = np.setdiff1d(np.arange(24), slot_mapping)
         assert np.isnan(ours.scales.cpu().numpy()[rest // 4, rest % 4]).all()
@@ -116,7 +116,7 @@ def filled(rng: np.random.Generator, batch, block_size: int, kv_heads: int, size
         for n, (pool, to) in enumerate(zip(ours, theirs, strict=True)):
             sizes = 10.0 ** -rng.uniform(0, 3 * n, (length, kv_heads, 1))
             to[at] = (rng.normal(size=(length, kv_heads, size)) * sizes).astype(np.float32)
-            pool.codes.view(torch.uint8)[at] = torch.from_numpy(to.codes[at]).to(DEVICE)
+            pool.codes.view(torch.uint8)[at] = torch.from_numpy(to.data[at]).to(DEVICE)
             pool.scales[at] = torch.from_numpy(to.scales[at]).to(DEVICE)
     return ours, theirs
 
