@@ -8,9 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from llmrs.backends.torch.kernels.launch import FLOATS, check, next_power_of_2, pdl_wait
+from llmrs.backends.torch.kernels.launch import next_power_of_2, pdl_wait
 
-NAME = "sample_gumbel"
 INVALID_ID = tl.constexpr(2**31 - 1)
 
 
@@ -57,16 +56,6 @@ def reduce_argmax_kernel(
     slot = tl.load(req_slots + row)
     if slot >= 0:
         tl.store(last_tokens + slot, token.to(tl.int64))
-
-
-def check_sampling(
-    logits: torch.Tensor, temperature: torch.Tensor, rng_keys: torch.Tensor, req_slots: torch.Tensor
-) -> None:
-    """Raises BackendError for what `sample_gumbel` does not support."""
-    check(NAME, logits.ndim == 2 and logits.dtype in FLOATS and logits.stride(1) == 1, f"logits {logits.shape}")
-    check(NAME, {len(t) for t in (temperature, rng_keys, req_slots)} == {len(logits)}, "not one value per sequence")
-    ints = rng_keys.dtype == req_slots.dtype == torch.int32
-    check(NAME, temperature.dtype == torch.float32 and ints, f"{temperature.dtype}, {rng_keys.dtype}")
 
 
 def reduce_argmax(
