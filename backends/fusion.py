@@ -124,18 +124,13 @@ class Rule:
 
 
 FUSED_ADD_RMS_NORM = Rule("fused_add_rms_norm", "s = add x y; n = rms_norm s w -> s n")
-RULES = {
-    rule.op: rule
-    for rule in (
-        Rule("merged_linear", "*y = linear|merged_linear x *w; z = linear x *v -> *y z", merged),
-        FUSED_ADD_RMS_NORM,
-        Rule(
-            "qk_norm_rope_write_kv",
-            "qn = rms_norm q qw; qr = rope qn p; kn = rms_norm k kw; kr = rope kn p; c = write_kv kr v kv -> qr c",
-        ),
-        Rule("rope_write_kv", "qr = rope q p; kr = rope k p; c = write_kv kr v kv -> qr c"),
-    )
-}
+RULES = {rule.op: rule for rule in (
+    Rule("merged_linear", "*y = linear|merged_linear x *w; z = linear x *v -> *y z", merged),
+    FUSED_ADD_RMS_NORM,
+    Rule("qk_norm_rope_write_kv",
+         "qn = rms_norm q qw; qr = rope qn p; kn = rms_norm k kw; kr = rope kn p; c = write_kv kr v kv -> qr c"),
+    Rule("rope_write_kv", "qr = rope q p; kr = rope k p; c = write_kv kr v kv -> qr c"),
+)}  # fmt: skip
 FUSED_OPS = tuple(RULES)
 
 

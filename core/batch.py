@@ -62,14 +62,8 @@ class Slots:
         self.tokens = np.zeros((count, max_tokens), np.int32)
         self.block_tables = np.zeros((count, max_blocks), np.int32)
         self.stop_ids = np.full((count, MAX_STOPS), -1, np.int32)
-        (
-            self.num_blocks,
-            self.num_tokens,
-            self.num_inflight,
-            self.num_computed_tokens,
-            self.max_tokens,
-            self.num_cached_blocks,
-        ) = np.zeros((6, count), np.int32)
+        self.num_blocks, self.num_tokens, self.num_inflight = np.zeros((3, count), np.int32)
+        self.num_computed_tokens, self.max_tokens, self.num_cached_blocks = np.zeros((3, count), np.int32)
         self.generation = np.full(count, -1, np.int64)  # admission that holds the row; -1: free
         self.sampling = SamplingArrays.zeros(count)
         self._last_rows: tuple[bytes, SamplingArrays] | None = None  # of the last step: slots, sampling
@@ -124,21 +118,10 @@ class Slots:
             special = {"banned_ids": banned, "logprobs": int(max(asked.max(), self.prompt_logprobs[slots].max()))}
         begun, self.new_requests = self.new_requests, []
         blocks = self.block_tables[slots, : int(self.num_blocks[slots].max())]
-        sampling = self._sampling(slots, end)
         return Batch(
-            tokens,
-            positions,
-            starts,
-            end,
-            blocks,
-            slots,
-            sampled,
-            sampling,
-            ends,
-            targets,
-            new_requests=begun,
-            **special,
-        )
+            tokens, positions, starts, end, blocks, slots, sampled, self._sampling(slots, end), ends, targets,
+            new_requests=begun, **special,
+        )  # fmt: skip
 
     def _sampling(self, slots: np.ndarray, end: np.ndarray) -> SamplingArrays:
         """Sampling arrays of `slots`; reused while the same requests run."""

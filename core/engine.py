@@ -51,15 +51,9 @@ class EngineCore:
     """Steps requests through a backend. Used by one thread."""
 
     def __init__(
-        self,
-        backend: ModelRunner,
-        pool: BlockPool,
-        *,
-        vocab_size: int,
-        max_model_len: int,
-        max_num_seqs: int,
+        self, backend: ModelRunner, pool: BlockPool, *, vocab_size: int, max_model_len: int, max_num_seqs: int,
         max_num_batched_tokens: int,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if max_num_batched_tokens < max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens {max_num_batched_tokens} is below max_num_seqs {max_num_seqs}",

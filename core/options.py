@@ -102,14 +102,9 @@ def plain(value: Any) -> Any:
 
 
 def option(
-    default: Any,
-    help: str,
-    aliases: tuple[str, ...] = (),
-    choices: tuple[str, ...] = (),
-    low: int | float = -math.inf,
-    high: int | float = math.inf,
-    most: int = 2**20,
-) -> Any:
+    default: Any, help: str, aliases: tuple[str, ...] = (), choices: tuple[str, ...] = (), low: int | float = -math.inf,
+    high: int | float = math.inf, most: int = 2**20,
+) -> Any:  # fmt: skip
     """A dataclass field that is an option; `aliases` are further YAML keys and flags for it."""
     metadata = {"help": help, "aliases": aliases, "choices": choices, "low": low, "high": high, "most": most}
     return field(default=default, metadata=metadata)
@@ -193,15 +188,9 @@ class SamplingParams(Checked):
 
 
 BUILT_IN = SamplingParams(
-    temperature=1.0,
-    max_tokens=4096,
-    top_k=0,
-    top_p=1.0,
-    min_p=0.0,
-    repetition_penalty=1.0,
-    presence_penalty=0.0,
-    frequency_penalty=0.0,
-)
+    temperature=1.0, max_tokens=4096, top_k=0, top_p=1.0, min_p=0.0,
+    repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0,
+)  # fmt: skip
 
 
 def build(values: Mapping[str, Any], *classes: type) -> list[Any]:

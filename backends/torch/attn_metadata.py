@@ -72,9 +72,9 @@ class StepBuffers:
         self.shape, self.spans = shape, _spans(shape, table_size)
         size, pinned = self.spans["block_tables"].stop, device.type == "cuda"
         self.on_host = [torch.empty(size, dtype=torch.int32, pin_memory=pinned) for _ in range(copies)]
-        self.arrays = [{n: _host_view(h.numpy()[s], n) for n, s in self.spans.items()} for h in self.on_host]
+        self.arrays = [{n: _view(h[s], n).numpy() for n, s in self.spans.items()} for h in self.on_host]
         self.on_device = torch.empty(size, dtype=torch.int32, device=device)
-        self.fields = InputBuffers(**{n: _device_view(self.on_device[s], n) for n, s in self.spans.items()})
+        self.fields = InputBuffers(**{n: _view(self.on_device[s], n) for n, s in self.spans.items()})
         self.buffer_index = 0
 
     def fill(self, batch: Batch, block_size: int, null_block: int, block_m_tokens: int) -> None:
@@ -146,11 +146,7 @@ def _spans(shape: StepShape, table_size: int) -> dict[str, slice]:
     return spans
 
 
-def _host_view(part: np.ndarray, name: str) -> np.ndarray:
-    return part.view(np.float32) if name in FLOATS else part.reshape(-1, 4) if name in TILES else part
-
-
-def _device_view(part: torch.Tensor, name: str) -> torch.Tensor:
+def _view(part: torch.Tensor, name: str) -> torch.Tensor:
     return part.view(torch.float32) if name in FLOATS else part.view(-1, 4) if name in TILES else part
 
 

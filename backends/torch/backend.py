@@ -165,15 +165,8 @@ class TorchBackend(Backend):
             raise MemoryLimitError(f"no memory for {num_blocks} KV blocks: {error}", "lower max_model_len") from error
         self.slots = SlotState(max_num_seqs, max_model_len, self.torch_device)
         if self.runner:
-            self.runner.begin(
-                self.graph,
-                self.programs,
-                self.kv,
-                self.slots,
-                self.torch_dtype,
-                activation_bytes=activation_bytes(self.graph, max_num_batched_tokens, self.torch_dtype.itemsize),
-                max_num_batched_tokens=max_num_batched_tokens,
-            )
+            dtype, size = self.torch_dtype, max_num_batched_tokens
+            self.runner.begin(self.graph, self.programs, self.kv, self.slots, dtype, size)
             copier = OutputCopier(self.torch_device, max_num_seqs, self.max_in_flight + 1)
             self.output_copier = copier if self.runner.copy_output else None
 

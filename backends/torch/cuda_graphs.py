@@ -54,15 +54,10 @@ class GraphCache:
     """The captured steps of a model by shape. Forward and sampling are two graphs, since a step may sample eagerly."""
 
     def __init__(
-        self,
-        device: torch.device,
-        make_buffers: Callable[[StepShape], StepBuffers],
+        self, device: torch.device, make_buffers: Callable[[StepShape], StepBuffers],
         forward: Callable[[StepBuffers], torch.Tensor],
-        sample: Callable[[torch.Tensor, StepBuffers, bool], torch.Tensor],
-        *,
-        null_slot: int,
-        pool_bytes: int = 0,
-    ) -> None:
+        sample: Callable[[torch.Tensor, StepBuffers, bool], torch.Tensor], null_slot: int, pool_bytes: int = 0,
+    ) -> None:  # fmt: skip
         """`forward` gives the logits of a step, `sample` its tokens (logits, buffers, with top-k, top-p or min-p).
 
         The KV of captured steps goes to `null_slot`; `pool_bytes` is the initial size of their memory pool.

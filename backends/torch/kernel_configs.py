@@ -10,14 +10,12 @@ import torch
 
 from llmrs.backends.torch.kernels.launch import next_power_of_2
 from llmrs.backends.torch.kernels.paged_attention import AttnConfig, default_config
-from llmrs.backends.torch.kv_fp8 import Scaled
 from llmrs.core.ir import Graph
 
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
 # KB of shared memory per CTA, by compute capability (CUDA programming guide)
 SMEM_KB = {(7, 5): 64, (8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227, (11, 0): 227}
 MIN_SMEM_KB = 99  # of every other one
-CPU = "cpu"
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class Device:
     def of(device: torch.device) -> "Device":
         """A CPU, which interprets the kernels, counts as an sm_90 GPU."""
         if device.type != "cuda":
-            return Device(CPU, (9, 0))
+            return Device("cpu", (9, 0))
         return Device(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
 
     @property
@@ -100,8 +98,3 @@ def prefill_q_tokens(graph: Graph, dtype: torch.dtype, kv_dtype: torch.dtype, de
     shapes = [(e.inputs[0].type.sizes, e.inputs[1].type.sizes) for e in equations if e.op == "attend"]
     keys = {ConfigKey(True, int(q[0] // kv[0]), int(q[1]), dtype, kv_dtype) for q, kv in shapes}
     return min(attn_config(key, device).q_tokens for key in keys)
-
-
-def kv_cache_dtype(pool: torch.Tensor | Scaled) -> torch.dtype:
-    """The dtype of a KV cache's elements."""
-    return pool.codes.dtype if isinstance(pool, Scaled) else pool.dtype

@@ -18,16 +18,10 @@ class Lowering:
     """Lowers functions of one model for a device, a type and a table of ops; lives as long as the load."""
 
     def __init__(
-        self,
-        ops: Mapping[str, Callable[..., Any]],
-        bind: Mapping[str, Bind],
-        device: torch.device,
-        dtype: torch.dtype,
-        weights: Mapping[str, Tensor],
-        progress: Callable[[int], None],
-        tied: Collection[Weight] = (),
+        self, ops: Mapping[str, Callable[..., Any]], bind: Mapping[str, Bind], device: torch.device, dtype: torch.dtype,
+        weights: Mapping[str, Tensor], progress: Callable[[int], None], tied: Collection[Weight] = (),
         make_linear: Callable[..., Linear] = make_linear,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """`bind`: for ops whose weights are not those of a linear map. `tied`: matrices with several uses."""
         self.ops, self.bind, self.device, self.dtype = ops, bind, device, dtype
         self.weights, self.progress, self.tied, self.make_linear = weights, progress, set(tied), make_linear

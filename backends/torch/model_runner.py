@@ -15,16 +15,18 @@ import torch
 
 from llmrs.backends.torch.attn_metadata import StepBuffers, StepShape, shape_of, target_ctas
 from llmrs.backends.torch.cuda_graphs import GraphCache
-from llmrs.backends.torch.kernel_configs import Device, kv_cache_dtype, prefill_q_tokens
+from llmrs.backends.torch.kernel_configs import Device, prefill_q_tokens
 from llmrs.backends.torch.kernels.gemm import MAX_FUSED_NORM_M, max_fused_m
 from llmrs.backends.torch.kernels.gumbel_argmax import sample_gumbel
 from llmrs.backends.torch.kernels.launch import has_tma, interpreted, supports_pdl
 from llmrs.backends.torch.kernels.top_k_top_p import find_thresholds
+from llmrs.backends.torch.kv_fp8 import parts
 from llmrs.backends.torch.ops import KV
 from llmrs.backends.torch.program import NO_PROGRAMS, Program, Programs
 from llmrs.backends.torch.sampling import Logits, SlotState, apply_logits_processors, needs_logits_processors
 from llmrs.backends.torch.step_shapes import DECODE_BATCH_SIZES, bucket, covering_shapes, decode_shapes, kernel_shapes
 from llmrs.backends.torch.triton_ops import CosSinCache, KernelContext
+from llmrs.backends.torch.workspace import activation_bytes
 from llmrs.core.batch import Batch
 from llmrs.core.errors import BackendError
 from llmrs.core.ir import Graph
@@ -59,20 +61,13 @@ class GPUModelRunner:
         self.graphs: GraphCache | None = None
 
     def begin(
-        self,
-        graph: Graph,
-        programs: Programs,
-        kv: Sequence[KV],
-        slots: SlotState,
-        dtype: torch.dtype,
-        *,
-        activation_bytes: int = 0,
+        self, graph: Graph, programs: Programs, kv: Sequence[KV], slots: SlotState, dtype: torch.dtype,
         max_num_batched_tokens: int = 0,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """`kv` has one block more than the block pool: the null block, where the KV of padding goes.
 
-        Loads the kernels of steps of up to `max_num_batched_tokens` tokens, whose activations take `activation_bytes`,
-        and captures the shapes that hold nearly every step.
+        Loads the kernels of steps of up to `max_num_batched_tokens` tokens, and captures the shapes that hold nearly
+        every step.
         """
         self.end()
         self.programs, self.kv, self.slots = programs, list(kv), slots
@@ -85,18 +80,16 @@ class GPUModelRunner:
         self.tokens = torch.empty(max(len(slots.tokens), DECODE_BATCH_SIZES[-1]), dtype=torch.int32, device=self.device)
         self.cos_sin_cache = CosSinCache(self.max_model_len, self.device)
         self.ctas = target_ctas(self.device, *kv[0].keys.shape[2:])
-        self.block_m_tokens = prefill_q_tokens(graph, dtype, kv_cache_dtype(kv[0].keys), self.configs)
+        self.block_m_tokens = prefill_q_tokens(graph, dtype, parts(kv[0].keys)[0].dtype, self.configs)
         if self.use_graphs and not NOT_CAPTURABLE & {c.op for c in programs.full.calls}:
-            self.graphs = self.new_graph_cache(activation_bytes)
+            self.graphs = self.new_graph_cache(activation_bytes(graph, max_num_batched_tokens, dtype.itemsize))
         if self.device.type == "cuda":  # the interpreter compiles nothing, and takes minutes
             self._warm_up(max_num_batched_tokens)
 
     def new_graph_cache(self, pool_bytes: int = 0) -> GraphCache:
         """An empty one; `pool_bytes`: initial size of its memory pool."""
         null_slot = self.null_block * self.block_size
-        return GraphCache(
-            self.device, self._make_buffers, self._run, self._sample, null_slot=null_slot, pool_bytes=pool_bytes
-        )
+        return GraphCache(self.device, self._make_buffers, self._run, self._sample, null_slot, pool_bytes)
 
     def forward(self, batch: Batch) -> Logits:
         """Logits (R, V) in the dtype of computation, valid until the next step."""

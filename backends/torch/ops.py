@@ -48,11 +48,6 @@ class Norm:
     weight: Tensor
     twice: Tensor | None
 
-    @staticmethod
-    def of(weight: Tensor) -> "Norm":
-        half_on_cpu = weight.device.type == "cpu" and weight.dtype != torch.float32
-        return Norm(weight, torch.cat([weight, weight]) if half_on_cpu else None)
-
 
 def rms_norm(_: AttnMetadata, x: Tensor, norm: Norm, *, eps: float, offset: float = 0.0) -> Tensor:
     w = norm.weight
@@ -74,18 +69,9 @@ def rope(c: AttnMetadata, x: Tensor, positions: Tensor, *, frequencies: RopeFreq
 
 
 def qk_norm_rope_write_kv(
-    c: AttnMetadata,
-    q: Tensor,
-    positions: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kv: KV,
-    norms: Tensor,
-    *,
-    eps: float,
-    frequencies: RopeFrequencies,
-    offset: float = 0.0,
-) -> tuple[Tensor, KV]:
+    c: AttnMetadata, q: Tensor, positions: Tensor, k: Tensor, v: Tensor, kv: KV, norms: Tensor, *, eps: float,
+    frequencies: RopeFrequencies, offset: float = 0.0,
+) -> tuple[Tensor, KV]:  # fmt: skip
     """All heads of q and k at once; `norms` (H + Hk, d) hold the offset already."""
     x = _joined(q, k)  # (T, H + Hk, d)
     normal = torch.nn.functional.rms_norm(x.float() if offset else x, x.shape[-1:], None, eps) * norms
@@ -179,26 +165,11 @@ def lm_head(_: AttnMetadata, x: Tensor, matrix: Linear) -> Tensor:
 
 
 OPS: dict[str, Callable[..., Any]] = {
-    f.__name__: f
-    for f in (
-        embed,
-        mul_scalar,
-        linear,
-        merged_linear,
-        rms_norm,
-        heads,
-        rope,
-        qk_norm_rope_write_kv,
-        write_kv,
-        attend,
-        silu_and_mul,
-        gelu_and_mul,
-        moe,
-        add,
-        gather_logits_rows,
-        lm_head,
+    f.__name__: f for f in (
+        embed, mul_scalar, linear, merged_linear, rms_norm, heads, rope, qk_norm_rope_write_kv, write_kv, attend,
+        silu_and_mul, gelu_and_mul, moe, add, gather_logits_rows, lm_head,
     )
-}
+}  # fmt: skip
 FUSED = frozenset({"merged_linear", "qk_norm_rope_write_kv"})
 
 
@@ -216,7 +187,9 @@ def bind_embed(lowering: Lowering, e: Equation) -> Callable[[Tensor], Tensor]:
 
 
 def bind_rms_norm(lowering: Lowering, e: Equation) -> Norm:
-    return Norm.of(lowering.tensor(*weights_of(e)))
+    weight = lowering.tensor(*weights_of(e))
+    half_on_cpu = weight.device.type == "cpu" and weight.dtype != torch.float32
+    return Norm(weight, torch.cat([weight, weight]) if half_on_cpu else None)
 
 
 def bind_qk_norm(lowering: Lowering, e: Equation) -> Tensor:
@@ -240,8 +213,5 @@ def bind_moe(lowering: Lowering, e: Equation) -> Experts:
 
 
 BIND: dict[str, Bind] = {
-    "embed": bind_embed,
-    "rms_norm": bind_rms_norm,
-    "qk_norm_rope_write_kv": bind_qk_norm,
-    "moe": bind_moe,
-}
+    "embed": bind_embed, "rms_norm": bind_rms_norm, "qk_norm_rope_write_kv": bind_qk_norm, "moe": bind_moe,
+}  # fmt: skip

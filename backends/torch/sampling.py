@@ -135,10 +135,10 @@ def _allowed(mask: np.ndarray, logits: torch.Tensor) -> torch.Tensor:
 def logprobs(logits: torch.Tensor, tokens: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
     """Chosen, top ids, top of logits float32 (R, V) and tokens int64 (R,); see backends/reference/sampling.py."""
     likely = logits.log_softmax(dim=-1)
-    top = likely.sort(dim=-1, descending=True, stable=True) if count else None
     chosen = likely.gather(1, tokens[:, None])[:, 0]
-    if top is None:
+    if not count:
         return chosen, tokens.new_zeros(len(tokens), 0), chosen.new_zeros(len(tokens), 0)
+    top = likely.sort(dim=-1, descending=True, stable=True)
     return chosen, top.indices[:, :count], top.values[:, :count]
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from llmrs.backends.torch.attn_metadata import InputBuffers, StepShape
-from llmrs.backends.torch.kernel_configs import ConfigKey, Device, attn_config, kv_cache_dtype
+from llmrs.backends.torch.kernel_configs import ConfigKey, Device, attn_config
 from llmrs.backends.torch.kernels import embedding, gemm
 from llmrs.backends.torch.kernels import rms_norm as norms
 from llmrs.backends.torch.kernels.act_and_mul import act_and_mul
@@ -16,6 +16,7 @@ from llmrs.backends.torch.kernels.paged_attention import AttnConfig, paged_atten
 from llmrs.backends.torch.kernels.prefill_attention_tma import prefill_attention_tma, prefill_config
 from llmrs.backends.torch.kernels.prefill_attention_tma import tma_compatible as cache_tma_compatible
 from llmrs.backends.torch.kernels.qk_norm_rope_cache import qk_norm_rope_write_kv as qk_norm_rope_cache
+from llmrs.backends.torch.kv_fp8 import parts
 from llmrs.backends.torch.lowering import Bind, Lowering, weights_of
 from llmrs.backends.torch.ops import KV, OPS, bind_moe
 from llmrs.core.ir import Equation, RopeFrequencies, Type
@@ -77,11 +78,6 @@ def merged_linear(c: KernelContext, x: Tensor, matrix: Linear, *, split_sizes: l
     return matrix(x, pdl=c.pdl).split(split_sizes, dim=-1)
 
 
-def lm_head(c: KernelContext, x: Tensor, matrix: Linear) -> Tensor:
-    """Logits in the model's dtype: sampling widens them as it reads."""
-    return matrix(x, pdl=c.pdl)
-
-
 def rms_norm(c: KernelContext, x: Tensor, w: Tensor, *, eps: float, offset: float = 0.0) -> Tensor:
     return norms.rms_norm(x.flatten(0, -2), w, eps=eps, offset=offset, pdl=c.pdl).view(x.shape)
 
@@ -106,30 +102,14 @@ def write_kv(c: KernelContext, k: Tensor, v: Tensor, kv: KV) -> KV:
     return kv
 
 
-def rope_write_kv(
-    c: KernelContext, q: Tensor, positions: Tensor, k: Tensor, v: Tensor, kv: KV, *, frequencies: RopeFrequencies
-) -> tuple[Tensor, KV]:
-    table = c.cos_sin_cache.get(frequencies)
-    return qk_norm_rope_cache(q, k, v, None, positions, c.fields.slot_mapping, table, kv.keys, kv.values, pdl=c.pdl), kv
-
-
 def qk_norm_rope_write_kv(
-    c: KernelContext,
-    q: Tensor,
-    positions: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kv: KV,
-    norms: tuple[Tensor, Tensor],
-    *,
-    frequencies: RopeFrequencies,
-    eps: float,
-    offset: float = 0.0,
-) -> tuple[Tensor, KV]:
-    table, how = c.cos_sin_cache.get(frequencies), {"eps": eps, "offset": offset}
+    c: KernelContext, q: Tensor, positions: Tensor, k: Tensor, v: Tensor, kv: KV,
+    norms: tuple[Tensor, Tensor] | None = None, *, frequencies: RopeFrequencies, eps: float = 0.0, offset: float = 0.0,
+) -> tuple[Tensor, KV]:  # fmt: skip
+    table, slots = c.cos_sin_cache.get(frequencies), c.fields.slot_mapping
     return qk_norm_rope_cache(
-        q, k, v, norms, positions, c.fields.slot_mapping, table, kv.keys, kv.values, pdl=c.pdl, **how
-    ), kv  # fmt: skip
+        q, k, v, norms, positions, slots, table, kv.keys, kv.values, eps=eps, offset=offset, pdl=c.pdl
+    ), kv
 
 
 def attend(c: KernelContext, q: Tensor, kv: KV, *, scale: float, window: int = 0) -> Tensor:
@@ -140,7 +120,7 @@ def attend(c: KernelContext, q: Tensor, kv: KV, *, scale: float, window: int = 0
     out = torch.empty(tokens, heads * head_dim, dtype=q.dtype, device=q.device)
 
     def config(prefill: bool) -> AttnConfig:
-        return attn_config(ConfigKey(prefill, group, head_dim, q.dtype, kv_cache_dtype(kv.keys)), c.device)
+        return attn_config(ConfigKey(prefill, group, head_dim, q.dtype, parts(kv.keys)[0].dtype), c.device)
 
     if shape.num_decode_tiles:
         paged_attention(
@@ -228,46 +208,25 @@ def _split(y: Tensor, sizes: Sequence[int]) -> Tensor | tuple[Tensor, ...]:
 
 TRITON: dict[str, Callable[..., Any]] = {
     **OPS,
-    **{
-        f.__name__: f
-        for f in (
-            embed,
-            linear,
-            merged_linear,
-            lm_head,
-            rms_norm,
-            fused_add_rms_norm,
-            rope,
-            write_kv,
-            rope_write_kv,
-            qk_norm_rope_write_kv,
-            attend,
-            silu_and_mul,
-            gelu_and_mul,
-            gather_logits_rows,
-            fused_linear,
-        )
-    },
-}
+    **{f.__name__: f for f in (
+        embed, linear, merged_linear, rms_norm, fused_add_rms_norm, rope, write_kv, qk_norm_rope_write_kv, attend,
+        silu_and_mul, gelu_and_mul, gather_logits_rows, fused_linear,
+    )},
+    "lm_head": linear,  # logits in the model's dtype: sampling widens them as it reads
+    "rope_write_kv": qk_norm_rope_write_kv,
+}  # fmt: skip
 FUSED = frozenset({"merged_linear", "qk_norm_rope_write_kv", "rope_write_kv"})  # within a layer
 
 LINEAR = ("linear", "merged_linear", "lm_head")
 # The ops whose time a profile shows under a kernel's name; () for a second kernel of the same op
 KERNEL_OPS: dict[str, tuple[str, ...]] = {
-    "gemv_kernel": LINEAR,
-    "gemm_small_m_kernel": LINEAR,
-    "gemm_tma_kernel": LINEAR,
-    "fused_add_rms_norm_kernel": ("rms_norm", "fused_add_rms_norm"),
+    "gemv_kernel": LINEAR, "gemm_small_m_kernel": LINEAR, "gemm_tma_kernel": LINEAR,
+    "fused_add_rms_norm_kernel": ("rms_norm", "fused_add_rms_norm"), "embed_kernel": ("embed",),
     "act_and_mul_kernel": ("silu_and_mul", "gelu_and_mul"),
-    "embed_kernel": ("embed",),
     "qk_norm_rope_write_kv_kernel": ("qk_norm_rope_write_kv", "rope_write_kv"),
-    "paged_attention_kernel": ("attend",),
-    "prefill_attention_tma_kernel": ("attend",),
-    "combine_splits_kernel": (),
-    "sample_gumbel_kernel": ("sample",),
-    "find_thresholds_kernel": (),
-    "reduce_argmax_kernel": (),
-}
+    "paged_attention_kernel": ("attend",), "prefill_attention_tma_kernel": ("attend",), "combine_splits_kernel": (),
+    "sample_gumbel_kernel": ("sample",), "find_thresholds_kernel": (), "reduce_argmax_kernel": (),
+}  # fmt: skip
 
 
 def bind_tensors(lowering: Lowering, e: Equation) -> Tensor | tuple[Tensor, ...]:
@@ -285,10 +244,6 @@ def bind_fused_linear(lowering: Lowering, e: Equation) -> FusedLinear:
 
 
 BIND: dict[str, Bind] = {
-    "embed": bind_tensors,
-    "rms_norm": bind_tensors,
-    "fused_add_rms_norm": bind_tensors,
-    "qk_norm_rope_write_kv": bind_tensors,
-    "moe": bind_moe,
-    "fused_linear": bind_fused_linear,
-}
+    **dict.fromkeys(("embed", "rms_norm", "fused_add_rms_norm", "qk_norm_rope_write_kv"), bind_tensors),
+    "moe": bind_moe, "fused_linear": bind_fused_linear,
+}  # fmt: skip

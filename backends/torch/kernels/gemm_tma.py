@@ -61,9 +61,8 @@ def tma_config(m: int, n: int, k: int, act: bool, splittable: bool, smem_bytes: 
     """
     block_ms = [b for b in (16, 32, 64, 128, 256) if b <= next_power_of_2(m, 16) and 4 * b >= m]
     tiles = [*product((64,), block_ms), *product((128,), (b for b in block_ms if b >= 64))]
-    tiles.sort(
-        key=lambda tile: (tile[0] == 128) == (m % 128 == 0)
-    )  # min takes the first of equals: the faster in tests
+    # min takes the first of equals: the faster in tests
+    tiles.sort(key=lambda tile: (tile[0] == 128) == (m % 128 == 0))
     splits = [s for s in (1, 2, 4, 6) if s == 1 or (splittable and k >= s * MIN_K_PER_SPLIT)]
     configs = [
         fit_to_smem(block_n, block_m, split, m, n, act, smem_bytes)

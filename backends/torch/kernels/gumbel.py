@@ -8,9 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from llmrs.backends.torch.kernels.launch import FLOATS, check, next_power_of_2
+from llmrs.backends.torch.kernels.launch import next_power_of_2, pdl_wait
 
-NAME = "sample_gumbel"
 INVALID_ID = tl.constexpr(2**31 - 1)
 
 
@@ -48,9 +47,7 @@ def reduce_argmax_kernel(
 ):
     """The token with the largest score, the lowest id of equals; stored for the slot's next step too."""
     row, offs = tl.program_id(0), tl.arange(0, BLOCK)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    pdl_wait(PDL)
     scores = tl.load(partial_max + row * num_parts + offs, mask=offs < num_parts, other=-float("inf"))
     ids = tl.load(partial_argmax + row * num_parts + offs, mask=offs < num_parts, other=INVALID_ID)
     ids = tl.where(scores == tl.max(scores, 0), ids, INVALID_ID)
@@ -61,26 +58,10 @@ def reduce_argmax_kernel(
         tl.store(last_tokens + slot, token.to(tl.int64))
 
 
-def check_sampling(
-    logits: torch.Tensor, temperature: torch.Tensor, rng_keys: torch.Tensor, req_slots: torch.Tensor
-) -> None:
-    """Raises BackendError for what `sample_gumbel` does not support."""
-    check(NAME, logits.ndim == 2 and logits.dtype in FLOATS and logits.stride(1) == 1, f"logits {logits.shape}")
-    check(NAME, {len(t) for t in (temperature, rng_keys, req_slots)} == {len(logits)}, "not one value per sequence")
-    ints = rng_keys.dtype == req_slots.dtype == torch.int32
-    check(NAME, temperature.dtype == torch.float32 and ints, f"{temperature.dtype}, {rng_keys.dtype}")
-
-
 def reduce_argmax(
-    partial_max: torch.Tensor,
-    partial_argmax: torch.Tensor,
-    req_slots: torch.Tensor,
-    last_tokens: torch.Tensor,
-    vocab_size: int,
-    out: torch.Tensor | None = None,
-    *,
-    pdl: bool = False,
-) -> torch.Tensor:
+    partial_max: torch.Tensor, partial_argmax: torch.Tensor, req_slots: torch.Tensor, last_tokens: torch.Tensor,
+    vocab_size: int, out: torch.Tensor | None = None, *, pdl: bool = False,
+) -> torch.Tensor:  # fmt: skip
     """Token ids int32 (S,) from the maxima float32 (S, P) of P parts of the vocabulary, and their ids int32 (S, P)."""
     rows, num_parts = partial_max.shape
     tokens = torch.empty(rows, dtype=torch.int32, device=partial_max.device) if out is None else out

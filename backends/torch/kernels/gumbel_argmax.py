@@ -30,9 +30,10 @@ import torch
 import triton
 import triton.language as tl
 
-from llmrs.backends.torch.kernels.gumbel import INVALID_ID, check_sampling, gumbel, reduce_argmax
-from llmrs.backends.torch.kernels.launch import num_sms
+from llmrs.backends.torch.kernels.gumbel import INVALID_ID, gumbel, reduce_argmax
+from llmrs.backends.torch.kernels.launch import FLOATS, check, num_sms
 
+NAME = "sample_gumbel"
 CHUNK = 1024  # tokens: 32 per thread of a CTA's single warp, which needs no barrier
 CTAS_PER_SM = 16
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -122,21 +123,16 @@ def sample_gumbel_kernel(
 
 
 def sample_gumbel(
-    logits: torch.Tensor,
-    temperature: torch.Tensor,
-    rng_keys: torch.Tensor,
-    req_slots: torch.Tensor,
-    last_tokens: torch.Tensor,
-    thresholds: torch.Tensor | None = None,
-    chunk: int = CHUNK,
-    num_ctas: int = 0,
-    out: torch.Tensor | None = None,
-    *,
-    pdl: bool = False,
-) -> torch.Tensor:
+    logits: torch.Tensor, temperature: torch.Tensor, rng_keys: torch.Tensor, req_slots: torch.Tensor,
+    last_tokens: torch.Tensor, thresholds: torch.Tensor | None = None, chunk: int = CHUNK, num_ctas: int = 0,
+    out: torch.Tensor | None = None, *, pdl: bool = False,
+) -> torch.Tensor:  # fmt: skip
     """Token ids int32 (S,), in `out` if given. `thresholds` int32 (S, 2) are those of `find_thresholds`; `num_ctas`
-    replaces the number that fills the GPU."""
-    check_sampling(logits, temperature, rng_keys, req_slots)
+    replaces the number that fills the GPU. Raises BackendError for unsupported shapes and dtypes."""
+    check(NAME, logits.ndim == 2 and logits.dtype in FLOATS and logits.stride(1) == 1, f"logits {logits.shape}")
+    check(NAME, {len(t) for t in (temperature, rng_keys, req_slots)} == {len(logits)}, "not one value per sequence")
+    ints = rng_keys.dtype == req_slots.dtype == torch.int32
+    check(NAME, temperature.dtype == torch.float32 and ints, f"{temperature.dtype}, {rng_keys.dtype}")
     rows, vocab_size = logits.shape
     chunks, num_ctas = triton.cdiv(vocab_size, chunk), num_ctas or CTAS_PER_SM * num_sms(logits.device)
     span = triton.cdiv(chunks, min(chunks, max(num_ctas // rows, 1))) * chunk

@@ -8,7 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from llmrs.backends.torch.kernels.launch import check
+from llmrs.backends.torch.kernels.launch import KV_DTYPES, check, check_tensors
+from llmrs.backends.torch.kv_fp8 import Scaled, parts
 
 MAX_E4M3 = tl.constexpr(448.0)
 TINY = tl.constexpr(2.0**-100)
@@ -62,8 +63,15 @@ def quantize_and_store(data, scales, a, b, mask, head_mask, HALF: tl.constexpr):
     tl.store(data + HALF, round_to_e4m3(b * inverse).to(data.dtype.element_ty), mask=mask)
 
 
-def check_scales(kernel: str, data: torch.Tensor, scales: torch.Tensor | None) -> None:
-    """Kernels take a scale's offset to be its data's over d. Raises BackendError."""
-    if scales is not None:
-        strides = tuple(n / data.shape[3] for n in data.stride()[:3])
-        check(kernel, scales.dtype == torch.float32 and scales.stride() == strides, f"scales at {scales.stride()}")
+def check_cache(
+    kernel: str, k_cache: torch.Tensor | Scaled, v_cache: torch.Tensor | Scaled
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """K, V and their scales, if any, whose offsets are those of the data over d. Raises BackendError."""
+    (k, k_scales), (v, v_scales) = parts(k_cache), parts(v_cache)
+    for data, scales in ((k, k_scales), (v, v_scales)):
+        if scales is not None:
+            strides = tuple(n / data.shape[3] for n in data.stride()[:3])
+            check(kernel, scales.dtype == torch.float32 and scales.stride() == strides, f"scales at {scales.stride()}")
+    check_tensors(kernel, k, v, dtypes=KV_DTYPES)
+    check(kernel, k.stride() == v.stride(), "k_cache and v_cache differ in strides")
+    return k, v, k_scales, v_scales

@@ -18,6 +18,7 @@ from functools import cache
 
 import torch
 import triton
+import triton.language as tl
 
 from llmrs.core.errors import BackendError
 
@@ -36,6 +37,14 @@ def interpreted() -> bool:
     The interpreter's bfloat16 is silently wrong.
     """
     return not isinstance(_probe, triton.JITFunction)
+
+
+@triton.jit
+def pdl_wait(PDL: tl.constexpr):
+    """With PDL: waits for the writes of all kernels before, then lets the next one start."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 def check(kernel: str, condition: bool, message: str) -> None:

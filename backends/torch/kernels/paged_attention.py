@@ -15,14 +15,15 @@ Bytes moved per tile and KV head: 2 * d * keys elements, nearly all that a decod
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from llmrs.backends.torch.kernels.kv_fp8 import check_scales, fold_v_scales, scale_q_to_fp16
-from llmrs.backends.torch.kernels.launch import KV_DTYPES, check, check_tensors, dot_precision, next_power_of_2
-from llmrs.backends.torch.kv_fp8 import Scaled, parts
+from llmrs.backends.torch.kernels.kv_fp8 import check_cache, fold_v_scales, scale_q_to_fp16
+from llmrs.backends.torch.kernels.launch import check, check_tensors, dot_precision, next_power_of_2, pdl_wait
+from llmrs.backends.torch.kv_fp8 import Scaled
 
 NAME = "paged_attention"
 NEG_INF = tl.constexpr(-1e30)  # a masked score; finite, so that exp2 of differences never meets inf - inf
@@ -124,9 +125,7 @@ def paged_attention_kernel(
 ):  # fmt: skip
     kv_head, tile, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     block_table, q_start, q_len, pos_start = load_tile(block_tables, tiles, tile)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    pdl_wait(PDL)
     if q_len == 0:
         return
     offs_m, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, HEAD_DIM_PAD)
@@ -179,9 +178,7 @@ def combine_splits_kernel(
     head, tile = tl.program_id(0), tl.program_id(1)
     q_start = tl.load(tiles + tile * 4 + 1)
     q_len = tl.load(tiles + tile * 4 + 2)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    pdl_wait(PDL)
     if q_len == 0:
         return
     offs_d = tl.arange(0, HEAD_DIM_PAD)
@@ -219,69 +216,48 @@ def default_config(group: int, head_dim: int, dtype: torch.dtype, *, prefill: bo
 
 
 def paged_attention(
-    q: torch.Tensor,
-    k_cache: torch.Tensor | Scaled,
-    v_cache: torch.Tensor | Scaled,
-    block_tables: torch.Tensor,
-    tiles: torch.Tensor,
-    out: torch.Tensor,
-    *,
-    scale: float,
-    window: int,
-    config: AttnConfig,
-    num_splits: int = 1,
+    q: torch.Tensor, k_cache: torch.Tensor | Scaled, v_cache: torch.Tensor | Scaled, block_tables: torch.Tensor,
+    tiles: torch.Tensor, out: torch.Tensor, *, scale: float, window: int, config: AttnConfig, num_splits: int = 1,
     pdl: bool = False,
-) -> None:
+) -> None:  # fmt: skip
     """Writes the rows of out (T, Hq * d) that `tiles` name.
 
     `num_splits` above 1 needs tiles of one token. Raises BackendError for unsupported shapes and dtypes.
     """
-    (k_cache, k_scales), (v_cache, v_scales) = parts(k_cache), parts(v_cache)
-    (_blocks, block_size, kv_heads, head_dim), heads = k_cache.shape, q.shape[1]
-    group = check_attention(q, k_cache, v_cache, block_tables, tiles, out)
-    check_scales(NAME, k_cache, k_scales)
-    check_scales(NAME, v_cache, v_scales)
+    k_cache, v_cache, *scales = check_cache(NAME, k_cache, v_cache)
+    heads, head_dim = q.shape[1:]
+    launch = check_attention(q, k_cache, block_tables, tiles, out, config, pdl)
     check(NAME, num_splits == 1 or config.q_tokens == 1, "splits of a tile of several tokens")
-    block_m, padded = next_power_of_2(config.q_tokens * next_power_of_2(group), 16), next_power_of_2(head_dim, 16)
-    partial = _partial_results(len(tiles) * heads if num_splits > 1 else 0, num_splits, head_dim, q.device)
-    paged_attention_kernel[(kv_heads, len(tiles), num_splits)](
-        q, k_cache, v_cache, k_scales, v_scales, block_tables, tiles, out, *partial, scale * LOG2E,
+    splits = len(tiles) * heads if num_splits > 1 else 0, num_splits
+    partial = [torch.empty(n, dtype=torch.float32, device=q.device) for n in ((*splits, head_dim), splits, splits)]
+    paged_attention_kernel[(k_cache.shape[2], len(tiles), num_splits)](
+        q, k_cache, v_cache, *scales, block_tables, tiles, out, *partial, scale * LOG2E,
         q.stride(0), q.stride(1), *k_cache.stride()[:3], out.stride(0),
-        GROUP=group, HEAD_DIM=head_dim, HEAD_DIM_PAD=padded, BLOCK_SIZE=block_size, BLOCK_M=block_m,
-        BLOCK_N=config.block_n, NUM_SPLITS=num_splits, WINDOW=window, PREFILL=config.q_tokens > 1,
-        PRECISION=dot_precision(q.dtype), PDL=pdl, num_warps=config.num_warps, num_stages=config.num_stages,
-        launch_pdl=pdl,
+        NUM_SPLITS=num_splits, WINDOW=window, PREFILL=config.q_tokens > 1, PRECISION=dot_precision(q.dtype), **launch,
     )  # fmt: skip
     if num_splits > 1:
         combine_splits_kernel[(heads, len(tiles))](
-            *partial, tiles, out, out.stride(0), HEAD_DIM=head_dim, HEAD_DIM_PAD=padded, NUM_SPLITS=num_splits,
-            PDL=pdl, num_warps=1, launch_pdl=pdl,
+            *partial, tiles, out, out.stride(0), HEAD_DIM=head_dim, HEAD_DIM_PAD=launch["HEAD_DIM_PAD"],
+            NUM_SPLITS=num_splits, PDL=pdl, num_warps=1, launch_pdl=pdl,
         )  # fmt: skip
 
 
 def check_attention(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    tiles: torch.Tensor,
-    out: torch.Tensor,
-) -> int:
-    """Query heads per KV head. Raises BackendError."""
-    tokens, heads, head_dim = q.shape
+    q: torch.Tensor, k_cache: torch.Tensor, block_tables: torch.Tensor, tiles: torch.Tensor, out: torch.Tensor,
+    config: AttnConfig, pdl: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Sizes and launch options of an attention kernel. Raises BackendError."""
+    (tokens, heads, head_dim), (_, block_size, kv_heads, _) = q.shape, k_cache.shape
     check_tensors(NAME, q)
-    check_tensors(NAME, k_cache, v_cache, dtypes=KV_DTYPES)
-    check(NAME, k_cache.stride() == v_cache.stride(), "k_cache and v_cache differ in strides")
-    shapes = k_cache.shape[3] == head_dim <= 256 and heads % k_cache.shape[2] == 0
+    shapes = k_cache.shape[3] == head_dim <= 256 and heads % kv_heads == 0
     check(NAME, shapes, f"q {q.shape}, k_cache {k_cache.shape}")
     out_fits = out.shape == (tokens, heads * head_dim) and out.dtype == q.dtype and out.stride(1) == 1
     check(NAME, out_fits, f"out {out.shape} of {out.dtype}")
     for ints in (block_tables, tiles):
         check(NAME, ints.dtype == torch.int32 and ints.is_contiguous(), "block_tables, tiles: not int32, contiguous")
-    return heads // k_cache.shape[2]
-
-
-def _partial_results(heads: int, num_splits: int, head_dim: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """acc, m and l of each split, float32."""
-    shapes = ((heads, num_splits, head_dim), (heads, num_splits), (heads, num_splits))
-    return tuple(torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes)
+    group = heads // kv_heads
+    return {
+        "GROUP": group, "HEAD_DIM": head_dim, "HEAD_DIM_PAD": next_power_of_2(head_dim, 16), "BLOCK_SIZE": block_size,
+        "BLOCK_M": next_power_of_2(config.q_tokens * next_power_of_2(group), 16), "BLOCK_N": config.block_n, "PDL": pdl,
+        "num_warps": config.num_warps, "num_stages": config.num_stages, "launch_pdl": pdl,
+    }  # fmt: skip

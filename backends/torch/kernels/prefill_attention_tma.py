@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from llmrs.backends.torch.kernels.launch import check, next_power_of_2
+from llmrs.backends.torch.kernels.kv_fp8 import check_cache
+from llmrs.backends.torch.kernels.launch import check, next_power_of_2, pdl_wait
 from llmrs.backends.torch.kernels.paged_attention import (
     LOG2E,
     NEG_INF,
@@ -77,9 +78,7 @@ def prefill_attention_tma_kernel(
 ):  # fmt: skip
     kv_head, tile = tl.program_id(0), tl.program_id(1)
     block_table, q_start, q_len, pos_start = load_tile(block_tables, tiles, tile)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    pdl_wait(PDL)
     if q_len == 0:
         return
     offs_m, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, HEAD_DIM_PAD)
@@ -108,29 +107,19 @@ def prefill_config(group: int, head_dim: int, block_size: int) -> AttnConfig:
 
 
 def prefill_attention_tma(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    tiles: torch.Tensor,
-    out: torch.Tensor,
-    *,
-    scale: float,
-    config: AttnConfig,
-    pdl: bool = False,
-) -> None:
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_tables: torch.Tensor, tiles: torch.Tensor,
+    out: torch.Tensor, *, scale: float, config: AttnConfig, pdl: bool = False,
+) -> None:  # fmt: skip
     """Writes the rows of out (T, Hq * d) that `tiles` name. Raises BackendError for unsupported shapes and dtypes."""
     block_size, kv_heads, head_dim = k_cache.shape[1:]
-    group = check_attention(q, k_cache, v_cache, block_tables, tiles, out)
+    check_cache(NAME, k_cache, v_cache)
+    launch = check_attention(q, k_cache, block_tables, tiles, out, config, pdl)
     compatible = tma_compatible(k_cache, q.dtype) and block_size % config.block_n == 0
     check(NAME, compatible, f"k_cache {k_cache.shape}, {k_cache.stride()}, {config}")
-    block_m, padded = next_power_of_2(config.q_tokens * next_power_of_2(group), 16), next_power_of_2(head_dim, 16)
-    descriptors = (_descriptor(x, config.block_n, padded) for x in (k_cache, v_cache))
+    descriptors = (_descriptor(x, config.block_n, launch["HEAD_DIM_PAD"]) for x in (k_cache, v_cache))
     prefill_attention_tma_kernel[(kv_heads, len(tiles))](
         q, *descriptors, block_tables, tiles, out, scale * LOG2E, q.stride(0), q.stride(1), out.stride(0),
-        k_cache.stride(0) // head_dim, k_cache.stride(2) // head_dim,
-        GROUP=group, HEAD_DIM=head_dim, HEAD_DIM_PAD=padded, BLOCK_SIZE=block_size, BLOCK_M=block_m,
-        BLOCK_N=config.block_n, PDL=pdl, num_warps=config.num_warps, num_stages=config.num_stages, launch_pdl=pdl,
+        k_cache.stride(0) // head_dim, k_cache.stride(2) // head_dim, **launch,
     )  # fmt: skip
 
 

@@ -17,9 +17,9 @@ import torch
 import triton
 import triton.language as tl
 
-from llmrs.backends.torch.kernels.kv_fp8 import check_scales, quantize_and_store
-from llmrs.backends.torch.kernels.launch import KV_DTYPES, check, check_tensors, next_power_of_2
-from llmrs.backends.torch.kv_fp8 import Scaled, parts
+from llmrs.backends.torch.kernels.kv_fp8 import check_cache, quantize_and_store
+from llmrs.backends.torch.kernels.launch import check, check_tensors, next_power_of_2, pdl_wait
+from llmrs.backends.torch.kv_fp8 import Scaled
 
 NAME = "qk_norm_rope_write_kv"
 MANY_TOKENS = 1024  # from here on 16 heads per CTA instead of 4: starting CTAs takes time too
@@ -55,9 +55,7 @@ def qk_norm_rope_write_kv_kernel(
 ):  # fmt: skip
     token, cta = tl.program_id(0).to(tl.int64), tl.program_id(1)
     offs_d, position = tl.arange(0, HALF_PAD), tl.load(positions + token).to(tl.int64)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    pdl_wait(PDL)
     cos_ptrs = cos_sin_cache + position * HALF + offs_d
     cos = tl.load(cos_ptrs, mask=offs_d < HALF, other=0.0)
     sin = tl.load(cos_ptrs + sin_offset, mask=offs_d < HALF, other=0.0)
@@ -97,34 +95,22 @@ def qk_norm_rope_write_kv_kernel(
 
 
 def qk_norm_rope_write_kv(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    norms: tuple[torch.Tensor, torch.Tensor] | None,
-    positions: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    cos_sin_cache: torch.Tensor,
-    k_cache: torch.Tensor | Scaled,
-    v_cache: torch.Tensor | Scaled,
-    *,
-    eps: float = 0.0,
-    offset: float = 0.0,
-    pdl: bool = False,
-) -> torch.Tensor:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, norms: tuple[torch.Tensor, torch.Tensor] | None,
+    positions: torch.Tensor, slot_mapping: torch.Tensor, cos_sin_cache: torch.Tensor, k_cache: torch.Tensor | Scaled,
+    v_cache: torch.Tensor | Scaled, *, eps: float = 0.0, offset: float = 0.0, pdl: bool = False,
+) -> torch.Tensor:  # fmt: skip
     """Rotated q (T, Hq, d); writes k and v to `slot_mapping`. `norms`: weights (d,) of q and k. Raises BackendError."""
     tokens, heads, head_dim = q.shape
     kv_heads, half = k.shape[1], head_dim // 2
-    (k_cache, k_scales), (v_cache, v_scales) = parts(k_cache), parts(v_cache)
-    check_scales(NAME, k_cache, k_scales)
-    check_scales(NAME, v_cache, v_scales)
-    _check(q, k, v, positions, slot_mapping, cos_sin_cache, k_cache, v_cache)
+    k_cache, v_cache, *scales = check_cache(NAME, k_cache, v_cache)
+    _check(q, k, v, positions, slot_mapping, cos_sin_cache, k_cache)
     q_norm, k_norm = norms or (q, q)
     norms_fit = norms is None or q_norm.shape == k_norm.shape == (head_dim,)
     check(NAME, norms_fit, f"norms {q_norm.shape}, {k_norm.shape}")
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     per_cta = min(16 if tokens >= MANY_TOKENS else 4, next_power_of_2(kv_heads))
     qk_norm_rope_write_kv_kernel[(tokens, triton.cdiv(heads, per_cta) + triton.cdiv(kv_heads, per_cta))](
-        q, k, v, q_norm, k_norm, positions, slot_mapping, cos_sin_cache, q_out, k_cache, v_cache, k_scales, v_scales,
+        q, k, v, q_norm, k_norm, positions, slot_mapping, cos_sin_cache, q_out, k_cache, v_cache, *scales,
         float(eps), float(offset), cos_sin_cache.stride(0),
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *k_cache.stride()[:3],
         HQ=heads, HK=kv_heads, HEAD_DIM=head_dim, HALF=half, HALF_PAD=next_power_of_2(half), HEADS_PER_CTA=per_cta,
@@ -136,13 +122,11 @@ def qk_norm_rope_write_kv(
 
 def _check(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, slot_mapping: torch.Tensor,
-    cos_sin_cache: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
+    cos_sin_cache: torch.Tensor, k_cache: torch.Tensor,
 ) -> None:  # fmt: skip
     head_dim = q.shape[2]
     check_tensors(NAME, q)
     check_tensors(NAME, k, v)
-    check_tensors(NAME, k_cache, v_cache, dtypes=KV_DTYPES)
-    check(NAME, k_cache.stride() == v_cache.stride(), "k_cache and v_cache differ in strides")
     check(NAME, q.dtype == k.dtype and head_dim % 2 == 0, f"q is {q.dtype} of {head_dim}, k is {k.dtype}")
     shapes = k_cache.shape[2:] == k.shape[1:] and k.shape[::2] == q.shape[::2]
     check(NAME, shapes, f"k {k.shape}, k_cache {k_cache.shape}")

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from llmrs.backends.torch.kernels.launch import FLOATS, check
+from llmrs.backends.torch.kernels.launch import FLOATS, check, pdl_wait
 
 NAME = "find_thresholds"
 BLOCK_V = 4096
@@ -129,9 +129,7 @@ def find_thresholds_kernel(
     logits, temperature, top_k, top_p, min_p, thresholds, stride_ls, V, BLOCK_V: tl.constexpr, PDL: tl.constexpr
 ):
     s = tl.program_id(0)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    pdl_wait(PDL)
     row_ptr, temp = logits + s.to(tl.int64) * stride_ls, tl.load(temperature + s)
     k, p, least_p = tl.load(top_k + s), tl.load(top_p + s), tl.load(min_p + s)
     k = tl.where((k <= 0) | (k > V), V, k)
@@ -178,15 +176,9 @@ def find_thresholds_kernel(
 
 
 def find_thresholds(
-    logits: torch.Tensor,
-    temperature: torch.Tensor,
-    top_k: torch.Tensor,
-    top_p: torch.Tensor,
-    min_p: torch.Tensor,
-    block_v: int = BLOCK_V,
-    *,
-    pdl: bool = False,
-) -> torch.Tensor:
+    logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor,
+    block_v: int = BLOCK_V, *, pdl: bool = False,
+) -> torch.Tensor:  # fmt: skip
     """int32 (S, 2): thresholds and first dropped tie ids. Raises BackendError for unsupported shapes and dtypes."""
     check(NAME, logits.ndim == 2 and logits.dtype in FLOATS and logits.stride(1) == 1, f"logits {logits.shape}")
     rows, vocab_size = logits.shape
