@@ -8,11 +8,7 @@ import numpy as np
 
 from llmrs.core.errors import ModelError
 
-FORMATS: dict[str, np.dtype[Any]] = {
-    "f32": np.dtype(np.float32),
-    "f16": np.dtype(np.float16),
-    "bf16": np.dtype(np.uint16),
-}
+FORMATS: dict[str, np.dtype[Any]] = {"f32": np.dtype("float32"), "f16": np.dtype("float16"), "bf16": np.dtype("uint16")}
 
 
 @dataclass(frozen=True)

@@ -83,42 +83,24 @@ def architecture(path: Path, data: Mapping[str, Any]) -> str:
 
 # Fields of unsupported features -> values at which they have no effect.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "text_config": (),  # multimodal
-    "transformers_weights": (),  # names the weights file
-    "per_layer_config": (),
-    "partial_rotary_factor": (1, 1.0),
-    "attn_logit_softcapping": (),
-    "final_logit_softcapping": (),
-    "is_causal": (True,),
-    "use_bidirectional_attention": (False,),
-    "attention_chunk_size": (),
+    "text_config": (), "transformers_weights": (),  # multimodal; names the weights file
+    "per_layer_config": (), "attn_logit_softcapping": (), "final_logit_softcapping": (), "attention_chunk_size": (),
     "position_embedding_type": ("rope", "rotary", "absolute"),  # absolute: an unused default in old files
-    "alibi": (False,),
-    "clip_qkv": (),
-    "logits_scaling": (1, 1.0),
-    "logit_scale": (1, 1.0),
-    "embedding_multiplier": (1, 1.0),
-    "residual_multiplier": (1, 1.0),
-    "attention_multiplier": (),
-    "shared_expert_intermediate_size": (0,),
-    "n_shared_experts": (0,),
-    "add_cross_attention": (False,),
-    "is_encoder_decoder": (False,),
-}
+    "is_causal": (True,), "clip_qkv": (), "attention_multiplier": (),
+    **dict.fromkeys(("shared_expert_intermediate_size", "n_shared_experts"), (0,)),
+    **dict.fromkeys(("use_bidirectional_attention", "alibi", "add_cross_attention", "is_encoder_decoder"), (False,)),
+    **dict.fromkeys(("partial_rotary_factor", "logits_scaling", "logit_scale"), (1, 1.0)),
+    **dict.fromkeys(("embedding_multiplier", "residual_multiplier"), (1, 1.0)),
+}  # fmt: skip
 QUANTIZED = ("quantization_config", "quantization", "compression_config")  # "quantization" is MLX's
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 SPELLINGS = {"num_local_experts": "num_experts"}  # transformers 5 -> 4
 LAYER_TYPES = ("full_attention", "sliding_attention")
 # Defaults for all families; a family adds to them and may override them.
 DEFAULTS: dict[str, Any] = {
-    "num_key_value_heads": None,
-    "head_dim": None,
-    "hidden_act": "silu",
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-}
+    "num_key_value_heads": None, "head_dim": None, "hidden_act": "silu", "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False,
+}  # fmt: skip
 # Family-specific fields: ignored in the config of a family without a default for them.
 FAMILY_FIELDS = frozenset(
     "attention_bias attention_output_bias mlp_bias hidden_activation query_pre_attn_scalar rope_local_base_freq"
@@ -154,13 +136,19 @@ def parse(path: Path, data: Mapping[str, Any], defaults: Mapping[str, Any]) -> M
     hidden, heads, layers = r.integer("hidden_size"), r.integer("num_attention_heads"), r.integer("num_hidden_layers")
     if layers > MAX_LAYERS:
         raise r.error("num_hidden_layers", f"a whole number from 1 to {MAX_LAYERS}")
-    head_dim = max(hidden // heads, 1)
-    if r.data["head_dim"] is not None or defaults.get("head_dim") is not None:
-        head_dim = r.integer("head_dim")
+    derived = r.data["head_dim"] is None and defaults.get("head_dim") is None
+    head_dim = max(hidden // heads, 1) if derived else r.integer("head_dim")
     kv_heads = heads if r.data["num_key_value_heads"] is None else r.integer("num_key_value_heads")
     attention_bias = r.boolean("attention_bias", False)
     rope, local_rope = _ropes(r)
-    config = ModelConfig(
+    experts = _experts(r)
+    if heads % kv_heads:
+        raise r.error("num_key_value_heads", f"a divisor of num_attention_heads, {heads}")
+    if head_dim % 2 or head_dim > MAX_HEAD_DIM:
+        raise r.error("head_dim", f"an even number up to {MAX_HEAD_DIM}")
+    if experts is not None and layers * experts.num_experts > MAX_EXPERT_WEIGHTS:
+        raise r.error("num_experts", f"at most {MAX_EXPERT_WEIGHTS // layers} in each of {layers} layers")
+    return ModelConfig(
         architecture=architecture(path, data),
         vocab_size=r.integer("vocab_size"),
         hidden_size=hidden,
@@ -171,8 +159,8 @@ def parse(path: Path, data: Mapping[str, Any], defaults: Mapping[str, Any]) -> M
         norm_eps=r.number("rms_norm_eps"),
         rope=rope,
         local_rope=local_rope,
-        layer_kinds=tuple(map(LayerKind, _windows(r, layers), _moe_layers(r, layers))),
-        experts=_experts(r),
+        layer_kinds=tuple(map(LayerKind, _windows(r, layers), _moe_layers(r, layers, experts))),
+        experts=experts,
         max_position_embeddings=max(r.integer("max_position_embeddings"), _yarn_context(rope)),
         tie_word_embeddings=r.boolean("tie_word_embeddings"),
         attention_bias=attention_bias,
@@ -181,13 +169,6 @@ def parse(path: Path, data: Mapping[str, Any], defaults: Mapping[str, Any]) -> M
         activation=_activation(r),
         attention_scale=r.number("query_pre_attn_scalar", head_dim) ** -0.5,
     )
-    if heads % kv_heads:
-        raise r.error("num_key_value_heads", f"a divisor of num_attention_heads, {heads}")
-    if head_dim % 2 or head_dim > MAX_HEAD_DIM:
-        raise r.error("head_dim", f"an even number up to {MAX_HEAD_DIM}")
-    if config.experts is not None and layers * config.experts.num_experts > MAX_EXPERT_WEIGHTS:
-        raise r.error("num_experts", f"at most {MAX_EXPERT_WEIGHTS // layers} in each of {layers} layers")
-    return config
 
 
 def _with_defaults(data: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -200,14 +181,11 @@ def _with_defaults(data: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict
 
 def _check_supported(r: ConfigReader) -> None:
     for name in QUANTIZED:
-        if (quantization := r.data.get(name)) is not None:
-            given = quantization if isinstance(quantization, dict) else {}
-            method = given.get("quant_method") or given.get("mode")
-            raise ModelError(
-                f"{r.path}: {name} ({method if isinstance(method, str) else 'unknown method'}): "
-                "quantized checkpoints are not supported",
-                "use the checkpoint in bf16, f16 or f32",
-            )
+        if (given := r.data.get(name)) is not None:
+            method = (given.get("quant_method") or given.get("mode")) if isinstance(given, dict) else None
+            shown = f"{name} ({method if isinstance(method, str) else 'unknown method'})"
+            hint = "use the checkpoint in bf16, f16 or f32"
+            raise ModelError(f"{r.path}: {shown}: quantized checkpoints are not supported", hint)
     for name, values in UNSUPPORTED.items():
         r.must_be(name, *values)
 
@@ -245,12 +223,10 @@ def _check_keys(r: ConfigReader, name: str, given: Mapping[str, Any], known: set
 
 def _yarn_context(rope: Rope) -> int:
     """The context length after YaRN, which max_position_embeddings may not include; 0 for other rope types."""
-    original: Any
-    factor: Any
-    original, factor = (rope.scaling.get(n) for n in (ORIGINAL_CONTEXT, "factor"))
-    if rope.scaling["rope_type"] != "yarn" or not all(type(n) in (int, float) for n in (original, factor)):
+    given: list[Any] = [rope.scaling.get(n) for n in (ORIGINAL_CONTEXT, "factor")]
+    if rope.scaling["rope_type"] != "yarn" or not all(type(n) in (int, float) for n in given):
         return 0
-    return int(min(max(original * factor, 0), MAX_INT))
+    return int(min(max(given[0] * given[1], 0), MAX_INT))
 
 
 def _rope(r: ConfigReader, given: Mapping[str, Any], theta: str, original: Any = None) -> Rope:
@@ -295,14 +271,14 @@ def _windows(r: ConfigReader, layers: int) -> list[int]:
     return [window if t == "sliding_attention" else 0 for t in types]
 
 
-def _moe_layers(r: ConfigReader, layers: int) -> list[bool]:
+def _moe_layers(r: ConfigReader, layers: int, experts: Experts | None) -> list[bool]:
     """Whether each layer is MoE."""
     step = r.integer("decoder_sparse_step", 1)
     given = r.data.get("mlp_only_layers")
     if given is not None and (not isinstance(given, list) or not all(type(i) is int for i in given)):
         raise r.error("mlp_only_layers", "a list of whole numbers")
-    dense, is_moe = set(given or ()), _experts(r) is not None
-    return [is_moe and i not in dense and (i + 1) % step == 0 for i in range(layers)]
+    dense = set(given or ())
+    return [experts is not None and i not in dense and (i + 1) % step == 0 for i in range(layers)]
 
 
 def _experts(r: ConfigReader) -> Experts | None:

@@ -8,7 +8,7 @@ from llmrs.models.arch.config import LayerKind, ModelConfig
 from llmrs.models.arch.rope import frequencies
 
 LAYER = "layers.{i}."
-
+MLP = ("gate", "up", "down")
 # Canonical weight name -> Hugging Face name, for families with Llama's naming.
 HF_NAMES = {
     "embed": "model.embed_tokens.weight",
@@ -20,12 +20,9 @@ HF_NAMES = {
     **{f"layers.{{i}}.{n}": f"model.layers.{{i}}.self_attn.{n}_proj.weight" for n in "qkvo"},
     **{f"layers.{{i}}.{n}.bias": f"model.layers.{{i}}.self_attn.{n}_proj.bias" for n in "qkvo"},
     **{f"layers.{{i}}.{n}_norm": f"model.layers.{{i}}.self_attn.{n}_norm.weight" for n in "qk"},
-    **{f"layers.{{i}}.{n}": f"model.layers.{{i}}.mlp.{n}_proj.weight" for n in ("gate", "up", "down")},
-    **{f"layers.{{i}}.{n}.bias": f"model.layers.{{i}}.mlp.{n}_proj.bias" for n in ("gate", "up", "down")},
-    **{
-        f"layers.{{i}}.experts.{{e}}.{n}": f"model.layers.{{i}}.mlp.experts.{{e}}.{n}_proj.weight"
-        for n in ("gate", "up", "down")
-    },
+    **{f"layers.{{i}}.{n}": f"model.layers.{{i}}.mlp.{n}_proj.weight" for n in MLP},
+    **{f"layers.{{i}}.{n}.bias": f"model.layers.{{i}}.mlp.{n}_proj.bias" for n in MLP},
+    **{f"layers.{{i}}.experts.{{e}}.{n}": f"model.layers.{{i}}.mlp.experts.{{e}}.{n}_proj.weight" for n in MLP},
 }
 
 
@@ -51,16 +48,9 @@ def norm(b: Builder, x: Value, name: str, eps: float, to: str, offset: float = 0
 
 
 def attention(
-    b: Builder,
-    c: ModelConfig,
-    kind: LayerKind,
-    x: Value,
-    positions: Value,
-    kv: Value,
-    *,
-    qk_norm: bool,
-    norm_offset: float = 0.0,
-) -> tuple[Value, Value]:
+    b: Builder, c: ModelConfig, kind: LayerKind, x: Value, positions: Value, kv: Value,
+    *, qk_norm: bool, norm_offset: float = 0.0,
+) -> tuple[Value, Value]:  # fmt: skip
     """GQA with RoPE. Weights q, k, v, o; with `qk_norm` also q_norm and k_norm, over each head."""
     widths = {"q": c.num_heads, "k": c.num_kv_heads, "v": c.num_kv_heads}
     q, k, v = (linear(b, x, n, w * c.head_dim, bias=c.attention_bias) for n, w in widths.items())
@@ -86,14 +76,10 @@ def moe_mlp(b: Builder, c: ModelConfig, x: Value) -> Value:
     """The gated MLP of each token's top-k experts, weighted by the router."""
     e = c.experts
     assert e is not None, "MoE layer without experts"
-    sizes = {
-        "gate": (e.intermediate_size, c.hidden_size),
-        "up": (e.intermediate_size, c.hidden_size),
-        "down": (c.hidden_size, e.intermediate_size),
-    }
+    up, down = (e.intermediate_size, c.hidden_size), (c.hidden_size, e.intermediate_size)
     stacks = [
         Weight(tuple(Segment(f"{LAYER}experts.{n}.{name}", rows) for n in range(e.num_experts)), (columns,))
-        for name, (rows, columns) in sizes.items()
+        for name, (rows, columns) in zip(MLP, (up, up, down), strict=True)
     ]
     router = matrix(LAYER + "router", e.num_experts, c.hidden_size)
     return b("moe", x, router, *stacks, top_k=e.num_experts_per_tok, norm_topk_prob=e.norm_topk_prob, to="y")
@@ -112,17 +98,13 @@ def pre_norm_layer(c: ModelConfig, kind: LayerKind, name: str, *, qk_norm: bool)
     y, kv = attention(b, c, kind, n, positions, kv, qk_norm=qk_norm)
     x = b("add", x, y, to="x")
     n = norm(b, x, LAYER + "mlp_norm", c.norm_eps, to="n")
-    x = b("add", x, moe_mlp(b, c, n) if kind.is_moe else gated_mlp(b, c, n), to="x")
-    return b.done(x, kv)
+    return b.done(b("add", x, moe_mlp(b, c, n) if kind.is_moe else gated_mlp(b, c, n), to="x"), kv)
 
 
 def decoder(
-    c: ModelConfig,
-    layer_of: Callable[[LayerKind, str], Function],
-    *,
-    embedding_scale: float = 1.0,
-    norm_offset: float = 0.0,
-) -> Graph:
+    c: ModelConfig, layer_of: Callable[[LayerKind, str], Function],
+    *, embedding_scale: float = 1.0, norm_offset: float = 0.0,
+) -> Graph:  # fmt: skip
     """The whole model: embed, layers, final_norm, and lm_head (or the tied embed) on the logits rows.
 
     `layer_of(kind, name)` builds the function of a layer kind.
@@ -139,8 +121,7 @@ def decoder(
         x = b("mul_scalar", x, by=embedding_scale, to="x")
     for i, kind in enumerate(c.layer_kinds):
         x, kv[i] = b.call(functions[kind], i, x, positions, kv[i])
-    last = b("gather_logits_rows", x, to="x")
-    last = norm(b, last, "final_norm", c.norm_eps, to="n", offset=norm_offset)
+    last = norm(b, b("gather_logits_rows", x, to="x"), "final_norm", c.norm_eps, to="n", offset=norm_offset)
     head = table if c.tie_word_embeddings else matrix("lm_head", c.vocab_size, c.hidden_size)
-    logits = b("lm_head", last, head, to="logits")
-    return Graph(c.name, {f.name: f for f in functions.values()}, b.done(logits, *kv))
+    main = b.done(b("lm_head", last, head, to="logits"), *kv)
+    return Graph(c.name, {f.name: f for f in functions.values()}, main)

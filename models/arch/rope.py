@@ -37,16 +37,12 @@ def _scaled(rope: Rope, c: ModelConfig) -> RopeFrequencies:
         return RopeFrequencies(f"{label}, llama3", _llama3(values, r))
     if kind == "yarn":
         return _yarn(label, values, r, rope.theta, c)
-    raise ModelError(
-        f"rope_type {short_repr(kind)} is not implemented", "default, linear, dynamic, llama3 and yarn are"
-    )
+    hint = "default, linear, dynamic, llama3 and yarn are"
+    raise ModelError(f"rope_type {short_repr(kind)} is not implemented", hint)
 
 
 def _llama3(values: list[float], r: ConfigReader) -> tuple[float, ...]:
-    """Llama 3.1: keeps high frequencies, divides low ones by `factor`, interpolates in between.
-
-    Source: transformers' documentation of rope_type "llama3".
-    """
+    """Llama 3.1 (transformers' docs): keeps high frequencies, divides low ones by `factor`, interpolates in between."""
     factor, low, high = (r.number(n) for n in ("factor", "low_freq_factor", "high_freq_factor"))
     if high <= low:
         raise ModelError(f"rope scaling: high_freq_factor {high:g} is not above low_freq_factor", HINT)

@@ -9,12 +9,9 @@ from llmrs.models.files.json_reader import ConfigReader, read_json, short_repr
 from llmrs.models.files.untrusted import COMPLETE
 
 BOUNDS = {
-    "temperature": (0.0, 100.0),
-    "top_p": (0.0, 1.0),
-    "min_p": (0.0, 1.0),
-    "top_k": (0, 2**31 - 1),
+    "temperature": (0.0, 100.0), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0), "top_k": (0, 2**31 - 1),
     "repetition_penalty": (0.01, 100.0),
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -38,9 +35,8 @@ def read_generation(folder: Path, vocab_size: int, tokenizer_eos: tuple[int, ...
     ids = tuple(i for i in given if 0 <= i < vocab_size)
     if given and not ids:
         source = path if path.exists() and data.get("eos_token_id") is not None else main
-        raise ModelError(
-            f"{source}: eos_token_id is {short_repr(next(iter(given)))}; ids are 0 to {vocab_size - 1}", COMPLETE
-        )
+        shown = short_repr(next(iter(given)))
+        raise ModelError(f"{source}: eos_token_id is {shown}; ids are 0 to {vocab_size - 1}", COMPLETE)
     if not ids:
         raise ModelError(f"{folder} names no end-of-sequence token", "set eos_token_id in generation_config.json")
     sampling = {n: _value(path, data, n) for n in BOUNDS if data.get(n) is not None}

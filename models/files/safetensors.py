@@ -61,10 +61,8 @@ class SafetensorsSource:
             with np.errstate(over="ignore"):  # to infinity, as in torch
                 return Tensor("f32", t.shape, self._view(t, np.dtype(np.float64)).astype(np.float32))
         if t.dtype not in DTYPES:
-            raise ModelError(
-                f"{t.file.path.name}: {name} has the type {t.dtype}, which is not supported",
-                f"use a checkpoint in one of {', '.join((*DTYPES, F64))}",
-            )
+            hint = f"use a checkpoint in one of {', '.join((*DTYPES, F64))}"
+            raise ModelError(f"{t.file.path.name}: {name} has the type {t.dtype}, which is not supported", hint)
         return Tensor(DTYPES[t.dtype], t.shape, self._view(t, FORMATS[DTYPES[t.dtype]]))
 
     def close(self) -> None:
@@ -114,9 +112,8 @@ class File:
                 # copy-on-write: torch warns about read-only arrays
                 self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except (OSError, ValueError, SafetensorError) as error:
-            raise ModelError(
-                f"{path} can't be read: {error_text(error) if size else 'it is empty'}", TRUNCATED
-            ) from error
+            reason = error_text(error) if size else "it is empty"
+            raise ModelError(f"{path} can't be read: {reason}", TRUNCATED) from error
         self.start = 8 + int.from_bytes(self.data[:8], "little")
         if self.start > JSON_LIMIT:
             raise ModelError(f"{path}: its header has {self.start - 8} bytes, over {JSON_LIMIT}", TRUNCATED)
@@ -147,8 +144,6 @@ def _single(folder: Path) -> Path:
         raise ModelError(f"{folder} holds {len(files)} safetensors files and no {INDEX}", f"add its {INDEX}")
     pickles = sorted(p.name for pattern in PICKLES for p in folder.glob(pattern))
     if pickles:
-        raise ModelError(
-            f"{folder} holds weights only as {pickles[0]}, a pickle, which is not loaded: it can run any program",
-            "use the model's safetensors files, or convert them where you trust them",
-        )
+        problem = f"{folder} holds weights only as {pickles[0]}, a pickle, which is not loaded: it can run any program"
+        raise ModelError(problem, "use the model's safetensors files, or convert them where you trust them")
     raise ModelError(f"{folder} holds no weights", f"it should hold {SINGLE}")

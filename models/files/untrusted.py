@@ -23,7 +23,10 @@ def inside(folder: Path, name: str) -> Path:
         roots = [root, *(b.resolve() for b in _blobs(root))]
     except (OSError, RuntimeError, ValueError) as error:  # a link loop, an invalid name
         raise ModelError(f"{folder}: {name[:100]!r} can't be the name of a file: {error}", COMPLETE) from error
-    if not any(path.is_relative_to(r) for r in roots) and not (_is_local(name) and _same_file(path, name)):
+    given = Path(name)
+    local = not given.is_absolute() and not given.drive and ".." not in given.parts  # links aside
+    same_file = path.name == given.name or "blobs" in path.parts or HASH.search(path.name) is not None
+    if not any(path.is_relative_to(r) for r in roots) and not (local and same_file):
         raise ModelError(f"{folder}: {name[:100]!r} leads out of the folder", "copy the file into the folder")
     return folder / name
 
@@ -32,17 +35,6 @@ def _blobs(root: Path) -> list[Path]:
     """The blob folders of a Hugging Face cache snapshot (or a folder in one); they may link to another disk."""
     snapshot = next((p for p in (root, root.parent) if p.parent.name == "snapshots"), None)
     return [snapshot.parents[1] / "blobs", snapshot.parents[2] / "blobs"] if snapshot else []
-
-
-def _is_local(name: str) -> bool:
-    """Whether the name itself, links aside, stays in the folder."""
-    path = Path(name)
-    return not path.is_absolute() and not path.drive and ".." not in path.parts
-
-
-def _same_file(path: Path, name: str) -> bool:
-    """Whether a link target has the same name, or is a blob (named by hash)."""
-    return path.name == Path(name).name or "blobs" in path.parts or HASH.search(path.name) is not None
 
 
 def regular_size(path: Path) -> int:

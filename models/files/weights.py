@@ -38,10 +38,8 @@ class Weights(Mapping[str, Tensor]):
                 raise ModelError(f"the checkpoint {problem} {', '.join(sorted(tensors)[:3])}{more}", HINT)
         self.names = {canonical: stored[name] for canonical, name in expected.items()}
         for canonical, name in self.names.items():
-            if source.shape(name) != shapes[canonical]:
-                raise ModelError(
-                    f"{name} has the shape {source.shape(name)}; the config asks for {shapes[canonical]}", HINT
-                )
+            if (shape := source.shape(name)) != shapes[canonical]:
+                raise ModelError(f"{name} has the shape {shape}; the config asks for {shapes[canonical]}", HINT)
 
     def __getitem__(self, canonical: str) -> Tensor:
         return self.source.tensor(self.names[canonical])

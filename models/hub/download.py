@@ -9,14 +9,13 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llmrs.core.errors import ModelError
 
-CHUNK = 2**20  # bytes hashed at a time
 RETRIES, PAUSE = 3, 1.0  # consecutive failures without new bytes; seconds in between
 TIMEOUT = 15.0  # seconds without data
 RANGE_NOT_SATISFIABLE = 416
@@ -102,21 +101,16 @@ def _stream(file: RemoteFile, part: Path, start: int, report: Report) -> None:
                 response.read()  # for the error message
             hf_raise_for_status(response)
             resumed = response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
-            # no fixed chunk size: a broken connection would lose the last chunk
-            _append(response.iter_bytes(), file, part, "ab" if start and resumed else "wb", report)
+            with part.open("ab" if start and resumed else "wb") as out:
+                for chunk in response.iter_bytes():  # of any size: a broken connection would lose the last chunk
+                    out.write(chunk)
+                    report(min(out.tell(), file.size))
+                    if out.tell() > file.size:
+                        return  # longer than listed: fails the check
     except HfHubHTTPError:
         raise
     except http_error() as error:
         raise ConnectionBroken(str(error) or type(error).__name__) from error
-
-
-def _append(chunks: Iterator[bytes], file: RemoteFile, part: Path, mode: str, report: Report) -> None:
-    with part.open(mode) as out:
-        for chunk in chunks:
-            out.write(chunk)
-            report(min(out.tell(), file.size))
-            if out.tell() > file.size:
-                return  # longer than listed: fails the check
 
 
 def http_error() -> Any:
@@ -143,9 +137,7 @@ def _hash(path: Path, file: RemoteFile) -> str:
     """The hash, of the kind that the Hub lists for the file."""
     digest = hashlib.sha256() if len(file.hash) == 64 else hashlib.sha1(b"blob %d\0" % file.size)
     with path.open("rb") as data:
-        while chunk := data.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(data, lambda: digest).hexdigest()
 
 
 def _link(pointer: Path, blob: Path) -> None:

@@ -24,8 +24,7 @@ def explained(name: str, revision: str | None, endpoint: str) -> Iterator[None]:
     except http_error() as error:
         raise ModelError(f"{endpoint} can't be reached: {str(error) or type(error).__name__}", OFFLINE_HINT) from error
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        what = "the disk is full" if full else str(error)
+        what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
         raise ModelError(f"{name} can't be stored: {what}", f"{DISK_HINT}; {AGAIN}") from error
 
 
@@ -39,14 +38,11 @@ def _refused(error: Exception, name: str, revision: str | None, endpoint: str) -
     if isinstance(error, RevisionNotFoundError):
         return ModelError(f"{name} has no revision {revision!r}", f"{endpoint}/{name}/tree/main lists them")
     if isinstance(error, RepositoryNotFoundError):
-        return ModelError(
-            f"there is no model {name} at {endpoint}, or it is private",
-            f"check the spelling; for a private one {TOKEN_HINT}; or give an existing folder",
-        )
+        hint = f"check the spelling; for a private one {TOKEN_HINT}; or give an existing folder"
+        return ModelError(f"there is no model {name} at {endpoint}, or it is private", hint)
     if status in (401, 403):
-        return ModelError(
-            f"{endpoint} refuses access to {name} (HTTP status {status})", f"check the token: {TOKEN_HINT}"
-        )
+        hint = f"check the token: {TOKEN_HINT}"
+        return ModelError(f"{endpoint} refuses access to {name} (HTTP status {status})", hint)
     if status == 429:
         return ModelError(f"{endpoint} asks for fewer requests (HTTP status 429)", f"wait a while; {TOKEN_HINT}")
     return ModelError(f"{endpoint} answered for {name} with HTTP status {status}", AGAIN)

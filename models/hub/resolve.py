@@ -11,13 +11,9 @@ BUNDLED = {"demo": demo.FILES}
 
 
 def resolve_model(
-    name: str,
-    revision: str | None = None,
-    *,
-    offline: bool = False,
-    weights: bool = True,
+    name: str, revision: str | None = None, *, offline: bool = False, weights: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Path:
+) -> Path:  # fmt: skip
     """The folder of a model. Missing files of a Hugging Face id are downloaded, without `weights` only config.json.
 
     `progress` receives bytes done and total bytes. Raises ModelError.
@@ -37,10 +33,8 @@ def _folder(name: str, path: Path) -> Path:
     if path.is_file():
         raise ModelError(f"{name} is a file", f"give the folder that holds it: {path.parent}")
     if not path.is_dir():
-        raise ModelError(
-            f"there is no model {name!r} here",
-            did_you_mean(name, BUNDLED) + "; or give a folder, or a Hugging Face id: owner/name",
-        )
+        hint = did_you_mean(name, BUNDLED) + "; or give a folder, or a Hugging Face id: owner/name"
+        raise ModelError(f"there is no model {name!r} here", hint)
     if not (path / "config.json").exists():
         raise ModelError(f"{name} holds no config.json", "give a model folder as Hugging Face's libraries write it")
     return path

@@ -60,15 +60,6 @@ def cache_folder() -> Path:
     return Path(constants.HF_HUB_CACHE).expanduser()
 
 
-def cached_snapshot(repository: Path, revision: str | None) -> Path | None:
-    """The snapshot folder of a revision, if cached."""
-    revision = revision or "main"
-    reference = repository / "refs" / revision
-    commit = reference.read_text("utf-8").strip() if reference.is_file() else revision
-    folder = repository / "snapshots" / commit
-    return folder if COMMIT.fullmatch(commit) and folder.is_dir() else None
-
-
 class Download:
     """The files of one repository at one commit."""
 
@@ -83,10 +74,12 @@ class Download:
         _write_ref(repository, revision or "main", commit)
 
     def get(self, names: list[str], progress: Progress = lambda done, total: None) -> None:
-        """Downloads these files, in this order, unless cached."""
+        """Downloads these files, in this order, unless cached. Raises ModelError if the disk has too little space."""
         files = [self.files[name] for name in names]
         total, before = sum(f.size for f in files), 0
-        self._check_disk(files)
+        missing = sum(bytes_missing(f, self.repository, self.snapshot) for f in files)
+        if missing > (free := shutil.disk_usage(self.snapshot).free):
+            raise ModelError(f"{self.name} needs {missing:,} more bytes on the disk, and {free:,} are free", DISK_HINT)
         for file in files:
             fetch(file, self.repository, self.snapshot, lambda done: progress(before + done, total))  # noqa: B023  (called at once)
             before += file.size
@@ -97,22 +90,13 @@ class Download:
             return [SINGLE]
         if INDEX not in self.files:
             others = ", ".join(sorted(n for n in self.files if n.endswith((".bin", ".gguf", ".pt", ".pth")))[:3])
-            raise ModelError(
-                f"{self.name} holds no {SINGLE}" + (f", only {others}" if others else ""),
-                "give the id of a model with safetensors weights",
-            )
+            problem = f"{self.name} holds no {SINGLE}" + (f", only {others}" if others else "")
+            raise ModelError(problem, "give the id of a model with safetensors weights")
         self.get([INDEX])
         shards = shard_names(self.snapshot)
         for missing in (s for s in shards if s not in self.files):
             raise ModelError(f"{self.name} lacks {missing}, which its index names", BROKEN)
         return [INDEX, *shards]
-
-    def _check_disk(self, files: list[RemoteFile]) -> None:
-        """Raises ModelError if the disk has too little space for the missing files."""
-        missing = sum(bytes_missing(f, self.repository, self.snapshot) for f in files)
-        free = shutil.disk_usage(self.snapshot).free
-        if missing > free:
-            raise ModelError(f"{self.name} needs {missing:,} more bytes on the disk, and {free:,} are free", DISK_HINT)
 
 
 def shard_names(folder: Path) -> list[str]:
@@ -135,10 +119,13 @@ def _check_form(name: str, revision: str | None) -> None:
 
 
 def _cached(name: str, repository: Path, revision: str | None, weights: bool) -> Path:
-    folder = cached_snapshot(repository, revision)
+    """The snapshot folder of a revision in the cache. Raises ModelError if it lacks needed files."""
+    reference = repository / "refs" / (revision or "main")
+    commit = reference.read_text("utf-8").strip() if reference.is_file() else revision or "main"
+    folder = repository / "snapshots" / commit
     label = name if revision is None else f"{name} at {revision}"
     hint = "download it once without offline and HF_HUB_OFFLINE, or give a folder"
-    if folder is None:
+    if not COMMIT.fullmatch(commit) or not folder.is_dir():
         raise ModelError(f"{label} is not in the Hugging Face cache, and offline nothing is downloaded", hint)
     needed = [CONFIG]
     if weights:

@@ -14,6 +14,7 @@ MAX_CHARS, CHARS_PER_VALUE = 16_000_000, 16  # size limit of a conversation, in 
 MAX_INT_BITS = 1024
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one field
 TEXT_FIELDS = ("role", "tool_call_id", "name", *REASONING)
+TOOL_FORM = '{"type": "function", "function": {"name": ..., "description": ..., "parameters": ...}}'
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,11 @@ def conversation(
     """
     copy = _JsonCopy()
     copied = [copy(message_fields(m, n), f"message {n}") for n, m in enumerate(messages)]
-    functions = None if tools is None else [copy(_checked_tool(t, n), f"tool {n}") for n, t in enumerate(tools)]
+    tools = None if tools is None else list(tools)
+    for n, tool in enumerate(tools or ()):
+        if not isinstance(tool, Mapping):
+            raise RequestError(f"tool {n} is a {type(tool).__name__}", f"describe it: {TOOL_FORM}")
+    functions = None if tools is None else [copy(t, f"tool {n}") for n, t in enumerate(tools)]
     given = {name: copy(value, name) for name, value in variables.items()}
     if continue_final_message and add_generation_prompt:
         raise RequestError("continue_final_message and add_generation_prompt exclude each other", "give one of them")
@@ -126,15 +131,6 @@ def _with_text(message: dict[str, Any]) -> dict[str, Any]:
     if isinstance(content, list):
         return {**message, "content": "".join(part["text"] for part in content)}
     return message if content is not None else {k: v for k, v in message.items() if k != "content"}
-
-
-def _checked_tool(tool: Any, number: int) -> Mapping[str, Any]:
-    if not isinstance(tool, Mapping):
-        raise RequestError(
-            f"tool {number} is a {type(tool).__name__}",
-            'describe it: {"type": "function", "function": {"name": ..., "description": ..., "parameters": ...}}',
-        )
-    return tool
 
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:

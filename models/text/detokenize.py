@@ -19,13 +19,9 @@ class Detokenizer:
     """
 
     def __init__(
-        self,
-        tokenizer: Tokenizer,
-        stop_strings: tuple[str, ...] = (),
-        min_tokens: int = 0,
-        *,
-        skip_special_tokens: bool = True,
-    ) -> None:
+        self, tokenizer: Tokenizer, stop_strings: tuple[str, ...] = (), min_tokens: int = 0,
+        *, skip_special_tokens: bool = True,
+    ) -> None:  # fmt: skip
         self._pieces, self._all_pieces = tokenizer.pieces(skip_special_tokens), tokenizer.pieces(False)
         self._skipped: Container[int] = tokenizer.special_ids if skip_special_tokens else ()
         self._errors = tokenizer.errors
@@ -52,8 +48,7 @@ class Detokenizer:
 
     def flush(self) -> str:
         """The remaining text, at the end of the answer."""
-        text = self._pending.decode(errors=self._errors)
-        self._pending = b""
+        text, self._pending = self._pending.decode(errors=self._errors), b""
         if self._stop is None:
             return text
         return self._stop.add(text, early=self._min_tokens >= 0) + self._stop.flush()
@@ -96,14 +91,8 @@ class StopStrings:
 
     def _match(self) -> int | None:
         """Where the first complete stop string begins."""
-        text, matches = self._pending, []
-        for stop in self.stop_strings:
-            at = text.find(stop, max(0, self._early - len(stop) + 1))
-            if at >= 0:
-                matches.append((at + len(stop), at, stop))
-        if not matches:
-            return None
-        _, begin, self.matched = min(matches)
+        found = ((self._pending.find(s, max(0, self._early - len(s) + 1)), s) for s in self.stop_strings)
+        _, begin, self.matched = min(((at + len(s), at, s) for at, s in found if at >= 0), default=(0, None, None))
         return begin
 
     def _take(self, end: int) -> str:
@@ -112,12 +101,9 @@ class StopStrings:
         self._early = max(0, self._early - end)
         if not self._skipped:
             return text
-        spans, kept, at = self._skipped, [], 0
-        for a, b in spans:
-            kept.append(text[at:a])
-            at = b
-        self._skipped = [(max(0, a - end), b - end) for a, b in spans if b > end]
-        return "".join([*kept, text[at:]])
+        starts, ends = zip(*self._skipped, strict=True)
+        self._skipped = [(max(0, a - end), b - end) for a, b in self._skipped if b > end]
+        return "".join(text[a:b] for a, b in zip((0, *ends), (*starts, None), strict=True))
 
 
 def _overlap(text: str, stop: str) -> int:

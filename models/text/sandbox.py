@@ -135,13 +135,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return text % values
 
     def _tojson(
-        self,
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: int | str | None = None,
-        separators: Any = None,
+        self, value: Any, ensure_ascii: bool = False, indent: int | str | None = None, separators: Any = None,
         sort_keys: bool = False,
-    ) -> str:
+    ) -> str:  # fmt: skip
         """JSON without HTML escapes, as in transformers."""
         if self._total_size([indent, separators]) > MAX_INDENT or (isinstance(indent, int) and indent > MAX_INDENT):
             raise BudgetExceeded("it writes JSON too widely")
@@ -178,14 +174,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if name in SIZE_ARGS:
             keyword, largest = SIZE_ARGS[name]
             size = kwargs.get(keyword, args[1] if len(args) > 1 else 0)
-            self._check_size(name, size if isinstance(size, int) else _size(size), largest, args[0])
-
-    def _check_size(self, name: str, size: int, largest: int, value: Any) -> None:
-        """Raises BudgetExceeded for a large size. Charges an indentation for every line."""
-        if abs(size) > largest:
-            raise BudgetExceeded(f"it gives {name} a size over {largest}")
-        if name == "indent" and isinstance(value, str):
-            self.charge(len(value.splitlines()) * abs(size))
+            size = abs(size if isinstance(size, int) else _size(size))
+            if size > largest:
+                raise BudgetExceeded(f"it gives {name} a size over {largest}")
+            if name == "indent" and isinstance(args[0], str):
+                self.charge(len(args[0].splitlines()) * size)
 
     def _charged(self, value: Any) -> Any:
         if isinstance(value, int) and value.bit_length() > MAX_INT_BITS:
@@ -209,8 +202,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return self._total_size(left) + self._total_size(right)
 
     def _int_cost(self, operator: str, left: int, right: int) -> int:
-        bits = left.bit_length() + right.bit_length()
-        bits = left.bit_length() * abs(right) if operator == "**" else bits
+        bits = left.bit_length() * abs(right) if operator == "**" else left.bit_length() + right.bit_length()
         if bits > 2 * MAX_INT_BITS or (bits > MAX_INT_BITS and operator in ("*", "**")):
             raise BudgetExceeded("it makes a number that is too large")
         return STEP_COST + bits // 3
