@@ -6,7 +6,8 @@ alone. Letters: T tokens, H query heads, Hk KV heads, d head_dim; s sequences of
 A KV slot has an entry of d elements per KV head, so that keys are gathered directly as (s, Hk, L, d).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -20,28 +21,21 @@ ArrayKey = tuple[Any, ...]  # a name and numbers
 CosSin = tuple[mx.array, mx.array]  # float32 (T, 1, d): [cos, cos] and [-sin, sin]
 
 
+@dataclass
 class KV:
-    """KV cache of one layer: keys and values (blocks * block_size * heads, d).
+    """KV cache of one layer: keys and values (blocks * block_size * heads, d), arrays or `kv_fp8.QuantizedKV`.
 
     A write replaces the arrays; MLX does it in place if nothing else holds the old ones.
     """
 
-    def __init__(self, keys: mx.array, values: mx.array, heads: int) -> None:
-        """`keys` and `values`: arrays, or `kv_fp8.QuantizedKV`."""
-        self.keys, self.values, self.heads = keys, values, heads
+    keys: Any
+    values: Any
+    heads: int
 
     def write(self, slots: mx.array, k: mx.array, v: mx.array) -> None:
         """k, v (T, Hk, d) to the entries `slots` (T, Hk)."""
         self.keys[slots] = k
         self.values[slots] = v
-
-    def arrays(self) -> list[mx.array]:
-        return [self.keys, self.values]
-
-    def replace(self, arrays: Iterator[mx.array]) -> "KV":
-        """Takes its arrays from the iterator."""
-        self.keys, self.values = next(arrays), next(arrays)
-        return self
 
 
 class LazyArrays:
@@ -154,67 +148,41 @@ class Context(LazyArrays):
         """The longest context, rounded up to `key_bucket`."""
         return round_up(int(self.batch.seq_lens.max()), self.key_bucket)
 
-    def slot_mapping(self, num_kv_heads: int) -> mx.array:
-        """int32 (T, num_kv_heads): KV entries of each token's slot."""
-        return self.array("slot_mapping", num_kv_heads)
-
-    @property
-    def logits_indices(self) -> mx.array:
-        """int32 (R,)"""
-        return self.array("logits_indices")
-
-    @property
-    def block_tables(self) -> mx.array:
-        """int32 (S, B)"""
-        return self.array("block_tables")
-
-    @property
-    def token_to_seq(self) -> mx.array:
-        """int32 (T,): sequence of each token."""
-        return self.array("token_to_seq")
-
-    @property
-    def context_lens(self) -> mx.array:
-        """int32 (T,): positions of its sequence that a token attends to."""
-        return self.array("context_lens")
-
-    def make_slot_mapping(self, num_kv_heads: int) -> np.ndarray:
+    def make_slot_mapping(self, num_kv_heads: int) -> np.ndarray:  # int32 (T, num_kv_heads): KV entries of the slots
         b, size = self.batch, self.block_size
         slots = b.block_tables[self.make_token_to_seq(), b.positions // size] * size + b.positions % size
         return slots[:, None] * num_kv_heads + np.arange(num_kv_heads, dtype=np.int32)
 
-    def make_logits_indices(self) -> np.ndarray:
+    def make_logits_indices(self) -> np.ndarray:  # int32 (R,)
         return self.batch.logits_indices
 
-    def make_block_tables(self) -> np.ndarray:
+    def make_block_tables(self) -> np.ndarray:  # int32 (S, B)
         columns = -(-self.max_seq_len // self.block_size)
         tables = self.batch.block_tables[:, :columns]
         return np.pad(tables, [(0, 0), (0, columns - tables.shape[1])])
 
-    def make_token_to_seq(self) -> np.ndarray:
+    def make_token_to_seq(self) -> np.ndarray:  # int32 (T,): sequence of each token
         return np.repeat(np.arange(len(self.query_lens), dtype=np.int32), self.query_lens)
 
-    def make_context_lens(self) -> np.ndarray:
+    def make_context_lens(self) -> np.ndarray:  # int32 (T,): positions of its sequence that a token attends to
         return self.batch.positions + 1
 
-    def make_batch_order(self) -> np.ndarray:
-        """int32 (T,): index of each token of the batch among the groups' tokens."""
+    def make_batch_order(self) -> np.ndarray:  # int32 (T,): index of each token among the groups' tokens
         return np.argsort(np.concatenate([g.tokens for g in self.groups])).astype(np.int32)
 
     def cos_sin(self, frequencies: RopeFrequencies, positions: mx.array) -> CosSin:
         """The step's rotation, shared by all layers with these frequencies."""
         key = id(frequencies)  # the graph holds it; hashing the values would be slow
         if key not in self._cos_sin:
-            cos, sin = _cos_sin(frequencies, positions)
+            angles = positions[:, None, None] * mx.array(np.array(frequencies.values, np.float32))
+            cos, sin = mx.cos(angles), mx.sin(angles)
+            if frequencies.scale != 1:
+                cos, sin = cos * frequencies.scale, sin * frequencies.scale
             self._cos_sin[key] = mx.concatenate([cos, cos], axis=-1), mx.concatenate([-sin, sin], axis=-1)
         return self._cos_sin[key]
 
 
-def _cos_sin(frequencies: RopeFrequencies, positions: mx.array) -> CosSin:
-    """float32 (T, 1, d/2) each, times the frequencies' scale."""
-    angles = positions[:, None, None] * mx.array(np.array(frequencies.values, np.float32))
-    cos, sin = mx.cos(angles), mx.sin(angles)
-    return (cos, sin) if frequencies.scale == 1 else (cos * frequencies.scale, sin * frequencies.scale)
+Attention = Callable[[AttnGroup, mx.array, KV, float, int], mx.array]
 
 
 def decode_attention(g: AttnGroup, q: mx.array, kv: KV, scale: float, window: int) -> mx.array:
@@ -249,9 +217,7 @@ def _gather_kv(g: AttnGroup, q: mx.array, kv: KV, window: int) -> tuple[mx.array
     return (k, v) if k.dtype == q.dtype else (k.astype(q.dtype), v.astype(q.dtype))
 
 
-def attend(
-    c: Context, q: mx.array, kv: KV, scale: float, window: int, decode: Callable[..., mx.array] = decode_attention
-) -> mx.array:
+def attend(c: Context, q: mx.array, kv: KV, scale: float, window: int, decode: Attention) -> mx.array:
     """q (T, H, d) -> (T, H * d)."""
 
     def run(g: AttnGroup, q: mx.array) -> mx.array:

@@ -68,7 +68,7 @@ class MlxBackend(Backend):
         if device not in self.devices():
             raise BackendError(f"device {device!r} is not available: MLX has no Metal here", "device: cpu")
         self.mx_dtype = DTYPES[dtype]
-        self.rules, self.sampler, self.use_compile = ops.COMMON, sample, False
+        self.ops_table, self.sampler, self.use_compile = ops.COMMON, sample, False
         if device == "gpu" and mx.metal.is_available():
             self.use_metal(Kernels())
             self.use_compile = True  # on a CPU, mx.compile needs a C++ compiler
@@ -89,11 +89,11 @@ class MlxBackend(Backend):
         if options.kernels == "triton":
             raise BackendError("kernels: triton is not for the mlx backend", "auto or plain")
         if options.kernels == "plain" and self.use_compile:
-            self.rules, self.sampler = {**ops.COMMON, **ops.FAST}, sample
+            self.ops_table, self.sampler = {**ops.COMMON, **ops.FAST}, sample
 
     def use_metal(self, kernels: Kernels) -> None:
         """Overrides mx ops with Metal kernels; call before `load`."""
-        self.rules = {**ops.COMMON, **ops.FAST, **metal_ops.rules(kernels)}
+        self.ops_table = {**ops.COMMON, **ops.FAST, **metal_ops.ops_table(kernels)}
         self.sampler = partial(metal_ops.sample, kernels)
 
     @classmethod
@@ -111,12 +111,12 @@ class MlxBackend(Backend):
         if self.fused_ops:
             self.graph = fuse_graph(self.graph, RULES, RULES)
         function = fuse(inline(self.graph), [FUSED_ADD_RMS_NORM] if self.fused_ops else [])
-        lowering = Lowering(self.rules, self.mx_dtype, weights, progress, tied_weights(function))
+        lowering = Lowering(self.ops_table, self.mx_dtype, weights, progress, tied_weights(function))
         try:
             with streams.use_stream(self.stream):
                 self.program = lowering.program(function)
         finally:
-            lowering.forget()  # a traceback must not hold the weights
+            lowering.loaded.clear()  # a traceback must not hold the weights
         self.compiled = CompiledSteps(self.program) if self.use_compile else None
         mx.clear_cache()
         trim_host_memory()
@@ -132,7 +132,7 @@ class MlxBackend(Backend):
                 self.kv.append(KV(self._zeros(shape), self._zeros(shape), heads))
             self.slots = SlotState(max_num_seqs, max_model_len)
             try:
-                mx.eval([x for kv in self.kv for pool in kv.arrays() for x in unpack(pool)])
+                mx.eval([x for kv in self.kv for pool in (kv.keys, kv.values) for x in unpack(pool)])
             except RuntimeError as error:
                 self.kv = []
                 message = f"no memory for {num_blocks} KV blocks: {error}"

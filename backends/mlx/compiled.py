@@ -5,7 +5,6 @@ part of the shape; it is rounded up to KEY_BUCKET so that it changes rarely.
 """
 
 from collections.abc import Callable
-from copy import copy
 from typing import Any
 
 import mlx.core as mx
@@ -16,7 +15,8 @@ from llmrs.backends.mlx.lowering import Program
 KEY_BUCKET = 64
 TRACE_AFTER = 4  # consecutive steps of one shape
 
-Traced = Callable[[list[mx.array], list[mx.array], list[mx.array]], tuple[mx.array, list[mx.array]]]
+Pools = list[tuple[mx.array, mx.array]]  # keys and values of each layer
+Traced = Callable[[list[mx.array], list[mx.array], Pools], tuple[mx.array, Pools]]
 
 
 class CompiledSteps:
@@ -41,28 +41,26 @@ class CompiledSteps:
             return logits
         kv: list[KV] = inputs[2:]
         if self.traced is None:
-            self.traced = mx.compile(_tracer(self.program, context, self.keys, kv))
+            self.traced = mx.compile(_tracer(self.program, context, self.keys, [c.heads for c in kv]))
         arrays = [s.array(*key) for s, keys in zip(_sources(context), self.keys, strict=True) for key in keys]
-        logits, written = self.traced(inputs[:2], arrays, [x for c in kv for x in c.arrays()])
-        pools = iter(written)
-        for cache in kv:
-            cache.replace(pools)
+        logits, written = self.traced(inputs[:2], arrays, [(c.keys, c.values) for c in kv])
+        for cache, pools in zip(kv, written, strict=True):
+            cache.keys, cache.values = pools
         return logits
 
 
-def _tracer(program: Program, example: Context, keys: list[list[ArrayKey]], kv: list[KV]) -> Traced:
-    """The program as a function of arrays alone, for steps of the example's shape."""
+def _tracer(program: Program, example: Context, keys: list[list[ArrayKey]], heads: list[int]) -> Traced:
+    """The program as a function of arrays alone, for steps of the example's shape; `heads`: KV heads per layer."""
     batch, block_size, key_bucket = example.batch, example.block_size, example.key_bucket
 
-    def run(tokens: list[mx.array], arrays: list[mx.array], pools: list[mx.array]) -> Any:
+    def run(tokens: list[mx.array], arrays: list[mx.array], pools: Pools) -> tuple[mx.array, Pools]:
         context, remaining = Context(batch, block_size, key_bucket), iter(arrays)
         for source, names in zip(_sources(context), keys, strict=True):
             source.arrays = {name: next(remaining) for name in names}
             source.frozen = True
-        pool = iter(pools)
-        caches = [copy(c).replace(pool) for c in kv]
-        logits = program.run(context, [*tokens, *caches])
-        return logits, [x for c in caches for x in c.arrays()]
+        kv = [KV(*pair, n) for pair, n in zip(pools, heads, strict=True)]
+        logits = program.run(context, [*tokens, *kv])
+        return logits, [(c.keys, c.values) for c in kv]
 
     return run
 

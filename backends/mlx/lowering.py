@@ -1,6 +1,7 @@
-"""From a graph to a list of calls: every equation becomes its rule's function, with its weights bound."""
+"""From a graph to a list of calls: each equation becomes its op's function, with its weights bound."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from llmrs.backends.linearize import call_params
 from llmrs.core.ir import Equation, Function, Value, Weight
 from llmrs.quant.tensor import Tensor
 
-Rules = Mapping[str, Callable[..., Callable[..., Any]]]
+OpsTable = Mapping[str, Callable[..., Callable[..., Any]]]
 
 
 class Call(NamedTuple):
@@ -22,59 +23,55 @@ class Call(NamedTuple):
     out: int | slice  # where its result goes, or its results
 
 
+@dataclass
 class Program:
-    """A graph's calls, layer after layer."""
+    """A graph's calls, layer after layer; the number of values, and the number of the graph's first result."""
 
-    def __init__(self, calls: list[Call], size: int, result: int) -> None:
-        self.calls, self.size, self.result = calls, size, result
+    calls: list[Call]
+    size: int
+    result: int
 
     def run(self, context: Any, inputs: list[Any]) -> mx.array:
         """The graph's first result. Nothing is computed: MLX notes what depends on what."""
         values = inputs + [None] * (self.size - len(inputs))
         for run, take, out in self.calls:  # hundreds, in each step
             values[out] = run(context, *take(values))
-        logits: mx.array = values[self.result]
-        return logits
+        return values[self.result]
 
 
+@dataclass
 class Lowering:
     """Turns equations into calls, and weights into arrays of one type."""
 
-    def __init__(
-        self,
-        rules: Rules,
-        dtype: mx.Dtype,
-        weights: Mapping[str, Tensor],
-        progress: Callable[[int], None],
-        tied: Collection[Weight],
-    ) -> None:
-        """`tied`: weights with several uses."""
-        self.rules, self.dtype, self.weights, self.progress = rules, dtype, weights, progress
-        self.tied = set(tied)
-        self.loaded: dict[Weight, mx.array] = {}
+    ops_table: OpsTable
+    dtype: mx.Dtype
+    weights: Mapping[str, Tensor]
+    progress: Callable[[int], None]
+    tied: set[Weight]  # weights with several uses
+    loaded: dict[Weight, mx.array] = field(default_factory=dict)
 
     def program(self, function: Function) -> Program:
         numbers = {v.name: n for n, v in enumerate(function.inputs)}
         calls = [self._call(e, numbers) for e in function.equations]
         return Program(calls, len(numbers), numbers[function.outs[0].name])
 
-    def forget(self) -> None:
-        """Lets go of what was loaded."""
-        self.loaded.clear()
-
     def _call(self, e: Equation, numbers: dict[str, int]) -> Call:
         first, count = len(numbers), len(e.outs)
         numbers.update((v.name, first + n) for n, v in enumerate(e.outs))
         weights = [self._array(o) for o in e.inputs if isinstance(o, Weight)]
         inputs = tuple(numbers[o.name] for o in e.inputs if isinstance(o, Value))
-        run = self.rules[e.op](*weights, **call_params(e))
-        return Call(run, taker(inputs), first if count == 1 else slice(first, first + count))
+        take = itemgetter(*inputs) if len(inputs) > 1 else itemgetter(slice(inputs[0], inputs[0] + 1))
+        run = self.ops_table[e.op](*weights, **call_params(e))
+        return Call(run, take, first if count == 1 else slice(first, first + count))
 
     def _array(self, weight: Weight) -> mx.array:
         if weight in self.loaded:
             return self.loaded[weight]
         tensors = [self.weights[s.tensor] for s in weight.segments]
-        parts = [self._cast(t) for t in tensors]
+        parts = []
+        for tensor in tensors:
+            parts.append(as_array(tensor).astype(self.dtype))
+            mx.eval(parts[-1])  # frees the copy of the file's bytes before the next one is made
         array = parts[0] if len(parts) == 1 else mx.concatenate(parts)
         mx.eval(array)
         parts.clear()
@@ -83,16 +80,6 @@ class Lowering:
         if weight in self.tied:
             self.loaded[weight] = array
         return array
-
-    def _cast(self, tensor: Tensor) -> mx.array:
-        array = as_array(tensor).astype(self.dtype)
-        mx.eval(array)  # now, so that the copy of the file's bytes goes before the next one comes
-        return array
-
-
-def taker(numbers: tuple[int, ...]) -> Callable[[list[Any]], Sequence[Any]]:
-    """What gives the values of these numbers."""
-    return itemgetter(*numbers) if len(numbers) > 1 else itemgetter(slice(numbers[0], numbers[0] + 1))
 
 
 def as_array(tensor: Tensor) -> mx.array:

@@ -1,4 +1,7 @@
-"""Lowering rules in mx ops: a rule binds an op's weights and params, and returns `run(context, *inputs)`."""
+"""The ops in MLX: each function binds an op's weights and params, and returns `run(context, *inputs)`.
+
+`fast`: with mx.fast ops, one kernel each on a GPU, many small ops on a CPU.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -20,24 +23,18 @@ def embed(table: Array) -> Run:
     return lambda c, tokens: table[tokens]
 
 
-def linear(weight: Array, bias: Array | None = None) -> Run:
-    w = weight.T
-    if weight.dtype == mx.float32:
+def linear(weight: Array, bias: Array | None = None, *, fast: bool = False) -> Run:
+    w = weight.T  # (K, N)
+    if weight.dtype == mx.float32 and not fast:
         w = mx.contiguous(w)  # MLX's CPU GEMM takes twice as long on a view
         mx.eval(w)
-    return _gemm(w, bias)
-
-
-def _gemm(w: Array, bias: Array | None) -> Run:  # w (K, N)
     if bias is None:
         return lambda c, x: x @ w
     return lambda c, x: mx.addmm(bias, x, w)
 
 
-def merged_linear(
-    weight: Array, bias: Array | None = None, *, split_sizes: list[int], linear: Callable[..., Run] = linear
-) -> Run:
-    run, offsets = linear(weight, bias), list(accumulate(split_sizes))[:-1]
+def merged_linear(*weights: Array, split_sizes: list[int], fast: bool = False) -> Run:
+    run, offsets = linear(*weights, fast=fast), list(accumulate(split_sizes))[:-1]
     return lambda c, x: mx.split(run(c, x), offsets, axis=-1)
 
 
@@ -45,29 +42,52 @@ def mul_scalar(*, by: float) -> Run:
     return lambda c, x: x * by  # a Python number keeps x's dtype
 
 
-def rms_norm(weight: Array, *, eps: float, offset: float = 0.0) -> Run:
-    """In four ops: mx.fast.rms_norm is a dozen on a CPU."""
-    dtype, size = weight.dtype, weight.shape[0]
-    wide = ((weight.astype(mx.float32) + offset) * size**0.5)[None]  # in float32: 1 + w would round w in bf16
-    scaled_eps = mx.full((1, 1), size * eps)
+def rms_norm(weight: Array, *, eps: float, offset: float = 0.0, fast: bool = False) -> Run:
+    if fast and not offset:
+        return lambda c, x: mx.fast.rms_norm(x, weight, eps)
+    wide = weight.astype(mx.float32) + offset  # in float32: 1 + w would round w in bf16
+    if fast:
+        return lambda c, x: mx.fast.rms_norm(x, wide, eps).astype(x.dtype)
+    dtype, run = weight.dtype, _norm_to_float32(wide, eps, weight.dtype)
+    return run if dtype == mx.float32 else lambda c, x: run(c, x).astype(dtype)
+
+
+def _norm_to_float32(weight: Array, eps: float, dtype: mx.Dtype) -> Run:
+    """RMSNorm of x (T, ..., n) of this dtype in four ops: mx.fast.rms_norm is a dozen on a CPU. weight (..., n)."""
+    size = weight.shape[-1]
+    wide = (weight.astype(mx.float32) * size**0.5)[None]
+    scaled_eps = mx.full((1,) * wide.ndim, size * eps)
     mx.eval(wide, scaled_eps)
 
     def run(_: Context, x: Array) -> Array:
         return x * mx.rsqrt(mx.sum(mx.square(x), -1, True) + scaled_eps) * wide  # both times sqrt(size)
 
-    return run if dtype == mx.float32 else lambda c, x: run(c, x.astype(mx.float32)).astype(dtype)
+    return run if dtype == mx.float32 else lambda c, x: run(c, x.astype(mx.float32))
 
 
 def heads(*, size: int) -> Run:  # (T, H * d) -> (T, H, d)
     return lambda c, x: mx.unflatten(x, -1, (-1, size))
 
 
-def rope(*, frequencies: RopeFrequencies) -> Run:
+def rope(*, frequencies: RopeFrequencies, fast: bool = False) -> Run:
     half = len(frequencies.values)
 
     def run(c: Context, x: Array, positions: Array) -> Array:  # (T, H, d), (T,)
         cos, sin = c.cos_sin(frequencies, positions)
         return (x * cos + mx.roll(x, half, -1) * sin).astype(x.dtype)
+
+    return _fast_rope(frequencies) if fast else run
+
+
+def _fast_rope(frequencies: RopeFrequencies) -> Run:
+    periods = mx.array(1 / np.array(frequencies.values), mx.float32)
+    size = 2 * len(frequencies.values)
+
+    def run(c: Context, x: Array, positions: Array) -> Array:
+        x = mx.expand_dims(x, 2)  # (T, H, 1, d): a batch of T sequences of one token
+        x = mx.fast.rope(x, size, traditional=False, base=None, scale=1.0, offset=positions, freqs=periods)
+        y = mx.squeeze(x, 2)
+        return y if frequencies.scale == 1 else y * frequencies.scale
 
     return run
 
@@ -77,12 +97,13 @@ def write_kv() -> Run:
 
 
 def write(c: Context, k: Array, v: Array, kv: KV) -> KV:  # (T, Hk, d) each
-    kv.write(c.slot_mapping(kv.heads), k, v)
+    kv.write(c.array("slot_mapping", kv.heads), k, v)
     return kv
 
 
-def attend(*, scale: float, window: int = 0) -> Run:
-    return lambda c, q, kv: attention.attend(c, q, kv, scale, window)
+def attend(*, scale: float, window: int = 0, fast: bool = False) -> Run:
+    decode = attention.decode_sdpa if fast else attention.decode_attention
+    return lambda c, q, kv: attention.attend(c, q, kv, scale, window, decode)
 
 
 def silu_and_mul() -> Run:
@@ -126,7 +147,7 @@ def add() -> Run:
 
 
 def gather_logits_rows() -> Run:
-    return lambda c, x: x if c.is_decode_only else x[c.logits_indices]
+    return lambda c, x: x if c.is_decode_only else x[c.array("logits_indices")]
 
 
 def lm_head(weight: Array) -> Run:
@@ -137,167 +158,79 @@ def lm_head(weight: Array) -> Run:
 # Fused ops: fewer calls per layer, the same arithmetic as their definitions.
 
 
-def fused_add_rms_norm(
-    weight: Array, *, eps: float, offset: float = 0.0, rms_norm: Callable[..., Run] = rms_norm
-) -> Run:
-    norm = rms_norm(weight, eps=eps, offset=offset)
+def fused_add_rms_norm(weight: Array, *, fast: bool = False, **norm: float) -> Run:
+    run_norm = rms_norm(weight, fast=fast, **norm)
 
     def run(c: Context, x: Array, y: Array) -> tuple[Array, Array]:
         total = x + y
-        return total, norm(c, total)
+        return total, run_norm(c, total)
 
     return run
 
 
-def qk_norm_rope_write_kv(
-    q_weight: Array, k_weight: Array, *, eps: float, frequencies: RopeFrequencies, offset: float = 0.0
-) -> Run:
-    q_norm, k_norm = (rms_norm(w, eps=eps, offset=offset) for w in (q_weight, k_weight))
-    rotate = rope(frequencies=frequencies)
+def rope_write_kv(*norm_weights: Array, frequencies: RopeFrequencies, **norm: Any) -> Run:
+    """With two weights, for queries and keys, and `norm` (eps, offset) also `qk_norm_rope_write_kv`."""
+    norms, rotate = [rms_norm(w, **norm) for w in norm_weights], rope(frequencies=frequencies)
 
     def run(c: Context, q: Array, positions: Array, k: Array, v: Array, kv: KV) -> tuple[Array, KV]:
-        q, k = rotate(c, q_norm(c, q), positions), rotate(c, k_norm(c, k), positions)
-        return q, write(c, k, v, kv)
-
-    return run
-
-
-def rope_write_kv(*, frequencies: RopeFrequencies) -> Run:
-    rotate = rope(frequencies=frequencies)
-
-    def run(c: Context, q: Array, positions: Array, k: Array, v: Array, kv: KV) -> tuple[Array, KV]:
+        if norms:
+            q, k = norms[0](c, q), norms[1](c, k)
         return rotate(c, q, positions), write(c, rotate(c, k, positions), v, kv)
 
     return run
 
 
-def gated_linear(
-    activation: Callable[[], Run],
-    weight: Array,
-    bias: Array | None = None,
-    *,
-    split_sizes: list[int],
-    linear: Callable[..., Run] = linear,
-) -> Run:
-    merged, act_and_mul = merged_linear(weight, bias, split_sizes=split_sizes, linear=linear), activation()
+def gated_linear(activation: Callable[[], Run], *weights: Array, split_sizes: list[int], fast: bool = False) -> Run:
+    merged, act_and_mul = merged_linear(*weights, split_sizes=split_sizes, fast=fast), activation()
     return lambda c, x: act_and_mul(c, *merged(c, x))
 
 
 def qkv_rope_write_kv(
-    *weights: Array,
-    split_sizes: list[int],
-    size: int,
-    frequencies: RopeFrequencies,
-    eps: float | None = None,
-    offset: float = 0.0,
-    linear: Callable[..., Run] = linear,
-    rope: Callable[..., Run] = rope,
-    norm: Callable[[Array, float], Run] | None = None,
-) -> Run:
+    *weights: Array, split_sizes: list[int], size: int, frequencies: RopeFrequencies,
+    eps: float | None = None, offset: float = 0.0, fast: bool = False,
+) -> Run:  # fmt: skip
     """With `eps` queries and keys are normalized, at once: the last two weights are their norms'."""
-    heads = [n // size for n in split_sizes]
-    if eps is None:
-        project, normed = linear(*weights), None
-    else:
+    heads, rotate, norm = [n // size for n in split_sizes], rope(frequencies=frequencies, fast=fast), None
+    if eps is not None:
         wide = [w.astype(mx.float32) + offset if offset else w for w in weights[-2:]]
         both = mx.concatenate([mx.broadcast_to(w, (n, size)) for w, n in zip(wide, heads, strict=False)])
         mx.eval(both)
-        project, normed = linear(*weights[:-2]), (norm or _head_norm)(both, eps)
-    turn = rope(frequencies=frequencies)
+        norm = _fast_head_norm(both, eps) if fast else _norm_to_float32(both, eps, weights[0].dtype)
+        weights = weights[:-2]
+    project = linear(*weights, fast=fast)
 
     def run(c: Context, x: Array, positions: Array, kv: KV) -> tuple[Array, KV]:
         qk, v = mx.split(mx.unflatten(project(c, x), -1, (-1, size)), [heads[0] + heads[1]], axis=1)
-        qk = turn(c, normed(c, qk) if normed else qk, positions)
+        qk = rotate(c, norm(c, qk) if norm else qk, positions)
         q, k = mx.split(qk.astype(x.dtype), [heads[0]], axis=1)
         return q, write(c, k, v, kv)
 
     return run
 
 
-def _head_norm(weight: Array, eps: float) -> Run:
-    """As `rms_norm`, for x (T, H, d) and a weight (H, d); the result is float32."""
-    size = weight.shape[1]
-    wide, least = (weight.astype(mx.float32) * size**0.5)[None], mx.full((1, 1, 1), size * eps)
-    mx.eval(wide, least)
-
-    def run(_: Context, x: Array) -> Array:
-        x = x if x.dtype == mx.float32 else x.astype(mx.float32)
-        return x * mx.rsqrt(mx.sum(mx.square(x), -1, True) + least) * wide
-
-    return run
-
-
-# mx.fast ops: one kernel each on a GPU, many small ops on a CPU.
-
-
-def fast_linear(weight: Array, bias: Array | None = None) -> Run:
-    return _gemm(weight.T, bias)
-
-
-def fast_rms_norm(weight: Array, *, eps: float, offset: float = 0.0) -> Run:
-    if not offset:
-        return lambda c, x: mx.fast.rms_norm(x, weight, eps)
-    wide = weight.astype(mx.float32) + offset
-    return lambda c, x: mx.fast.rms_norm(x, wide, eps).astype(x.dtype)
-
-
-def fast_rope(*, frequencies: RopeFrequencies) -> Run:
-    periods = mx.array(1 / np.array(frequencies.values), mx.float32)
-    size = 2 * len(frequencies.values)
-
-    def run(c: Context, x: Array, positions: Array) -> Array:
-        x = mx.expand_dims(x, 2)  # (T, H, 1, d): a batch of T sequences of one token
-        x = mx.fast.rope(x, size, traditional=False, base=None, scale=1.0, offset=positions, freqs=periods)
-        y = mx.squeeze(x, 2)
-        return y if frequencies.scale == 1 else y * frequencies.scale
-
-    return run
-
-
-def fast_head_norm(weight: Array, eps: float) -> Run:
+def _fast_head_norm(weight: Array, eps: float) -> Run:
     return lambda c, x: mx.fast.rms_norm(x, None, eps) * weight
 
 
-def fast_attend(*, scale: float, window: int = 0) -> Run:
-    return lambda c, q, kv: attention.attend(c, q, kv, scale, window, attention.decode_sdpa)
-
-
-FUSED = {
-    f.__name__: f for f in (merged_linear, fused_add_rms_norm, qk_norm_rope_write_kv, rope_write_kv)
-}  # of llmrs.backends.fusion
+PLAIN: dict[str, Callable[..., Run]] = {
+    f.__name__: f
+    for f in (
+        embed, mul_scalar, linear, rms_norm, heads, rope, write_kv, attend, silu_and_mul, gelu_and_mul, moe, add,
+        gather_logits_rows, lm_head,
+    )
+}  # fmt: skip
+FUSED: dict[str, Callable[..., Run]] = {  # of llmrs.backends.fusion
+    "merged_linear": merged_linear,
+    "fused_add_rms_norm": fused_add_rms_norm,
+    "qk_norm_rope_write_kv": rope_write_kv,
+    "rope_write_kv": rope_write_kv,
+}
 OWN: dict[str, Callable[..., Run]] = {  # of fusion.py here
     "merged_linear_silu_and_mul": partial(gated_linear, silu_and_mul),
     "merged_linear_gelu_and_mul": partial(gated_linear, gelu_and_mul),
     "qkv_rope_write_kv": qkv_rope_write_kv,
     "qkv_norm_rope_write_kv": qkv_rope_write_kv,
 }
-PLAIN = (
-    embed,
-    mul_scalar,
-    linear,
-    rms_norm,
-    heads,
-    rope,
-    write_kv,
-    attend,
-    silu_and_mul,
-    gelu_and_mul,
-    moe,
-    add,
-    gather_logits_rows,
-    lm_head,
-)
-COMMON: dict[str, Callable[..., Run]] = {**{f.__name__: f for f in PLAIN}, **FUSED, **OWN}
-_fast_qkv = partial(qkv_rope_write_kv, linear=fast_linear, rope=fast_rope, norm=fast_head_norm)
-FAST: dict[str, Callable[..., Run]] = {  # overrides on a GPU
-    "linear": fast_linear,
-    "merged_linear": partial(merged_linear, linear=fast_linear),
-    "merged_linear_silu_and_mul": partial(gated_linear, silu_and_mul, linear=fast_linear),
-    "merged_linear_gelu_and_mul": partial(gated_linear, gelu_and_mul, linear=fast_linear),
-    "rope": fast_rope,
-    "attend": fast_attend,
-    "rms_norm": fast_rms_norm,
-    "fused_add_rms_norm": partial(fused_add_rms_norm, rms_norm=fast_rms_norm),
-    "qkv_rope_write_kv": _fast_qkv,
-    "qkv_norm_rope_write_kv": _fast_qkv,
-}
+COMMON = {**PLAIN, **FUSED, **OWN}
+GPU = ("linear", "rope", "attend", "rms_norm", "merged_linear", "fused_add_rms_norm", *OWN)
+FAST = {op: partial(COMMON[op], fast=True) for op in GPU}  # overrides on a GPU

@@ -109,37 +109,25 @@ def sample(logits: mx.array, params: SamplingArrays) -> mx.array:
 def _sample_gumbel(logits: mx.array, params: SamplingArrays) -> mx.array:
     """Token ids (S,); undefined for greedy rows."""
     temperature = np.where(params.temperature > 0, params.temperature, np.float32(1))
-    logits = logits / _column(temperature)
-    threshold = _find_threshold(logits, params)
-    if threshold is not None:
-        logits = _mask_below(logits, *threshold)
+    logits = _filter_logits(logits / _column(temperature), params)
     return mx.argmax(logits + gumbel(mx.array(params.rng_key), logits.shape[1]), axis=-1)
 
 
-def _find_threshold(logits: mx.array, params: SamplingArrays) -> tuple[mx.array, mx.array] | None:
-    """Number of tokens that each row keeps, and the smallest kept logit, (S, 1) each; None: no row drops any."""
+def _filter_logits(logits: mx.array, params: SamplingArrays) -> mx.array:
+    """Logits (S, V) with -inf for all that top-k, top-p and min-p drop."""
     vocabulary = logits.shape[1]
     top_k = np.where(params.top_k > 0, np.minimum(params.top_k, vocabulary), vocabulary).astype(np.int32)
     if (top_k == vocabulary).all() and (params.top_p >= 1).all() and (params.min_p <= 0).all():
-        return None
-    ranked = _top(logits, int(top_k.max()))
+        return logits
+    count = int(top_k.max())
+    ranked = -mx.sort(-(logits if count == vocabulary else mx.topk(logits, count, axis=-1)), axis=-1)
     weights = mx.exp(ranked - ranked[:, :1])
     weights = mx.where(mx.arange(weights.shape[1]) < _column(top_k), weights, 0.0)
     before = mx.cumsum(weights, axis=-1) - weights  # unnormalized mass of likelier tokens
     in_top_p = before < _column(params.top_p) * weights.sum(axis=-1, keepdims=True)
     kept = in_top_p & (weights >= _column(params.min_p)) & (weights > 0)
-    counts = mx.maximum(kept.sum(axis=-1, keepdims=True), 1)
-    return counts, mx.take_along_axis(ranked, counts - 1, axis=-1)
-
-
-def _top(logits: mx.array, count: int) -> mx.array:
-    """The `count` largest logits, descending."""
-    top = logits if count == logits.shape[1] else mx.topk(logits, count, axis=-1)
-    return -mx.sort(-top, axis=-1)
-
-
-def _mask_below(logits: mx.array, counts: mx.array, threshold: mx.array) -> mx.array:
-    """Logits with -inf for all but each row's `counts` likeliest, the last of which equals `threshold`."""
+    counts = mx.maximum(kept.sum(axis=-1, keepdims=True), 1)  # kept tokens of each row, (S, 1)
+    threshold = mx.take_along_axis(ranked, counts - 1, axis=-1)  # the smallest kept logit, (S, 1)
     above, equal = logits > threshold, logits == threshold
     ties_kept = counts - above.sum(axis=-1, keepdims=True)
     return mx.where(above | (equal & (mx.cumsum(equal.astype(mx.int32), axis=-1) <= ties_kept)), logits, NEG_INF)

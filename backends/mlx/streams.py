@@ -74,8 +74,10 @@ def release(lease: StreamLease) -> None:
         mx.clear_cache()
         if _leases:
             _set_limits()
-        else:
-            _restore_limits()
+            return
+        for name, limit in _saved_limits.items():
+            getattr(mx, f"set_{name}_limit")(limit)
+        _saved_limits.clear()
 
 
 def use_stream(stream: mx.Stream) -> AbstractContextManager[object]:
@@ -119,9 +121,3 @@ def _set_limits() -> None:
 def _set(name: str, limit: int) -> None:
     """Sets a limit; saves the program's at the first call."""
     _saved_limits.setdefault(name, getattr(mx, f"set_{name}_limit")(limit))
-
-
-def _restore_limits() -> None:
-    for name, limit in _saved_limits.items():
-        getattr(mx, f"set_{name}_limit")(limit)
-    _saved_limits.clear()

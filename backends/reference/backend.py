@@ -38,7 +38,7 @@ class ReferenceBackend(Backend):
     name = "reference"
     kv_dtypes = (*Backend.kv_dtypes, "fp8")
     block_size = 4  # small, so that short prompts span blocks in tests
-    rules: Mapping[str, Callable[..., Any]] = OPS  # op -> function; subclasses may add fused ops
+    ops_table: Mapping[str, Callable[..., Any]] = OPS  # op -> function; subclasses may add fused ops
 
     def __init__(self, device: str, dtype: str, kv_dtype: str) -> None:
         super().__init__(device, dtype, kv_dtype)
@@ -54,7 +54,7 @@ class ReferenceBackend(Backend):
 
     @classmethod
     def ops(cls) -> frozenset[str]:
-        return frozenset(cls.rules)
+        return frozenset(cls.ops_table)
 
     def free_memory(self) -> int:
         return free_host_memory()
@@ -79,8 +79,7 @@ class ReferenceBackend(Backend):
             known, batch.input_ids, self.tokens[np.where(known, 0, -1 - batch.input_ids), batch.positions]
         )
         context = Context(batch, self.block_size)
-        logits: np.ndarray = self._run(self.graph.main, [tokens, batch.positions, *self.kv], context, 0)[0]
-        return logits
+        return self._run(self.graph.main, [tokens, batch.positions, *self.kv], context, 0)[0]
 
     def sample(self, logits: np.ndarray, batch: Batch, mask: np.ndarray | None = None) -> DoneTicket:
         for request in batch.new_requests:
@@ -125,7 +124,7 @@ class ReferenceBackend(Backend):
         inputs = [values[o] if isinstance(o, Value) else self._weight(at_layer(o, layer)) for o in e.inputs]
         if e.op == "call":
             return self._run(self.graph.functions[e.params["function"]], inputs, context, e.params["index"])
-        result = self.rules[e.op](context, *inputs, **e.params)
+        result = self.ops_table[e.op](context, *inputs, **e.params)
         return [result] if len(e.outs) == 1 else list(result)
 
     def _weight(self, weight: Any) -> np.ndarray:

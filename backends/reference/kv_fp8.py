@@ -70,8 +70,7 @@ class QuantizedKV:
         return self.data.nbytes + self.scales.nbytes
 
     def __getitem__(self, at: Any) -> Array:
-        values: Array = E4M3_VALUES[self.data[at]] * self.scales[at][..., None]
-        return values
+        return E4M3_VALUES[self.data[at]] * self.scales[at][..., None]
 
     def __setitem__(self, at: Any, x: Array) -> None:
         self.data[at], self.scales[at] = quantize(x)

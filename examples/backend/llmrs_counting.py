@@ -26,23 +26,23 @@ def fused_add_rms_norm(
     return total, OPS["rms_norm"](c, total, w, **params)
 
 
-def counted(op: str, rule: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps a rule to count operations: 2 M N K for a GEMM, else one per element."""
+def counted(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps an op's function to count operations: 2 M N K for a GEMM, else one per element."""
 
-    @wraps(rule)
+    @wraps(function)
     def run(context: Context, x: np.ndarray, *rest: Any, **params: Any) -> Any:
         operations[op] += 2 * len(x) * rest[0].size if op in ("linear", "lm_head") else x.size
-        return rule(context, x, *rest, **params)
+        return function(context, x, *rest, **params)
 
     return run
 
 
 class CountingBackend(ReferenceBackend):
-    """Adds one fused op to the reference backend, and wraps every rule."""
+    """Adds one fused op to the reference backend, and wraps every function of the table."""
 
     name = "counting"
     fused_ops = frozenset({"fused_add_rms_norm"})
-    rules: Mapping[str, Callable[..., Any]] = {
+    ops_table: Mapping[str, Callable[..., Any]] = {
         op: counted(op, f) for op, f in {**OPS, "fused_add_rms_norm": fused_add_rms_norm}.items()
     }
 

@@ -9,13 +9,10 @@ DECODE = Kernel(
     "paged_decode", ("q", "keys", "values", "block_tables", "token_to_seq", "context_lens", "scale"), ("out",)
 )
 COMBINE = Kernel("paged_combine", ("partial",), ("out",))
-
 PREFILL = Kernel(
-    "paged_prefill",
-    ("q", "keys", "values", "block_tables", "query_start_loc", "seq_lens", "tiles", "scale"),
-    ("out",),
-    ("matrices",),
-)
+    "paged_prefill", ("q", "keys", "values", "block_tables", "query_start_loc", "seq_lens", "tiles", "scale"),
+    ("out",), ("matrices",),
+)  # fmt: skip
 
 SIMDS = 8  # simdgroups per threadgroup
 MIN_KEYS_PER_SPLIT = 64
@@ -24,21 +21,14 @@ TARGET_THREADGROUPS = 320  # one wave on a GPU of 40 cores
 
 
 def paged_decode(
-    kernels: Kernels,
-    q: mx.array,  # (T, Hq, D)
-    keys: mx.array,  # (blocks, block_size, Hk, D)
-    values: mx.array,  # the same
-    block_tables: mx.array,  # int32 (S, B)
-    token_to_seq: mx.array,  # int32 (T,): sequence of each token
-    context_lens: mx.array,  # int32 (T,): token t attends to positions 0 .. context_lens[t] - 1
-    *,
-    scale: float,
-    window: int = 0,  # only the last `window` positions; 0: all
-    max_seq_len: int,  # largest of `context_lens`, known on the host
-    num_splits: int = 0,  # KV splits per token; 0: heuristic
-) -> mx.array:
+    kernels: Kernels, q: mx.array, keys: mx.array, values: mx.array, block_tables: mx.array, token_to_seq: mx.array,
+    context_lens: mx.array, *, scale: float, window: int = 0, max_seq_len: int, num_splits: int = 0,
+) -> mx.array:  # fmt: skip
     """softmax(q k^T * scale) v, (T, Hq, D) in q's dtype. Accepts any token of a ragged step; fast for decode tokens.
 
+    q (T, Hq, D); keys, values (blocks, block_size, Hk, D); int32: block_tables (S, B), token_to_seq (T,), context_lens
+    (T,). Token t attends to positions 0 .. context_lens[t] - 1, with a window to the last `window` of them.
+    max_seq_len: the largest context, known on the host. num_splits: KV splits per token; 0: heuristic.
     Raises BackendError for unsupported shapes, dtypes and head sizes.
     """
     _check(DECODE, q, keys, values, block_tables)
@@ -57,14 +47,11 @@ def paged_decode(
     grid = (32 * SIMDS, query_heads // heads * splits, tokens)
     inputs = (q, keys, values, block_tables, token_to_seq, context_lens, scale)
     (out,) = kernels.run(DECODE, inputs, template, grid, (32 * SIMDS, 1, 1), [(shape, dtype)])
-    return _combine(kernels, out, q.dtype) if split else out
-
-
-def _combine(kernels: Kernels, partial: mx.array, dtype: mx.Dtype) -> mx.array:
-    tokens, heads, size = partial.shape[0], partial.shape[1], partial.shape[3] - 2
-    grid, threadgroup = (size, tokens * heads, 1), (min(size, 256), 1, 1)
-    template: Template = {"O": dtype, "D": size}
-    return kernels.run(COMBINE, (partial,), template, grid, threadgroup, [((tokens, heads, size), dtype)])[0]
+    if not split:
+        return out
+    grid, threadgroup = (size, tokens * query_heads, 1), (min(size, 256), 1, 1)
+    outputs = [(tuple(q.shape), q.dtype)]
+    return kernels.run(COMBINE, (out,), {"O": q.dtype, "D": size}, grid, threadgroup, outputs)[0]
 
 
 def _check(kernel: Kernel, q: mx.array, keys: mx.array, values: mx.array, block_tables: mx.array) -> None:
@@ -82,20 +69,13 @@ def _check(kernel: Kernel, q: mx.array, keys: mx.array, values: mx.array, block_
 
 
 def paged_prefill(
-    kernels: Kernels,
-    q: mx.array,  # (T, Hq, D)
-    keys: mx.array,  # (blocks, block_size, Hk, D), in q's dtype
-    values: mx.array,  # the same
-    block_tables: mx.array,  # int32 (S, B)
-    query_start_loc: np.ndarray,  # int32 (S + 1,)
-    seq_lens: np.ndarray,  # int32 (S,)
-    *,
-    scale: float,
-    window: int = 0,
-) -> mx.array:
+    kernels: Kernels, q: mx.array, keys: mx.array, values: mx.array, block_tables: mx.array,
+    query_start_loc: np.ndarray, seq_lens: np.ndarray, *, scale: float, window: int = 0,
+) -> mx.array:  # fmt: skip
     """Causal attention of a ragged step, (T, Hq, D) in q's dtype.
 
-    Raises BackendError for unsupported shapes, dtypes and head sizes.
+    q (T, Hq, D); keys, values (blocks, block_size, Hk, D) in q's dtype; int32: block_tables (S, B), query_start_loc
+    (S + 1,), seq_lens (S,). Raises BackendError for unsupported shapes, dtypes and head sizes.
     """
     _check(PREFILL, q, keys, values, block_tables)
     tokens, heads, size = q.shape

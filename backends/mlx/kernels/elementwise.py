@@ -5,28 +5,23 @@ import mlx.core as mx
 from llmrs.backends.mlx.kernels.launch import FLOATS, Kernel, Kernels, Template, check, require
 
 NORM_ROPE = Kernel(
-    "norm_rope",
-    ("qkv", "positions", "inv_freq", "q_weight", "k_weight", "eps", "offset", "rope_scale"),
+    "norm_rope", ("qkv", "positions", "inv_freq", "q_weight", "k_weight", "eps", "offset", "rope_scale"),
     ("q", "k", "v"),
-)
+)  # fmt: skip
 ADD_NORM = Kernel("fused_add_rms_norm", ("x", "residual", "weight", "eps", "offset"), ("residual_out", "out"))
 ACT_AND_MUL = Kernel("act_and_mul", ("gate_up",), ("y",), exact=True)
 
 
 def norm_rope(
-    kernels: Kernels,
-    qkv: mx.array,  # (T, Hq + 2 Hk, D), from one merged linear
-    positions: mx.array,  # int32 (T,)
-    inv_freq: mx.array,  # float32 (D / 2,), radians per position
-    weights: tuple[mx.array, mx.array] | None,  # (D,) of q and k; None: no norm
-    *,
-    kv_heads: int,
-    eps: float = 0.0,
-    offset: float = 0.0,
-    rope_scale: float = 1.0,  # multiplies cos and sin
-    kv_dtype: mx.Dtype,
-) -> tuple[mx.array, mx.array, mx.array]:
-    """q (T, Hq, D), and k and v (T, Hk, D) in `kv_dtype`, which the caller scatters into the KV cache."""
+    kernels: Kernels, qkv: mx.array, positions: mx.array, inv_freq: mx.array,
+    weights: tuple[mx.array, mx.array] | None, *, kv_heads: int, eps: float = 0.0, offset: float = 0.0,
+    rope_scale: float = 1.0, kv_dtype: mx.Dtype,
+) -> tuple[mx.array, mx.array, mx.array]:  # fmt: skip
+    """q (T, Hq, D), and k and v (T, Hk, D) in `kv_dtype`, which the caller scatters into the KV cache.
+
+    qkv (T, Hq + 2 Hk, D) from one merged linear; positions int32 (T,); inv_freq float32 (D / 2,), radians per
+    position; weights (D,) of q and k, None: no norm; rope_scale multiplies cos and sin.
+    """
     require(NORM_ROPE, qkv.ndim == 3, "qkv has 3 dimensions")
     tokens, heads, size = qkv.shape
     query_heads = heads - 2 * kv_heads
@@ -47,15 +42,9 @@ def norm_rope(
 
 
 def fused_add_rms_norm(
-    kernels: Kernels,
-    x: mx.array,  # (T, N)
-    residual: mx.array,  # (T, N)
-    weight: mx.array,  # (N,)
-    *,
-    eps: float,
-    offset: float = 0.0,
+    kernels: Kernels, x: mx.array, residual: mx.array, weight: mx.array, *, eps: float, offset: float = 0.0
 ) -> tuple[mx.array, mx.array]:
-    """x + residual and its RMSNorm, (T, N) each."""
+    """x + residual and its RMSNorm, (T, N) each, from x and residual (T, N), weight (N,)."""
     require(ADD_NORM, x.ndim == 2 and x.size >= 8, "x is (T, N) of 8 elements or more")
     tokens, width = x.shape
     for name, array in (("x", x), ("residual", residual)):

@@ -38,14 +38,9 @@ class Kernels:
         self._compiled: set[Any] = set()  # kernels with their templates
 
     def run(
-        self,
-        kernel: Kernel,
-        inputs: Sequence[mx.array | float],
-        template: Template,
-        grid: tuple[int, int, int],
-        threadgroup: tuple[int, int, int],
-        outputs: Sequence[Output],
-    ) -> list[mx.array]:
+        self, kernel: Kernel, inputs: Sequence[mx.array | float], template: Template, grid: tuple[int, int, int],
+        threadgroup: tuple[int, int, int], outputs: Sequence[Output],
+    ) -> list[mx.array]:  # fmt: skip
         """New output arrays. `grid` counts threads. Raises BackendError if the kernel does not compile."""
         shapes, dtypes = zip(*outputs, strict=True)
         variant = (kernel, *template.items())
@@ -53,32 +48,23 @@ class Kernels:
             if kernel not in self._built:
                 self._built[kernel] = self._build(kernel)
             results = self._built[kernel](
-                inputs=list(inputs),
-                template=list(template.items()),
-                grid=grid,
-                threadgroup=threadgroup,
-                output_shapes=list(shapes),
-                output_dtypes=list(dtypes),
-            )
+                inputs=list(inputs), template=list(template.items()), grid=grid, threadgroup=threadgroup,
+                output_shapes=list(shapes), output_dtypes=list(dtypes),
+            )  # fmt: skip
             if variant not in self._compiled:
                 mx.eval(results)  # compiles now, so that an error names this kernel
                 self._compiled.add(variant)
         except (RuntimeError, ValueError) as error:
-            raise BackendError(
-                f"the Metal kernel {kernel.name} can't be run: {error}", "kernels: plain uses MLX's ops only"
-            ) from error
+            message = f"the Metal kernel {kernel.name} can't be run: {error}"
+            raise BackendError(message, "kernels: plain uses MLX's ops only") from error
         return results
 
     def _build(self, kernel: Kernel) -> Callable[..., Any]:
         options: dict[str, Any] = {"compile_options": {"math_mode": "safe"}} if kernel.exact else {}
         return self._make(
-            name=f"llmrs_{kernel.name}",
-            input_names=list(kernel.inputs),
-            output_names=list(kernel.outputs),
-            source=source(kernel.name),
-            header="".join(source(h) for h in kernel.headers),
-            **options,
-        )
+            name=f"llmrs_{kernel.name}", input_names=list(kernel.inputs), output_names=list(kernel.outputs),
+            source=source(kernel.name), header="".join(map(source, kernel.headers)), **options,
+        )  # fmt: skip
 
 
 @cache

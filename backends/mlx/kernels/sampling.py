@@ -7,17 +7,13 @@ from llmrs.backends.mlx.kernels.launch import FLOATS, Kernel, Kernels, Template,
 from llmrs.core.sampling import SamplingArrays
 
 HEADERS = ("random",)
+PARTIALS = ("partial_max", "partial_argmax")
+INPUTS = ("logits", "temperature", "min_p", "rng_keys", "thresholds")
 THRESHOLDS = Kernel(
     "find_thresholds", ("logits", "temperature", "top_k", "top_p"), ("thresholds",), HEADERS, exact=True
 )
-SAMPLE = Kernel(
-    "sample_gumbel",
-    ("logits", "temperature", "min_p", "rng_keys", "thresholds"),
-    ("partial_max", "partial_argmax"),
-    HEADERS,
-    exact=True,
-)
-REDUCE = Kernel("reduce_argmax", ("partial_max", "partial_argmax"), ("tokens",), exact=True)
+SAMPLE = Kernel("sample_gumbel", INPUTS, PARTIALS, HEADERS, exact=True)
+REDUCE = Kernel("reduce_argmax", PARTIALS, ("tokens",), exact=True)
 
 SIMDS = 8  # simdgroups per threadgroup of sample_gumbel
 BLOCK_V = 4096  # tokens per threadgroup of sample_gumbel
