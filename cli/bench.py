@@ -45,7 +45,7 @@ def bench(config: str | None, flags: Flags) -> int:
     check_outputs({"plot": options.plot}, settings.inputs, settings.engine.model_path)
     require_stdout()
     if options.host:
-        return mlx_host(options) if settings.engine.backend == "mlx" else host(options)
+        return host(options)
     return bench_model(options, settings)
 
 
@@ -55,7 +55,7 @@ def refuse_unused(options: BenchOptions, settings: Settings) -> None:
         for name in sorted(settings.flags - {"backend"}):
             raise ConfigError(f"{name} has no effect on the CPU overhead of a step", "leave it out, or --host")
         if "backend" in settings.flags and settings.engine.backend not in ("auto", "mlx"):
-            hint = "leave it out, since the scheduler is the same for all; or --backend mlx, to time MLX's graph"
+            hint = "leave it out, since the scheduler is the same for all"
             raise ConfigError(f"backend: {settings.engine.backend} is not used with host", hint)
     elif "prefix_cache" in settings.flags and settings.engine.prefix_cache:
         raise ConfigError("prefix_cache: benchmarks run without it", "leave it out")
@@ -165,25 +165,6 @@ def host(options: BenchOptions) -> int:
     print(f"{'batch':>8}{'ms per step':>14}{'µs per request':>16}")
     for batch, seconds in times.items():
         print(f"{batch:8}{1e3 * seconds:14.3f}{1e6 * seconds / batch:16.2f}")
-    return 0
-
-
-def mlx_host(options: BenchOptions) -> int:
-    """Time to build MLX's graph of a decode step, with mlx-lm's for comparison if it is installed."""
-    from llmrs.backends.base import load_backend
-
-    load_backend("mlx")  # raises BackendError where MLX is missing or too old
-    from llmrs.bench import mlx_lm
-
-    times: dict[int, Any] = {n: mlx_lm.host(n, "f32", "auto", 15) for n in options.batches or (1, 32)}
-    counts = mlx_lm.per_layer()
-    if options.json:
-        print(json.dumps({"graph_seconds_per_step": times, "per_layer": counts}))
-        return 0
-    print("graph construction of a decode step of 28 layers, median")
-    for batch, seconds in times.items():
-        print(f"batch {batch:4}: " + ", ".join(f"{name} {1e3 * s:.2f} ms" for name, s in seconds.items()))
-    print("per layer: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
     return 0
 
 

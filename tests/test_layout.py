@@ -162,7 +162,7 @@ for name in sys.argv[1:]:
 
 def test_only_the_suite_for_backends_imports_pytest(tmp_path):
     names = sorted(m for m in MODULES if m != "llmrs.backends.testing")
-    assert "llmrs.bench.mlx_lm" in names
+    assert "llmrs.backends.mlx.backend" in names
     run(NO_PYTEST, tmp_path, *names)
 
 

@@ -25,6 +25,8 @@ from llmrs.memory import kv_bytes_per_token
 
 mx = pytest.importorskip("mlx.core")
 
+import bench_mlx_lm  # noqa: E402
+
 from llmrs.backends.mlx import MIN_MLX, ops, streams  # noqa: E402
 from llmrs.backends.mlx.backend import MlxBackend  # noqa: E402
 from llmrs.backends.mlx.kernels.launch import Kernels  # noqa: E402
@@ -257,7 +259,7 @@ def fresh(monkeypatch):
     """Reimports the backend with a fake mlx.core."""
 
     def use(core):
-        for name in [n for n in sys.modules if n.startswith("llmrs.backends.mlx") or n == "llmrs.bench.mlx_lm"]:
+        for name in [n for n in sys.modules if n.startswith("llmrs.backends.mlx")]:
             monkeypatch.delitem(sys.modules, name)
         package = ModuleType("mlx")
         package.core = core
@@ -283,7 +285,7 @@ def test_an_mlx_that_is_too_old(fresh, monkeypatch, backend):
     assert caught.value.hint == "pip install -U mlx"
 
 
-@pytest.mark.parametrize("words", [["bench", "--host"], ["run", "--model", "demo", "--prompts", "a"]])
+@pytest.mark.parametrize("words", [["bench", "--model", "demo"], ["run", "--model", "demo", "--prompts", "a"]])
 def test_the_command_line_with_an_mlx_that_is_too_old(fresh, capsys, words):
     fresh(old_mlx())
     assert main([*words, "--backend", "mlx"]) != 0
@@ -405,9 +407,7 @@ def test_a_kv_cache_of_another_dtype():
 
 
 def test_ops_per_layer_on_metal():
-    from llmrs.bench import mlx_lm
-
-    counts = mlx_lm.per_layer()
+    counts = bench_mlx_lm.per_layer()
     assert counts["Metal kernels"] == 5  # norm_rope, attention, act_and_mul, fused_add_rms_norm twice
     assert counts["MLX primitives"] >= 6  # at least four GEMMs and two scatters
 

@@ -1,4 +1,4 @@
-"""The MLX backend vs. mlx-lm, alternating in one process: python -m llmrs.bench.mlx_lm host | decode
+"""The MLX backend vs. mlx-lm, alternating in one process: python tests/bench/bench_mlx_lm.py host | decode
 
 host:   CPU time to build the graph of a decode step, on a tiny model
 decode: decode throughput in tokens/s, on a small model of Qwen3's shape
@@ -238,7 +238,11 @@ def main() -> None:
             line = ", ".join(f"{n} {v:.1f} tokens/s" if n != "same tokens" else f"{n}: {v}" for n, v in values.items())
         print(f"batch {batch}: {line}")
         results.append({"what": args.what, "batch": batch, "dtype": args.dtype, **values})
-    print(json.dumps({"mlx": version("mlx"), "device": str(mx.default_device()), "results": results}))
+    counts = per_layer() if args.what == "host" else {}
+    if counts:
+        print("per layer: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
+    device = str(mx.default_device())
+    print(json.dumps({"mlx": version("mlx"), "device": device, "results": results, "per_layer": counts}))
 
 
 if __name__ == "__main__":
