@@ -39,26 +39,23 @@ def gemv_kernel(
 ):  # fmt: skip
     offs_n = (tl.program_id(0) * ROWS_PER_WARP + tl.arange(0, ROWS_PER_WARP)[:, None]) * WARPS
     offs_n += tl.arange(0, WARPS)[None, :]
-    mask_n = (offs_n < N)[:, :, None]
-    offs_k = tl.arange(0, BLOCK_K)[None, None, :]
+    mask_n, offs_k = (offs_n < N)[:, :, None], tl.arange(0, BLOCK_K)[None, None, :]
     w_ptrs = w + offs_n.to(tl.int64)[:, :, None] * stride_wn + offs_k  # (ROWS_PER_WARP, WARPS, BLOCK_K)
     w_up_ptrs = w + (offs_n + N).to(tl.int64)[:, :, None] * stride_wn + offs_k
     warp_k = offs_k + tl.zeros([1, WARPS, 1], tl.int32)  # in the layout of a w tile, so that nothing moves across warps
+    norm_ptrs, all_k = norm_weight + warp_k, warp_k >= 0
     w_tiles, w_up_tiles, norm_tiles = (), (), ()
     for tile in tl.static_range(PREFETCH_K_TILES):
         w_tiles = w_tiles + (load_k_tile(w_ptrs, mask_n, tile * BLOCK_K, offs_k, K, BLOCK_K),)
         if ACT:
             w_up_tiles = w_up_tiles + (load_k_tile(w_up_ptrs, mask_n, tile * BLOCK_K, offs_k, K, BLOCK_K),)
         if FUSE_NORM:
-            norm_tiles = norm_tiles + (
-                load_k_tile(norm_weight + warp_k, warp_k >= 0, tile * BLOCK_K, warp_k, K, BLOCK_K),
-            )
+            norm_tiles = norm_tiles + (load_k_tile(norm_ptrs, all_k, tile * BLOCK_K, warp_k, K, BLOCK_K),)
     if PDL:
         if HAS_BIAS:
             prefetch_l2(bias + tl.minimum(offs_n, N - 1))
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-
     # x, residual and 1 / rms of each row; rows from M on repeat the last
     x_ptrs, inverse_rms, residuals, acc, acc_up = (), (), (), (), ()
     for m in tl.static_range(BLOCK_M):
@@ -67,24 +64,22 @@ def gemv_kernel(
         if HAS_RESIDUAL:
             residuals = residuals + (tl.load(residual + row * stride_rm + offs_n, mask=offs_n < N, other=0.0),)
         if FUSE_NORM:
-            inverse_rms = inverse_rms + (
-                _inverse_rms(x_ptrs[m], warp_k, eps, K, NUM_K_TILES, BLOCK_K, BLOCK_M * K > 2048),
-            )
+            rms = _inverse_rms(x_ptrs[m], warp_k, eps, K, NUM_K_TILES, BLOCK_K, BLOCK_M * K > 2048)
+            inverse_rms = inverse_rms + (rms,)
         acc = acc + (tl.zeros([ROWS_PER_WARP, WARPS, BLOCK_K], tl.float32),)
         acc_up = acc_up + (tl.zeros([ROWS_PER_WARP, WARPS, BLOCK_K], tl.float32),)
-
     for tile in tl.static_range(NUM_K_TILES):
         k = tile * BLOCK_K
         w_tile = w_tiles[tile] if tile < PREFETCH_K_TILES else load_k_tile(w_ptrs, mask_n, k, warp_k, K, BLOCK_K)
         if ACT:
-            w_up = w_up_tiles[tile] if tile < PREFETCH_K_TILES else load_k_tile(
-                w_up_ptrs, mask_n, k, warp_k, K, BLOCK_K)  # fmt: skip
+            w_up = (
+                w_up_tiles[tile] if tile < PREFETCH_K_TILES else load_k_tile(w_up_ptrs, mask_n, k, warp_k, K, BLOCK_K)
+            )
         if FUSE_NORM:
-            norm = norm_tiles[tile] if tile < PREFETCH_K_TILES else load_k_tile(
-                norm_weight + warp_k, warp_k >= 0, k, warp_k, K, BLOCK_K)  # fmt: skip
+            norm = norm_tiles[tile] if tile < PREFETCH_K_TILES else load_k_tile(norm_ptrs, all_k, k, warp_k, K, BLOCK_K)
         new_acc, new_up = (), ()
         for m in tl.static_range(BLOCK_M):
-            value = load_k_tile(x_ptrs[m], warp_k >= 0, k, warp_k, K, BLOCK_K)
+            value = load_k_tile(x_ptrs[m], all_k, k, warp_k, K, BLOCK_K)
             if FUSE_NORM:
                 scale = norm.to(tl.float32) + weight_offset
                 value = (value.to(tl.float32) * inverse_rms[m] * scale).to(value.dtype)
@@ -94,6 +89,5 @@ def gemv_kernel(
 
     for m in tl.static_range(BLOCK_M):
         out_ptrs = out + tl.minimum(m, M - 1).to(tl.int64) * stride_om + offs_n
-        mask = (offs_n < N) & (m < M)
         epilogue(tl.sum(acc[m], 2), tl.sum(acc_up[m], 2), offs_n, bias, residuals[m] if HAS_RESIDUAL else 0.0,
-                 out_ptrs, mask, N, ACT, HAS_BIAS, HAS_RESIDUAL)  # fmt: skip
+                 out_ptrs, (offs_n < N) & (m < M), N, ACT, HAS_BIAS, HAS_RESIDUAL)  # fmt: skip
