@@ -8,11 +8,11 @@ from llmrs.core.sampling import SamplingArrays
 
 HEADERS = ("random",)
 PARTIALS = ("partial_max", "partial_argmax")
-INPUTS = ("logits", "temperature", "min_p", "rng_keys", "thresholds")
+SAMPLE_INPUTS = ("logits", "temperature", "min_p", "rng_keys", "thresholds")
 THRESHOLDS = Kernel(
     "find_thresholds", ("logits", "temperature", "top_k", "top_p"), ("thresholds",), HEADERS, exact=True
 )
-SAMPLE = Kernel("sample_gumbel", INPUTS, PARTIALS, HEADERS, exact=True)
+SAMPLE = Kernel("sample_gumbel", SAMPLE_INPUTS, PARTIALS, HEADERS, exact=True)
 REDUCE = Kernel("reduce_argmax", PARTIALS, ("tokens",), exact=True)
 
 SIMDS = 8  # simdgroups per threadgroup of sample_gumbel
