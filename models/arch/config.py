@@ -215,10 +215,8 @@ def _ropes(r: ConfigReader) -> tuple[Rope, Rope]:
 def _check_keys(r: ConfigReader, name: str, given: Mapping[str, Any], known: set[str]) -> None:
     """Refuses unknown keys, which may change the result."""
     for key in sorted(key for key, value in given.items() if key not in known and value is not None):
-        raise ModelError(
-            f"{r.path}: {key[:60]} in {name} is {short_repr(given[key])}, which is not implemented there",
-            f"implemented are {', '.join(sorted(known))}",
-        )
+        problem = f"{r.path}: {key[:60]} in {name} is {short_repr(given[key])}, which is not implemented there"
+        raise ModelError(problem, f"implemented are {', '.join(sorted(known))}")
 
 
 def _yarn_context(rope: Rope) -> int:

@@ -67,10 +67,8 @@ def read_config(folder: Path) -> ModelConfig:
     name = architecture(path, data)
     f, model_type = family(name), data.get("model_type")
     if model_type not in (None, f.model_type):
-        raise ModelError(
-            f"{path}: model_type is {short_repr(model_type)}, and architectures names {name}",
-            f"the model_type of {name} is {f.model_type}",
-        )
+        problem = f"{path}: model_type is {short_repr(model_type)}, and architectures names {name}"
+        raise ModelError(problem, f"the model_type of {name} is {f.model_type}")
     return parse(path, data, f.defaults)
 
 

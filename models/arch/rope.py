@@ -57,13 +57,10 @@ def _llama3(values: list[float], r: ConfigReader) -> tuple[float, ...]:
 
 
 def _yarn(label: str, values: list[float], r: ConfigReader, theta: float, c: ModelConfig) -> RopeFrequencies:
-    """YaRN: interpolates by the number of rotations in the original context, between beta_fast and beta_slow.
-
-    Source: arXiv 2309.00071, with transformers' names and defaults.
-    """
+    """YaRN (arXiv 2309.00071): interpolates between beta_fast and beta_slow rotations in the original context."""
     original = r.number(ORIGINAL_CONTEXT)
     factor = r.number("factor", c.max_position_embeddings / original)
-    fast, slow = r.number("beta_fast", 32.0), r.number("beta_slow", 1.0)
+    fast, slow = r.number("beta_fast", 32.0), r.number("beta_slow", 1.0)  # transformers' defaults
     low, high = (c.head_dim * math.log(original / (n * 2 * math.pi)) / (2 * math.log(theta)) for n in (fast, slow))
     if r.data.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)

@@ -7,6 +7,7 @@ which it accepts, are refused here.
 
 import json
 import mmap
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,8 +128,7 @@ class File:
     def _unique(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(pairs)
         if len(table) != len(pairs):
-            names = [n for n, _ in pairs]
-            twice = next(n for n in names if names.count(n) > 1)
+            twice = Counter(n for n, _ in pairs).most_common(1)[0][0]
             raise ModelError(f"{self.path} holds {twice!r} twice", "write the checkpoint again")
         return table
 
@@ -142,8 +142,7 @@ def _single(folder: Path) -> Path:
         return inside(folder, files[0])
     if files:
         raise ModelError(f"{folder} holds {len(files)} safetensors files and no {INDEX}", f"add its {INDEX}")
-    pickles = sorted(p.name for pattern in PICKLES for p in folder.glob(pattern))
-    if pickles:
+    if pickles := sorted(p.name for pattern in PICKLES for p in folder.glob(pattern)):
         problem = f"{folder} holds weights only as {pickles[0]}, a pickle, which is not loaded: it can run any program"
         raise ModelError(problem, "use the model's safetensors files, or convert them where you trust them")
     raise ModelError(f"{folder} holds no weights", f"it should hold {SINGLE}")

@@ -19,14 +19,10 @@ codecs.register_error(EACH_BYTE, lambda e: ("\ufffd" * (e.end - e.start), e.end)
 WORD = "a"  # context on both sides of a token: decoders treat the first and last token differently
 
 
-def _byte_letters() -> dict[str, int]:
-    """GPT-2's byte-level alphabet: printable bytes map to themselves, others to characters from 256 on."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
-
-
-BYTE_OF_LETTER = _byte_letters()
+# GPT-2's byte-level alphabet: printable bytes map to themselves, others to characters from 256 on
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+BYTE_OF_LETTER = {chr(b): b for b in PRINTABLE}
+BYTE_OF_LETTER |= {chr(256 + n): b for n, b in enumerate(sorted({*range(256)} - {*PRINTABLE}))}
 
 
 class TokenDecoder:
@@ -39,8 +35,12 @@ class TokenDecoder:
     def __init__(self, inner: tokenizers.Tokenizer, path: Path) -> None:
         """Raises ModelError for a decoder that can't decode tokens one by one."""
         parts = list(_parts(json.loads(inner.decoder.__getstate__()) if inner.decoder else {}))
-        _require_supported(parts, path)
-        kinds = {part["type"] for part in parts}
+        kinds = [part["type"] for part in parts]
+        mixed = "ByteLevel" in kinds and not set(kinds) <= {"ByteLevel", "Fuse", "Strip"}
+        across = any(_is_across(part, fused="Fuse" in kinds[:n]) for n, part in enumerate(parts))
+        if mixed or across or not set(kinds) <= SUPPORTED or not set(kinds) & SPELLING:
+            problem = f"{path}: its decoder ({', '.join(kinds) or 'none'}) is not supported"
+            raise ModelError(problem, "byte-level, SentencePiece and WordPiece are")
         self._decoder = inner.decoder
         self._byte_level, self._byte_fallback = "ByteLevel" in kinds, "ByteFallback" in kinds
         self.errors = EACH_BYTE if self._byte_fallback and not self._byte_level else "replace"
@@ -57,17 +57,6 @@ class TokenDecoder:
             return bytes([int(byte[1], 16)])
         text: str = self._decoder.decode([WORD, word, WORD])
         return text[len(self._before) : len(text) - len(self._after)].encode()
-
-
-def _require_supported(parts: list[dict[str, Any]], path: Path) -> None:
-    """Raises ModelError for parts that work across tokens."""
-    kinds = [part["type"] for part in parts]
-    mixed = "ByteLevel" in kinds and not set(kinds) <= {"ByteLevel", "Fuse", "Strip"}
-    across = any(_is_across(part, fused="Fuse" in kinds[:n]) for n, part in enumerate(parts))
-    if mixed or across or not set(kinds) <= SUPPORTED or not set(kinds) & SPELLING:
-        shown = ", ".join(kinds) or "none"
-        hint = "byte-level, SentencePiece and WordPiece are"
-        raise ModelError(f"{path}: its decoder ({shown}) is not supported", hint)
 
 
 def _is_across(part: dict[str, Any], *, fused: bool) -> bool:

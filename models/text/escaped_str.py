@@ -2,7 +2,7 @@
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, SupportsIndex
 
 from llmrs.models.text.sandbox import UNICODE_ESCAPE, Sandbox
@@ -28,11 +28,7 @@ class EscapedStr(str):
     def __new__(cls, text: str, escape: str = "") -> "EscapedStr":
         new = super().__new__(cls, text)
         pieces = str.split(text, escape) if escape else [text]
-        new._escape, new._clean, new._positions = escape, "".join(pieces), []
-        at = 0
-        for piece in pieces[:-1]:
-            at += len(piece)
-            new._positions.append(at)
+        new._escape, new._clean, new._positions = escape, "".join(pieces), [*accumulate(map(len, pieces[:-1]))]
         return new
 
     def __str__(self) -> str:

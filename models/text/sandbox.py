@@ -121,8 +121,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         text: str = value.__self__
 
         def formatted(*args: Any, **kwargs: Any) -> str:
-            specs = [spec for _, _, spec, _ in string.Formatter().parse(text) if spec]
-            _check_widths(specs)
+            _check_widths([spec for _, _, spec, _ in string.Formatter().parse(text) if spec])
             self.charge(text.count("{") * self._total_size([args, kwargs]))
             return wrapped(*args, **kwargs)
 

@@ -62,8 +62,7 @@ def set_special(inner: tokenizers.Tokenizer, settings: dict[str, Any]) -> None:
     """
     added = inner.get_added_tokens_decoder()
     for content in _special_contents(settings):
-        token_id = inner.token_to_id(content)
-        if token_id is None:
+        if (token_id := inner.token_to_id(content)) is None:
             continue
         token = added.get(token_id, tokenizers.AddedToken(content, normalized=False))
         if not token.special:

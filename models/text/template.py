@@ -185,10 +185,8 @@ def _cut_at_tag(text: str, continued: str, tag: str) -> str:
     """The text before the tag, right-stripped if the template trims the message, as in transformers."""
     at = text.rfind(tag)
     if at < 0 or continued.strip() not in text:
-        raise RequestError(
-            "the last message can't be continued: the chat template leaves it out, or changes it",
-            "end with a message of the assistant, or don't continue it",
-        )
+        problem = "the last message can't be continued: the chat template leaves it out, or changes it"
+        raise RequestError(problem, "end with a message of the assistant, or don't continue it")
     return text[:at] if text[at + 1 : at + 2] == " " else text[:at].rstrip()
 
 

@@ -53,8 +53,7 @@ class Tokenizer:
     def load(cls, folder: Path) -> "Tokenizer":
         """From tokenizer.json and, if present, tokenizer_config.json. Raises ModelError."""
         path = inside(folder, "tokenizer.json")
-        text = read_text(path, MAX_FILE_BYTES)
-        return cls(_parse(text, path), read_settings(folder), path)
+        return cls(_parse(path), read_settings(folder), path)
 
     @property
     def vocab_size(self) -> int:
@@ -147,9 +146,16 @@ class _Pieces(dict[int, str | bytes]):
         return piece
 
 
-def _parse(text: str, path: Path) -> tokenizers.Tokenizer:
-    """Parses and tries a tokenizer. Raises ModelError for errors and panics of the library."""
-    _check_ids(text, path)
+def _parse(path: Path) -> tokenizers.Tokenizer:
+    """Reads and tries a tokenizer. Raises ModelError for huge ids, and for errors and panics of the library."""
+    text = read_text(path, MAX_FILE_BYTES)
+    data = parse_json(text, path)
+    model = data.get("model") if isinstance(data, dict) else None
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    for word, number in vocab.items() if isinstance(vocab, dict) else ():
+        if type(number) is not int or not 0 <= number < MAX_VOCAB_SIZE:  # tables are allocated up to the largest
+            allowed = f"ids are 0 to {MAX_VOCAB_SIZE - 1}"
+            raise ModelError(f"{path}: the id of {word[:50]!r} is {short_repr(number)}; {allowed}", HINT)
     try:
         inner = tokenizers.Tokenizer.from_str(text)
         inner.encode("Hi", add_special_tokens=True)
@@ -158,15 +164,3 @@ def _parse(text: str, path: Path) -> tokenizers.Tokenizer:
             raise
         raise ModelError(f"{path} holds no tokenizer: {error}", HINT) from error
     return inner
-
-
-def _check_ids(text: str, path: Path) -> None:
-    """Raises ModelError for huge ids: the library allocates tables up to the largest."""
-    data = parse_json(text, path)
-    model = data.get("model") if isinstance(data, dict) else None
-    vocab = model.get("vocab") if isinstance(model, dict) else None
-    for word, number in vocab.items() if isinstance(vocab, dict) else ():
-        if type(number) is not int or not 0 <= number < MAX_VOCAB_SIZE:
-            raise ModelError(
-                f"{path}: the id of {word[:50]!r} is {short_repr(number)}; ids are 0 to {MAX_VOCAB_SIZE - 1}", HINT
-            )
