@@ -20,7 +20,7 @@ from llmrs.backends.linearize import hoist_logits_gather, inline, tied_weights
 from llmrs.backends.torch.async_output import CopiedOutput, OutputCopier, TorchOutput
 from llmrs.backends.torch.cpu_linear import Linear, make_linear
 from llmrs.backends.torch.fusion import CanFuseNorm, program_functions
-from llmrs.backends.torch.kv_fp8 import CODES, Scaled, check_device
+from llmrs.backends.torch.kv_fp8 import E4M3, QuantizedKV, check_device
 from llmrs.backends.torch.lowering import Bind, Lowering
 from llmrs.backends.torch.ops import BIND, FUSED, KV, OPS
 from llmrs.backends.torch.profiler import TorchProfiler
@@ -56,7 +56,7 @@ class TorchBackend(Backend):
             self.max_in_flight = 2  # on the CPU a launch computes
         else:
             keep_freed_memory()
-            self.step_tokens = 256  # as fast as more, with temporaries that the caches hold; and nobody waits long
+            self.step_tokens = 256  # as fast as more, and temporaries fit the caches
         self.ops_table: Mapping[str, Callable[..., object]] = OPS
         self.make_linear: Callable[..., Linear] = make_linear
         self.bind: Mapping[str, Bind] = BIND
@@ -139,8 +139,6 @@ class TorchBackend(Backend):
         itemsize = self.torch_dtype.itemsize
         return workspace_bytes(graph, max_num_seqs, activation_bytes(graph, max_num_batched_tokens, itemsize), itemsize)
 
-    # Loading: every equation becomes a call with its weights bound.
-
     def load_weights(self, weights: Mapping[str, Tensor], progress: Callable[[int], None]) -> None:
         function = inline(self.graph)
         tied, ops_table = tied_weights(function), self.ops_table
@@ -171,20 +169,19 @@ class TorchBackend(Backend):
             self.output_copier = copier if self.runner.copy_output else None
 
     def _pool(self, blocks: int, block_size: int, heads: int, size: int) -> KV:
-        """One layer's cache. For kernels a head's tokens lie together, K and V of a block side by side, and there is
-        a block more, to which they write what nobody reads."""
+        """One layer's cache. For kernels: K and V of a block adjacent, a head's tokens contiguous, plus the null block."""
         if self.runner:
             both = self._zeros(blocks + 1, 2, heads, block_size, size)
             return KV(*(side.transpose(1, 2) for side in both.unbind(1)))
         return KV(*(self._zeros(blocks, block_size, heads, size) for _ in range(2)))
 
-    def _zeros(self, *shape: int) -> torch.Tensor | Scaled:
-        """Of the KV cache's type."""
+    def _zeros(self, *shape: int) -> torch.Tensor | QuantizedKV:
+        """In the KV cache's dtype."""
         if self.kv_dtype == "fp8":
-            return Scaled(zeros(shape, CODES, self.torch_device), zeros(shape[:-1], torch.float32, self.torch_device))
+            return QuantizedKV(
+                zeros(shape, E4M3, self.torch_device), zeros(shape[:-1], torch.float32, self.torch_device)
+            )
         return zeros(shape, DTYPES[self.kv_dtype], self.torch_device)
-
-    # Running
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Logits:

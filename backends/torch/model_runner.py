@@ -20,7 +20,7 @@ from llmrs.backends.torch.kernels.gemm import MAX_FUSED_NORM_M, max_fused_m
 from llmrs.backends.torch.kernels.gumbel_argmax import sample_gumbel
 from llmrs.backends.torch.kernels.launch import has_tma, interpreted, supports_pdl
 from llmrs.backends.torch.kernels.top_k_top_p import find_thresholds
-from llmrs.backends.torch.kv_fp8 import parts
+from llmrs.backends.torch.kv_fp8 import unpack
 from llmrs.backends.torch.ops import KV
 from llmrs.backends.torch.program import NO_PROGRAMS, Program, Programs
 from llmrs.backends.torch.sampling import Logits, SlotState, apply_logits_processors, needs_logits_processors
@@ -80,7 +80,7 @@ class GPUModelRunner:
         self.tokens = torch.empty(max(len(slots.tokens), DECODE_BATCH_SIZES[-1]), dtype=torch.int32, device=self.device)
         self.cos_sin_cache = CosSinCache(self.max_model_len, self.device)
         self.ctas = target_ctas(self.device, *kv[0].keys.shape[2:])
-        self.block_m_tokens = prefill_q_tokens(graph, dtype, parts(kv[0].keys)[0].dtype, self.configs)
+        self.block_m_tokens = prefill_q_tokens(graph, dtype, unpack(kv[0].keys)[0].dtype, self.configs)
         if self.use_graphs and not NOT_CAPTURABLE & {c.op for c in programs.full.calls}:
             self.graphs = self.new_graph_cache(activation_bytes(graph, max_num_batched_tokens, dtype.itemsize))
         if self.device.type == "cuda":  # the interpreter compiles nothing, and takes minutes

@@ -9,7 +9,7 @@ import torch
 
 from llmrs.backends.torch import sdpa_attention
 from llmrs.backends.torch.cpu_linear import Linear, make_linear
-from llmrs.backends.torch.kv_fp8 import Scaled
+from llmrs.backends.torch.kv_fp8 import QuantizedKV
 from llmrs.backends.torch.lowering import Bind, Lowering, torch_view, weights_of
 from llmrs.backends.torch.sdpa_attention import AttnMetadata
 from llmrs.core.ir import Equation, RopeFrequencies, Weight
@@ -21,8 +21,8 @@ Tensor = torch.Tensor
 class KV:
     """The KV cache of one layer: keys and values (blocks, block_size, Hk, d)."""
 
-    keys: Tensor | Scaled
-    values: Tensor | Scaled
+    keys: Tensor | QuantizedKV
+    values: Tensor | QuantizedKV
 
 
 def embed(_: AttnMetadata, tokens: Tensor, table: Callable[[Tensor], Tensor]) -> Tensor:

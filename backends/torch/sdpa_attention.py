@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from llmrs.backends.torch.kv_fp8 import Scaled
+from llmrs.backends.torch.kv_fp8 import QuantizedKV
 from llmrs.core.batch import Batch
 
-Pool = torch.Tensor | Scaled  # (blocks, block_size, Hk, d)
+Pool = torch.Tensor | QuantizedKV  # (blocks, block_size, Hk, d)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from llmrs.backends.torch.kernels.paged_attention import AttnConfig, paged_atten
 from llmrs.backends.torch.kernels.prefill_attention_tma import prefill_attention_tma, prefill_config
 from llmrs.backends.torch.kernels.prefill_attention_tma import tma_compatible as cache_tma_compatible
 from llmrs.backends.torch.kernels.qk_norm_rope_cache import qk_norm_rope_write_kv as qk_norm_rope_cache
-from llmrs.backends.torch.kv_fp8 import parts
+from llmrs.backends.torch.kv_fp8 import unpack
 from llmrs.backends.torch.lowering import Bind, Lowering, weights_of
 from llmrs.backends.torch.ops import KV, OPS, bind_moe
 from llmrs.core.ir import Equation, RopeFrequencies, Type
@@ -120,7 +120,7 @@ def attend(c: KernelContext, q: Tensor, kv: KV, *, scale: float, window: int = 0
     out = torch.empty(tokens, heads * head_dim, dtype=q.dtype, device=q.device)
 
     def config(prefill: bool) -> AttnConfig:
-        return attn_config(ConfigKey(prefill, group, head_dim, q.dtype, parts(kv.keys)[0].dtype), c.device)
+        return attn_config(ConfigKey(prefill, group, head_dim, q.dtype, unpack(kv.keys)[0].dtype), c.device)
 
     if shape.num_decode_tiles:
         paged_attention(

@@ -9,7 +9,7 @@ from bench_gemm import captured
 
 from llmrs.backends.base import load_backend
 from llmrs.backends.torch.kernels.paged_attention import AttnConfig, default_config, paged_attention
-from llmrs.backends.torch.kv_fp8 import Scaled
+from llmrs.backends.torch.kv_fp8 import QuantizedKV
 from llmrs.bench import serving, sweep
 from llmrs.bench.workloads import WORKLOADS
 from llmrs.random_model import BLOCK, RandomModel, prefill_batch, prompts
@@ -70,7 +70,7 @@ def decode_attention(bench: Any, context: int, kv: str, configs: list[AttnConfig
     for _ in range(3):  # more than the L2 cache holds
         p = torch.randn(256 * width, 2, 8, 64, 128, device=bench.GPU, dtype=torch.bfloat16)
         scales = torch.rand(p.shape[:-1], device=bench.GPU)
-        pools.append(Scaled(p.to(torch.float8_e4m3fn), scales) if kv == "fp8" else p)
+        pools.append(QuantizedKV(p.to(torch.float8_e4m3fn), scales) if kv == "fp8" else p)
 
     def launch(config: AttnConfig) -> None:
         for p in pools:

@@ -6,7 +6,7 @@ import torch
 
 from llmrs.backends.reference import ops
 from llmrs.backends.testing import prefill_batch
-from llmrs.backends.torch.kv_fp8 import Scaled
+from llmrs.backends.torch.kv_fp8 import QuantizedKV
 from llmrs.core.batch import Batch
 
 pytest.importorskip("triton")
@@ -42,7 +42,7 @@ def pool(rng: np.random.Generator, batch: Batch, block_size: int, kv_heads: int,
 def run(q, kv, batch: Batch, scale: float, window: int, config: AttnConfig, num_splits: int) -> torch.Tensor:
     y = torch.full((len(q), q.shape[1] * q.shape[2]), 77.0, dtype=q.dtype)
     q, tables, y = (x.to(DEVICE) for x in (q, torch.from_numpy(batch.block_tables), y))
-    keys, values = (x if isinstance(x, Scaled) else x.to(DEVICE) for x in kv)
+    keys, values = (x if isinstance(x, QuantizedKV) else x.to(DEVICE) for x in kv)
     counts, width = np.diff(batch.query_start_loc), batch.block_tables.shape[1]
     singles = decode_tiles(batch, counts, width)
     empty = np.zeros((1, 4), np.int32)

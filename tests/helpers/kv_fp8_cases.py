@@ -7,9 +7,9 @@ from llmrs.backends.reference import kv_fp8
 from llmrs.backends.torch import kv_fp8 as fp8_in_torch
 
 
-def zeros_in_torch(*shape: int, device: str = "cpu") -> fp8_in_torch.Scaled:
-    codes = torch.zeros(shape, dtype=fp8_in_torch.CODES, device=device)
-    return fp8_in_torch.Scaled(codes, torch.zeros(shape[:-1], device=device))
+def zeros_in_torch(*shape: int, device: str = "cpu") -> fp8_in_torch.QuantizedKV:
+    codes = torch.zeros(shape, dtype=fp8_in_torch.E4M3, device=device)
+    return fp8_in_torch.QuantizedKV(codes, torch.zeros(shape[:-1], device=device))
 
 
 def awkward() -> np.ndarray:

@@ -32,7 +32,7 @@ from llmrs.backends.torch.kernels.paged_attention import AttnConfig, combine_spl
 from llmrs.backends.torch.kernels.prefill_attention_tma import prefill_attention_tma_kernel, prefill_config
 from llmrs.backends.torch.kernels.qk_norm_rope_cache import qk_norm_rope_write_kv_kernel
 from llmrs.backends.torch.kernels.rms_norm import fused_add_rms_norm_kernel
-from llmrs.backends.torch.kv_fp8 import CODES, LEAST_CAPABILITY
+from llmrs.backends.torch.kv_fp8 import E4M3, MIN_CAPABILITY
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 # arguments that a kernel may read before gdc_wait: weights, and input arrays that a copy fills
@@ -154,7 +154,7 @@ def paged_attention(dtype: torch.dtype, group: int, head_dim: int, block_size: i
     cache, absent = caches(dtype, fp8=fp8)
     tensors = {"q": NAMES[dtype], "out": NAMES[dtype], "block_tables": "i32", "tiles": "i32"} | cache | partial
     for prefill in (False, True):
-        key = ConfigKey(prefill, group, head_dim, dtype, CODES if fp8 else dtype)
+        key = ConfigKey(prefill, group, head_dim, dtype, E4M3 if fp8 else dtype)
         first, *others = attn_configs(key)
         for config, splits in [(first, 1), *([] if prefill else [(first, 8)]), *((c, 1) for c in others)]:
             constants = tile_constants(config, group, head_dim, block_size) | absent
@@ -282,7 +282,7 @@ MS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512)
 def main(few: bool, device: Device) -> None:
     Run.few, Run.device = few, device
     gemm.has_tma = lambda _: device.capability >= (9, 0)
-    fp8_caches = (False, True) if device.capability >= LEAST_CAPABILITY else (False,)
+    fp8_caches = (False, True) if device.capability >= MIN_CAPABILITY else (False,)
     for dtype in (torch.bfloat16,) if few else (torch.bfloat16, torch.float16, torch.float32):
         for attention in ATTENTIONS[:3] if few else ATTENTIONS:
             for fp8 in fp8_caches:
@@ -300,7 +300,7 @@ def main(few: bool, device: Device) -> None:
                 for fp8 in fp8_caches:
                     qk_norm_rope(dtype, *heads, norm, fp8=fp8)
         sampling(dtype)
-    measured = {key for key in SM90_CONFIGS if True in fp8_caches or key.kv_dtype != CODES}
+    measured = {key for key in SM90_CONFIGS if True in fp8_caches or key.kv_dtype != E4M3}
     assert measured <= Run.done, measured - Run.done
 
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from llmrs.backends.torch.kernels.launch import KV_DTYPES, check, check_tensors
-from llmrs.backends.torch.kv_fp8 import Scaled, parts
+from llmrs.backends.torch.kv_fp8 import QuantizedKV, unpack
 
 MAX_E4M3 = tl.constexpr(448.0)
 TINY = tl.constexpr(2.0**-100)
@@ -64,10 +64,10 @@ def quantize_and_store(data, scales, a, b, mask, head_mask, HALF: tl.constexpr):
 
 
 def check_cache(
-    kernel: str, k_cache: torch.Tensor | Scaled, v_cache: torch.Tensor | Scaled
+    kernel: str, k_cache: torch.Tensor | QuantizedKV, v_cache: torch.Tensor | QuantizedKV
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """K, V and their scales, if any, whose offsets are those of the data over d. Raises BackendError."""
-    (k, k_scales), (v, v_scales) = parts(k_cache), parts(v_cache)
+    (k, k_scales), (v, v_scales) = unpack(k_cache), unpack(v_cache)
     for data, scales in ((k, k_scales), (v, v_scales)):
         if scales is not None:
             strides = tuple(n / data.shape[3] for n in data.stride()[:3])

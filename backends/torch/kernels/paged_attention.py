@@ -23,7 +23,7 @@ import triton.language as tl
 
 from llmrs.backends.torch.kernels.kv_fp8 import check_cache, fold_v_scales, scale_q_to_fp16
 from llmrs.backends.torch.kernels.launch import check, check_tensors, dot_precision, next_power_of_2, pdl_wait
-from llmrs.backends.torch.kv_fp8 import Scaled
+from llmrs.backends.torch.kv_fp8 import QuantizedKV
 
 NAME = "paged_attention"
 NEG_INF = tl.constexpr(-1e30)  # a masked score; finite, so that exp2 of differences never meets inf - inf
@@ -216,7 +216,7 @@ def default_config(group: int, head_dim: int, dtype: torch.dtype, *, prefill: bo
 
 
 def paged_attention(
-    q: torch.Tensor, k_cache: torch.Tensor | Scaled, v_cache: torch.Tensor | Scaled, block_tables: torch.Tensor,
+    q: torch.Tensor, k_cache: torch.Tensor | QuantizedKV, v_cache: torch.Tensor | QuantizedKV, block_tables: torch.Tensor,
     tiles: torch.Tensor, out: torch.Tensor, *, scale: float, window: int, config: AttnConfig, num_splits: int = 1,
     pdl: bool = False,
 ) -> None:  # fmt: skip

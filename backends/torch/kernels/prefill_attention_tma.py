@@ -30,7 +30,7 @@ from llmrs.backends.torch.kernels.paged_attention import (
     load_tile,
     store_out,
 )
-from llmrs.backends.torch.kv_fp8 import Scaled
+from llmrs.backends.torch.kv_fp8 import QuantizedKV
 
 NAME = "prefill_attention_tma"
 
@@ -123,10 +123,10 @@ def prefill_attention_tma(
     )  # fmt: skip
 
 
-def tma_compatible(cache: torch.Tensor | Scaled, dtype: torch.dtype) -> TypeGuard[torch.Tensor]:
+def tma_compatible(cache: torch.Tensor | QuantizedKV, dtype: torch.dtype) -> TypeGuard[torch.Tensor]:
     """Whether TMA can load tiles of a cache (blocks, block_size, Hk, d): a head's tokens of a block are contiguous, at
     a multiple of 16 bytes, in the dtype of q."""
-    if isinstance(cache, Scaled) or cache.dtype != dtype or dtype == torch.float32:
+    if isinstance(cache, QuantizedKV) or cache.dtype != dtype or dtype == torch.float32:
         return False
     head_dim = cache.shape[3]
     strides = cache.stride(1) == head_dim and all(cache.stride(n) % head_dim == 0 for n in (0, 2))

@@ -15,7 +15,7 @@ from llmrs.backends.torch import triton_ops
 from llmrs.backends.torch.attn_metadata import prefill_tiles
 from llmrs.backends.torch.kernels.paged_attention import AttnConfig
 from llmrs.backends.torch.kernels.prefill_attention_tma import prefill_attention_tma, prefill_config, tma_compatible
-from llmrs.backends.torch.kv_fp8 import CODES, Scaled
+from llmrs.backends.torch.kv_fp8 import E4M3, QuantizedKV
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALVES = [t for t in TYPES if t != torch.float32]
@@ -66,7 +66,7 @@ def test_caches_that_tma_cannot_load():
         torch.zeros(4, 16, 2, 24, dtype=torch.float16), torch.float16
     )  # a head's tokens are not contiguous
     assert not tma_compatible(torch.zeros(4, 2, 16, 12, dtype=torch.float16).transpose(1, 2), torch.float16)  # 24 bytes
-    assert not tma_compatible(Scaled(heads_first.to(CODES), torch.zeros(4, 16, 2)), torch.float16)
+    assert not tma_compatible(QuantizedKV(heads_first.to(E4M3), torch.zeros(4, 16, 2)), torch.float16)
     rng = np.random.default_rng(0)
     batch = step(rng, [0], [5], 16)
     kv, q = pool(rng, batch, 16, 1, 16, torch.float16), torch.ones(5, 2, 16, dtype=torch.float16)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from llmrs.backends.reference import kv_fp8, ops
-from llmrs.backends.torch.kv_fp8 import CODES, Scaled
+from llmrs.backends.torch.kv_fp8 import E4M3, QuantizedKV
 from llmrs.core.errors import BackendError
 
 pytest.importorskip("triton")
@@ -34,7 +34,7 @@ def _widen(codes, y):
     tl.store(y + n, tl.load(codes + n).to(y.dtype.element_ty))
 
 
-def pools(blocks: int, block_size: int, kv_heads: int, size: int) -> tuple[list[Scaled], list[kv_fp8.QuantizedKV]]:
+def pools(blocks: int, block_size: int, kv_heads: int, size: int) -> tuple[list[QuantizedKV], list[kv_fp8.QuantizedKV]]:
     """Empty K and V caches: in the backend's layout, and the reference's."""
     both = zeros_in_torch(blocks, 2, kv_heads, block_size, size, device=DEVICE)
     both.scales.fill_(torch.nan)  # unwritten tokens must not be read
@@ -46,7 +46,7 @@ def pools(blocks: int, block_size: int, kv_heads: int, size: int) -> tuple[list[
 
 def test_rounding_to_e4m3():
     x = awkward()[:-1][: 2**17]
-    codes = torch.empty(len(x), dtype=CODES, device=DEVICE)
+    codes = torch.empty(len(x), dtype=E4M3, device=DEVICE)
     _round[(1,)](torch.from_numpy(x).to(DEVICE), codes, COUNT=2**17)
     np.testing.assert_array_equal(codes.float().cpu().numpy(), kv_fp8.E4M3_VALUES[kv_fp8.encode(x)])
 
@@ -54,7 +54,7 @@ def test_rounding_to_e4m3():
 @pytest.mark.parametrize("dtype", TYPES)
 def test_widening_e4m3(dtype: torch.dtype):
     """All codes but NaN, which the interpreter reads as 480; scales hold NaN."""
-    codes, y = torch.arange(256, dtype=torch.uint8).view(CODES), torch.empty(256, dtype=dtype, device=DEVICE)
+    codes, y = torch.arange(256, dtype=torch.uint8).view(E4M3), torch.empty(256, dtype=dtype, device=DEVICE)
     _widen[(1,)](codes.to(DEVICE), y)
     numbers = ~np.isnan(kv_fp8.E4M3_VALUES)
     np.testing.assert_array_equal(y.float().cpu().numpy()[numbers], kv_fp8.E4M3_VALUES[numbers])
@@ -80,8 +80,7 @@ def test_what_is_written(query_heads: int, kv_heads: int, size: int, dtype: torc
     for ours, wanted, x in ((keys, expected[0], k), (values, expected[1], v)):
         wanted[slot_mapping // 4, slot_mapping % 4] = x.float().numpy()
         there = [
-            a[slot_mapping // 4, slot_mapping % 4]
-            for a in (ours.codes.float().cpu().numpy(), ours.scales.cpu().numpy())
+            a[slot_mapping // 4, slot_mapping % 4] for a in (ours.data.float().cpu().numpy(), ours.scales.cpu().numpy())
         ]
         np.testing.assert_array_equal(there[1], wanted.scales[slot_mapping // 4, slot_mapping % 4])
         finite = np.isfinite(there[1])
@@ -89,7 +88,7 @@ def test_what_is_written(query_heads: int, kv_heads: int, size: int, dtype: torc
         np.testing.assert_array_equal(there[0][finite], codes[finite])
         rest = np.setdiff1d(np.arange(24), slot_mapping)
         assert np.isnan(ours.scales.cpu().numpy()[rest // 4, rest % 4]).all()
-        assert (ours.codes.float().cpu().numpy()[rest // 4, rest % 4] == 0).all()
+        assert (ours.data.float().cpu().numpy()[rest // 4, rest % 4] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -116,7 +115,7 @@ def filled(rng: np.random.Generator, batch, block_size: int, kv_heads: int, size
         for n, (pool, to) in enumerate(zip(ours, theirs, strict=True)):
             sizes = 10.0 ** -rng.uniform(0, 3 * n, (length, kv_heads, 1))
             to[at] = (rng.normal(size=(length, kv_heads, size)) * sizes).astype(np.float32)
-            pool.codes.view(torch.uint8)[at] = torch.from_numpy(to.data[at]).to(DEVICE)
+            pool.data.view(torch.uint8)[at] = torch.from_numpy(to.data[at]).to(DEVICE)
             pool.scales[at] = torch.from_numpy(to.scales[at]).to(DEVICE)
     return ours, theirs
 
@@ -147,7 +146,7 @@ def test_small_values_keep_their_precision_in_float16():
 def test_scales_that_lie_elsewhere_are_refused():
     keys, values = pools(2, 4, 2, 16)[0]
     q, y = torch.zeros(1, 2, 16), torch.zeros(1, 32)
-    wrong = Scaled(keys.codes, torch.zeros(keys.scales.shape))
+    wrong = QuantizedKV(keys.data, torch.zeros(keys.scales.shape))
     ints = torch.zeros(1, 4, dtype=torch.int32)
     with pytest.raises(BackendError, match="scales at"):
         paged_attention(q, wrong, values, ints, ints, y, scale=1.0, window=0, config=AttnConfig(1, 16, 4, 1))
