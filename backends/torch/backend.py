@@ -169,7 +169,7 @@ class TorchBackend(Backend):
             self.output_copier = copier if self.runner.copy_output else None
 
     def _pool(self, blocks: int, block_size: int, heads: int, size: int) -> KV:
-        """One layer's cache. For kernels: K and V of a block adjacent, a head's tokens contiguous, plus the null block."""
+        """One layer's cache. For kernels K and V of a block are adjacent, and the null block is added."""
         if self.runner:
             both = self._zeros(blocks + 1, 2, heads, block_size, size)
             return KV(*(side.transpose(1, 2) for side in both.unbind(1)))

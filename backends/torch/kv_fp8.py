@@ -70,6 +70,6 @@ def check_device(device: torch.device) -> None:
     if device.type == "cuda" and (found := torch.cuda.get_device_capability(device)) < MIN_CAPABILITY:
         required, given = (".".join(map(str, c)) for c in (MIN_CAPABILITY, found))
         raise BackendError(
-            f"kv_cache_dtype: fp8 needs a GPU of compute capability {required} for Triton kernels; {device} has {given}",
+            f"kv_cache_dtype: fp8 needs compute capability {required} for Triton kernels; {device} has {given}",
             "kv_cache_dtype: auto, or kernels: plain",
         )
