@@ -217,8 +217,8 @@ def default_config(group: int, head_dim: int, dtype: torch.dtype, *, prefill: bo
 
 def paged_attention(
     q: torch.Tensor, k_cache: torch.Tensor | QuantizedKV, v_cache: torch.Tensor | QuantizedKV,
-    block_tables: torch.Tensor, tiles: torch.Tensor, out: torch.Tensor, *, scale: float, window: int, config: AttnConfig, num_splits: int = 1,
-    pdl: bool = False,
+    block_tables: torch.Tensor, tiles: torch.Tensor, out: torch.Tensor,
+    *, scale: float, window: int, config: AttnConfig, num_splits: int = 1, pdl: bool = False,
 ) -> None:  # fmt: skip
     """Writes the rows of out (T, Hq * d) that `tiles` name.
 

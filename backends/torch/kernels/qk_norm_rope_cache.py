@@ -97,7 +97,8 @@ def qk_norm_rope_write_kv_kernel(
 def qk_norm_rope_write_kv(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, norms: tuple[torch.Tensor, torch.Tensor] | None,
     positions: torch.Tensor, slot_mapping: torch.Tensor, cos_sin_cache: torch.Tensor,
-    k_cache: torch.Tensor | QuantizedKV, v_cache: torch.Tensor | QuantizedKV, *, eps: float = 0.0, offset: float = 0.0, pdl: bool = False,
+    k_cache: torch.Tensor | QuantizedKV, v_cache: torch.Tensor | QuantizedKV,
+    *, eps: float = 0.0, offset: float = 0.0, pdl: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """Rotated q (T, Hq, d); writes k and v to `slot_mapping`. `norms`: weights (d,) of q and k. Raises BackendError."""
     tokens, heads, head_dim = q.shape
