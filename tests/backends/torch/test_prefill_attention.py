@@ -77,7 +77,7 @@ def test_caches_that_tma_cannot_load():
 def test_a_model_with_it(monkeypatch):
     """On long prefill chunks; float16 logits within the precision of the mantissa."""
     calls, found = [], []
-    monkeypatch.setattr("llmrs.backends.torch.attn_metadata.LONG", 1)
+    monkeypatch.setattr("llmrs.backends.torch.attn_metadata.TMA_MIN_PREFILL", 1)
     launch = triton_ops.prefill_attention_tma
     monkeypatch.setattr(
         triton_ops, "prefill_attention_tma", lambda *args, **how: (calls.append(how["config"]), launch(*args, **how))
