@@ -10,6 +10,7 @@ from llmrs.core.errors import ContextLengthError, LlmrsError, RequestError
 from llmrs.core.options import SamplingParams
 from llmrs.models.text.message import Message
 from llmrs.output import GenerationOutput
+from llmrs.trace import union_length
 
 if TYPE_CHECKING:
     from llmrs.engine import Engine
@@ -125,12 +126,3 @@ def throughput_lines(answers: Sequence[Answer]) -> list[str]:
 
 def throughput(name: str, tokens: int, seconds: float) -> str:
     return f"{name}: {tokens} in {seconds:.2f} s ({tokens / seconds if seconds > 0 else 0.0:.2f} tokens/s)"
-
-
-def union_length(intervals: Sequence[tuple[float, float]]) -> float:
-    """Length of the union of (begin, end) intervals."""
-    total, covered_to = 0.0, float("-inf")
-    for begin, end in sorted(intervals):
-        total += max(end - max(begin, covered_to), 0.0)
-        covered_to = max(covered_to, end)
-    return total

@@ -73,7 +73,7 @@ def bench_model(options: BenchOptions, settings: Settings) -> int:
     if options.decode or workloads or open_loop or options.sweep or options.profile:
         config = size_for_bench(settings.engine, options, [*workloads, *open_loop])
         with load_engine(replace(settings, engine=config)) as engine:
-            measure(engine, options, report, workloads, open_loop)
+            measure(engine, report, workloads, open_loop)
     report.end()
     if options.plot is not None:  # last, so that a full disk loses no figures
         report.write_plot(options.plot)
@@ -91,15 +91,12 @@ def time_startup(config: EngineConfig) -> "StartupTimes":
 
 
 def measure(
-    engine: "Engine",
-    options: BenchOptions,
-    report: "Report",
-    workloads: "Sequence[Workload]",
-    open_loop: "Sequence[Workload]",
+    engine: "Engine", report: "Report", workloads: "Sequence[Workload]", open_loop: "Sequence[Workload]"
 ) -> None:
     from llmrs.bench import decode, profile, serving, sweep
     from llmrs.bench.roofline import Device
 
+    options = report.options
     batches, contexts = options.batches or BATCHES, options.contexts or CONTEXTS
     shapes = [(b, c) for c in contexts for b in batches]
     if options.profile:
@@ -172,7 +169,7 @@ class Report:
     """Results by section: each printed when it is complete, or all of them as one JSON object at the end."""
 
     def __init__(self, options: BenchOptions) -> None:
-        self.json, self.results = options.json, dict[str, list[Any]]()
+        self.options, self.results = options, dict[str, list[Any]]()
         self.header: dict[str, float] = {}
         if options.scale != BenchOptions.scale:
             self.header["scale"] = options.scale
@@ -195,7 +192,7 @@ class Report:
     def end(self) -> None:
         from llmrs.bench.report import record
 
-        if self.json:
+        if self.options.json:
             sections = {name: [*map(record, records)] for name, records in self.results.items()}
             print(json.dumps({**self.header, **sections}))
 
@@ -209,5 +206,5 @@ class Report:
             raise ConfigError(f"plot: {path} can't be written: {error.strerror}", write_hint(error)) from error
 
     def _print(self, *lines: str) -> None:
-        if not self.json:
+        if not self.options.json:
             print("\n".join(lines), flush=True)

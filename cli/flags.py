@@ -35,7 +35,9 @@ def command(body: Body, sections: Mapping[str, type] = SECTIONS) -> Callable[...
     def run(config: str | None, **values: Any) -> int:
         return body(config, parse_flags(values, sections))
 
-    parameters = [_config_argument(), *(p for title, cls in sections.items() for p in _parameters(title, cls))]
+    config_file = typer.Argument(None, metavar="CONFIG", help="YAML file (default: ./config.yaml, if it exists)")
+    parameters = [_parameter("config", config_file)]
+    parameters += [p for title, cls in sections.items() for p in _parameters(title, cls)]
     run.__doc__ = body.__doc__
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -84,9 +86,8 @@ def _long(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _config_argument() -> inspect.Parameter:
-    info = typer.Argument(None, metavar="CONFIG", help="YAML file (default: ./config.yaml, if it exists)")
-    return inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=info, annotation=str | None)
+def _parameter(name: str, info: Any, annotation: Any = str | None) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=info, annotation=annotation)
 
 
 def _parameters(title: str, cls: type) -> Iterator[inspect.Parameter]:
@@ -97,16 +98,9 @@ def _parameters(title: str, cls: type) -> Iterator[inspect.Parameter]:
         annotation = ANNOTATIONS.get(o.kind, str | None)
         for name, flags in ((o.name, visible_flags(o)), (ALIASES + o.name, hidden_flags(o))):
             if flags:
-                info = typer.Option(
-                    None,
-                    *flags,
-                    help=_help(o),
-                    metavar=metavar,
-                    show_default=False,
-                    hidden=name != o.name,
-                    rich_help_panel=title,
-                )
-                yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=info, annotation=annotation)
+                info = typer.Option(None, *flags, help=_help(o), metavar=metavar, show_default=False,
+                                    hidden=name != o.name, rich_help_panel=title)  # fmt: skip
+                yield _parameter(name, info, annotation)
 
 
 def _help(o: Option) -> str:

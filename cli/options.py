@@ -53,12 +53,8 @@ class BenchOptions(Checked):
 
     workloads: str | None = option(None, "run these workloads, comma-separated: seed, mixed, single, prefill")
     arrivals: list[float] | None = option(
-        None,
-        "run mixed with Poisson arrivals at these fractions of its measured request rate",
-        low=0.01,
-        high=10.0,
-        most=16,
-    )
+        None, "run mixed with Poisson arrivals at these fractions of its measured request rate",
+        low=0.01, high=10.0, most=16)  # fmt: skip
     scale: float = option(1.0, "fraction of each workload's requests and tokens", low=0.001, high=1.0)
     contexts: list[int] | None = option(
         None, "time decode steps of every batch size at these context lengths (512)", low=1, high=2**24, most=64
@@ -85,13 +81,10 @@ class BenchOptions(Checked):
 
     def check(self) -> None:
         """Raises ConfigError for an option without effect, with the option that it needs."""
-        other = "leave out the other measurements"
+        other, steps = "leave out the other measurements", self.sweep or self.profile
         used = {
             "scale": (self.workloads is not None or self.arrivals is not None, "add --workloads or --arrivals"),
-            "batches": (
-                self.sweep or self.profile or self.decode or self.host,
-                "add --contexts or --profile, or leave it out",
-            ),
+            "batches": (steps or self.decode or self.host, "add --contexts or --profile, or leave it out"),
             "prompt_tokens": (self.decode, other),
             "new_tokens": (self.decode, other),
         }

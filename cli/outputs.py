@@ -4,7 +4,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,11 +113,6 @@ class JsonlFile:
 def to_json(record: Mapping[str, Any]) -> str:
     """Lone surrogates stay in the text; the stream escapes them as \\udc80, as JSON does."""
     return json.dumps(record, ensure_ascii=False)
-
-
-def open_jsonl(path: str | None, total: int) -> AbstractContextManager[JsonlFile | None]:
-    """The open file, or None without --output."""
-    return nullcontext() if path is None else closing(JsonlFile(path, total))
 
 
 @contextmanager

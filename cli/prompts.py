@@ -53,9 +53,8 @@ def _read_stdin() -> str:
     try:
         return sys.stdin.read(MAX_BYTES) if binary is None else _decode("standard input", binary)
     except OSError as error:
-        raise ConfigError(
-            f"prompts: standard input can't be read: {error.strerror}", "give a file or a pipe"
-        ) from error
+        problem = f"prompts: standard input can't be read: {error.strerror}"
+        raise ConfigError(problem, "give a file or a pipe") from error
 
 
 def _decode(name: str, file: BinaryIO) -> str:

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing, nullcontext
 from typing import TYPE_CHECKING
 
 from llmrs.cli.answers import Answer, cancel, progress, submit, throughput_lines
@@ -10,7 +11,7 @@ from llmrs.cli.chat import converse
 from llmrs.cli.flags import Flags
 from llmrs.cli.loading import load_engine
 from llmrs.cli.options import PER_REQUEST, RunOptions
-from llmrs.cli.outputs import JsonlFile, check_outputs, open_jsonl, to_json, traced
+from llmrs.cli.outputs import JsonlFile, check_outputs, to_json, traced
 from llmrs.cli.settings import Settings, load_settings
 from llmrs.cli.signals import on_interrupt
 from llmrs.cli.streams import ReaderClosed, WriteError, require_stdout
@@ -48,7 +49,7 @@ def generate(engine: "Engine", settings: Settings, groups: Sequence[Sequence[Ans
     """Answers groups of n answers to one prompt; returns the exit status."""
     answers, options = [answer for group in groups for answer in group], settings.run
     with (
-        open_jsonl(options.output, len(answers)) as file,
+        nullcontext() if options.output is None else closing(JsonlFile(options.output, len(answers))) as file,
         traced(engine, options.trace),
         on_interrupt(lambda: cancel(answers)) as stop,
     ):

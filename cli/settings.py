@@ -42,12 +42,8 @@ class Settings:
         if unused:
             note(f"{', '.join(o.name for o in unused)}: {reason}")
         defaults = {o.name: o.default for o in unused}
-        return replace(
-            self,
-            engine=_override(self.engine, defaults),
-            sampling=_override(self.sampling, defaults),
-            run=_override(self.run, defaults),
-        )
+        engine, sampling = _override(self.engine, defaults), _override(self.sampling, defaults)
+        return replace(self, engine=engine, sampling=sampling, run=_override(self.run, defaults))
 
 
 def load_settings(config: str | None, flags: Mapping[str, Any]) -> Settings:
@@ -58,9 +54,7 @@ def load_settings(config: str | None, flags: Mapping[str, Any]) -> Settings:
     values = dict(flags)
     if "prompts" in values:
         values["prompts"] = [prompt for text in values["prompts"] for prompt in expand(text, inputs)]
-    run, engine, sampling, _ignored, unimplemented = (
-        _override(s, values) for s in sections
-    )  # in the order of SECTIONS
+    run, engine, sampling, _ignored, unimplemented = (_override(s, values) for s in sections)  # as in SECTIONS
     unimplemented.refuse()
     if run.system is not None and not run.chat:
         raise ConfigError("system: a system message needs the chat template", "leave out system, or chat: false")

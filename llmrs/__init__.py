@@ -35,33 +35,15 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "AsyncStream",
-    "BackendError",
-    "ChatPrompt",
-    "ConfigError",
-    "ContextLengthError",
-    "Engine",
-    "EngineClosedError",
-    "EngineConfig",
-    "GenerationOutput",
-    "GraphError",
-    "LlmrsError",
-    "LoadCancelledError",
-    "MemoryLimitError",
-    "Message",
-    "ModelError",
-    "RequestError",
-    "SamplingParams",
-    "Stream",
-    "TokenLogprob",
-]
+    "AsyncStream", "BackendError", "ChatPrompt", "ConfigError", "ContextLengthError", "Engine", "EngineClosedError",
+    "EngineConfig", "GenerationOutput", "GraphError", "LlmrsError", "LoadCancelledError", "MemoryLimitError", "Message",
+    "ModelError", "RequestError", "SamplingParams", "Stream", "TokenLogprob",
+]  # fmt: skip
 
 _LAZY = {
-    "AsyncStream": "llmrs.aio",
-    "ChatPrompt": "llmrs.models.text.template",
-    "Engine": "llmrs.engine",
+    "AsyncStream": "llmrs.aio", "ChatPrompt": "llmrs.models.text.template", "Engine": "llmrs.engine",
     "Stream": "llmrs.stream",
-}
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

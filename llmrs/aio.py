@@ -17,29 +17,13 @@ if TYPE_CHECKING:
 Callback = Callable[..., object]  # False cancels the loading
 
 
-class LoopEvent:
-    """An asyncio.Event of the running loop whose `set` any thread may call, also after the loop is closed."""
-
-    def __init__(self, on_closed: Callable[[], None]) -> None:
-        """`set` calls `on_closed` when the loop is closed. Raises RequestError without a running loop."""
-        try:
-            self.loop = asyncio.get_running_loop()
-        except RuntimeError as error:
-            hint = "call it in a coroutine, or use generate_stream"
-            raise RequestError("stream_async needs a running event loop", hint) from error
-        self.event, self._on_closed, self.thread = asyncio.Event(), on_closed, get_ident()
-
-    def set(self) -> None:
-        try:
-            self.loop.call_soon_threadsafe(self.event.set)
-        except RuntimeError:
-            self._on_closed()
-
-    def check_loop(self) -> None:
-        """Raises RequestError in another loop."""
-        if asyncio.get_running_loop() is not self.loop:
-            hint = "read it in the loop that stream_async was called in"
-            raise RequestError("the stream belongs to another event loop", hint)
+def require_loop() -> None:
+    """Raises RequestError without a running event loop."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError as error:
+        hint = "call it in a coroutine, or use generate_stream"
+        raise RequestError("stream_async needs a running event loop", hint) from error
 
 
 class AsyncStream(AsyncIterator[str]):
@@ -50,16 +34,24 @@ class AsyncStream(AsyncIterator[str]):
     each gets the end.
     """
 
-    def __init__(self, stream: Stream, event: LoopEvent) -> None:
-        self.stream, self._event = stream, event
+    def __init__(self, stream: Stream) -> None:
+        loop, event, request, cancel = asyncio.get_running_loop(), asyncio.Event(), stream.request, stream._cancel
+        self.stream, self._loop, self._event, self._thread = stream, loop, event, get_ident()
+
+        def notify() -> None:  # holds no reference to the stream, whose deletion cancels the request
+            try:
+                loop.call_soon_threadsafe(event.set)
+            except RuntimeError:  # the loop is closed
+                cancel(request)
+
+        stream._output.notify = notify
 
     def __aiter__(self) -> "AsyncStream":
         return self
 
     async def __anext__(self) -> str:
-        event = self._event
-        if get_ident() != event.thread or not event.loop.is_running():
-            event.check_loop()  # not for each token: on Linux before Python 3.12 it takes a system call
+        if get_ident() != self._thread or not self._loop.is_running():
+            self._check_loop()  # not for each token: on Linux before Python 3.12 it takes a system call
         while True:
             try:
                 return self.stream.take(block=False)
@@ -68,12 +60,18 @@ class AsyncStream(AsyncIterator[str]):
             except queue.Empty:
                 await self._wait()
 
+    def _check_loop(self) -> None:
+        """Raises RequestError in another loop."""
+        if asyncio.get_running_loop() is not self._loop:
+            hint = "read it in the loop that stream_async was called in"
+            raise RequestError("the stream belongs to another event loop", hint)
+
     async def _wait(self) -> None:
         """Waits for new output. Cancels the request if the task is cancelled or closed."""
         interrupted = True
         try:
-            await self._event.event.wait()
-            self._event.event.clear()  # before the queue is read: later output sets it again
+            await self._event.wait()
+            self._event.clear()  # before the queue is read: later output sets it again
             interrupted = False
         finally:
             if interrupted:
@@ -146,8 +144,8 @@ class LoadCallbacks:
             raise LoadCancelledError("the loading of the model was cancelled")
 
 
-async def load(make: Callable[..., "Engine"], *callbacks: Callback) -> "Engine":
-    """Runs `make(*callbacks)` in a thread of its own, the callbacks in the event loop's.
+async def load(make: Callable[..., "Engine"], **callbacks: Callback) -> "Engine":
+    """Runs `make(**callbacks)` in a thread of its own, the callbacks in the event loop's.
 
     Loading ends if a callback raises, or returns False (LoadCancelledError), or the task is cancelled; an engine that
     the thread still makes is closed.
@@ -155,7 +153,7 @@ async def load(make: Callable[..., "Engine"], *callbacks: Callback) -> "Engine":
     calls, made, complete = LoadCallbacks(), list["Engine"](), False
 
     def run() -> None:
-        made.append(make(*map(calls.in_loop, callbacks)))
+        made.append(make(**{name: calls.in_loop(callback) for name, callback in callbacks.items()}))
         if calls.cancelled:
             made[0].close()
 

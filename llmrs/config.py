@@ -12,30 +12,22 @@ from llmrs.core.options import option
 class EngineConfig(BackendOptions):
     """Options of an engine. Those of its backend are inherited. Raises ConfigError for a wrong value."""
 
-    model_path: str = option(
-        "demo", "bundled model, folder, .gguf file or Hugging Face id", ("model", "w", "m", "weight_path")
-    )
+    model_path: str = option("demo", "bundled model, folder, .gguf file or Hugging Face id",
+                             ("model", "w", "m", "weight_path"))  # fmt: skip
     revision: str | None = option(None, "branch, tag or commit of a Hugging Face id; null: the main branch")
     offline: bool = option(False, "use only cached files of Hugging Face ids, as HF_HUB_OFFLINE=1 does")
     backend: str = option("auto", "auto, mlx, torch, reference, or the name of an installed third-party backend")
     device: str = option("auto", "auto, cpu, gpu, or one GPU such as cuda:0", ("d", "device_ids"))
     dtype: str = option("bf16", "data type of activations, weights and KV cache", choices=DTYPES)
-    kv_cache_dtype: str = option(
-        "auto", "data type of the KV cache; auto: that of dtype", choices=("auto", *DTYPES, "fp8")
-    )
+    kv_cache_dtype: str = option("auto", "data type of the KV cache; auto: that of dtype",
+                                 choices=("auto", *DTYPES, "fp8"))  # fmt: skip
     quant: str | None = option(None, "quantize weights at load: q4k, q8_0, ...", ("isq",))
-    max_model_len: int | None = option(
-        None, "maximum tokens of prompt and output; null: the model's limit, at most 4096", low=2, high=2**24
-    )
-    max_num_seqs: int = option(
-        8 if sys.platform == "darwin" else 32, "maximum concurrent sequences (8 on macOS, else 32)", low=1, high=4096
-    )
-    max_num_batched_tokens: int | None = option(
-        None,
-        "maximum tokens per step; longer prompts are split into chunks; null: 2048, on a CPU 256",
-        low=1,
-        high=2**20,
-    )
+    max_model_len: int | None = option(None, "maximum tokens of prompt and output; "
+                                       "null: the model's limit, at most 4096", low=2, high=2**24)  # fmt: skip
+    max_num_seqs: int = option(8 if sys.platform == "darwin" else 32,
+                               "maximum concurrent sequences (8 on macOS, else 32)", low=1, high=4096)  # fmt: skip
+    max_num_batched_tokens: int | None = option(None, "maximum tokens per step; longer prompts are split into chunks; "
+                                                "null: 2048, on a CPU 256", low=1, high=2**20)  # fmt: skip
     block_size: int | None = option(None, "tokens per KV block; null: the backend's default", low=1, high=1024)
     kv_cache_memory: int | None = option(None, "bytes of the KV cache; null: as needed, within free memory", low=1)
     memory_fraction: float = option(0.9, "fraction of free memory that may be used", low=0.01, high=1.0)

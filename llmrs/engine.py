@@ -6,7 +6,7 @@ Backend.launch. Its tokens return by `on_update` on the device thread -> OutputQ
 
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -14,7 +14,7 @@ from itertools import groupby
 from typing import Any
 
 from llmrs import aio
-from llmrs.aio import AsyncStream, LoopEvent
+from llmrs.aio import AsyncStream
 from llmrs.config import EngineConfig
 from llmrs.core.errors import ConfigError
 from llmrs.core.options import SamplingParams
@@ -42,16 +42,10 @@ class Engine:
     """
 
     def __init__(
-        self,
-        config: EngineConfig | None = None,
-        dtype: str | None = None,
-        *,
-        defaults: SamplingParams | None = None,
-        progress: Progress = no_callback,
-        on_download: Progress = no_callback,
-        on_memory_plan: OnMemoryPlan = no_callback,
-        on_fit: OnMemoryPlan | None = None,
-    ) -> None:
+        self, config: EngineConfig | None = None, dtype: str | None = None, *,
+        defaults: SamplingParams | None = None, progress: Progress = no_callback, on_download: Progress = no_callback,
+        on_memory_plan: OnMemoryPlan = no_callback, on_fit: OnMemoryPlan | None = None,
+    ) -> None:  # fmt: skip
         """Loads the model; `progress` receives bytes of weights loaded and in total, in this thread.
 
         `on_download` reports missing Hub files in the same way; `on_memory_plan` (or `on_fit`, its old name) receives
@@ -71,39 +65,24 @@ class Engine:
 
     @classmethod
     async def load_async(
-        cls,
-        config: EngineConfig | None = None,
-        dtype: str | None = None,
-        *,
-        defaults: SamplingParams | None = None,
-        progress: Progress = no_callback,
-        on_download: Progress = no_callback,
-        on_memory_plan: OnMemoryPlan = no_callback,
-        on_fit: OnMemoryPlan | None = None,
-    ) -> "Engine":
+        cls, config: EngineConfig | None = None, dtype: str | None = None, *,
+        defaults: SamplingParams | None = None, progress: Progress = no_callback, on_download: Progress = no_callback,
+        on_memory_plan: OnMemoryPlan = no_callback, on_fit: OnMemoryPlan | None = None,
+    ) -> "Engine":  # fmt: skip
         """The constructor, awaited, with the callbacks in the event loop's thread.
 
         Loading does not wait for them: it stops at the next report after one raised or returned False, or after the
         task is cancelled.
         """
-
-        def make(progress: Progress, on_download: Progress, plan: OnMemoryPlan) -> "Engine":
-            return cls(
-                config, dtype, defaults=defaults, progress=progress, on_download=on_download, on_memory_plan=plan
-            )
-
-        return await aio.load(make, progress, on_download, on_fit or on_memory_plan)
+        make = partial(cls, config, dtype, defaults=defaults)
+        plan = on_fit or on_memory_plan
+        return await aio.load(make, progress=progress, on_download=on_download, on_memory_plan=plan)
 
     def apply_chat_template(
-        self,
-        messages: Sequence[Message | Mapping[str, Any]],
-        log: bool = False,
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool | None = None,
-        continue_final_message: bool | str = False,
-        **variables: Any,
-    ) -> ChatPrompt:
+        self, messages: Sequence[Message | Mapping[str, Any]], log: bool = False, *,
+        tools: Sequence[Mapping[str, Any]] | None = None, add_generation_prompt: bool | None = None,
+        continue_final_message: bool | str = False, **variables: Any,
+    ) -> ChatPrompt:  # fmt: skip
         """The prompt for a conversation, up to the start of the answer; `log` prints it to stderr.
 
         `tools` are function descriptions of OpenAI's API. `continue_final_message` lets the answer continue the last
@@ -125,7 +104,7 @@ class Engine:
         Reading the stream calls `progress` with the prompt tokens computed and in total. The request is cancelled if
         it returns False or raises; the stream raises its exception.
         """
-        stream = self._stream(self._inputs.request(params, prompt), progress=progress)
+        stream = self._stream(self._inputs.request(params, prompt), progress)
         self._submit([stream])
         return stream
 
@@ -150,7 +129,9 @@ class Engine:
 
     def stream_async(self, params: SamplingParams, prompt: Prompt) -> AsyncStream:
         """`generate_stream` for `async for`; only the running event loop may read it."""
-        stream = self._stream_async(self._inputs.request(params, prompt))
+        request = self._inputs.request(params, prompt)
+        aio.require_loop()
+        stream = AsyncStream(self._stream(request))
         self._submit([stream.stream])
         return stream
 
@@ -158,7 +139,7 @@ class Engine:
         self, params: SamplingParams | Sequence[SamplingParams], prompts: Iterable[Prompt]
     ) -> list[GenerationOutput]:
         """`generate_sync`, awaited; all requests are cancelled if one fails or the task is cancelled."""
-        streams = [self._stream_async(request) for request in self._inputs.batch(params, prompts)]
+        streams = [AsyncStream(self._stream(request)) for request in self._inputs.batch(params, prompts)]
         with cancelling(streams):
             self._submit([stream.stream for stream in streams])
             return [await stream.result() for stream in streams]
@@ -224,20 +205,14 @@ class Engine:
                 self._worker.submit(first, others)
             unless_all.pop_all()
 
-    def _stream(
-        self, request: Request, notify: Callable[[], None] = lambda: None, progress: PromptProgress | None = None
-    ) -> Stream:
-        """The output of a request, before `_submit`; `notify` is called on the device thread after each item."""
+    def _stream(self, request: Request, progress: PromptProgress | None = None) -> Stream:
+        """The output of a request, before `_submit`."""
         p = request.params
         stops, skip = tuple(p.stop or ()), p.skip_special_tokens
         detokenizer = Detokenizer(self.model.tokenizer, stops, p.min_tokens, skip_special_tokens=skip)
-        output_queue = OutputQueue(detokenizer, self._worker.core.cancel, notify)
+        output_queue = OutputQueue(detokenizer, self._worker.core.cancel)
         request.on_update = output_queue.on_update
         return Stream(request, output_queue, self._worker.cancel, progress, engine=self)
-
-    def _stream_async(self, request: Request) -> AsyncStream:
-        event = LoopEvent(partial(self._worker.cancel, request))
-        return AsyncStream(self._stream(request, event.set), event)
 
 
 def cancelling(streams: Sequence[Stream | AsyncStream]) -> ExitStack:

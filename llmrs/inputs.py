@@ -57,10 +57,8 @@ class InputProcessor:
         eos = () if p.ignore_eos else self.model.eos_ids
         stops = tuple(dict.fromkeys((*eos, *(p.stop_token_ids or ()))))
         seed = secrets.randbits(64) if p.seed is None else p.seed
-        first = Request(tokens, p, seed, stops)
-        self._check(first)
-        others = (Request(tokens, p, child_seed(seed, n), stops, index=n) for n in range(1, p.n))
-        requests = [first, *others]
+        requests = [Request(tokens, p, child_seed(seed, n), stops, index=n) for n in range(p.n)]
+        self._check(requests[0])
         if p.allowed_token_ids is not None:
             mask = token_mask(p.allowed_token_ids, self.vocab_size)
             for request in requests:
@@ -88,10 +86,9 @@ class InputProcessor:
             raise RequestError("the prompt is empty", "give at least one token")
         self._check_ids((*request.prompt, *request.stops, *(p.logit_bias or ()), *(p.allowed_token_ids or ())))
         if length >= self.max_model_len:
-            raise ContextLengthError(
-                f"the prompt has {length} tokens, and max_model_len {self.max_model_len} leaves no room for an answer",
-                "shorten the prompt or raise max_model_len",
-            )
+            room = f"max_model_len {self.max_model_len} leaves no room for an answer"
+            hint = "shorten the prompt or raise max_model_len"
+            raise ContextLengthError(f"the prompt has {length} tokens, and {room}", hint)
         if len(request.stops) > MAX_STOPS:
             raise RequestError(f"{len(request.stops)} stop tokens, at most {MAX_STOPS} are allowed", "give fewer")
         if p.allowed_token_ids is not None and not p.allowed_token_ids:

@@ -66,27 +66,17 @@ def read_folder(folder: Path) -> Model:
     tokenizer = Tokenizer.load(folder)
     generation = read_generation(folder, config.vocab_size, tokenizer.eos_ids)
     if not any(tokenizer.has(i) for i in generation.eos_ids):
-        raise ModelError(
-            f"{folder}: the tokenizer has no token for the end-of-sequence id {generation.eos_ids[0]}",
-            "do tokenizer.json and config.json belong together?",
-        )
-    return Model(
-        folder,
-        config,
-        graph,
-        tokenizer,
-        ChatTemplate.load(folder, tokenizer.special_tokens),
-        SamplingParams(**generation.sampling),
-        generation.eos_ids,
-    )
+        problem = f"{folder}: the tokenizer has no token for the end-of-sequence id {generation.eos_ids[0]}"
+        raise ModelError(problem, "do tokenizer.json and config.json belong together?")
+    template, sampling = ChatTemplate.load(folder, tokenizer.special_tokens), SamplingParams(**generation.sampling)
+    return Model(folder, config, graph, tokenizer, template, sampling, generation.eos_ids)
 
 
 def make_backend(config: EngineConfig) -> base.Backend:
     """The backend on its device. Raises BackendError or ConfigError."""
     if config.quant is not None:
-        raise ConfigError(
-            f"quant: {config.quant!r} is not supported yet", "leave it out to run the weights as they are"
-        )
+        hint = "leave it out to run the weights as they are"
+        raise ConfigError(f"quant: {config.quant!r} is not supported yet", hint)
     kind = base.load_backend(base.resolve(config.backend))
     kv_dtype = config.dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
     backend = kind(base.pick_device(kind, config.device), config.dtype, kv_dtype)
@@ -112,13 +102,9 @@ def load(
     max_tokens = _max_num_batched_tokens(backend, config)
     backend.allocate(final.num_blocks, final.block_size, config.max_num_seqs, final.max_model_len, max_tokens)
     core = EngineCore(
-        backend,
-        BlockPool(final.num_blocks, final.block_size, config.prefix_cache),
-        vocab_size=model.config.vocab_size,
-        max_model_len=final.max_model_len,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=max_tokens,
-    )
+        backend, BlockPool(final.num_blocks, final.block_size, config.prefix_cache), vocab_size=model.config.vocab_size,
+        max_model_len=final.max_model_len, max_num_seqs=config.max_num_seqs, max_num_batched_tokens=max_tokens,
+    )  # fmt: skip
     return core, final
 
 

@@ -76,10 +76,8 @@ class MemoryPlan:
             whole = f"; {format_bytes(self.required)} with a context of {length} tokens" if self.required else ""
             raise MemoryLimitError(needs + whole, hint)
         if not self.max_model_len:
-            needs = (
-                f"one sequence of {length} tokens needs {format_bytes(length * self.kv_bytes_per_token)} of KV cache"
-            )
-            raise MemoryLimitError(f"{needs}, and {format_bytes(self.kv_budget)} may be used", hint)
+            needs = f"one sequence of {length} tokens needs {format_bytes(length * self.kv_bytes_per_token)}"
+            raise MemoryLimitError(f"{needs} of KV cache, and {format_bytes(self.kv_budget)} may be used", hint)
 
     def advice(self) -> list[str]:
         """Remedies, the best first; empty when the plan is complete."""
@@ -139,14 +137,9 @@ class MemoryPlan:
 
 
 def plan_memory(
-    graph: Graph,
-    config: EngineConfig,
-    model_max_len: int,
-    block_size: int,
-    dtypes: tuple[str, str],
-    device_free: int,
+    graph: Graph, config: EngineConfig, model_max_len: int, block_size: int, dtypes: tuple[str, str], device_free: int,
     workspace: int = 0,
-) -> MemoryPlan:
+) -> MemoryPlan:  # fmt: skip
     """The plan for a device with `device_free` bytes, before the weights are loaded.
 
     `dtypes` are the backend's for weights and KV cache; `workspace` are bytes that steps need.
@@ -159,18 +152,11 @@ def plan_memory(
     budget = int(max(available - weight_bytes - workspace, 0) * config.memory_fraction)
     return MemoryPlan(
         *dtypes,
-        weight_bytes=weight_bytes,
-        kv_bytes_per_token=per_token,
-        available=available,
-        kv_budget=config.kv_cache_memory or budget,
-        block_size=block_size,
-        model_max_len=model_max_len,
-        requested_len=length,
-        explicit=config.max_model_len is not None,
-        max_num_seqs=config.max_num_seqs,
-        device_free=device_free,
-        required=0 if config.kv_cache_memory else required,
-    )
+        weight_bytes=weight_bytes, kv_bytes_per_token=per_token, available=available,
+        kv_budget=config.kv_cache_memory or budget, block_size=block_size, model_max_len=model_max_len,
+        requested_len=length, explicit=config.max_model_len is not None, max_num_seqs=config.max_num_seqs,
+        device_free=device_free, required=0 if config.kv_cache_memory else required,
+    )  # fmt: skip
 
 
 def kv_bytes_per_token(graph: Graph, dtype: str) -> int:
@@ -183,10 +169,8 @@ def requested_length(config: EngineConfig, model_max_len: int) -> int:
     """Tokens of prompt and answer together. Raises ConfigError for a max_model_len above the model's."""
     length = config.max_model_len or min(model_max_len, DEFAULT_MAX_LEN)
     if length > model_max_len:
-        raise ConfigError(
-            f"max_model_len: {length} is more than the model's context of {model_max_len} tokens",
-            f"use at most {model_max_len}",
-        )
+        problem = f"max_model_len: {length} is more than the model's context of {model_max_len} tokens"
+        raise ConfigError(problem, f"use at most {model_max_len}")
     return length
 
 

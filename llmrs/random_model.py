@@ -23,26 +23,19 @@ VOCABULARY = 211  # a prime
 BLOCK = 4
 CONTEXT = 256
 SHAPE = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": CONTEXT,
-}
+    "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT,
+}  # fmt: skip
 # name -> architecture, changes to SHAPE; windows are shorter than the prompts
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
     "mistral": ("MistralForCausalLM", {"sliding_window": 9, "num_key_value_heads": 1, "head_dim": 8}),
     "qwen2": ("Qwen2ForCausalLM", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
     "qwen3": ("Qwen3ForCausalLM", {"head_dim": 32, "tie_word_embeddings": True}),
-    "qwen3-moe": (
-        "Qwen3MoeForCausalLM",
-        {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 16},
-    ),
+    "qwen3-moe": ("Qwen3MoeForCausalLM",
+                  {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 16}),
     "gemma3": ("Gemma3ForCausalLM", {"head_dim": 24, "sliding_window": 6, "num_hidden_layers": 7}),
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -141,14 +134,11 @@ def random_sampling(rng: np.random.Generator, count: int) -> SamplingArrays:
     """Random mixes of all parameters, neutral values included."""
     arrays = SamplingArrays.zeros(count)
     values: dict[str, list[float]] = {
-        "temperature": [0.0, 0.7, 1.0, 3.0],
-        "top_k": [0, 1, 5, 10**6],
-        "top_p": [0.0, 0.3, 0.95, 1.0],
-        "min_p": [0.0, 0.02, 0.3],
-        "repetition_penalty": [1.0, 1.3, 0.7],
-        "presence_penalty": [0.0, 0.5, -1.0],
+        "temperature": [0.0, 0.7, 1.0, 3.0], "top_k": [0, 1, 5, 10**6],
+        "top_p": [0.0, 0.3, 0.95, 1.0], "min_p": [0.0, 0.02, 0.3],
+        "repetition_penalty": [1.0, 1.3, 0.7], "presence_penalty": [0.0, 0.5, -1.0],
         "frequency_penalty": [0.0, 0.25, -0.5],
-    }
+    }  # fmt: skip
     for name, choice in values.items():
         getattr(arrays, name)[:] = rng.choice(choice, count)
     arrays.rng_key[:] = noise_keys(np.zeros(count, np.uint32), np.arange(count))

@@ -21,8 +21,9 @@ PromptProgress = Callable[[int, int], object]  # prompt tokens computed, prompt 
 class OutputQueue:
     """Turns a request's tokens into text and queues it. `text_parts` is all text so far."""
 
-    def __init__(self, detokenizer: Detokenizer, stop: Cancel, notify: Callable[[], None] = lambda: None) -> None:
-        self.detokenizer, self.stop, self.notify = detokenizer, stop, notify
+    def __init__(self, detokenizer: Detokenizer, stop: Cancel) -> None:
+        self.detokenizer, self.stop = detokenizer, stop
+        self.notify: Callable[[], None] = lambda: None  # called on the device thread after each item
         self.queue: queue.SimpleQueue[str | int | None] = queue.SimpleQueue()  # text, prompt tokens done, or the end
         self.ended = False
         self.text_parts: list[str] = []
@@ -64,30 +65,21 @@ class Stream(Iterator[str]):
     """
 
     def __init__(
-        self,
-        request: Request,
-        output_queue: OutputQueue,
-        cancel: Callable[[Request], None],
-        progress: PromptProgress | None = None,
-        engine: object = None,
-    ) -> None:
+        self, request: Request, output_queue: OutputQueue, cancel: Callable[[Request], None],
+        progress: PromptProgress | None = None, engine: object = None,
+    ) -> None:  # fmt: skip
         """`engine` is kept alive until the stream is read to its end or closed."""
-        self._request, self._output, self._cancel, self._progress = request, output_queue, cancel, progress
+        self.request, self._output, self._cancel, self._progress = request, output_queue, cancel, progress
         self._drained, self._engine, self._process = False, engine, current_process()
 
     @property
-    def request(self) -> Request:
-        """For the engine."""
-        return self._request
-
-    @property
     def seq_id(self) -> int:
-        return self._request.id
+        return self.request.id
 
     @property
     def prompt_length(self) -> int:
         """Tokens of the prompt."""
-        return len(self._request.prompt)
+        return len(self.request.prompt)
 
     @property
     def finished(self) -> bool:
@@ -97,7 +89,7 @@ class Stream(Iterator[str]):
     @property
     def token_count(self) -> int:
         """Tokens generated so far."""
-        return len(self._request.output)
+        return len(self.request.output)
 
     def __iter__(self) -> "Stream":
         return self
@@ -121,8 +113,8 @@ class Stream(Iterator[str]):
         finally:
             if interrupted:  # by an exception of `progress` or of a signal handler, such as Ctrl-C
                 self.cancel()
-        if self._request.error is not None:
-            raise copied(self._request.error)
+        if self.request.error is not None:
+            raise copied(self.request.error)
         raise StopIteration
 
     __next__ = take
@@ -137,7 +129,7 @@ class Stream(Iterator[str]):
 
     def cancel(self) -> None:
         """Ends the request after the current step. Callable from any thread, repeatedly."""
-        self._cancel(self._request)
+        self._cancel(self.request)
 
     def close(self) -> None:
         """Cancels an unfinished request and releases the engine. Callable repeatedly."""
@@ -161,24 +153,17 @@ class Stream(Iterator[str]):
 
     def output(self) -> GenerationOutput:
         """The output so far, without waiting; `finish_reason` is "" until the end."""
-        r, now = self._request, self._request.finished
+        r, now = self.request, self.request.finished
         first = r.first_token or now
         prompt_logprobs = [p and TokenLogprob.of(p) for p in r.prompt_logprobs]
         return GenerationOutput(
-            seq_id=r.id,
-            text="".join(self._output.text_parts),
-            token_ids=list(r.output),
-            finish_reason=r.finish_reason or "",
-            prompt_length=len(r.prompt),
-            decoded_length=len(r.output),
-            cached_tokens=r.cached_tokens,
-            queue_time=max((r.started or now) - r.arrival, 0.0),
-            prompt_time=max(first - (r.started or first), 0.0),
-            decode_time=max(now - first, 0.0),
-            index=r.index,
+            seq_id=r.id, index=r.index, text="".join(self._output.text_parts), token_ids=list(r.output),
+            prompt_length=len(r.prompt), decoded_length=len(r.output), cached_tokens=r.cached_tokens,
+            queue_time=max((r.started or now) - r.arrival, 0.0), prompt_time=max(first - (r.started or first), 0.0),
+            decode_time=max(now - first, 0.0), finish_reason=r.finish_reason or "",
             logprobs=None if r.params.logprobs is None else [TokenLogprob.of(p) for p in r.logprobs],
             prompt_logprobs=None if r.params.prompt_logprobs is None else prompt_logprobs,
-        )
+        )  # fmt: skip
 
     def __del__(self) -> None:
         if not self._output.ended:

@@ -5,7 +5,7 @@ Source: "Trace Event Format", the complete events ("ph": "X"), with times in mic
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,3 +38,12 @@ class Trace:
             path.write_text(json.dumps({"traceEvents": self.events, "displayTimeUnit": "ms"}), "utf-8")
         except OSError as error:
             raise ConfigError(f"trace: {path} can't be written: {error.strerror}", "give another file") from error
+
+
+def union_length(intervals: Iterable[tuple[float, float]]) -> float:
+    """Length of the union of (begin, end) intervals: overlaps count once."""
+    total, covered_to = 0.0, float("-inf")
+    for begin, end in sorted(intervals):
+        total += max(end - max(begin, covered_to), 0.0)
+        covered_to = max(covered_to, end)
+    return total

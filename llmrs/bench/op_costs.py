@@ -35,9 +35,6 @@ class OpCost:
     bytes: float
     flops: float = 0.0
 
-    def roofline_time(self, device: Device) -> float:
-        return device.roofline_time(self.bytes, self.flops)
-
 
 @dataclass(frozen=True)
 class KernelStats:
@@ -129,13 +126,10 @@ def kernel_stats(
         by_ops.setdefault(ops_of(event.name), []).append(event)
     if NORM in by_ops:  # our own kernels fuse add and norm, across layers too
         costs = merge_add_norms(costs)
-    groups: dict[
-        tuple[str, str], tuple[list[KernelEvent], list[OpCost]]
-    ] = {}  # kernel and equation -> events, their costs
+    groups: dict[tuple[str, str], tuple[list[KernelEvent], list[OpCost]]] = {}  # by kernel and equation
     for ops, found in by_ops.items():
         own = [c for c in costs if c.op in ops]
-        paired = len(found) == steps * len(own)
-        if own and not paired:
+        if own and len(found) != steps * len(own):
             names = list(dict.fromkeys(e.name for e in found))
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             groups[names[0] + more, ", ".join(dict.fromkeys(c.op for c in own))] = found, own * steps
@@ -145,13 +139,9 @@ def kernel_stats(
             members, member_costs = groups.setdefault((event.name, cost.label if cost else ""), ([], []))
             members.append(event)
             member_costs += [cost] if cost else []
-    rows = [_stats(*key, *group, steps, device) for key, group in groups.items()]
+    rows = []
+    for key, (members, member_costs) in groups.items():
+        seconds = sum(e.end - e.begin for e in members) / steps
+        roofline = sum(device.roofline_time(c.bytes, c.flops) for c in member_costs) / steps if member_costs else None
+        rows.append(KernelStats(*key, len(members) / steps, seconds, roofline))
     return sorted(rows, key=lambda k: -k.seconds)
-
-
-def _stats(
-    name: str, what: str, events: Sequence[KernelEvent], costs: Sequence[OpCost], steps: int, device: Device
-) -> KernelStats:
-    seconds = sum(e.end - e.begin for e in events)
-    roofline = sum(c.roofline_time(device) for c in costs) / steps if costs else None
-    return KernelStats(name, what, len(events) / steps, seconds / steps, roofline)

@@ -26,13 +26,11 @@ class WorkloadResult(Measurement):
 
 def check(engine: Engine, workloads: Sequence[Workload]) -> None:
     """Raises ConfigError for a workload whose requests exceed the context."""
+    context = engine.memory_plan.max_model_len
     for w in workloads:
-        if w.max_len > engine.memory_plan.max_model_len:
-            raise ConfigError(
-                f"workload {w.name} needs {w.max_len} tokens, more than the context of "
-                f"{engine.memory_plan.max_model_len}",
-                "lower --scale, or raise --max-model-len",
-            )
+        if w.max_len > context:
+            problem = f"workload {w.name} needs {w.max_len} tokens, more than the context of {context}"
+            raise ConfigError(problem, "lower --scale, or raise --max-model-len")
 
 
 def measure(engine: Engine, device: Device, workloads: Sequence[Workload]) -> Iterator[WorkloadResult]:

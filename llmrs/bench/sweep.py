@@ -18,6 +18,7 @@ from llmrs.core.errors import BackendError
 from llmrs.core.sampling import SamplingArrays
 from llmrs.engine import Engine
 from llmrs.random_model import make_batch
+from llmrs.trace import union_length
 
 ROUNDS, ROUND_SECONDS, MIN_STEPS, MAX_STEPS = 3, 0.3, 3, 50
 
@@ -139,9 +140,5 @@ def profile(profiler: Profiler, run: Callable[[], object]) -> list[KernelEvent]:
 
 
 def device_busy(events: Sequence[KernelEvent]) -> float:
-    """Seconds in which a kernel ran; `events` are sorted by begin, overlaps count once."""
-    total, reached = 0.0, float("-inf")
-    for e in events:
-        total += max(e.end - max(e.begin, reached), 0.0)
-        reached = max(reached, e.end)
-    return total
+    """Seconds in which a kernel ran."""
+    return union_length((e.begin, e.end) for e in events)

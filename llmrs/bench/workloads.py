@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from llmrs.core.errors import ConfigError, did_you_mean
 from llmrs.core.options import SamplingParams
@@ -160,8 +160,5 @@ def _record(times: list[float], on_update: Callable[..., None], request: Request
 
 def poisson_arrivals(count: int, rate: float, seed: int = 0) -> list[float]:
     """Arrival times in seconds of a Poisson process of `rate` requests per second."""
-    rng, at, times = random.Random(seed), 0.0, []
-    for _ in range(count):
-        times.append(at)
-        at += rng.expovariate(rate)
-    return times
+    rng = random.Random(seed)
+    return list(accumulate((rng.expovariate(rate) for _ in range(count - 1)), initial=0.0))

@@ -157,7 +157,7 @@ def test_cancel_keeps_what_was_said(quick):
 
 def test_an_unreferenced_stream_is_cancelled(quick):
     stream = quick.generate_stream(SamplingParams(max_tokens=240, ignore_eos=True, seed=1), "Hello")
-    request = stream._request
+    request = stream.request
     del stream
     gc.collect()
     assert quick.generate_sync(GREEDY, ["Hello"])[0].finish_reason == "length"

@@ -55,20 +55,20 @@ def test_what_was_started_is_cancelled_where_not_all_can_be(engine, monkeypatch,
     submit, submitted = engine._worker.submit, []
 
     def failing(request, followers):
-        if len(submitted) == (0 if call == "generate_stream" else 2):
-            if call == "generate_stream":
-                submit(request)  # Ctrl-C comes just after
+        if call == "generate_sync" and len(submitted) == 2:  # the third prompt
             raise error
         submitted.append(request)
         submit(request, followers)
+        if call != "generate_sync":
+            raise error  # Ctrl-C comes just after
 
     monkeypatch.setattr(engine._worker, "submit", failing)
-    params = SamplingParams(temperature=0.0, max_tokens=400, ignore_eos=True, n=1 if call == "generate_stream" else 3)
+    params = SamplingParams(temperature=0.0, max_tokens=400, ignore_eos=True, n=3 if call == "generate_streams" else 1)
     with Gate(engine), pytest.raises((KeyboardInterrupt, EngineClosedError)) as held:
-        getattr(engine, call)(params, ["Hello"] if call == "generate_sync" else "Hello")
+        getattr(engine, call)(params, ["Hello"] * 3 if call == "generate_sync" else "Hello")
     stats = settled(engine)
     assert stats["running"] == stats["waiting"] == 0
-    assert stats["finished_cancelled"] == (1 if call == "generate_stream" else 2)
+    assert stats["finished_cancelled"] == (1 if call == "generate_stream" else 3)
     del held
 
 
