@@ -47,6 +47,10 @@ config = read_config(folder)
 graph = graph_of(config)
 backend = tiny.empty_backend(sys.argv[4], dtype)
 weights = Weights(graph, family(config.architecture).names, SafetensorsSource(folder), tied=config.tie_word_embeddings)
+if sys.argv[4] == "torch":
+    import torch
+    from llmrs.backends.torch.cpu_linear import measured
+    measured({"bf16": torch.bfloat16, "f32": torch.float32}[dtype], torch.get_num_threads())  # once per process
 before, seen, done = anonymous(), [], []
 backend.load(graph, weights, lambda count: (seen.append(anonymous() - before), done.append(count)))
 print(json.dumps({"peak": max(seen), "end": anonymous() - before, "done": sum(done)}))
