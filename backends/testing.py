@@ -161,9 +161,9 @@ class BackendSuite:
             rng = np.random.default_rng(seed)
             logits, batch, mask = random_step(rng, int(rng.integers(1, 6)), vocabulary)
             chosen = mask if seed % 2 else None
-            tickets = [b.sample(b.to_device(logits), batch, chosen) for b in (ours, reference)]
-            np.testing.assert_array_equal(tickets[0].tokens(), tickets[1].tokens())
-            actual, expected = (t.logprobs() for t in tickets)
+            outputs = [b.sample(b.to_device(logits), batch, chosen) for b in (ours, reference)]
+            np.testing.assert_array_equal(outputs[0].tokens(), outputs[1].tokens())
+            actual, expected = (t.logprobs() for t in outputs)
             assert (actual is None) == (expected is None) == (batch.logprobs < 0)
             if actual is not None and expected is not None:
                 np.testing.assert_array_equal(actual.top_ids, expected.top_ids)

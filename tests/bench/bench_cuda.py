@@ -2,7 +2,7 @@
 
 Random weights in the shapes of the model that FOLDER is named after (qwen3-8b, llama-3.2-1b), else of Qwen3-0.6B; it is
 written if it is not there. Prints what the device can do, then how near the engine comes: correctness, device time of
-decode steps, the four workloads, arrivals, kernels against their floors, attention configs, the start of a process,
+decode steps, the four workloads, arrivals, kernels against their rooflines, attention configs, the start of a process,
 a grid of steps, which it also draws into $OUT. All but correctness and attention configs are those of `llmrs
 bench`. A part that fails says so, and the others go on. The last line is JSON.
 """
