@@ -1,14 +1,17 @@
-"""Weight tensors in the format of their file."""
+"""Weight tensors in the format of their file: dense ones, and quantized matrices."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 
 from llmrs.core.errors import ModelError
+from llmrs.quant.arrays import NUMPY, Array, Arrays
+from llmrs.quant.form import Form, unpack
 
 FORMATS: dict[str, np.dtype[Any]] = {"f32": np.dtype("float32"), "f16": np.dtype("float16"), "bf16": np.dtype("uint16")}
+UNPACKED_ROWS = 1024  # of a quantized matrix at a time
 
 
 @dataclass(frozen=True)
@@ -25,11 +28,74 @@ class Tensor:
 
     def float32(self) -> np.ndarray:
         """The values as float32, exactly."""
-        if self.format == "bf16":  # the upper half of a float32
-            return (self.data.astype(np.uint32) << np.uint32(16)).view(np.float32)
         if self.format not in FORMATS:
             raise ModelError(f"unknown format {self.format!r}", f"known are {', '.join(FORMATS)}")
-        return self.data.astype(np.float32)
+        return NUMPY.float32(self.data, self.format)
+
+    def rows(self, index: slice) -> "Tensor":
+        """Some of its rows, without a copy."""
+        data = self.data[index]
+        return Tensor(self.format, data.shape, data)
+
+
+Convert = Callable[[Arrays, Mapping[str, Array]], dict[str, Array]]
+
+
+@dataclass(frozen=True)
+class Format:
+    """A file's format of quantized matrices (N, K).
+
+    A file stores arrays by names that the format chooses, all with the rows first. `convert` makes the form's planes
+    of them, on any framework.
+    """
+
+    name: str  # in messages and tables, such as q4_k
+    form: Form
+    convert: Convert
+
+
+@dataclass(frozen=True)
+class QuantTensor:
+    """A quantized matrix (N, K) in its file's format, read-only."""
+
+    kind: Format
+    shape: tuple[int, int]
+    arrays: Mapping[str, np.ndarray]  # each (N, ...)
+
+    @property
+    def format(self) -> str:
+        return self.kind.name
+
+    @property
+    def form(self) -> Form:
+        return self.kind.form
+
+    @property
+    def nbytes(self) -> int:
+        """As in the file."""
+        return sum(a.nbytes for a in self.arrays.values())
+
+    def planes(
+        self, xp: Arrays = NUMPY, upload: Callable[[np.ndarray], Array] = lambda array: array
+    ) -> dict[str, Array]:
+        """The planes of its form. `upload` copies an array to the framework of `xp`."""
+        return self.kind.convert(xp, {name: upload(a) for name, a in self.arrays.items()})
+
+    def float32(self) -> np.ndarray:
+        """The weights, float32 (N, K)."""
+        out = np.empty(self.shape, np.float32)
+        for begin in range(0, self.shape[0], UNPACKED_ROWS):  # temporaries take ten times the result
+            part = self.rows(slice(begin, begin + UNPACKED_ROWS))
+            out[begin : begin + UNPACKED_ROWS] = unpack(NUMPY, self.form, part.planes(), self.shape[1])
+        return out
+
+    def rows(self, index: slice | np.ndarray) -> "QuantTensor":
+        """Some of its rows; a slice is not copied."""
+        arrays = {name: a[index] for name, a in self.arrays.items()}
+        return replace(self, shape=(len(next(iter(arrays.values()))), self.shape[1]), arrays=arrays)
+
+
+AnyTensor = Tensor | QuantTensor
 
 
 class WeightSource(Protocol):
@@ -39,6 +105,6 @@ class WeightSource(Protocol):
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 
-    def tensor(self, name: str) -> Tensor: ...
+    def tensor(self, name: str) -> AnyTensor: ...
 
     def close(self) -> None: ...
