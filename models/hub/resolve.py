@@ -14,7 +14,7 @@ def resolve_model(
     name: str, revision: str | None = None, *, offline: bool = False, weights: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:  # fmt: skip
-    """The folder or GGUF file of a model. Missing files of a Hugging Face id are downloaded, without `weights` only config.json.
+    """The folder or GGUF file of a model. Downloads missing files of a Hub id; without `weights` config.json only.
 
     `progress` receives bytes done and total bytes. Raises ModelError.
     """
