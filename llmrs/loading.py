@@ -20,7 +20,7 @@ from llmrs.models.arch.gguf import GGUF_NAMES, config_from_metadata
 from llmrs.models.files.generation import gguf_sampling, read_generation
 from llmrs.models.files.gguf import GGUFSource
 from llmrs.models.files.gguf_weights import UnconvertedSource
-from llmrs.models.files.safetensors import SafetensorsSource
+from llmrs.models.files.quantized import open_weights
 from llmrs.models.files.weights import Weights, untie_stored_head
 from llmrs.models.hub.resolve import resolve_model
 from llmrs.models.text.gguf_tokenizer import gguf_tokenizer
@@ -73,7 +73,7 @@ def read_model(config: EngineConfig, on_download: Progress = no_callback) -> Mod
 def read_folder(folder: Path) -> Model:
     """Reads and checks config, tokenizer and templates. Raises ModelError."""
     config = read_config(folder)
-    names, open_source = family(config.architecture).names, partial(SafetensorsSource, folder)
+    names, open_source = family(config.architecture).names, partial(open_weights, folder)
     if config.tie_word_embeddings:
         with closing(open_source()) as source:  # files with an lm_head untie the embeddings
             config = untie_stored_head(config, names, source)
