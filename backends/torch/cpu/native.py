@@ -1,0 +1,135 @@
+"""Rows of quantized or 16-bit weights for kernels.cpp, which it reads in an order of its own, for vectors of 16 columns.
+
+Codes (N, K) of b bits become planes of rows that are padded with zeros to a multiple of 64 columns:
+
+    8     byte k: column k
+    4     byte i of 16, for 32 columns: column i, and 16 + i in the high half
+    2     byte i of 16, for 64 columns: columns i, 16 + i, 32 + i, 48 + i, from the lowest bits up
+    1     a bit stream, lowest bits first
+
+3 bits are 2 + 1, 5 are 4 + 1, 6 are 4 + 2. Scales and the other planes are those of quant/form.py.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+
+from llmrs.backends.torch.quant_matrix import TORCH, PackedRows
+from llmrs.quant.form import TABLES, Form, unpack_codes
+
+CHUNK = 64  # columns
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+SCALES = ("f32", "f16", "bf16", "u8", "i8", "u4", "e8m0", "half_e8m0", "e4m3")  # by their numbers
+CODES = {name: n for n, name in enumerate(("u2", "u3", "u4", "u5", "u6", "u8", "table", "e4m3", "f16", "bf16"))}
+SPLIT = {2: (2, 0), 3: (2, 1), 4: (4, 0), 5: (4, 1), 6: (4, 2), 8: (8, 0)}  # bits -> those of codes, and of high
+PLANES = ("scales", "biases", "zeros", "mins", "super_scales", "super_mins", "row_scales")
+
+
+class CRows(ctypes.Structure):
+    """`Rows` of kernels.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "group")),
+        *((name, ctypes.c_int32) for name in ("code", "scale")),
+        *((name, ctypes.c_void_p) for name in ("codes", "high")),
+        *((name, ctypes.c_int64) for name in ("codes_stride", "high_stride")),
+        *((name, ctypes.c_void_p) for name in PLANES),
+        *((name, ctypes.c_int64) for name in ("groups", "supers")),
+        ("zero", ctypes.c_float),
+        ("table", ctypes.c_float * 16),
+    ]
+
+
+class Kernels:
+    """A library compiled for one instruction set."""
+
+    def __init__(self, path: str) -> None:
+        """Raises OSError where it can't be loaded: torch must have loaded OpenMP."""
+        library = ctypes.CDLL(path)
+        self.linear, self.unpack = library.llmrs_linear, library.llmrs_unpack
+        size, pointer, integer = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32
+        self.linear.argtypes = [pointer, pointer, size, size, integer, pointer, size, integer]
+        self.unpack.argtypes = [pointer, pointer, size, size, integer, pointer, integer]
+        self.linear.restype = self.unpack.restype = None
+
+
+def supports(form: Form, columns: int) -> bool:
+    """Whether whole vectors share a scale."""
+    return form.group in (16, 32) or form.group % CHUNK == 0 or form.group == columns
+
+
+@dataclass(frozen=True)
+class NativeRows(PackedRows):
+    """`PackedRows` with the codes in the order of the kernels."""
+
+    kernels: Kernels
+
+    @cached_property
+    def rows(self) -> CRows:
+        form, planes = self.form, {name: plane.contiguous() for name, plane in self.planes.items()}
+        object.__setattr__(self, "planes", planes)
+        groups, codes, high = planes["scales"].shape[1], planes["codes"], planes.get("high")
+        supers = planes["super_scales"].shape[1] if "super_scales" in planes else 0
+        padded = -(-self.columns // CHUNK) * CHUNK
+        return CRows(
+            rows=len(codes), columns=padded, group=padded if groups == 1 else form.group,
+            code=CODES["table" if form.code in TABLES else form.code], scale=SCALES.index(form.scale),
+            codes=codes.data_ptr(), codes_stride=codes.shape[1],
+            high=None if high is None else high.data_ptr(), high_stride=0 if high is None else high.shape[1],
+            **{name: planes[name].data_ptr() for name in PLANES if name in planes},
+            groups=groups, supers=supers, zero=form.zero,
+            table=(ctypes.c_float * 16)(*(TABLES[form.code] if form.code in TABLES else ())),
+        )  # fmt: skip
+
+    def __getitem__(self, index: slice | torch.Tensor) -> "NativeRows":
+        return replace(self, planes={name: plane[index] for name, plane in self.planes.items()})
+
+    def linear(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """x (M, K) w^T into y (M, N), of which each row is contiguous; of one dtype."""
+        x = x.contiguous()
+        self.kernels.linear(
+            ctypes.byref(self.rows), x.data_ptr(), len(x), self.columns, DTYPES[x.dtype], y.data_ptr(), y.stride(0),
+            torch.get_num_threads(),
+        )  # fmt: skip
+
+    def unpack(self, dtype: torch.dtype, index: torch.Tensor | None = None) -> torch.Tensor:
+        """All rows, or those of an int64 index (n,)."""
+        out = torch.empty(len(self) if index is None else len(index), self.columns, dtype=dtype)
+        self.kernels.unpack(
+            ctypes.byref(self.rows), None if index is None else index.contiguous().data_ptr(), len(out), self.columns,
+            DTYPES[dtype], out.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
+
+def native_rows(packed: PackedRows, kernels: Kernels) -> NativeRows:
+    """`supports` must hold."""
+    low, high = SPLIT[packed.form.bits]
+    parts: list[dict[str, torch.Tensor]] = []
+    step = max(2**22 // packed.columns, 1)
+    for begin in range(0, len(packed), step):
+        codes = unpack_codes(TORCH, packed.planes["codes"][begin : begin + step], packed.form.bits, packed.columns)
+        codes = torch.nn.functional.pad(codes, (0, -packed.columns % CHUNK))
+        parts.append({"codes": _plane(codes & ((1 << low) - 1), low)})
+        if high:
+            parts[-1]["high"] = _plane(codes >> low, high)
+    planes = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return NativeRows(packed.form, packed.columns, {**packed.planes, **planes}, kernels)
+
+
+def _plane(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """uint8 (N, K) -> (N, K * bits / 8)."""
+    if bits == 8:
+        return codes
+    n = len(codes)
+    if bits == 1:
+        fields: Sequence[torch.Tensor] = codes.view(n, -1, 8).unbind(-1)
+    else:
+        fields = codes.view(n, -1, 8 // bits, 16).unbind(2)
+    packed = fields[0]
+    for i, field in enumerate(fields[1:], 1):
+        packed = packed | field << (bits * i)
+    return packed.reshape(n, -1)
