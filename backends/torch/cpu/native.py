@@ -3,7 +3,7 @@
 Codes (N, K) of b bits become planes of rows that are padded with zeros to a multiple of 64 columns:
 
     8     byte k: column k
-    4     byte i of 16, for 32 columns: column i, and 16 + i in the high half
+    4     byte i of 32, for 64 columns: column i, and 32 + i in the high half
     2     byte i of 16, for 64 columns: columns i, 16 + i, 32 + i, 48 + i, from the lowest bits up
     1     a bit stream, lowest bits first
 
@@ -15,12 +15,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
 import torch
 
 from llmrs.backends.torch.quant_matrix import TORCH, PackedRows
 from llmrs.quant.form import TABLES, Form, unpack_codes
 
-CHUNK = 64  # columns
+CHUNK, MAX_GROUP = 64, 256  # columns
+SLACK = 64  # bytes
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 SCALES = ("f32", "f16", "bf16", "u8", "i8", "u4", "e8m0", "half_e8m0", "e4m3")  # by their numbers
 CODES = {name: n for n, name in enumerate(("u2", "u3", "u4", "u5", "u6", "u8", "table", "e4m3", "f16", "bf16"))}
@@ -32,14 +34,14 @@ class CRows(ctypes.Structure):
     """`Rows` of kernels.cpp."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("rows", "columns", "group")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "group", "groups")),
         *((name, ctypes.c_int32) for name in ("code", "scale")),
         *((name, ctypes.c_void_p) for name in ("codes", "high")),
         *((name, ctypes.c_int64) for name in ("codes_stride", "high_stride")),
         *((name, ctypes.c_void_p) for name in PLANES),
-        *((name, ctypes.c_int64) for name in ("groups", "supers")),
-        ("zero", ctypes.c_float),
+        *((name, ctypes.c_float) for name in ("zero", "factor")),
         ("table", ctypes.c_float * 16),
+        ("entries", ctypes.c_int8 * 16),
     ]
 
 
@@ -63,25 +65,24 @@ def supports(form: Form, columns: int) -> bool:
 
 @dataclass(frozen=True)
 class NativeRows(PackedRows):
-    """`PackedRows` with the codes in the order of the kernels."""
+    """`PackedRows` with the codes in the order of the kernels, and at most MAX_GROUP columns per scale."""
 
     kernels: Kernels
+    group: int
 
     @cached_property
     def rows(self) -> CRows:
-        form, planes = self.form, {name: plane.contiguous() for name, plane in self.planes.items()}
-        object.__setattr__(self, "planes", planes)
-        groups, codes, high = planes["scales"].shape[1], planes["codes"], planes.get("high")
-        supers = planes["super_scales"].shape[1] if "super_scales" in planes else 0
-        padded = -(-self.columns // CHUNK) * CHUNK
+        form, planes = self.form, self.planes
+        codes, high = planes["codes"], planes.get("high")
+        table = TABLES.get(form.code, np.zeros(16, np.float32))
+        factor = 0.5 if form.code == "e2m1" else 1.0  # its entries are halves
         return CRows(
-            rows=len(codes), columns=padded, group=padded if groups == 1 else form.group,
-            code=CODES["table" if form.code in TABLES else form.code], scale=SCALES.index(form.scale),
-            codes=codes.data_ptr(), codes_stride=codes.shape[1],
+            rows=len(codes), columns=-(-self.columns // CHUNK) * CHUNK, group=self.group,
+            groups=planes["scales"].shape[1], code=CODES["table" if form.code in TABLES else form.code],
+            scale=SCALES.index(form.scale), codes=codes.data_ptr(), codes_stride=codes.shape[1],
             high=None if high is None else high.data_ptr(), high_stride=0 if high is None else high.shape[1],
-            **{name: planes[name].data_ptr() for name in PLANES if name in planes},
-            groups=groups, supers=supers, zero=form.zero,
-            table=(ctypes.c_float * 16)(*(TABLES[form.code] if form.code in TABLES else ())),
+            **{name: planes[name].data_ptr() for name in PLANES if name in planes}, zero=form.zero, factor=factor,
+            table=(ctypes.c_float * 16)(*table), entries=(ctypes.c_int8 * 16)(*(table / factor).astype(int)),
         )  # fmt: skip
 
     def __getitem__(self, index: slice | torch.Tensor) -> "NativeRows":
@@ -117,7 +118,22 @@ def native_rows(packed: PackedRows, kernels: Kernels) -> NativeRows:
         if high:
             parts[-1]["high"] = _plane(codes >> low, high)
     planes = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    return NativeRows(packed.form, packed.columns, {**packed.planes, **planes}, kernels)
+    group, padded = packed.form.group, -(-packed.columns // CHUNK) * CHUNK
+    if group > MAX_GROUP or group % 16:
+        group = CHUNK
+    groups = -(-packed.columns // group)
+    for name in packed.planes.keys() - {"codes"}:
+        plane = packed.planes[name]
+        if name in ("scales", "biases", "zeros") and plane.shape[1] != groups:  # each several times
+            plane = plane.repeat_interleave(padded // CHUNK // plane.shape[1] , 1) if plane.shape[1] > 1 else plane.expand(-1, groups)
+        planes[name] = _with_slack(plane)
+    return NativeRows(packed.form, packed.columns, planes, kernels, group)
+
+
+def _with_slack(plane: torch.Tensor) -> torch.Tensor:
+    """A copy with SLACK readable bytes behind it: kernels read 16 scales at a time."""
+    whole = torch.zeros(plane.numel() + SLACK // plane.element_size(), dtype=plane.dtype)
+    return whole[: plane.numel()].view(plane.shape).copy_(plane)
 
 
 def _plane(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -128,7 +144,7 @@ def _plane(codes: torch.Tensor, bits: int) -> torch.Tensor:
     if bits == 1:
         fields: Sequence[torch.Tensor] = codes.view(n, -1, 8).unbind(-1)
     else:
-        fields = codes.view(n, -1, 8 // bits, 16).unbind(2)
+        fields = codes.view(n, -1, 8 // bits, 8 * bits).unbind(2)
     packed = fields[0]
     for i, field in enumerate(fields[1:], 1):
         packed = packed | field << (bits * i)
