@@ -1,12 +1,58 @@
-"""Where the packages lie: the top-level folders install as subpackages of `llmrs`; the rest is in pyproject.toml."""
+"""Where the packages lie, and the CPU kernels, which are compiled where there is a C++ compiler; the rest is in
+pyproject.toml."""
 
-from setuptools import find_packages, setup
+import platform
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
 
 FOLDERS = ("core", "backends", "models", "quant", "cli")
+KERNELS = "llmrs.backends.torch.cpu.kernels_"  # and the instruction set
+X86 = {
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+}
+
+
+class BuildKernels(build_ext):
+    """Plain libraries for ctypes: one for each instruction set, for every version of Python."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return str(Path(*fullname.split("."))) + ".so"
+
+
+class Wheel(bdist_wheel):
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+def extensions() -> list[Extension]:
+    """OpenMP is not linked: the library that torch has loaded is used, so that both share threads."""
+    if sys.platform != "linux":  # elsewhere torch loads OpenMP in other ways: not tried
+        return []
+    sets = X86 if platform.machine() == "x86_64" else {"generic": []}
+    return [
+        Extension(
+            KERNELS + name,
+            ["backends/torch/cpu/kernels.cpp"],
+            extra_compile_args=["-std=c++17", "-O3", "-fopenmp", "-w", *flags],
+            optional=True,
+        )
+        for name, flags in sets.items()
+    ]
+
 
 packages = [
     "llmrs",
     "llmrs.bench",
     *(f"llmrs.{p}" for p in find_packages(".", include=[g for f in FOLDERS for g in (f, f"{f}.*")])),
 ]
-setup(packages=packages, package_dir={"llmrs": "llmrs", **{f"llmrs.{f}": f for f in FOLDERS}})
+setup(
+    packages=packages,
+    package_dir={"llmrs": "llmrs", **{f"llmrs.{f}": f for f in FOLDERS}},
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": Wheel},
+)

@@ -69,6 +69,17 @@ class PackedRows:
             out[begin : begin + rows] = unpack(TORCH, self.form, part.planes, self.columns)
         return out
 
+    def gather(self, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Rows by their numbers, int64 (T,): (T, K)."""
+        return self[index].unpack(dtype)
+
+    def linear(self, x: torch.Tensor) -> torch.Tensor:
+        """x w^T: (M, K) -> (M, N), unpacked slice by slice."""
+        step = max(SLICE_WEIGHTS[x.device.type] // x.shape[1], 1)
+        parts = (self[n : n + step] for n in range(0, len(self), step))
+        outs = [torch.nn.functional.linear(x, part.unpack(x.dtype)) for part in parts]
+        return outs[0] if len(outs) == 1 else torch.cat(outs, -1)
+
 
 @dataclass(frozen=True)
 class QuantMatrix:
@@ -89,18 +100,15 @@ class QuantMatrix:
 
     def linear(self, x: torch.Tensor) -> torch.Tensor:
         """x w^T: (M, K) -> (M, N)."""
-        outs = []
-        for segment in self.segments:
-            step = max(SLICE_WEIGHTS[x.device.type] // x.shape[1], 1)
-            for begin in range(0, len(segment), step):
-                part = segment[begin : begin + step]
-                outs.append(torch.nn.functional.linear(x, _dense(part, x.dtype)))
+        outs = [
+            s.linear(x) if isinstance(s, PackedRows) else torch.nn.functional.linear(x, s) for s in self.segments
+        ]
         return outs[0] if len(outs) == 1 else torch.cat(outs, -1)
 
     def gather(self, index: torch.Tensor) -> torch.Tensor:
         """Rows by their numbers, int (T,): (T, K). A table is one segment."""
         (table,) = self.segments
-        return _dense(table[index.long()], self.dtype)
+        return table.gather(index.long(), self.dtype) if isinstance(table, PackedRows) else table[index.long()]
 
     def dense(self) -> torch.Tensor:
         return torch.cat([_dense(s, self.dtype) for s in self.segments])

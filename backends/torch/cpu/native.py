@@ -12,16 +12,22 @@ Codes (N, K) of b bits become planes of rows that are padded with zeros to a mul
 
 import ctypes
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from llmrs.backends.base import bench
 from llmrs.backends.torch.quant_matrix import TORCH, PackedRows
 from llmrs.quant.form import TABLES, Form, unpack_codes
 
+FOLDER = Path(__file__).parent
 CHUNK, MAX_GROUP = 64, 256  # columns
+MAX_GEMV_M = 8  # rows of x up to which codes are multiplied; above, slices are unpacked for a GEMM
+ROUNDS = 7  # per measurement; the fastest counts
 SLACK = 64  # bytes
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 SCALES = ("f32", "f16", "bf16", "u8", "i8", "u4", "e8m0", "half_e8m0", "e4m3")  # by their numbers
@@ -48,14 +54,39 @@ class CRows(ctypes.Structure):
 class Kernels:
     """A library compiled for one instruction set."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: Path) -> None:
         """Raises OSError where it can't be loaded: torch must have loaded OpenMP."""
-        library = ctypes.CDLL(path)
+        library = ctypes.CDLL(str(path))
         self.linear, self.unpack = library.llmrs_linear, library.llmrs_unpack
         size, pointer, integer = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32
         self.linear.argtypes = [pointer, pointer, size, size, integer, pointer, size, integer]
         self.unpack.argtypes = [pointer, pointer, size, size, integer, pointer, integer]
         self.linear.restype = self.unpack.restype = None
+
+
+def libraries() -> list[Kernels]:
+    """Those that run on this CPU. None were compiled where the package was built without a compiler."""
+    capability = torch.backends.cpu.get_cpu_capability()  # AVX512 stands for F, BW, DQ, VL and FMA
+    found = []
+    for name, needs in (("avx512", ("AVX512",)), ("avx2", ("AVX512", "AVX2")), ("generic", (capability,))):
+        path = FOLDER / f"kernels_{name}.so"
+        if path.exists() and capability in needs:
+            with suppress(OSError):
+                found.append(Kernels(path))
+    return found
+
+
+@cache
+def kernels() -> Kernels | None:
+    """The fastest library on this CPU, by timing. Takes 20 ms."""
+    found = libraries()
+    if len(found) < 2:
+        return found[0] if found else None
+    form, x = Form("affine", "u8", 64, "f16"), torch.ones(1, 1024, dtype=torch.bfloat16)
+    planes = {"codes": torch.ones(512, 1024, dtype=torch.uint8), "scales": torch.ones(512, 16, dtype=torch.float16)}
+    made = [native_rows(PackedRows(form, 1024, planes), k) for k in found]
+    times = [bench(lambda rows=rows: rows.multiply(x), lambda: None, ROUNDS) for rows in made]
+    return found[times.index(min(times))]
 
 
 def supports(form: Form, columns: int) -> bool:
@@ -85,23 +116,32 @@ class NativeRows(PackedRows):
             table=(ctypes.c_float * 16)(*table), entries=(ctypes.c_int8 * 16)(*(table / factor).astype(int)),
         )  # fmt: skip
 
-    def __getitem__(self, index: slice | torch.Tensor) -> "NativeRows":
+    def __getitem__(self, index: slice) -> "NativeRows":  # type: ignore[override]
         return replace(self, planes={name: plane[index] for name, plane in self.planes.items()})
 
-    def linear(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        """x (M, K) w^T into y (M, N), of which each row is contiguous; of one dtype."""
-        x = x.contiguous()
+    def linear(self, x: torch.Tensor) -> torch.Tensor:
+        return self.multiply(x) if len(x) <= MAX_GEMV_M else super().linear(x)
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """x (M, K) w^T: (M, N), for a small M. In bf16 and f16, x is rounded to 16-bit integers per group."""
+        x, y = x.contiguous(), torch.empty(len(x), len(self), dtype=x.dtype)
         self.kernels.linear(
-            ctypes.byref(self.rows), x.data_ptr(), len(x), self.columns, DTYPES[x.dtype], y.data_ptr(), y.stride(0),
+            ctypes.byref(self.rows), x.data_ptr(), len(x), self.columns, DTYPES[x.dtype], y.data_ptr(), len(self),
             torch.get_num_threads(),
         )  # fmt: skip
+        return y
 
-    def unpack(self, dtype: torch.dtype, index: torch.Tensor | None = None) -> torch.Tensor:
-        """All rows, or those of an int64 index (n,)."""
-        out = torch.empty(len(self) if index is None else len(index), self.columns, dtype=dtype)
+    def unpack(self, dtype: torch.dtype) -> torch.Tensor:
+        return self._unpacked(dtype, len(self), None)
+
+    def gather(self, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return self._unpacked(dtype, len(index), index.contiguous())
+
+    def _unpacked(self, dtype: torch.dtype, count: int, index: torch.Tensor | None) -> torch.Tensor:
+        out = torch.empty(count, self.columns, dtype=dtype)
         self.kernels.unpack(
-            ctypes.byref(self.rows), None if index is None else index.contiguous().data_ptr(), len(out), self.columns,
-            DTYPES[dtype], out.data_ptr(), torch.get_num_threads(),
+            ctypes.byref(self.rows), None if index is None else index.data_ptr(), count, self.columns, DTYPES[dtype],
+            out.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return out
 
@@ -118,14 +158,14 @@ def native_rows(packed: PackedRows, kernels: Kernels) -> NativeRows:
         if high:
             parts[-1]["high"] = _plane(codes >> low, high)
     planes = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    group, padded = packed.form.group, -(-packed.columns // CHUNK) * CHUNK
-    if group > MAX_GROUP or group % 16:
-        group = CHUNK
+    group = packed.form.group
+    if group > MAX_GROUP or group not in (16, 32) and group % CHUNK:
+        group = CHUNK  # with the scale of a larger one
     groups = -(-packed.columns // group)
     for name in packed.planes.keys() - {"codes"}:
         plane = packed.planes[name]
-        if name in ("scales", "biases", "zeros") and plane.shape[1] != groups:  # each several times
-            plane = plane.repeat_interleave(padded // CHUNK // plane.shape[1] , 1) if plane.shape[1] > 1 else plane.expand(-1, groups)
+        if name in ("scales", "biases", "zeros") and plane.shape[1] != groups:
+            plane = plane.repeat_interleave(-(-groups // plane.shape[1]), 1)
         planes[name] = _with_slack(plane)
     return NativeRows(packed.form, packed.columns, planes, kernels, group)
 
