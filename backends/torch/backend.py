@@ -18,6 +18,7 @@ from llmrs.backends.fusion import FUSED_OPS
 from llmrs.backends.host_memory import free_host_memory, keep_freed_memory, trim_host_memory, use_huge_pages
 from llmrs.backends.linearize import hoist_logits_gather, inline, tied_weights
 from llmrs.backends.torch.async_output import CopiedOutput, OutputCopier, TorchOutput
+from llmrs.backends.torch.cpu import native
 from llmrs.backends.torch.cpu_linear import Linear, make_linear
 from llmrs.backends.torch.fusion import CanFuseNorm, program_functions
 from llmrs.backends.torch.kv_fp8 import E4M3, QuantizedKV, check_device
@@ -25,6 +26,7 @@ from llmrs.backends.torch.lowering import Bind, Lowering
 from llmrs.backends.torch.ops import BIND, FUSED, KV, OPS
 from llmrs.backends.torch.profiler import TorchProfiler
 from llmrs.backends.torch.program import NO_PROGRAMS, Programs
+from llmrs.backends.torch.quant_matrix import Pack
 from llmrs.backends.torch.sampling import Logits, SlotState, logprobs, sample
 from llmrs.backends.torch.sdpa_attention import attn_metadata, on_device
 from llmrs.backends.torch.workspace import activation_bytes, workspace_bytes
@@ -65,6 +67,7 @@ class TorchBackend(Backend):
         self.kv: list[KV] = []
         self.slots = SlotState(0, 0, self.torch_device)
         self.runner: GPUModelRunner | None = None  # with Triton kernels
+        self.pack: Pack | None = None  # of quantized weights on a CPU
         self.output_copier: OutputCopier | None = None
 
     def configure(self, options: BackendOptions) -> None:
@@ -90,6 +93,8 @@ class TorchBackend(Backend):
         Raises BackendError if Triton is asked for and can't run, or can't do fp8; "auto" warns and falls back to plain
         torch ops if Triton is missing.
         """
+        if kernels == "auto" and self.torch_device.type == "cpu":
+            self.pack = native.packer()
         if kernels == "plain" or (kernels == "auto" and self.torch_device.type != "cuda"):
             return
         try:
@@ -124,8 +129,8 @@ class TorchBackend(Backend):
 
     @property
     def keeps_quantized(self) -> bool:
-        """On a CPU packed dense weights are faster; with kernels a CPU stands for a GPU."""
-        return self.torch_device.type != "cpu" or self.runner is not None
+        """On a CPU where our kernels were compiled. With Triton a CPU stands for a GPU."""
+        return self.torch_device.type != "cpu" or self.runner is not None or self.pack is not None
 
     @classmethod
     def devices(cls) -> list[str]:
@@ -150,7 +155,7 @@ class TorchBackend(Backend):
         device, dtype = self.torch_device, self.torch_dtype
         lowering = Lowering(
             ops_table, self.bind, device, dtype, weights, progress, tied, self.make_linear,
-            keep_quantized=self.keeps_quantized,
+            keep_quantized=self.keeps_quantized, pack=self.pack,
         )  # fmt: skip
         if self.runner:
             functions = program_functions(hoist_logits_gather(function), self.can_fuse_norm)

@@ -8,7 +8,7 @@ import torch
 from llmrs.backends.linearize import call_params
 from llmrs.backends.torch.cpu_linear import Linear, make_linear
 from llmrs.backends.torch.program import Call, Program
-from llmrs.backends.torch.quant_matrix import Matrix, QuantMatrix, quant_matrix, to_dense
+from llmrs.backends.torch.quant_matrix import Matrix, Pack, QuantMatrix, quant_matrix, to_dense
 from llmrs.core.ir import Equation, Function, Value, Weight
 from llmrs.quant.tensor import AnyTensor, QuantTensor
 
@@ -21,15 +21,15 @@ class Lowering:
     def __init__(
         self, ops: Mapping[str, Callable[..., Any]], bind: Mapping[str, Bind], device: torch.device, dtype: torch.dtype,
         weights: Mapping[str, AnyTensor], progress: Callable[[int], None], tied: Collection[Weight] = (),
-        make_linear: Callable[..., Linear] = make_linear, *, keep_quantized: bool = False,
+        make_linear: Callable[..., Linear] = make_linear, *, keep_quantized: bool = False, pack: Pack | None = None,
     ) -> None:  # fmt: skip
         """`bind`: for ops whose weights are not those of a linear map. `tied`: matrices with several uses.
 
-        `keep_quantized`: quantized matrices stay so in memory; else they are unpacked here.
+        `keep_quantized`: quantized matrices stay so in memory, as `pack` makes them; else they are unpacked here.
         """
         self.ops, self.bind, self.device, self.dtype = ops, bind, device, dtype
         self.weights, self.progress, self.tied, self.make_linear = weights, progress, set(tied), make_linear
-        self.keep_quantized = keep_quantized
+        self.keep_quantized, self.pack = keep_quantized, pack
         self.bound: dict[Hashable, Any] = {}  # by ids of weights, which the functions share and keep alive
         self.functions: list[Function] = []
         self.size = 0  # bytes of the weights
@@ -81,7 +81,7 @@ class Lowering:
         tensors = [self.weights[s.tensor] for s in weight.segments]
         matrix: Matrix
         if self.keep_quantized and any(isinstance(t, QuantTensor) for t in tensors):
-            matrix = quant_matrix(tensors, self.device, self.dtype)
+            matrix = quant_matrix(tensors, self.device, self.dtype, self.pack)
         else:
             segments = [to_dense(t, self.device, self.dtype) for t in tensors]
             matrix = segments[0] if len(segments) == 1 else torch.cat(segments)

@@ -183,10 +183,11 @@ def bind_embed(lowering: Lowering, e: Equation) -> Callable[[Tensor], Tensor]:
     (weight,) = weights_of(e)
     if lowering.device.type == "cpu" and len(weight.segments) == 1:
         stored, dtype = lowering.weights[weight.segments[0].tensor], lowering.dtype
-        if isinstance(stored, QuantTensor):
+        if not isinstance(stored, QuantTensor):
+            rows = torch_view(stored)
+            return lambda tokens: rows[tokens].to(dtype)
+        if not lowering.keep_quantized:
             return lambda tokens: packed_rows(stored.rows(tokens.numpy()), lowering.device).unpack(dtype)
-        rows = torch_view(stored)
-        return lambda tokens: rows[tokens].to(dtype)
     table = lowering.matrix(weight)
     return table.gather if isinstance(table, QuantMatrix) else lambda tokens: table[tokens]
 

@@ -1,6 +1,6 @@
 """Quantized matrices on a device. They are unpacked slice by slice when they are used: the definition of every form."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -100,9 +100,7 @@ class QuantMatrix:
 
     def linear(self, x: torch.Tensor) -> torch.Tensor:
         """x w^T: (M, K) -> (M, N)."""
-        outs = [
-            s.linear(x) if isinstance(s, PackedRows) else torch.nn.functional.linear(x, s) for s in self.segments
-        ]
+        outs = [s.linear(x) if isinstance(s, PackedRows) else torch.nn.functional.linear(x, s) for s in self.segments]
         return outs[0] if len(outs) == 1 else torch.cat(outs, -1)
 
     def gather(self, index: torch.Tensor) -> torch.Tensor:
@@ -120,6 +118,7 @@ class QuantMatrix:
 
 
 Matrix = torch.Tensor | QuantMatrix
+Pack = Callable[[PackedRows, torch.dtype], PackedRows | torch.Tensor]
 
 
 def _dense(rows: PackedRows | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -132,8 +131,10 @@ def packed_rows(tensor: QuantTensor, device: torch.device) -> PackedRows:
     return PackedRows(tensor.form, tensor.shape[1], {name: plane.contiguous() for name, plane in planes.items()})
 
 
-def quant_matrix(tensors: Sequence[AnyTensor], device: torch.device, dtype: torch.dtype) -> QuantMatrix:
-    """Neighbours of one form become one segment."""
+def quant_matrix(
+    tensors: Sequence[AnyTensor], device: torch.device, dtype: torch.dtype, pack: Pack | None = None
+) -> QuantMatrix:
+    """Neighbours of one form become one segment, which `pack` may change."""
     segments: list[PackedRows | torch.Tensor] = []
     for tensor in tensors:
         segment = packed_rows(tensor, device) if isinstance(tensor, QuantTensor) else to_dense(tensor, device, dtype)
@@ -141,6 +142,8 @@ def quant_matrix(tensors: Sequence[AnyTensor], device: torch.device, dtype: torc
             segments[-1] = joined
         else:
             segments.append(segment)
+    if pack:
+        segments = [pack(s, dtype) if isinstance(s, PackedRows) else s for s in segments]
     return QuantMatrix(tuple(segments), dtype)
 
 

@@ -612,14 +612,15 @@ template <class F> void parallel(int64_t count, int threads, F run) {
 
 }  // namespace
 
-// x (m, columns), y (m, stride) from its column 0 on, both row by row in `dtype`.
-extern "C" void llmrs_linear(const Rows* w, const void* x, int64_t m, int64_t columns, int32_t dtype, void* y, int64_t stride, int32_t threads) {
+// x (m, columns), y (m, stride), row by row. x in 16 bits is rounded to integers.
+extern "C" void llmrs_linear(
+    const Rows* w, const void* x, int32_t x_dtype, int64_t m, int64_t columns, void* y, int32_t y_dtype, int64_t stride, int32_t threads) {
     static thread_local Input in;
-    const bool as_integers = HAS_INTEGERS && dtype != F32 && w->code < CODE_E4M3;
-    prepare(*w, x, (Dtype)dtype, m, columns, as_integers, in);
+    const bool as_integers = HAS_INTEGERS && x_dtype != F32 && w->code < CODE_E4M3;
+    prepare(*w, x, (Dtype)x_dtype, m, columns, as_integers, in);
     const Linear run = as_integers ? OF_CODE(integers_of, *w) : OF_CODE(linear_of, *w);
     const Input& input = in;
-    parallel(w->rows, threads, [&](int64_t begin, int64_t end) { run(*w, begin, end, input, (Dtype)dtype, y, stride); });
+    parallel(w->rows, threads, [&](int64_t begin, int64_t end) { run(*w, begin, end, input, (Dtype)y_dtype, y, stride); });
 }
 
 // Rows, all or by their numbers, to out (count, columns).

@@ -1,4 +1,4 @@
-"""Rows of quantized or 16-bit weights for kernels.cpp, which it reads in an order of its own, for vectors of 16 columns.
+"""Rows of quantized weights for kernels.cpp, in an order of their own that suits vectors of 16 and 32 columns.
 
 Codes (N, K) of b bits become planes of rows that are padded with zeros to a multiple of 64 columns:
 
@@ -14,14 +14,14 @@ import ctypes
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from llmrs.backends.base import bench
-from llmrs.backends.torch.quant_matrix import TORCH, PackedRows
+from llmrs.backends.torch.quant_matrix import TORCH, Pack, PackedRows
 from llmrs.quant.form import TABLES, Form, unpack_codes
 
 FOLDER = Path(__file__).parent
@@ -59,7 +59,7 @@ class Kernels:
         library = ctypes.CDLL(str(path))
         self.linear, self.unpack = library.llmrs_linear, library.llmrs_unpack
         size, pointer, integer = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32
-        self.linear.argtypes = [pointer, pointer, size, size, integer, pointer, size, integer]
+        self.linear.argtypes = [pointer, pointer, integer, size, size, pointer, integer, size, integer]
         self.unpack.argtypes = [pointer, pointer, size, size, integer, pointer, integer]
         self.linear.restype = self.unpack.restype = None
 
@@ -85,7 +85,7 @@ def kernels() -> Kernels | None:
     form, x = Form("affine", "u8", 64, "f16"), torch.ones(1, 1024, dtype=torch.bfloat16)
     planes = {"codes": torch.ones(512, 1024, dtype=torch.uint8), "scales": torch.ones(512, 16, dtype=torch.float16)}
     made = [native_rows(PackedRows(form, 1024, planes), k) for k in found]
-    times = [bench(lambda rows=rows: rows.multiply(x), lambda: None, ROUNDS) for rows in made]
+    times = [bench(partial(rows.multiply, x), lambda: None, ROUNDS) for rows in made]
     return found[times.index(min(times))]
 
 
@@ -122,12 +122,15 @@ class NativeRows(PackedRows):
     def linear(self, x: torch.Tensor) -> torch.Tensor:
         return self.multiply(x) if len(x) <= MAX_GEMV_M else super().linear(x)
 
-    def multiply(self, x: torch.Tensor) -> torch.Tensor:
-        """x (M, K) w^T: (M, N), for a small M. In bf16 and f16, x is rounded to 16-bit integers per group."""
-        x, y = x.contiguous(), torch.empty(len(x), len(self), dtype=x.dtype)
+    def multiply(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """x (M, K) w^T: (M, N) of a dtype, by default that of x; for a small M.
+
+        x in bf16 or f16 is rounded to 16-bit integers, per group of columns.
+        """
+        x, y = x.contiguous(), torch.empty(len(x), len(self), dtype=dtype or x.dtype)
         self.kernels.linear(
-            ctypes.byref(self.rows), x.data_ptr(), len(x), self.columns, DTYPES[x.dtype], y.data_ptr(), len(self),
-            torch.get_num_threads(),
+            ctypes.byref(self.rows), x.data_ptr(), DTYPES[x.dtype], len(x), self.columns, y.data_ptr(), DTYPES[y.dtype],
+            len(self), torch.get_num_threads(),
         )  # fmt: skip
         return y
 
@@ -146,6 +149,17 @@ class NativeRows(PackedRows):
         return out
 
 
+def packer() -> Pack | None:
+    """Lays out rows for the kernels, where there are any. Rows of forms that they lack are unpacked."""
+    if (chosen := kernels()) is None:
+        return None
+
+    def pack(rows: PackedRows, dtype: torch.dtype) -> PackedRows | torch.Tensor:
+        return native_rows(rows, chosen) if supports(rows.form, rows.columns) else rows.unpack(dtype)
+
+    return pack
+
+
 def native_rows(packed: PackedRows, kernels: Kernels) -> NativeRows:
     """`supports` must hold."""
     low, high = SPLIT[packed.form.bits]
@@ -159,7 +173,7 @@ def native_rows(packed: PackedRows, kernels: Kernels) -> NativeRows:
             parts[-1]["high"] = _plane(codes >> low, high)
     planes = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     group = packed.form.group
-    if group > MAX_GROUP or group not in (16, 32) and group % CHUNK:
+    if group > MAX_GROUP or (group not in (16, 32) and group % CHUNK):
         group = CHUNK  # with the scale of a larger one
     groups = -(-packed.columns // group)
     for name in packed.planes.keys() - {"codes"}:
