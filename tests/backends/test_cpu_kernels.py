@@ -12,6 +12,7 @@ from llmrs.backends.base import Backend
 from llmrs.backends.testing import FORMS, BackendSuite
 from llmrs.backends.torch.cpu import native
 from llmrs.backends.torch.cpu.native import Kernels, NativeRows, native_rows, supports
+from llmrs.backends.torch.cpu_linear import Forms
 from llmrs.backends.torch.quant_matrix import PackedRows, packed_rows
 from llmrs.quant.form import Form
 from llmrs.quant.tensor import QuantTensor
@@ -102,8 +103,22 @@ def test_some_rows(kernels: Kernels) -> None:
 
 def test_many_rows_of_x_take_a_gemm(kernels: Kernels) -> None:
     tensor, rows = made(kernels, *FORMS[1][1], 70, 512)
-    x = torch.randn(native.MAX_GEMV_M + 1, 512)
-    assert relative_error(rows.linear(x), x, tensor.float32()) < 1e-6
+    for dtype in (torch.float32, torch.bfloat16):
+        assert 4 <= native.max_gemv_m(kernels, dtype, 1) <= 32
+        x = torch.randn(40, 512).to(dtype)
+        assert relative_error(rows.linear(x), x, tensor.float32()) < (1e-6 if dtype == torch.float32 else 6e-3)
+
+
+@pytest.mark.parametrize("plain_max_m", [0, 100])
+def test_a_gemm_in_float32_where_that_is_faster(
+    kernels: Kernels, plain_max_m: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensor, rows = made(kernels, *FORMS[1][1], 70, 512)
+    monkeypatch.setattr(native, "measured", lambda dtype, threads: Forms(False, plain_max_m))
+    x = torch.randn(40, 512).bfloat16()
+    y = rows.gemm(x)
+    assert y.dtype == torch.bfloat16
+    assert relative_error(y, x, tensor.float32()) < (2.5e-3 if plain_max_m == 0 else 6e-3)
 
 
 def test_what_is_not_finite_stays_so(kernels: Kernels) -> None:

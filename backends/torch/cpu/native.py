@@ -21,12 +21,13 @@ import numpy as np
 import torch
 
 from llmrs.backends.base import bench
+from llmrs.backends.torch.cpu_linear import measured
 from llmrs.backends.torch.quant_matrix import TORCH, Pack, PackedRows
 from llmrs.quant.form import TABLES, Form, unpack_codes
 
 FOLDER = Path(__file__).parent
 CHUNK, MAX_GROUP = 64, 256  # columns
-MAX_GEMV_M = 8  # rows of x up to which codes are multiplied; above, slices are unpacked for a GEMM
+SHAPE = (1024, 1024)  # of the measured weight
 ROUNDS = 7  # per measurement; the fastest counts
 SLACK = 64  # bytes
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -82,11 +83,32 @@ def kernels() -> Kernels | None:
     found = libraries()
     if len(found) < 2:
         return found[0] if found else None
-    form, x = Form("affine", "u8", 64, "f16"), torch.ones(1, 1024, dtype=torch.bfloat16)
-    planes = {"codes": torch.ones(512, 1024, dtype=torch.uint8), "scales": torch.ones(512, 16, dtype=torch.float16)}
-    made = [native_rows(PackedRows(form, 1024, planes), k) for k in found]
-    times = [bench(partial(rows.multiply, x), lambda: None, ROUNDS) for rows in made]
+    x = torch.ones(1, SHAPE[1], dtype=torch.bfloat16)
+    times = [bench(partial(_sample(k).multiply, x), lambda: None, ROUNDS) for k in found]
     return found[times.index(min(times))]
+
+
+@cache
+def max_gemv_m(kernels: Kernels, dtype: torch.dtype, threads: int) -> int:
+    """Rows of x up to which multiplying the codes is faster than unpacking slices for a GEMM; 4 to 32, by timing."""
+    rows, m = _sample(kernels), 4
+    while m < 32:
+        x = torch.ones(2 * m, SHAPE[1], dtype=dtype)
+        codes, unpacked = (bench(partial(run, x), lambda: None, ROUNDS) for run in (rows.multiply, rows.gemm))
+        if codes > unpacked:
+            break
+        m *= 2
+    return m
+
+
+def _sample(kernels: Kernels) -> "NativeRows":
+    n, k = SHAPE
+    planes = {
+        "codes": torch.ones(n, k // 2, dtype=torch.uint8), "scales": torch.ones(n, k // 32, dtype=torch.uint8),
+        "mins": torch.ones(n, k // 32, dtype=torch.uint8),
+        **{name: torch.ones(n, k // 256, dtype=torch.float16) for name in ("super_scales", "super_mins")},
+    }  # fmt: skip
+    return native_rows(PackedRows(Form("k_quant", "u4", 32, "u8"), k, planes), kernels)
 
 
 def supports(form: Form, columns: int) -> bool:
@@ -120,7 +142,13 @@ class NativeRows(PackedRows):
         return replace(self, planes={name: plane[index] for name, plane in self.planes.items()})
 
     def linear(self, x: torch.Tensor) -> torch.Tensor:
-        return self.multiply(x) if len(x) <= MAX_GEMV_M else super().linear(x)
+        few = max_gemv_m(self.kernels, x.dtype, torch.get_num_threads())
+        return self.multiply(x) if len(x) <= few else self.gemm(x)
+
+    def gemm(self, x: torch.Tensor) -> torch.Tensor:
+        """x w^T of slices that are unpacked into the caches, in float32 where that is faster."""
+        wide = x.dtype != torch.float32 and len(x) > measured(x.dtype, torch.get_num_threads()).plain_max_m
+        return super().linear(x.float()).to(x.dtype) if wide else super().linear(x)
 
     def multiply(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """x (M, K) w^T: (M, N) of a dtype, by default that of x; for a small M.
