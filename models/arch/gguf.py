@@ -87,7 +87,7 @@ GEMMA3_LOCAL_BASE, GEMMA3_PERIOD, GEMMA3_27B_LAYERS = 10000.0, 6, 62
 def gguf_family(path: Path, metadata: Mapping[str, Any]) -> tuple[str, GgufFamily]:
     """llama.cpp's name of the architecture, and its family. Raises ModelError for unsupported ones."""
     kind, name = metadata.get("general.type", "model"), metadata.get("general.architecture")
-    if kind != "model":
+    if not isinstance(kind, str) or kind != "model":
         raise ModelError(f"{path}: general.type is {short_repr(kind)}: it holds no model", "use the model's own file")
     if not isinstance(name, str) or name not in GGUF_FAMILIES:
         problem = f"{path}: general.architecture is {short_repr(name)}, which is not supported"
@@ -109,8 +109,10 @@ def config_from_metadata(path: Path, metadata: Mapping[str, Any], source: Weight
     # biases are known by their tensors: defaults that a family fixes must be overridden
     given = {name: data.pop(name) for name in ("attention_bias", "attention_output_bias", "mlp_bias")}
     config = parse(path, {**data, "architectures": [gguf.architecture]}, {**names.defaults, **given})
-    factors = _rope_factors(path, source, config) if gguf.interleaved_rope else ()
-    return dataclasses.replace(config, rope=dataclasses.replace(config.rope, factors=factors)) if factors else config
+    if not gguf.interleaved_rope:
+        return config
+    rope = dataclasses.replace(config.rope, factors=_rope_factors(path, source, config))
+    return dataclasses.replace(config, rope=rope, local_rope=rope)
 
 
 def _data(r: "_Keys", gguf: GgufFamily, source: WeightSource) -> dict[str, Any]:
