@@ -12,6 +12,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import safetensors.numpy
+import tiny
 
 ARCHITECTURES = {
     "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3_moe": "qwen3moe",
@@ -20,6 +21,9 @@ ARCHITECTURES = {
 INTERLEAVED = {"llama", "mistral3"}
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
 EOS = 2
+# config.json says more than conversion keeps: other kinds of scaling and windows, dense layers between sparse ones
+LOST = {"llama-dynamic", "qwen2-window", "qwen3-moe-window", "qwen3-moe-mixed", "qwen3-moe-dense-first"}
+CONVERTED = [name for name in tiny.CHECKPOINTS if name not in LOST]
 
 
 def write(folder: Path, path: Path, *, arch: str | None = None, kind: str = "f32", remove=(), **keys: object) -> Path:

@@ -6,7 +6,6 @@ import math
 import gguf_models
 import numpy as np
 import pytest
-import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,10 +17,6 @@ from llmrs.models.arch.rope import frequencies
 from llmrs.models.files.gguf import GGUFSource
 from llmrs.models.files.json_reader import MAX_INT
 from llmrs.quant.tensor import Tensor
-
-# config.json says more than conversion keeps: other kinds of scaling and windows, dense layers between sparse ones
-LOST = {"llama-dynamic", "qwen2-window", "qwen3-moe-window", "qwen3-moe-mixed", "qwen3-moe-dense-first"}
-CONVERTED = [name for name in tiny.CHECKPOINTS if name not in LOST]
 
 
 class Source:
@@ -69,7 +64,7 @@ def refused(metadata, *words, **source):
     assert len(str(caught.value)) < 2000
 
 
-@pytest.mark.parametrize("name", CONVERTED)
+@pytest.mark.parametrize("name", gguf_models.CONVERTED)
 def test_config_of_a_converted_checkpoint_is_that_of_its_folder(name, checkpoints, tmp_path):
     folder = checkpoints.folder(name)
     path = gguf_models.write(folder, tmp_path / "a.gguf")
