@@ -34,7 +34,7 @@ def write(folder: Path, path: Path, *, arch: str | None = None, kind: str = "f32
     config = json.loads((folder / "config.json").read_text())
     arch = arch or ARCHITECTURES[config["model_type"]]
     found = {f"{arch}.{k}": v for k, v in metadata(config, arch).items()}
-    found |= tokenizer(config["vocab_size"])
+    found |= bpe(folder) if (folder / "tokenizer.json").exists() else tokenizer(config["vocab_size"])
     names = {k: (k if k.startswith(("general__", "tokenizer__")) else f"{arch}.{k}").replace("__", ".") for k in keys}
     found |= {names[k]: v for k, v in keys.items()}
     writer = gguf.GGUFWriter(path, arch)
@@ -64,6 +64,22 @@ def tokenizer(size: int) -> dict[str, object]:
     found = {"model": "gpt2", "pre": "qwen2", "tokens": tokens, "token_type": types, "merges": ["Ā ā"],
              "eos_token_id": EOS}  # fmt: skip
     return {f"tokenizer.ggml.{k}": v for k, v in found.items()}
+
+
+def bpe(folder: Path) -> dict[str, object]:
+    """Of a tokenizer.json like Qwen's, with its chat template."""
+    data, settings = (json.loads((folder / n).read_text()) for n in ("tokenizer.json", "tokenizer_config.json"))
+    special = {t["id"]: t for t in data["added_tokens"]}
+    texts = {i: text for text, i in data["model"]["vocab"].items()} | {i: t["content"] for i, t in special.items()}
+    size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    tokens = [texts.get(i, f"[PAD{i}]") for i in range(size)]
+    types = [(3 if special[i]["special"] else 4) if i in special else 1 if i in texts else 5 for i in range(size)]
+    merges = [m if isinstance(m, str) else " ".join(m) for m in data["model"]["merges"]]
+    found = {"model": "gpt2", "pre": "qwen2", "tokens": tokens, "token_type": types, "merges": merges,
+             "eos_token_id": tokens.index(settings["eos_token"]), "add_bos_token": False}  # fmt: skip
+    template = folder / "chat_template.jinja"
+    chat = template.read_text() if template.exists() else settings["chat_template"]
+    return {f"tokenizer.ggml.{k}": v for k, v in found.items()} | {"tokenizer.chat_template": chat}
 
 
 def metadata(c: dict, arch: str) -> dict[str, object]:
