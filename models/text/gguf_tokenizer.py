@@ -135,9 +135,9 @@ def _byte_level(vocab: _Vocab) -> dict[str, Any]:
     _check_count(vocab, "merges", len(given), MAX_MERGES)
     merges = [merge.split(" ") for merge in given]
     for merge in merges:
-        if len(merge) != 2 or not all(merge):
-            problem = f"{vocab.path}: tokenizer.ggml.merges holds {short_repr(' '.join(merge))}"
-            raise ModelError(f"{problem}; a merge is two tokens with a space between them", HINT)
+        if len(merge) != 2 or not {*merge, "".join(merge)} <= vocab.ids.keys():
+            problem = f"{vocab.path}: {PREFIX}merges holds {short_repr(' '.join(merge))}"
+            raise ModelError(f"{problem}; a merge is two tokens, with a space between them, that make a third", HINT)
     whole = vocab.pre in pre_tokenizers.IGNORE_MERGES
     return {
         "pre_tokenizer": pre_tokenizers.pre_tokenizer(vocab.pre),
@@ -182,8 +182,7 @@ def _merges(vocab: _Vocab) -> list[list[str]]:
     found = []
     for text, i in ids.items():
         for n in range(1, len(text)):
-            left, right = ids.get(text[:n]), ids.get(text[n:])
-            if left is not None and right is not None:
+            if (left := ids.get(text[:n])) is not None and (right := ids.get(text[n:])) is not None:
                 found.append((-scores[i], i, left, right))
         _check_count(vocab, "merges", len(found), MAX_MERGES)
     return [[vocab.tokens[left], vocab.tokens[right]] for *_, left, right in sorted(found)]

@@ -11,12 +11,15 @@ import texts
 import tiny
 import torch
 import transformers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from llmrs import Engine, EngineConfig, Message, SamplingParams
+from llmrs import Engine, EngineConfig, Message, SamplingParams, loading
 from llmrs.core.errors import ModelError, RequestError
 from llmrs.loading import read_folder, read_gguf
 from llmrs.models import demo
+from llmrs.models.files.gguf import GGUFSource
 
 PROMPT = tiny.prompts(40)[0]
 SEQUENCES = tiny.prompts(1, 5, 23, 64)
@@ -24,6 +27,9 @@ TOKENS = 24
 # What llama.cpp does otherwise: it has no biases in Qwen 3, ignores Mistral's window, and YaRN's betas and
 # temperature in these architectures, as well as the attention scale of Gemma 3.
 OTHER_THERE = {"qwen3-untied-bias", "mistral", "llama-yarn", "gemma3"}
+SAME_THERE = [(name, None) for name in gguf_models.CONVERTED if name not in OTHER_THERE] + [
+    ("mistral-nemo", "mistral3")
+]
 TYPES = {"llama": "q4_0", "llama-3.1-bias": "q8_0", "mistral-nemo": "q5_0", "qwen2": "q4_1", "qwen3": "q8_0",
          "qwen3-moe": "q4_0", "gemma3-linear": "q5_1"}  # fmt: skip
 
@@ -83,13 +89,14 @@ def test_a_quantized_checkpoint_computes_what_its_values_give(name, checkpoints,
 
 
 def test_mistral_under_its_newer_name(checkpoints, tmp_path):
-    path = gguf_models.write(checkpoints.folder("mistral"), tmp_path / "a.gguf", arch="mistral3")
-    assert np.abs(logits(backend_of(path)) - expected_logits(checkpoints.model("mistral"))).max() < 1e-4
+    for name in ("mistral", "mistral-nemo"):
+        path = gguf_models.write(checkpoints.folder(name), tmp_path / f"{name}.gguf", arch="mistral3")
+        assert np.abs(logits(backend_of(path)) - expected_logits(checkpoints.model(name))).max() < 1e-4
 
 
-@pytest.mark.parametrize("name", [name for name in gguf_models.CONVERTED if name not in OTHER_THERE])
-def test_llama_cpp_runs_the_same_file_with_the_same_tokens(name, checkpoints, tmp_path):
-    path = gguf_models.write(checkpoints.folder(name), tmp_path / "a.gguf")
+@pytest.mark.parametrize(("name", "arch"), SAME_THERE)
+def test_llama_cpp_runs_the_same_file_with_the_same_tokens(name, arch, checkpoints, tmp_path):
+    path = gguf_models.write(checkpoints.folder(name), tmp_path / "a.gguf", arch=arch)
     backend = backend_of(path)
     assert llama_cpp.greedy(path, PROMPT, TOKENS) == greedy(backend)
     close = 0.05 if name.startswith("gemma3") else 1e-3  # its GELU is a table in f16
@@ -224,3 +231,33 @@ def test_a_padded_vocabulary(checkpoints, tmp_path):
     assert (model.config.vocab_size, model.tokenizer.vocab_size) == (211, 190)
     assert model.tokenizer.token_bytes(200) == b""
     assert np.isfinite(logits(backend_of(tmp_path / "a.gguf"))).all()
+
+
+VALUES = st.one_of(
+    st.none(), st.booleans(), st.integers(-2, 400), st.sampled_from([2**31, 2**63, 1e300, 1e-320, "", "yarn", "llama"]),
+    st.floats(allow_nan=False), st.text(max_size=5), st.lists(st.text(max_size=3), max_size=4),
+    st.lists(st.integers(0, 300), max_size=4).map(np.array), st.lists(st.booleans(), max_size=4).map(np.array),
+)  # fmt: skip
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[*HealthCheck])
+@given(data=st.data())
+def test_any_change_of_the_metadata_loads_or_is_refused(data, folder, tmp_path, monkeypatch):
+    """By a ModelError alone."""
+    path = tmp_path / "a.gguf"
+    if not path.exists():
+        gguf_models.write(folder, path, general__sampling__temp=0.5, general__sampling__top_k=3)
+    source = GGUFSource(path)
+    keys = st.sampled_from([*source.metadata, "tokenizer.chat_template.tool_use", "general.type"])
+    changes = data.draw(st.dictionaries(keys, VALUES, min_size=1, max_size=2))
+    source.metadata |= changes
+    monkeypatch.setattr(loading, "GGUFSource", lambda _: source)
+    try:
+        model = loading.read_gguf(path)
+        weights = model.open_weights()
+    except ModelError as error:
+        refusal = error
+    else:
+        refusal = None
+        assert len(weights) == len(model.graph.weights())
+    assert refusal is None or (refusal.message and refusal.hint)

@@ -22,9 +22,9 @@ SPECIAL_IN_TEXT = [
     "<|im_start|>user\nHi<|im_end|>\n", "a<|im_end|>", "<|im_end|>a", "<|im_end|><|im_end|> <|im_end|>", "<|im_end",
     "<think>x</think>", " <think> ", "a    b", "a     b\n    c", "[PAD4006]",
 ]  # fmt: skip
-TEXTS = [*multilingual.TEXTS[:13], *multilingual.SENTENCES, *SPECIAL_IN_TEXT, *multilingual.random_texts(30)]
-LONG = [unicodedata.normalize(form, s) for form in ("NFC", "NFD") for s in multilingual.SENTENCES]
-LONG += multilingual.random_texts(150, seed=3)
+TEXTS = [*multilingual.TEXTS[:13], *multilingual.SENTENCES, *SPECIAL_IN_TEXT]
+DECOMPOSED = [unicodedata.normalize("NFD", s) for s in multilingual.SENTENCES]
+MORE = [*DECOMPOSED, *multilingual.random_texts(120, seed=3)]
 BOTH_CASES = {"tekken", "gpt-4o"}  # llama.cpp's expressions are others there: see pre_tokenizers
 SPACES_APART = {"deepseek-llm", "deepseek-coder"}
 NAMES = list(pre_tokenizers.NAMES)
@@ -77,14 +77,14 @@ def test_byte_level_ids_with_each_pre_tokenizer(name, byte_level, expected):
 def test_byte_level_ids_of_more_texts(byte_level):
     """For each expression once. Text is not normalized."""
     names = [name for name in NAMES if pre_tokenizers.NAMES[name] == name] + ["starcoder"]
-    found = llama_vocab.encoded([byte_level[n] for n in names], LONG)
+    found = llama_vocab.encoded([byte_level[n] for n in names], MORE)
     for name in names:
         tokenizer, _ = load(byte_level[name])
-        pairs = zip(LONG, found[str(byte_level[name])], strict=True)
+        pairs = zip(MORE, found[str(byte_level[name])], strict=True)
         assert_ids(tokenizer, *zip(*(p for p in pairs if same_in_llama_cpp(name, p[0])), strict=True), parsed)
 
 
-@pytest.mark.parametrize("name", ["tekken", "gpt-4o", "llama-bpe", "qwen2", "qwen35"])
+@pytest.mark.parametrize("name", ["tekken", "gpt-4o", "qwen35"])
 def test_byte_level_ids_of_transformers(name, byte_level):
     """Letters of all alphabets and marks, which llama.cpp's expressions of tekken and gpt-4o take otherwise."""
     mapping = pytest.importorskip("transformers.integrations.gguf.gguf_tokenizer_mapping")
@@ -93,7 +93,7 @@ def test_byte_level_ids_of_transformers(name, byte_level):
              "merges": merges}  # fmt: skip
     theirs, _ = mapping.convert_gguf_tokenizer("llama", given)
     tokenizer, _ = load(byte_level[name])
-    texts = [t for t in (*multilingual.SENTENCES, *LONG) if "    " not in t]  # a token that transformers drops
+    texts = [t for t in (*multilingual.SENTENCES, *MORE) if "    " not in t]  # a token that transformers drops
     assert_ids(tokenizer, texts, [theirs.encode(t, add_special_tokens=False).ids for t in texts], parsed)
 
 
@@ -115,7 +115,7 @@ SENTENCEPIECE = {  # name -> keys, more tokens
     "both-ends": ({"add_bos_token": True, "add_eos_token": True}, SPACES),
     "no-bos": ({"add_bos_token": False, "add_eos_token": True, "add_space_prefix": False}, ()),
 }
-SPM_TEXTS = [*TEXTS, *LONG[-80:], *LONG[36:72], "<s>a</s>b", "  <s>  a", "[INST] x [/INST]y",
+SPM_TEXTS = [*TEXTS, *MORE[-60:], *DECOMPOSED, "<s>a</s>b", "  <s>  a", "[INST] x [/INST]y",
              "a<mask>b <h1>x</h1>", "<0x41>", "<unk>", "▁a ▁", "a\n\n b\n\n\n", "x      y"]  # fmt: skip
 
 
@@ -210,7 +210,7 @@ def test_special_ids_that_are_no_tokens(tmp_path):
         ("pad", "sep", "cls", "mask")
     )
     assert ends == (2,)
-    assert tokenizer.encode("a") == llama_vocab.encoded([path], ["a"], special=True)[str(path)][0]
+    assert tokenizer.encode("a")[0] == 1
 
 
 def test_tokens_of_one_score_are_ranked_by_their_ids():
@@ -267,8 +267,8 @@ BAD = {
     "merge of three": (lambda: plain(merges=["a b c"]), ("'a b c'", "two tokens")),
     "merge of one": (lambda: plain(merges=["ab"]), ("'ab'",)),
     "merge without a left side": (lambda: plain(merges=[" b"]), ("' b'",)),
-    "merge of unknown tokens": (lambda: plain(merges=["a x"]), ("x",)),
-    "merge into an unknown token": (lambda: plain(merges=["b a"]), ("ba",)),
+    "merge of unknown tokens": (lambda: plain(merges=["a x"]), ("'a x'",)),
+    "merge into an unknown token": (lambda: plain(merges=["b a"]), ("'b a'", "a third")),
     "eos as text": (lambda: plain(eos_token_id="3"), ("eos_token_id is '3'",)),
     "eos as a float": (lambda: plain(eos_token_id=3.0), ("eos_token_id",)),
     "eos as a boolean": (lambda: plain(eos_token_id=True), ("eos_token_id",)),
@@ -282,10 +282,11 @@ BAD = {
     "too many tokens": (lambda: plain(tokens=["a"] * (2**20 + 1)), ("1,048,576",)),
     "too many merges": (lambda: plain(merges=["a b"] * 5000), ("5,000 merges",)),
     "too many special tokens": (
-        lambda: plain(tokens=[str(n) for n in range(70_000)], token_type=np.full(70_000, 3)), ("70,000 special",)
+        lambda: plain(merges=[], tokens=[str(n) for n in range(70_000)], token_type=np.full(70_000, 3)),
+        ("70,000 special",),
     ),
     "special tokens that are too long": (
-        lambda: plain(tokens=[str(n) * 2**18 for n in range(9)], token_type=np.full(9, 4)), ("characters",)
+        lambda: plain(merges=[], tokens=[str(n) * 2**18 for n in range(9)], token_type=np.full(9, 4)), ("characters",)
     ),
     "words that can be split in too many ways": (
         lambda: spm(tokens=["a" * n for n in range(1, 1500)], token_type=None, scores=None), ("characters to split",)
