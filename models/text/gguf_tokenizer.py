@@ -1,10 +1,12 @@
 """A tokenizer from the metadata of a GGUF file: byte-level BPE ("gpt2"), and SentencePiece ("llama").
 
 Keys and defaults: gguf-py/gguf/constants.py and src/llama-vocab.cpp of github.com/ggml-org/llama.cpp. The ids are
-llama.cpp's. Files don't say how text was normalized: as there, it isn't, also for models trained on NFC (Qwen).
+llama.cpp's, but for special tokens that overlap in a text: as in `tokenizers`, the first wins, llama.cpp takes the
+longest. Files don't say how text was normalized: as there, it isn't, also for models trained on NFC (Qwen).
 """
 
 import json
+import warnings
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -21,9 +23,9 @@ from llmrs.models.text.tokenizer import SPACE, Tokenizer, parse_tokenizer
 PREFIX = "tokenizer.ggml."
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # token types
 ADDED = {UNKNOWN: True, CONTROL: True, USER_DEFINED: False}  # type -> whether it is special
-MAX_TOKENS = MAX_MERGES = 2**20  # today's largest have 262,144 and 600,000
-MAX_ADDED, MAX_ADDED_CHARS = 2**16, 2**20  # today's largest have 6,400 with 80,000 characters
-MAX_SPLIT = 2**28  # characters to split all SentencePiece tokens in two in every way; today's largest take 30 million
+MAX_TOKENS = MAX_MERGES = 2**20  # today's largest have 262,144 and some 500,000
+MAX_ADDED, MAX_ADDED_CHARS = 2**16, 2**20  # Gemma 3 has some 6,400
+MAX_SPLIT = 2**28  # characters to split all SentencePiece tokens in two in every way: 26 million for 2**18 of ten
 SPECIAL_KEYS = {name: f"{name}_token_id" for name in NAMES}
 SPECIAL_KEYS |= {"unk": "unknown_token_id", "pad": "padding_token_id", "sep": "seperator_token_id"}  # so spelled
 SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unk": 0}  # where the file does not say
@@ -112,6 +114,9 @@ class _Vocab(ConfigReader):
     def pre(self) -> str:
         """The name of the pre-tokenizer."""
         name = self.data.get("pre", "default")
+        if "pre" not in self.data:
+            problem = f"{self.path} names no pre-tokenizer ({PREFIX}pre)"
+            warnings.warn(f"{problem}: the default may make answers worse; convert the model again", stacklevel=2)
         if not isinstance(name, str) or name not in pre_tokenizers.NAMES:
             problem = f"{self.path}: tokenizer.ggml.pre is {short_repr(name)}, which is not supported"
             raise ModelError(problem, did_you_mean(str(name)[:60], pre_tokenizers.NAMES))
@@ -174,7 +179,8 @@ def _merges(vocab: _Vocab) -> list[list[str]]:
     """Each way to join two tokens to a third, that of the highest score first.
 
     SentencePiece joins the pair of the highest score anywhere in the text: BPE with the scores as ranks. Tokens of the
-    same score, as in files that were made from a tokenizer.json, are ranked by their ids.
+    same score, as in files that were made from a tokenizer.json, are ranked by their ids. Text never becomes a control
+    token.
     """
     scores = vocab.numbers("scores", 0, "fiu").tolist()
     ids = {text: i for text, i in vocab.ids.items() if vocab.types[i] not in (UNKNOWN, CONTROL, BYTE)}

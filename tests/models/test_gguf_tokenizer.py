@@ -136,6 +136,7 @@ FLAGS = [{}, {"add_bos_token": True}, {"add_bos_token": True, "add_eos_token": T
          {"add_bos_token": False}]  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:.* names no pre-tokenizer")
 @pytest.mark.parametrize("pre", ["qwen2", "llama-bpe", "tekken", "minicpm5", None])
 def test_bos_and_eos_of_byte_level(pre, tmp_path):
     """Llama 3 and Tekken have a bos where the file says nothing."""
@@ -143,6 +144,15 @@ def test_bos_and_eos_of_byte_level(pre, tmp_path):
     found = llama_vocab.encoded(paths, ["Hello there", ""], special=True)
     for path in paths:
         assert_ids(load(path)[0], ["Hello there", ""], found[str(path)], lambda t, text: t.encode(text))
+
+
+def test_a_warning_where_no_pre_tokenizer_is_named(tmp_path):
+    """Files of before April 2024."""
+    paths = [gguf_vocab.write_byte_level(tmp_path / f"{pre}.gguf", pre) for pre in (None, "default")]
+    with pytest.warns(UserWarning, match="names no pre-tokenizer"):
+        tokenizer, _ = load(paths[0])
+    other, _ = load(paths[1])
+    assert_ids(tokenizer, TEXTS, [parsed(other, t) for t in TEXTS], parsed)
 
 
 def test_one_bos_where_the_text_begins_with_it(tmp_path):
@@ -194,7 +204,7 @@ def test_tokens_that_end_a_generation(tmp_path):
 def test_html_that_looks_like_an_end(tmp_path):
     """Gemma's `</s>` is HTML and no end; llama.cpp takes it for one."""
     path = gguf_vocab.write(tmp_path / "a.gguf", "gpt2", ["a", "<eos>", "</s>"], [NORMAL, CONTROL, USER_DEFINED],
-                            merges=["a a"], eos_token_id=1)  # fmt: skip
+                            merges=["a a"], eos_token_id=1, pre="qwen2")  # fmt: skip
     metadata = {**GGUFSource(path).metadata, "tokenizer.ggml.merges": []}
     tokenizer, ends = gguf_tokenizer(path, metadata)
     assert ends == (1,)
@@ -336,6 +346,7 @@ KEYS = [*plain(), *spm(), *(f"tokenizer.ggml.{k}" for k in ("bos_token_id", "unk
         "add_eos_token", "add_space_prefix", "eot_token_id", "padding_token_id", "mask_token_id"))]  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:.* names no pre-tokenizer")
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(base=st.sampled_from([plain, spm]), changes=st.dictionaries(st.sampled_from(KEYS), LEAVES, max_size=4))
 def test_any_vocabulary_loads_or_is_refused(base, changes):
