@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-import gguf_models
+import gguf_families
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -64,10 +64,10 @@ def refused(metadata, *words, **source):
     assert len(str(caught.value)) < 2000
 
 
-@pytest.mark.parametrize("name", gguf_models.CONVERTED)
+@pytest.mark.parametrize("name", gguf_families.CONVERTED)
 def test_config_of_a_converted_checkpoint_is_that_of_its_folder(name, checkpoints, tmp_path):
     folder = checkpoints.folder(name)
-    path = gguf_models.write(folder, tmp_path / "a.gguf")
+    path = gguf_families.write(folder, tmp_path / "a.gguf")
     source = GGUFSource(path)
     ours, theirs = config_from_metadata(path, source.metadata, source), read_config(folder)
     for rope in ("rope", "local_rope"):

@@ -1,6 +1,6 @@
 """Weights of GGUF files with the changes of llama.cpp's conversion undone: those of the checkpoint, bit for bit."""
 
-import gguf_models
+import gguf_families
 import numpy as np
 import pytest
 
@@ -14,7 +14,7 @@ from llmrs.models.files.weights import Weights
 from llmrs.quant.tensor import QuantTensor
 
 ARCHITECTURES = {"mistral": ("llama", "mistral3"), "mistral-nemo": ("llama", "mistral3")}
-CASES = [(name, arch) for name in gguf_models.CONVERTED for arch in ARCHITECTURES.get(name, (None,))]
+CASES = [(name, arch) for name in gguf_families.CONVERTED for arch in ARCHITECTURES.get(name, (None,))]
 
 
 def stored(folder):
@@ -28,7 +28,7 @@ def stored(folder):
 def test_weights_are_those_of_the_checkpoint(name, arch, checkpoints, tmp_path):
     """Norms of Gemma but for the rounding of 1 + w."""
     folder = checkpoints.folder(name)
-    ours = read_gguf(gguf_models.write(folder, tmp_path / "a.gguf", arch=arch)).open_weights()
+    ours = read_gguf(gguf_families.write(folder, tmp_path / "a.gguf", arch=arch)).open_weights()
     expected = stored(folder)
     assert ours.keys() == expected.keys()
     for weight, tensor in expected.items():
@@ -44,8 +44,8 @@ def test_weights_are_those_of_the_checkpoint(name, arch, checkpoints, tmp_path):
 def test_quantized_weights(name, kind, checkpoints, tmp_path):
     """Rows of q and k and experts are moved as they are, packed."""
     folder = checkpoints.folder(name)
-    ours = read_gguf(gguf_models.write(folder, tmp_path / "a.gguf", kind=kind)).open_weights()
-    expected = stored(gguf_models.rounded(folder, tmp_path / "rounded", kind))
+    ours = read_gguf(gguf_families.write(folder, tmp_path / "a.gguf", kind=kind)).open_weights()
+    expected = stored(gguf_families.rounded(folder, tmp_path / "rounded", kind))
     formats = {w: ours[w].format for w in ours}
     assert {kind, "f32"} == set(formats.values())
     for weight, tensor in expected.items():
@@ -57,7 +57,7 @@ def test_quantized_weights(name, kind, checkpoints, tmp_path):
 
 
 def test_quantized_experts_are_views_of_the_file(checkpoints, tmp_path):
-    source = GGUFSource(gguf_models.write(checkpoints.folder("qwen3-moe"), tmp_path / "a.gguf", kind="q8_0"))
+    source = GGUFSource(gguf_families.write(checkpoints.folder("qwen3-moe"), tmp_path / "a.gguf", kind="q8_0"))
     weights = UnconvertedSource(source, read_config(checkpoints.folder("qwen3-moe")), tmp_path / "a.gguf")
     expert = weights.tensor("blk.0.ffn_up_exps.3.weight")
     assert isinstance(expert, QuantTensor)
@@ -76,10 +76,10 @@ def test_order_of_rows(heads, size):
 
 def rewritten(folder, path, change):
     """The file with some of its tensors changed: `change` of name -> (data, type)."""
-    original = gguf_models.tensors
+    original = gguf_families.tensors
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gguf_models, "tensors", lambda *args: change(original(*args)))
-        return gguf_models.write(folder, path)
+        patch.setattr(gguf_families, "tensors", lambda *args: change(original(*args)))
+        return gguf_families.write(folder, path)
 
 
 def without(name):
@@ -124,7 +124,7 @@ def test_tensors_that_the_config_does_not_ask_for(name, checkpoints, tmp_path):
 
 
 def test_quantized_norms_are_refused(checkpoints, tmp_path):
-    norm = gguf_models.pack(np.ones((12, 64)), "q8_0")
+    norm = gguf_families.pack(np.ones((12, 64)), "q8_0")
 
     def change(tensors):
         return {n: (norm[0][0], norm[1]) if n == "blk.0.attn_norm.weight" else t for n, t in tensors.items()}
@@ -137,6 +137,6 @@ def test_quantized_norms_are_refused(checkpoints, tmp_path):
 def test_tied_and_untied_heads(checkpoints, tmp_path):
     """By whether the file holds one."""
     for name, tied in (("llama", False), ("qwen3", True), ("gemma3", True), ("gemma3-untied", False)):
-        model = read_gguf(gguf_models.write(checkpoints.folder(name), tmp_path / f"{name}.gguf"))
+        model = read_gguf(gguf_families.write(checkpoints.folder(name), tmp_path / f"{name}.gguf"))
         assert model.config.tie_word_embeddings is tied
         assert ("lm_head" in model.open_weights()) is not tied

@@ -3,7 +3,7 @@
 import copy
 import shutil
 
-import gguf_models
+import gguf_families
 import llama_cpp
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ TOKENS = 24
 # What llama.cpp does otherwise: it has no biases in Qwen 3, ignores Mistral's window, and YaRN's betas and
 # temperature in these architectures, as well as the attention scale of Gemma 3.
 OTHER_THERE = {"qwen3-untied-bias", "mistral", "llama-yarn", "gemma3"}
-SAME_THERE = [(name, None) for name in gguf_models.CONVERTED if name not in OTHER_THERE] + [
+SAME_THERE = [(name, None) for name in gguf_families.CONVERTED if name not in OTHER_THERE] + [
     ("mistral-nemo", "mistral3")
 ]
 TYPES = {"llama": "q4_0", "llama-3.1-bias": "q8_0", "mistral-nemo": "q5_0", "qwen2": "q4_1", "qwen3": "q8_0",
@@ -68,9 +68,9 @@ def expected_tokens(model):
     return out[0, len(PROMPT) :].tolist()
 
 
-@pytest.mark.parametrize("name", gguf_models.CONVERTED)
+@pytest.mark.parametrize("name", gguf_families.CONVERTED)
 def test_a_converted_checkpoint_computes_what_transformers_computes(name, checkpoints, tmp_path):
-    backend = backend_of(gguf_models.write(checkpoints.folder(name), tmp_path / "a.gguf"))
+    backend = backend_of(gguf_families.write(checkpoints.folder(name), tmp_path / "a.gguf"))
     expected = expected_logits(checkpoints.model(name))
     assert np.abs(expected).max() > 1
     assert np.abs(logits(backend) - expected).max() < 1e-4
@@ -81,8 +81,8 @@ def test_a_converted_checkpoint_computes_what_transformers_computes(name, checkp
 def test_a_quantized_checkpoint_computes_what_its_values_give(name, checkpoints, tmp_path):
     """The same as transformers on a checkpoint of the rounded values."""
     folder, kind = checkpoints.folder(name), TYPES[name]
-    backend = backend_of(gguf_models.write(folder, tmp_path / "a.gguf", kind=kind))
-    rounded = gguf_models.rounded(folder, tmp_path / "rounded", kind)
+    backend = backend_of(gguf_families.write(folder, tmp_path / "a.gguf", kind=kind))
+    rounded = gguf_families.rounded(folder, tmp_path / "rounded", kind)
     model = transformers.AutoModelForCausalLM.from_pretrained(rounded).eval()
     assert np.abs(logits(backend) - expected_logits(model)).max() < 2e-4
     assert greedy(backend) == expected_tokens(model)
@@ -90,15 +90,15 @@ def test_a_quantized_checkpoint_computes_what_its_values_give(name, checkpoints,
 
 def test_mistral_under_its_newer_name(checkpoints, tmp_path):
     for name in ("mistral", "mistral-nemo"):
-        path = gguf_models.write(checkpoints.folder(name), tmp_path / f"{name}.gguf", arch="mistral3")
+        path = gguf_families.write(checkpoints.folder(name), tmp_path / f"{name}.gguf", arch="mistral3")
         assert np.abs(logits(backend_of(path)) - expected_logits(checkpoints.model(name))).max() < 1e-4
 
 
 @pytest.mark.parametrize(("name", "arch"), SAME_THERE)
 def test_llama_cpp_runs_the_same_file_with_the_same_tokens(name, arch, checkpoints, tmp_path):
-    path = gguf_models.write(checkpoints.folder(name), tmp_path / "a.gguf", arch=arch)
+    path = gguf_families.write(checkpoints.folder(name), tmp_path / "a.gguf", arch=arch)
     backend = backend_of(path)
-    assert llama_cpp.greedy(path, PROMPT, TOKENS) == greedy(backend)
+    assert llama_cpp.greedy(path, [PROMPT], TOKENS)[0] == greedy(backend)
     close = 0.05 if name.startswith("gemma3") else 1e-3  # its GELU is a table in f16
     theirs = llama_cpp.logits(path, SEQUENCES[-1])[-1]
     assert np.abs(logits(backend)[-1] - np.array(theirs)).max() < close
@@ -106,7 +106,7 @@ def test_llama_cpp_runs_the_same_file_with_the_same_tokens(name, arch, checkpoin
 
 @pytest.mark.parametrize("key", ["rope__scaling__attn_factor", "rope__freq_base", "rope__scaling__factor"])
 def test_rope_keys_mean_what_they_mean_in_llama_cpp(key, checkpoints, tmp_path):
-    path = gguf_models.write(checkpoints.folder("qwen3-yarn"), tmp_path / "a.gguf", **{key: 3.0})
+    path = gguf_families.write(checkpoints.folder("qwen3-yarn"), tmp_path / "a.gguf", **{key: 3.0})
     assert np.abs(logits(backend_of(path))[-1] - np.array(llama_cpp.logits(path, SEQUENCES[-1])[-1])).max() < 1e-3
 
 
@@ -120,7 +120,7 @@ def bundled(tmp_path_factory):
     shutil.copytree(demo.FILES, folder / "demo")
     values = load_file(demo.FILES / "model.safetensors")
     save_file({n: v.float() for n, v in values.items()}, folder / "demo" / "model.safetensors", {"format": "pt"})
-    return gguf_models.write(folder / "demo", folder / "demo.gguf")
+    return gguf_families.write(folder / "demo", folder / "demo.gguf")
 
 
 def answers(model):
@@ -143,12 +143,12 @@ def test_the_bundled_model_answers_from_a_file_as_from_its_folder(bundled):
 
 def test_the_bundled_model_in_llama_cpp(bundled):
     for prompt, tokens, _ in answers(bundled):
-        assert llama_cpp.greedy(bundled, prompt, len(tokens)) == list(tokens)
+        assert llama_cpp.greedy(bundled, [prompt], len(tokens))[0] == list(tokens)
 
 
 def chat(folder, path, **keys):
     """A whole model, small and random, with these keys."""
-    return read_gguf(gguf_models.write(folder, path, **keys))
+    return read_gguf(gguf_families.write(folder, path, **keys))
 
 
 def test_text_of_a_file_is_that_of_the_folder(folder, tmp_path):
@@ -170,7 +170,7 @@ def test_chat_templates(folder, tmp_path):
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
     assert model.template.render([Message("user", "Hi")], tools=[tool]) == "tools 1"
     assert model.template.render([Message("user", "Hi")]).startswith("<|im_start|>user\nHi")
-    path = gguf_models.write(folder, tmp_path / "b.gguf", remove=["tokenizer.chat_template"])
+    path = gguf_families.write(folder, tmp_path / "b.gguf", remove=["tokenizer.chat_template"])
     assert read_gguf(path).template is None
     with Engine(EngineConfig(path, dtype="f32", device="cpu")) as engine:
         with pytest.raises((ModelError, RequestError), match="chat template"):
@@ -212,13 +212,15 @@ def test_invalid_recommended_sampling(key, value, folder, tmp_path):
 
 
 def test_a_file_that_names_no_end(checkpoints, tmp_path):
-    path = gguf_models.write(checkpoints.folder("qwen3"), tmp_path / "a.gguf", remove=["tokenizer.ggml.eos_token_id"])
-    assert read_gguf(path).eos_ids == (gguf_models.EOS,)  # known by its text
+    path = gguf_families.write(checkpoints.folder("qwen3"), tmp_path / "a.gguf", remove=["tokenizer.ggml.eos_token_id"])
+    assert read_gguf(path).eos_ids == (gguf_families.EOS,)  # known by its text
     tokens = [chr(0x100 + n) for n in range(211)]
     keys = {"tokenizer__ggml__tokens": tokens, "tokenizer__ggml__merges": ["Ā ā"]}
     tokens[-1] = "Āā"
     with pytest.raises(ModelError, match="end-of-sequence") as caught:
-        read_gguf(gguf_models.write(checkpoints.folder("qwen3"), path, remove=["tokenizer.ggml.eos_token_id"], **keys))
+        read_gguf(
+            gguf_families.write(checkpoints.folder("qwen3"), path, remove=["tokenizer.ggml.eos_token_id"], **keys)
+        )
     assert caught.value.hint
 
 
@@ -227,7 +229,7 @@ def test_a_padded_vocabulary(checkpoints, tmp_path):
     tokens = [chr(0x100 + n) for n in range(190)]
     tokens[2], tokens[-1] = "<|im_end|>", "Āā"
     keys = {"tokenizer__ggml__tokens": tokens, "tokenizer__ggml__token_type": [1] * 190}
-    model = read_gguf(gguf_models.write(checkpoints.folder("qwen3"), tmp_path / "a.gguf", **keys))
+    model = read_gguf(gguf_families.write(checkpoints.folder("qwen3"), tmp_path / "a.gguf", **keys))
     assert (model.config.vocab_size, model.tokenizer.vocab_size) == (211, 190)
     assert model.tokenizer.token_bytes(200) == b""
     assert np.isfinite(logits(backend_of(tmp_path / "a.gguf"))).all()
@@ -246,7 +248,7 @@ def test_any_change_of_the_metadata_loads_or_is_refused(data, folder, tmp_path, 
     """By a ModelError alone."""
     path = tmp_path / "a.gguf"
     if not path.exists():
-        gguf_models.write(folder, path, general__sampling__temp=0.5, general__sampling__top_k=3)
+        gguf_families.write(folder, path, general__sampling__temp=0.5, general__sampling__top_k=3)
     source = GGUFSource(path)
     keys = st.sampled_from([*source.metadata, "tokenizer.chat_template.tool_use", "general.type"])
     changes = data.draw(st.dictionaries(keys, VALUES, min_size=1, max_size=2))
