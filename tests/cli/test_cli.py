@@ -137,7 +137,7 @@ WRONG = [
     (["run", "none.yaml"], "none.yaml"),
     (["run", "--prompts", "a", "--model", "nowhere"], "nowhere"),
     (["run", "--prompts", "a", "--model", "someone/model"], "Hugging Face"),
-    (["run", "--prompts", "a", "--model", "x.gguf"], "GGUF"),
+    (["run", "--prompts", "a", "--model", "x.gguf"], "there is no file x.gguf"),
     (["run", "--w", "MODEL"], "no prompts"),
     (["run", "--w", "MODEL", "--prompts", "a", "--max-tokens", "0"], "max_tokens: 0"),
     (["run", "--w", "MODEL", "--prompts", "a", "--max-tokens", "-1"], "max_tokens: -1"),
