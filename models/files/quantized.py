@@ -161,7 +161,11 @@ def _halves(e: Entry, interleaved: bool) -> dict[str, slice | None]:
 
 def open_weights(folder: Path) -> WeightSource:
     """The weights of a model folder, quantized or not. Raises ModelError."""
-    source = SafetensorsSource(folder)
+    return with_quantization(SafetensorsSource(folder), folder)
+
+
+def with_quantization(source: SafetensorsSource, folder: Path) -> SafetensorsSource | QuantizedSource:
+    """The weights of the folder whose tensors these are. Raises ModelError."""
     quantization = read_quantization(folder / "config.json", read_json(folder / "config.json"))
     stacked = any(FUSED.fullmatch(n) or ".switch_mlp." in n for n in source.names())
     return QuantizedSource(source, quantization) if quantization or stacked else source

@@ -63,9 +63,9 @@ def gguf_models(names: Iterable[str], *, every: bool = False) -> list[GGUFModel]
     return [GGUFModel(files) for files in models]
 
 
-def folder_models(folder: Path) -> list[GGUFModel]:
-    """The models in a folder; where it has none, those in its subfolders."""
-    for pattern in (f"*{SUFFIX}", f"*/*{SUFFIX}"):
+def folder_models(folder: Path, *, nested: bool = True) -> list[GGUFModel]:
+    """The models in a folder; `nested`: where it has none, those in its subfolders."""
+    for pattern in (f"*{SUFFIX}", f"*/*{SUFFIX}")[: 1 + nested]:
         if models := gguf_models(p.relative_to(folder).as_posix() for p in folder.glob(pattern)):
             return models
     return []

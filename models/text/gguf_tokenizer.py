@@ -50,7 +50,7 @@ def gguf_tokenizer(path: Path, metadata: Mapping[str, Any]) -> tuple[Tokenizer, 
 def check_tokenizer(path: Path, metadata: Mapping[str, Any]) -> None:
     """Raises ModelError for unknown kinds of tokenizers, and unknown pre-tokenizers."""
     model, pre = metadata.get(f"{PREFIX}model"), metadata.get(f"{PREFIX}pre", "default")
-    if model not in ("gpt2", "llama"):
+    if not isinstance(model, str) or model not in ("gpt2", "llama"):
         problem = f"{path}: tokenizer.ggml.model is {short_repr(model)}, which is not supported"
         raise ModelError(problem, "gpt2 (byte-level BPE) and llama (SentencePiece) are")
     if model == "gpt2" and (not isinstance(pre, str) or pre not in pre_tokenizers.NAMES):
