@@ -138,8 +138,7 @@ def _data(r: "_Keys", gguf: GgufFamily, names: set[str]) -> dict[str, Any]:
     theta, scaling = r.number("rope.freq_base", 10000.0), _rope_scaling(r)
     if gguf.architecture == "Gemma3ForCausalLM":
         return data | _gemma3(r, data, theta, scaling)
-    scale = r.optional("attention.scale")
-    if scale is not None and not np.isclose(scale, head_dim**-0.5, rtol=1e-5):
+    if not np.isclose(r.number("attention.scale", head_dim**-0.5), head_dim**-0.5, rtol=1e-5):
         raise r.error("attention.scale", f"{head_dim**-0.5:g}: others are not implemented")
     if gguf.architecture == "Qwen3MoeForCausalLM":
         data |= {field: r.integer(key) for field, key in EXPERTS.items()}
