@@ -95,7 +95,7 @@ def test_a_file_of_the_model_is_not_overwritten(call, made):
 def test_q2_k_of_llama_cpp(q2k):
     """The same tokens as there."""
     (prompt,) = llama_cpp.tokenize(q2k, ["llmrs is"])
-    assert list(greedy(q2k, "llmrs is", 64)) == llama_cpp.greedy(q2k, prompt, 64)
+    assert [list(greedy(q2k, "llmrs is", 64))] == llama_cpp.greedy(q2k, [prompt], 64)
 
 
 @pytest.mark.parametrize("kind", ["q4_0", "q2_k"])
