@@ -17,7 +17,7 @@ from llmrs.models.files.quantized import with_quantization
 from llmrs.models.files.safetensors import SafetensorsSource
 from llmrs.models.hub.gguf_names import folder_models, gguf_models
 from llmrs.models.hub.resolve import BUNDLED
-from llmrs.models.hub.snapshot import CONFIG, TOKENIZER
+from llmrs.models.hub.snapshot import CONFIG, TOKENIZER, snapshot_files
 from llmrs.models.text.gguf_tokenizer import check_tokenizer
 
 
@@ -86,10 +86,10 @@ def _snapshots(repository: Path) -> Iterator[LocalModel]:
 
 
 def _snapshot(name: str, revision: str, folder: Path) -> Iterator[LocalModel]:
-    """The GGUF models of a snapshot, and that of safetensors; without GGUF models what it has."""
-    files = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+    """The GGUF models of a snapshot, and that of safetensors; without GGUF models what it has, if anything."""
+    files = snapshot_files(folder)
     models = gguf_models(files)
-    if not models or any(f.endswith(".safetensors") for f in files):
+    if (files and not models) or any(f.endswith(".safetensors") for f in files):
         yield describe(name, revision, "cache", folder)
     tags = Counter(m.tag.lower() for m in models)
     for m in models:

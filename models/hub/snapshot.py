@@ -76,6 +76,14 @@ def wanted_gguf(name: str, files: Collection[str], want: str | None, place: str 
     return choose(models, name, want, DEFAULTS, place)
 
 
+def snapshot_files(folder: Path) -> set[str]:
+    """The paths of its files; none where it can't be read."""
+    try:
+        return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    except OSError:
+        return set()
+
+
 def cache_folder() -> Path:
     """The Hugging Face cache."""
     from huggingface_hub import constants
@@ -177,7 +185,7 @@ def _cached(name: str, repository: Path, revision: str | None, want: str | None,
     hint = "download it once without offline and HF_HUB_OFFLINE, or give a folder"
     if not COMMIT.fullmatch(commit) or not folder.is_dir():
         raise ModelError(f"{label} is not in the Hugging Face cache, and offline nothing is downloaded", hint)
-    files = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    files = snapshot_files(folder)
     model = wanted_gguf(name, files, want, " in the Hugging Face cache")
     if model is not None:
         needed = list(model.files)
