@@ -33,7 +33,7 @@ BOUNDLESS = re.compile(r"\)[*+{]")  # a repeated group can take exponential time
 
 
 @dataclass(frozen=True)
-class Scheme:
+class WeightScheme:
     """How the weight of a module is stored. 0 columns a group: a whole row."""
 
     layout: str  # of models/files/layouts.py
@@ -50,11 +50,11 @@ class Quantization:
 
     field: str  # of config.json
     method: str
-    default: Scheme | None
-    named: Mapping[str, Scheme | None]  # by module; None: listed as not quantized
-    patterns: tuple[tuple[re.Pattern[str], Scheme], ...] = ()
+    default: WeightScheme | None
+    named: Mapping[str, WeightScheme | None]  # by module; None: listed as not quantized
+    patterns: tuple[tuple[re.Pattern[str], WeightScheme], ...] = ()
 
-    def scheme(self, module: str) -> Scheme | None:
+    def scheme(self, module: str) -> WeightScheme | None:
         """The scheme of a module, if it is quantized."""
         if module in self.named:
             return self.named[module]
@@ -112,7 +112,7 @@ def _not_converted(r: ConfigReader, *fields: str) -> dict[str, None]:
 
 def _mlx(r: ConfigReader, field: str) -> Quantization:
     """One setting for all modules, and one for each that differs; false: not quantized."""
-    default, named = _mlx_scheme(r), dict[str, Scheme | None]()
+    default, named = _mlx_scheme(r), dict[str, WeightScheme | None]()
     for module, value in r.data.items():
         if isinstance(value, dict):
             named[module] = _mlx_scheme(ConfigReader(f"{r.path}: {module[:100]}", value))
@@ -121,19 +121,19 @@ def _mlx(r: ConfigReader, field: str) -> Quantization:
     return Quantization(field, "mlx", default, named)
 
 
-def _mlx_scheme(r: ConfigReader) -> Scheme:
+def _mlx_scheme(r: ConfigReader) -> WeightScheme:
     mode = _choice(r, "mode", "affine", *MLX_MODES)
     group, bits = MLX_MODES[mode]
     affine = mode == "affine"
     group = _choice(r, "group_size", group, *(MLX_GROUPS if affine else (group,)))
-    return Scheme(f"mlx_{mode}", _choice(r, "bits", bits, *(MLX_BITS if affine else (bits,))), group)
+    return WeightScheme(f"mlx_{mode}", _choice(r, "bits", bits, *(MLX_BITS if affine else (bits,))), group)
 
 
 def _fp8(r: ConfigReader, field: str) -> Quantization:
     """DeepSeek's and Qwen's FP8; a null weight_block_size is one scale a tensor."""
     _choice(r, "fmt", "e4m3", "e4m3", "float8_e4m3fn")
     named = _not_converted(r, "modules_to_not_convert", "ignored_layers")
-    return Quantization(field, "fp8", Scheme("fp8", block=_block(r, "weight_block_size")), named)
+    return Quantization(field, "fp8", WeightScheme("fp8", block=_block(r, "weight_block_size")), named)
 
 
 def _block(r: ConfigReader, name: str) -> tuple[int, int] | None:
@@ -147,7 +147,7 @@ def _block(r: ConfigReader, name: str) -> tuple[int, int] | None:
 
 def _mxfp4(r: ConfigReader, field: str) -> Quantization:
     """The files of gpt-oss."""
-    return Quantization(field, "mxfp4", Scheme("mxfp4"), _not_converted(r, "modules_to_not_convert"))
+    return Quantization(field, "mxfp4", WeightScheme("mxfp4"), _not_converted(r, "modules_to_not_convert"))
 
 
 def _gptq(r: ConfigReader, field: str) -> Quantization:
@@ -158,7 +158,7 @@ def _gptq(r: ConfigReader, field: str) -> Quantization:
     r.must_be("is_marlin_format", False)
     r.must_be("pack_dtype", "int32")
     r.must_be("dynamic", {})  # settings of single modules
-    scheme = Scheme("gptq", _choice(r, "bits", None, *GPTQ_BITS), _group(r), version=version)
+    scheme = WeightScheme("gptq", _choice(r, "bits", None, *GPTQ_BITS), _group(r), version=version)
     return Quantization(field, "gptq", scheme, {})
 
 
@@ -170,7 +170,7 @@ def _awq(r: ConfigReader, field: str) -> Quantization:
     r.must_be("zero_point", True)
     r.must_be("backend", "autoawq", "auto")
     named = _not_converted(r, "modules_to_not_convert")
-    scheme = Scheme("awq", _choice(r, "bits", _choice(r, "w_bit", 4, 4), 4), _group(r, default=128))
+    scheme = WeightScheme("awq", _choice(r, "bits", _choice(r, "w_bit", 4, 4), 4), _group(r, default=128))
     return Quantization(field, "awq", scheme, named)
 
 
@@ -179,11 +179,11 @@ def _auto_round(r: ConfigReader, field: str) -> Quantization:
     layout = AUTO_ROUND[_choice(r, "packing_format", None, *AUTO_ROUND)]
     _choice(r, "data_type", "int", "int")
     bits = _choice(r, "bits", None, *(GPTQ_BITS if layout == "gptq" else (4,)))
-    default, named = Scheme(layout, bits, _group(r), version=1), dict[str, Scheme | None]()
+    default, named = WeightScheme(layout, bits, _group(r), version=1), dict[str, WeightScheme | None]()
     for module, value in r.mapping("extra_config").items():
         own = ConfigReader(f"{r.path}: {module[:100]}", {**r.data, **(value if isinstance(value, dict) else {})})
         own_bits = _choice(own, "bits", None, 16, 32, *GPTQ_BITS)
-        named[module] = None if own_bits > 8 else Scheme(layout, own_bits, _group(own), version=1)
+        named[module] = None if own_bits > 8 else WeightScheme(layout, own_bits, _group(own), version=1)
     return Quantization(field, "auto-round", default, named)
 
 
@@ -191,13 +191,13 @@ def _modelopt(r: ConfigReader, field: str) -> Quantization:
     """NVIDIA's modelopt; hf_quant_config.json nests the settings."""
     r = ConfigReader(f"{r.path}: quantization", r.mapping("quantization")) if "quantization" in r.data else r
     algorithm = _choice(r, "quant_algo", None, "MIXED_PRECISION", *MODELOPT)
-    named: dict[str, Scheme | None] = {**_not_converted(r, "ignore", "exclude_modules")}
+    named: dict[str, WeightScheme | None] = {**_not_converted(r, "ignore", "exclude_modules")}
     if algorithm != "MIXED_PRECISION":
-        return Quantization(field, "modelopt", Scheme(MODELOPT[algorithm]), named)
+        return Quantization(field, "modelopt", WeightScheme(MODELOPT[algorithm]), named)
     layers = {}
     for module, value in r.mapping("quantized_layers").items():
         own = ConfigReader(f"{r.path}: {module[:100]}", value if isinstance(value, dict) else {})
-        layers[module] = Scheme(MODELOPT[_choice(own, "quant_algo", None, *MODELOPT)])
+        layers[module] = WeightScheme(MODELOPT[_choice(own, "quant_algo", None, *MODELOPT)])
     inside = tuple((re.compile(re.escape(module) + r"\."), scheme) for module, scheme in layers.items())
     return Quantization(field, "modelopt", None, named | layers, inside)
 
@@ -208,8 +208,8 @@ def _compressed_tensors(r: ConfigReader, field: str) -> Quantization:
     _choice(sparsity, "format", "dense", "dense")
     if r.mapping("transform_config").get("config_groups"):
         raise _refused(r, "transform_config", "weights that are rotated while they run")
-    default: Scheme | None = None
-    named, patterns = dict[str, Scheme | None](), list[tuple[re.Pattern[str], Scheme]]()
+    default: WeightScheme | None = None
+    named, patterns = dict[str, WeightScheme | None](), list[tuple[re.Pattern[str], WeightScheme]]()
     groups = r.mapping("config_groups")
     if not groups:
         raise r.error("config_groups", "a table of groups")
@@ -242,7 +242,7 @@ def _pattern(r: ConfigReader, text: str) -> re.Pattern[str]:
         raise ModelError(f"{r.path}: {short_repr(text)} is no pattern: {error}", "correct it") from error
 
 
-def _ct_scheme(group: ConfigReader, file_format: Any) -> Scheme:
+def _ct_scheme(group: ConfigReader, file_format: Any) -> WeightScheme:
     """The weights of a config group."""
     style = group.data.get("format") or file_format
     r = ConfigReader(f"{group.path}: weights", group.mapping("weights"))
@@ -251,15 +251,17 @@ def _ct_scheme(group: ConfigReader, file_format: Any) -> Scheme:
     if r.data.get("actorder") in (True, "group", "dynamic"):
         raise _refused(r, "actorder", "weights with activation order")
     if style == "nvfp4-pack-quantized" and kind == ("float", 4):
-        return Scheme("ct_nvfp4")
+        return WeightScheme("ct_nvfp4")
     if style == "mxfp4-pack-quantized" and kind == ("float", 4):
-        return Scheme("ct_mxfp4")
+        return WeightScheme("ct_mxfp4")
     if style in CT_FLOATS and kind == ("float", 8):
-        return Scheme("fp8", block=_block(r, "block_structure") or ((1, _group(r)) if strategy == "group" else None))
+        return WeightScheme(
+            "fp8", block=_block(r, "block_structure") or ((1, _group(r)) if strategy == "group" else None)
+        )
     if style == "pack-quantized" and kind[0] == "int":
         _choice(r, "strategy", strategy, "group", "channel")
         size = _group(r) if strategy == "group" else 0
-        return Scheme(
+        return WeightScheme(
             "ct_packed", _choice(r, "num_bits", None, *PACKED_BITS), size, symmetric=r.boolean("symmetric", True)
         )
     shown = f"format {short_repr(style)} with {short_repr(kind[1])} bits of type {short_repr(kind[0])}"

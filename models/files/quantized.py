@@ -15,7 +15,7 @@ from pathlib import Path
 from llmrs.core.errors import ModelError
 from llmrs.models.files.json_reader import read_json
 from llmrs.models.files.layouts import HINT, LAYOUTS, Parts
-from llmrs.models.files.quant_config import Quantization, Scheme, read_quantization
+from llmrs.models.files.quant_config import Quantization, WeightScheme, read_quantization
 from llmrs.models.files.safetensors import SafetensorsSource
 from llmrs.quant.tensor import FORMATS, AnyTensor, Tensor, WeightSource
 
@@ -37,7 +37,7 @@ class Entry:
 
     parts: Parts
     part: str
-    scheme: Scheme | None = None  # of a quantized weight
+    scheme: WeightScheme | None = None  # of a quantized weight
     rows: slice | None = None  # of the module's; None: all
 
 
@@ -91,7 +91,7 @@ class QuantizedSource:
             names = _in_stack(e, interleaved=scheme is not None and scheme.layout == "mxfp4")
             yield from names or [(f"{p.module}.weight" if e.scheme else p.names[e.part], e)]
 
-    def _scheme(self, p: Parts) -> Scheme | None:
+    def _scheme(self, p: Parts) -> WeightScheme | None:
         """The scheme of a quantized module. Raises ModelError if it is stored in another one."""
         parts, q = p.names.keys() & PARTS, self.quantization
         if q is None or (not parts and ("weight" not in p.names or p.format("weight") in (*FORMATS, "F64"))):
