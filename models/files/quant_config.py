@@ -13,23 +13,18 @@ from typing import Any
 
 from llmrs.core.errors import ModelError
 from llmrs.models.files.json_reader import ConfigReader, read_json, short_repr
+from llmrs.models.files.patterns import Patterns, compile_pattern
 from llmrs.quant.affine import GPTQ_BITS, MLX_BITS, MLX_GROUPS, PACKED_BITS
 
 MODELOPT_FILE = "hf_quant_config.json"
 FIELDS = ("quantization", "quantization_config", "compression_config")
 HINT = "use a version in bf16, FP8 or int4 (GPTQ, AWQ, compressed-tensors), or one for MLX"
 MLX_MODES = {"affine": (64, 4), "mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}  # default group, bits
-MODELOPT = {
-    "FP8": "fp8",
-    "FP8_PER_CHANNEL_PER_TOKEN": "fp8",
-    "NVFP4": "modelopt_nvfp4",
-    "W4A16_NVFP4": "modelopt_nvfp4",
-}
 AUTO_ROUND = {"auto_round:auto_gptq": "gptq", "auto_round:gptq": "gptq", "auto_round:auto_awq": "awq",
               "auto_round:awq": "awq"}  # fmt: skip
 CT_FLOATS = ("float-quantized", "naive-quantized", "mxfp8-quantized")
-MAX_PATTERNS, MAX_REPEATS = 1000, 4
-BOUNDLESS = re.compile(r"\)[*+{]")  # a repeated group can take exponential time
+MAX_PATTERNS = 1000
+EMBEDDINGS = re.compile(r"(.*\.)?embed_tokens$")
 
 
 @dataclass(frozen=True)
@@ -44,6 +39,13 @@ class WeightScheme:
     version: int = 0  # GPTQ
 
 
+MODELOPT = {
+    **dict.fromkeys(("FP8", "FP8_PER_CHANNEL_PER_TOKEN"), WeightScheme("fp8")),
+    **dict.fromkeys(("NVFP4", "W4A16_NVFP4"), WeightScheme("modelopt_nvfp4")),
+    "MXFP8": WeightScheme("fp8", block=(1, 32)),
+}
+
+
 @dataclass(frozen=True)
 class Quantization:
     """The schemes of a model's modules, such as model.layers.0.self_attn.q_proj."""
@@ -52,13 +54,15 @@ class Quantization:
     method: str
     default: WeightScheme | None
     named: Mapping[str, WeightScheme | None]  # by module; None: listed as not quantized
-    patterns: tuple[tuple[re.Pattern[str], WeightScheme], ...] = ()
+    patterns: Patterns[WeightScheme] = Patterns()
+    inherited: bool = False  # named modules stand for the modules inside them, too
 
     def scheme(self, module: str) -> WeightScheme | None:
-        """The scheme of a module, if it is quantized."""
-        if module in self.named:
-            return self.named[module]
-        return next((scheme for pattern, scheme in self.patterns if pattern.match(module)), self.default)
+        """The scheme of a module, if it is quantized. Raises ModelError for patterns that take too long."""
+        path = module
+        while path and path not in self.named and self.inherited:
+            path = path.rpartition(".")[0]
+        return self.named[path] if path in self.named else self.patterns.find(module) or self.default
 
 
 def read_quantization(path: Path, data: Mapping[str, Any]) -> Quantization | None:
@@ -90,7 +94,7 @@ def _choice(r: ConfigReader, name: str, default: Any, *allowed: Any) -> Any:
     value = r.data.get(name)
     value = default if value is None else value
     if value not in allowed or type(value) not in map(type, allowed):  # 4.0 is 4, and no number of bits
-        raise r.error(name, " or ".join(map(repr, allowed)))
+        raise ModelError(r.error(name, " or ".join(map(repr, allowed))).message, HINT)
     return value
 
 
@@ -193,13 +197,11 @@ def _modelopt(r: ConfigReader, field: str) -> Quantization:
     algorithm = _choice(r, "quant_algo", None, "MIXED_PRECISION", *MODELOPT)
     named: dict[str, WeightScheme | None] = {**_not_converted(r, "ignore", "exclude_modules")}
     if algorithm != "MIXED_PRECISION":
-        return Quantization(field, "modelopt", WeightScheme(MODELOPT[algorithm]), named)
-    layers = {}
+        return Quantization(field, "modelopt", MODELOPT[algorithm], named, inherited=True)
     for module, value in r.mapping("quantized_layers").items():
         own = ConfigReader(f"{r.path}: {module[:100]}", value if isinstance(value, dict) else {})
-        layers[module] = WeightScheme(MODELOPT[_choice(own, "quant_algo", None, *MODELOPT)])
-    inside = tuple((re.compile(re.escape(module) + r"\."), scheme) for module, scheme in layers.items())
-    return Quantization(field, "modelopt", None, named | layers, inside)
+        named[module] = MODELOPT[_choice(own, "quant_algo", None, *MODELOPT)]
+    return Quantization(field, "modelopt", None, named, inherited=True)
 
 
 def _compressed_tensors(r: ConfigReader, field: str) -> Quantization:
@@ -222,24 +224,22 @@ def _compressed_tensors(r: ConfigReader, field: str) -> Quantization:
             if target.startswith("re:"):
                 patterns.append((_pattern(group, target.removeprefix("re:")), scheme))
             elif target == "Embedding":
-                patterns.append((re.compile(r"(.*\.)?embed_tokens$"), scheme))
-            elif target.isidentifier() and target[0].isupper():
+                patterns.append((EMBEDDINGS, scheme))
+            elif target == "Linear":
                 default = scheme
             else:
                 named[target] = scheme
     if len(patterns) > MAX_PATTERNS:
         raise r.error("config_groups", f"at most {MAX_PATTERNS} patterns")
-    return Quantization(field, "compressed-tensors", default, named | _not_converted(r, "ignore"), tuple(patterns))
+    named |= _not_converted(r, "ignore")
+    return Quantization(field, "compressed-tensors", default, named, Patterns(patterns))
 
 
 def _pattern(r: ConfigReader, text: str) -> re.Pattern[str]:
-    """A pattern that takes polynomial time."""
-    if BOUNDLESS.search(text) or sum(map(text.count, "*+{")) > MAX_REPEATS:
-        raise ModelError(f"{r.path}: the pattern {short_repr(text)} could take too long", "simplify it")
     try:
-        return re.compile(text)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise ModelError(f"{r.path}: {short_repr(text)} is no pattern: {error}", "correct it") from error
+        return compile_pattern(text)
+    except ValueError as error:
+        raise ModelError(f"{r.path}: {short_repr(text)} in targets is refused: {error}", "simplify it") from error
 
 
 def _ct_scheme(group: ConfigReader, file_format: Any) -> WeightScheme:

@@ -29,6 +29,7 @@ FUSED = re.compile(r"(.*\.experts\.(?:gate_up|down)_proj)(?:_(blocks|scales|scal
 SWITCH = re.compile(r"(.*)\.switch_mlp\.(gate|up|down)_proj")
 EXPERTS = re.compile(r"(.*\.experts)\.(gate_up|down)_proj")
 MAX_EXPERTS = 4096
+MAX_ENTRIES = 2**19  # tensors of experts; today's largest models have a fifth
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class QuantizedSource:
                 if name in self.entries:
                     raise ModelError(f"the checkpoint holds {name} twice", "write the checkpoint again")
                 self.entries[name] = entry
+            if len(self.entries) > MAX_ENTRIES:
+                raise ModelError(f"the checkpoint holds over {MAX_ENTRIES} tensors", HINT)
         if quantization is not None:
             self._check_named(quantization, modules)
 
@@ -110,7 +113,8 @@ class QuantizedSource:
     def _check_named(self, q: Quantization, modules: Mapping[str, Mapping[str, str]]) -> None:
         """Refuses dense modules that the config names as quantized, and a model with no quantized module at all."""
         quantized = {e.parts.module for e in self.entries.values() if e.scheme}
-        for module in (m for m, scheme in q.named.items() if scheme and m in modules.keys() - quantized):
+        dense = {m for m, parts in modules.items() if "weight" in parts} - quantized
+        for module in (m for m, scheme in q.named.items() if scheme and m in dense):
             raise ModelError(f"{module} is not quantized; {q.field} in config.json says that it is", HINT)
         if not quantized:
             hint = f"remove {q.field} from config.json if the weights are not quantized"
@@ -138,6 +142,8 @@ def _in_stack(e: Entry, *, interleaved: bool) -> list[tuple[str, Entry]]:
     shape = e.parts.shape(e.part)
     if len(shape) < 2 or not 0 < shape[0] <= MAX_EXPERTS:
         raise e.parts.error(e.part, f"a stack of 1 to {MAX_EXPERTS} experts")
+    if odd := [p for p in e.parts.names if p not in IGNORED and e.parts.shape(p)[:1] != shape[:1]]:
+        raise e.parts.error(odd[0], f"of {shape[0]} experts, as {e.parts.names[e.part]}")
     parts: dict[str, slice | None]
     if switch:
         path, parts = f"{switch[1]}.experts", {switch[2]: None}
