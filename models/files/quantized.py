@@ -90,6 +90,13 @@ class QuantizedSource:
         scheme = self._scheme(p)
         weight = [Entry(p, LAYOUTS[scheme.layout].needs[0], scheme)] if scheme else []
         used = PARTS | IGNORED | {"weight"} if scheme else IGNORED if self.quantization else frozenset()
+        if (
+            scheme
+            and scheme.layout == "gptq"
+            and "bias" in p.names
+            and not self.source.tensor(p.names["bias"]).data.any()
+        ):
+            used |= {"bias"}  # older files give every module one
         for e in (*weight, *(Entry(p, part) for part in p.names if part not in used)):
             names = _in_stack(e, interleaved=scheme is not None and scheme.layout == "mxfp4")
             yield from names or [(f"{p.module}.weight" if e.scheme else p.names[e.part], e)]
