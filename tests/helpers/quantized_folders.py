@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import cache
 
 import numpy as np
 import pytest
@@ -20,10 +21,14 @@ def open_folder(folder, tensors, config):
     return open_weights(folder)
 
 
+@cache
+def packed(name):
+    return files.FILES[name][0](W)[0]
+
+
 def module(name, path="m.q_proj"):
     """The tensors of one module, and the config."""
-    quantize, config = files.FILES[name]
-    return {f"{path}.{part}": t for part, t in quantize(W)[0].items()}, config
+    return {f"{path}.{part}": t for part, t in packed(name).items()}, files.FILES[name][1]
 
 
 def read_all(folder, tensors, config):

@@ -203,20 +203,14 @@ VALUES = st.one_of(
 )
 
 
-@pytest.fixture(scope="module")
-def made():
-    """A module in each format, packed once."""
-    return {name: module(name)[0] for name in files.FILES}
-
-
 @settings(max_examples=400, deadline=None)
 @given(
     config=st.sampled_from(CONFIGS),
     edits=st.lists(st.tuples(st.integers(0, 40), VALUES), min_size=1, max_size=3),
     name=st.sampled_from([*files.FILES]),
 )
-def test_changed_configs_are_read_or_refused(config, edits, name, made, tmp_path_factory):
+def test_changed_configs_are_read_or_refused(config, edits, name, tmp_path_factory):
     for place, value in edits:
         paths = [p for p in places(config) if p]
         config = changed(config, paths[place % len(paths)], value) if paths else config
-    read_or_refused(tmp_path_factory.mktemp("changed"), made[name], config)
+    read_or_refused(tmp_path_factory.mktemp("changed"), module(name)[0], config)
