@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from llmrs.backends.torch import quant_matrix as torch_matrix
 from llmrs.models.files.quantized import open_weights
 from llmrs.quant.arrays import NUMPY
 from llmrs.quant.form import unpack
@@ -54,6 +55,19 @@ def test_values_are_those_that_were_packed(name, tmp_path):
     np.testing.assert_array_equal(tensor.rows(slice(1, None, 3)).float32(), values[1::3])
     np.testing.assert_array_equal(tensor.rows(np.array([5, 5, 0])).float32(), values[[5, 5, 0]])
     assert tensor.nbytes < 40 * 384 * 2  # less than bf16
+
+
+@pytest.mark.parametrize("name", files.FILES)
+def test_torch_and_mlx_unpack_the_same_planes_to_the_same_values(name, tmp_path):
+    mlx_matrix = pytest.importorskip("llmrs.backends.mlx.quant_matrix")
+    quantize, config = files.FILES[name]
+    tensor = read(tmp_path, quantize(matrix(40, 384))[0], config)
+    expected = tensor.float32()
+    on_torch, on_mlx = torch_matrix.packed_rows(tensor, torch.device("cpu")), mlx_matrix.packed_rows(tensor)
+    np.testing.assert_array_equal(on_torch.unpack(torch.float32).numpy(), expected)
+    np.testing.assert_array_equal(np.array(on_mlx.unpack(mlx_matrix.DTYPES["f32"])), expected)
+    assert sum(p.nbytes for p in on_torch.planes.values()) == tensor.nbytes
+    assert sum(p.nbytes for p in on_mlx.planes.values()) == tensor.nbytes
 
 
 @pytest.mark.parametrize("name", json.loads(VECTORS.read_text()))
