@@ -90,14 +90,15 @@ class QuantizedSource:
         scheme = self._scheme(p)
         weight = [Entry(p, LAYOUTS[scheme.layout].needs[0], scheme)] if scheme else []
         used = PARTS | IGNORED | {"weight"} if scheme else IGNORED if self.quantization else frozenset()
+        dense = [part for part in p.names if part not in used]
         if (
             scheme
             and scheme.layout == "gptq"
-            and "bias" in p.names
+            and "bias" in dense
             and not self.source.tensor(p.names["bias"]).data.any()
         ):
-            used |= {"bias"}  # older files give every module one
-        for e in (*weight, *(Entry(p, part) for part in p.names if part not in used)):
+            dense.remove("bias")  # older files give every module one
+        for e in (*weight, *(Entry(p, part) for part in dense)):
             names = _in_stack(e, interleaved=scheme is not None and scheme.layout == "mxfp4")
             yield from names or [(f"{p.module}.weight" if e.scheme else p.names[e.part], e)]
 

@@ -11,7 +11,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from llmrs import Engine, EngineConfig, SamplingParams
+from llmrs import Engine, EngineConfig, ModelError, SamplingParams
 from llmrs.models.text.tokenizer import Tokenizer
 
 SIZES = {"vocab_size": 320, "hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "num_hidden_layers": 2}
@@ -85,6 +85,30 @@ def test_all_matrices_quantized_as_mlx_does(model, name, folders, tmp_path):
 
 def is_matrix(name):
     return name.endswith(("_proj.weight", "lm_head.weight", "embed_tokens.weight", "mlp.gate.weight"))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("mlx4-g64-float16", {"quantization": None, "quantization_config": None}, "unexpected|lacks"),
+        ("awq", {"quantization_config": None}, "unexpected|lacks"),
+        ("fp8", {"quantization_config": None}, "unexpected|lacks"),
+        ("mlx4-g64-float16", {"quantization": {"group_size": 32, "bits": 8}}, "the config asks for"),
+        ("mlx4-g64-float16", {"quantization": {"group_size": 128, "bits": 2}}, "the config asks for"),
+        ("nvfp4-ct", {"hidden_size": 256}, "the config asks for"),
+        ("awq", {"quantization_config": {**files.AWQ, "group_size": 32}}, "qzeros|scales"),
+    ],
+)
+def test_folders_that_contradict_themselves(name, change, words, folders, tmp_path):
+    """Also where the tensors of a module agree with each other."""
+    packed, dense = files.quantize_folder(folders("qwen3"), tmp_path, name)
+    texts.change(packed / "config.json", **change)
+    with pytest.raises(ModelError, match=words) as caught:
+        tokens(packed, "torch")
+    assert caught.value.hint
+    texts.change(dense / "config.json", **files.FILES[name][1])
+    with pytest.raises(ModelError, match="no tensor is quantized"):
+        tokens(dense, "torch")
 
 
 def test_stacked_experts_with_bits_of_each_module(folders, tmp_path):
