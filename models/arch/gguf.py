@@ -7,6 +7,7 @@ and src/models.
 import dataclasses
 import math
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ import numpy as np
 
 from llmrs.core.errors import ModelError
 from llmrs.models.arch.config import LAYER_TYPES, MAX_LAYERS, ORIGINAL_CONTEXT, ModelConfig, parse
-from llmrs.models.arch.families import family
+from llmrs.models.arch.families import family, read_config
+from llmrs.models.files.gguf import GGUFSource
 from llmrs.models.files.json_reader import ConfigReader, short_repr
 from llmrs.quant.tensor import WeightSource
 
@@ -93,6 +95,14 @@ def gguf_family(path: Path, metadata: Mapping[str, Any]) -> tuple[str, GgufFamil
         problem = f"{path}: general.architecture is {short_repr(name)}, which is not supported"
         raise ModelError(problem, f"supported are {', '.join(GGUF_FAMILIES)}")
     return name, GGUF_FAMILIES[name]
+
+
+def model_config(path: Path) -> ModelConfig:
+    """The config of a model folder or a GGUF file. Raises ModelError."""
+    if path.is_dir():
+        return read_config(path)
+    with closing(GGUFSource(path)) as source:
+        return config_from_metadata(path, source.metadata, source)
 
 
 def config_from_metadata(path: Path, metadata: Mapping[str, Any], source: WeightSource) -> ModelConfig:

@@ -8,7 +8,6 @@ longest. Files don't say how text was normalized: as there, it isn't, also for m
 import json
 import warnings
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +44,7 @@ def gguf_tokenizer(path: Path, metadata: Mapping[str, Any]) -> tuple[Tokenizer, 
 
     Raises ModelError for missing, invalid and contradicting values, and for unknown kinds of tokenizers.
     """
+    check_tokenizer(path, metadata)
     vocab = _Vocab(path, metadata)
     data = _byte_level(vocab) if vocab.model == "gpt2" else _sentencepiece(vocab)
     data |= {"version": "1.0", "added_tokens": _added_tokens(vocab), "post_processor": _post_processor(vocab)}
@@ -53,16 +53,24 @@ def gguf_tokenizer(path: Path, metadata: Mapping[str, Any]) -> tuple[Tokenizer, 
     return Tokenizer(inner, settings, path), vocab.end_ids()
 
 
+def check_tokenizer(path: Path, metadata: Mapping[str, Any]) -> None:
+    """Raises ModelError for unknown kinds of tokenizers, and unknown pre-tokenizers."""
+    model, pre = metadata.get(f"{PREFIX}model"), metadata.get(f"{PREFIX}pre", "default")
+    if not isinstance(model, str) or model not in ("gpt2", "llama"):
+        problem = f"{path}: tokenizer.ggml.model is {short_repr(model)}, which is not supported"
+        raise ModelError(problem, "gpt2 (byte-level BPE) and llama (SentencePiece) are")
+    if model == "gpt2" and (not isinstance(pre, str) or pre not in pre_tokenizers.NAMES):
+        problem = f"{path}: tokenizer.ggml.pre is {short_repr(pre)}, which is not supported"
+        raise ModelError(problem, did_you_mean(str(pre)[:60], pre_tokenizers.NAMES))
+
+
 class _Vocab(ConfigReader):
     """The values of `tokenizer.ggml.*`, checked."""
 
     def __init__(self, path: Path, metadata: Mapping[str, Any]) -> None:
         found = {key.removeprefix(PREFIX): v for key, v in metadata.items() if key.startswith(PREFIX)}
         super().__init__(path, found)
-        self.model = found.get("model")
-        if not isinstance(self.model, str) or self.model not in ("gpt2", "llama"):
-            problem = f"{path}: {PREFIX}model is {short_repr(self.model)}, which is not supported"
-            raise ModelError(problem, "gpt2 (byte-level BPE) and llama (SentencePiece) are")
+        self.model, self.pre = found.get("model"), found.get("pre", "default")  # checked
         texts = self.texts("tokens")
         if not 0 < len(texts) <= MAX_TOKENS:
             raise self.error("tokens", f"a list of 1 to {MAX_TOKENS:,} texts")
@@ -110,18 +118,6 @@ class _Vocab(ConfigReader):
         known = [i for i in known if self.types[i] == CONTROL]
         return tuple(dict.fromkeys(i for i in (*given, *known) if i is not None))
 
-    @cached_property
-    def pre(self) -> str:
-        """The name of the pre-tokenizer."""
-        name = self.data.get("pre", "default")
-        if "pre" not in self.data:
-            problem = f"{self.path} names no pre-tokenizer ({PREFIX}pre)"
-            warnings.warn(f"{problem}: the default may make answers worse; convert the model again", stacklevel=2)
-        if not isinstance(name, str) or name not in pre_tokenizers.NAMES:
-            problem = f"{self.path}: tokenizer.ggml.pre is {short_repr(name)}, which is not supported"
-            raise ModelError(problem, did_you_mean(str(name)[:60], pre_tokenizers.NAMES))
-        return name
-
     def adds(self, name: str, default: bool) -> bool:
         """Whether bos or eos is added to a prompt."""
         added = self.boolean(f"add_{name}_token", default)
@@ -136,6 +132,9 @@ def _bpe(vocab: _Vocab, merges: list[list[str]], **options: Any) -> dict[str, An
 
 
 def _byte_level(vocab: _Vocab) -> dict[str, Any]:
+    if "pre" not in vocab.data:
+        problem = f"{vocab.path} names no pre-tokenizer ({PREFIX}pre)"
+        warnings.warn(f"{problem}: the default may make answers worse; convert the model again", stacklevel=2)
     given = vocab.texts("merges")
     _check_count(vocab, "merges", len(given), MAX_MERGES)
     merges = [merge.split(" ") for merge in given]
