@@ -10,7 +10,7 @@ from typing import Any
 
 from llmrs.models.files.gguf import GGUFSource
 from llmrs.models.files.layouts import LAYOUTS
-from llmrs.models.files.quant_config import Scheme
+from llmrs.models.files.quant_config import WeightScheme
 from llmrs.models.files.quantized import QuantizedSource, with_quantization
 from llmrs.models.files.safetensors import RAW, SafetensorsSource
 
@@ -67,7 +67,7 @@ def bits_per_weight(formats: list[Stored]) -> float | None:
 
 
 def _quantized(source: QuantizedSource) -> Iterator[Sized]:
-    names = dict[Scheme, str]()
+    names = dict[WeightScheme, str]()
     for name, e in source.entries.items():
         shape, parts, whole = source.shape(name), [e.part], e.parts.shape(e.part)
         if e.scheme is not None:

@@ -66,8 +66,12 @@ MODELS = {"Gemma3Text": "Gemma3"}  # whose model's class has another name than i
 
 
 def write_checkpoint(name: str, folder: Path) -> Any:
-    """Writes a checkpoint in float32 and returns transformers' model of it."""
-    family_name, changes = CHECKPOINTS[name]
+    """Writes one of CHECKPOINTS in float32 and returns transformers' model of it."""
+    return write_model(*CHECKPOINTS[name], folder)
+
+
+def write_model(family_name: str, changes: dict[str, Any], folder: Path) -> Any:
+    """The same of any config."""
     config = getattr(transformers, f"{family_name}Config")(**{**SHAPE, **changes})
     torch.manual_seed(0)
     model = getattr(transformers, f"{MODELS.get(family_name, family_name)}ForCausalLM")(config).float().eval()

@@ -331,6 +331,22 @@ def test_a_repository_without_safetensors(hub, folder):
     assert "pytorch_model.bin" not in hub.names()
 
 
+@pytest.mark.parametrize(
+    ("file", "settings"),
+    [
+        ("config.json", {"quantization_config": {"quant_method": "hqq"}}),
+        ("hf_quant_config.json", {"quantization": {"quant_algo": "INT2"}}),
+    ],
+)
+def test_quantization_that_is_refused_downloads_no_weights(hub, folder, file, settings):
+    files = hub.add(NAME, folder).files
+    files[file] = json.dumps({**json.loads(files.get(file, "{}")), **settings}).encode()
+    with pytest.raises(ModelError, match=r"hqq|INT2") as caught:
+        resolve_model(NAME)
+    assert caught.value.hint
+    assert set(hub.names()) == {"config.json", file}
+
+
 def test_no_network(hub, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(ModelError, match="can't be reached") as caught:
