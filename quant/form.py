@@ -31,7 +31,7 @@ SUPER_BLOCK = 256  # weights per super-scale
 # The 16 values of a 4-bit float (OCP Microscaling Formats 1.0), and of ggml's non-linear 4-bit codes.
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 IQ4 = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
-TABLES = {"e2m1": E2M1, "double_e2m1": 2 * E2M1, "iq4": IQ4}
+TABLES = {"e2m1": E2M1, "double_e2m1": 2 * E2M1 + 0, "iq4": IQ4}
 BITS = {**{f"u{b}": b for b in (2, 3, 4, 5, 6, 8)}, **dict.fromkeys(TABLES, 4), "e4m3": 8}
 SCALE_DTYPES = ("f32", "f16", "bf16", "u8", "i8", "u4", *FLOAT8)
 PLANES = ("codes", "scales", "biases", "zeros", "mins", "super_scales", "super_mins", "row_scales")

@@ -86,7 +86,8 @@ class QuantTensor:
         out = np.empty(self.shape, np.float32)
         for begin in range(0, self.shape[0], UNPACKED_ROWS):  # temporaries take ten times the result
             part = self.rows(slice(begin, begin + UNPACKED_ROWS))
-            out[begin : begin + UNPACKED_ROWS] = unpack(NUMPY, self.form, part.planes(), self.shape[1])
+            with np.errstate(over="ignore", invalid="ignore"):
+                out[begin : begin + UNPACKED_ROWS] = unpack(NUMPY, self.form, part.planes(), self.shape[1])
         return out
 
     def rows(self, index: slice | np.ndarray) -> "QuantTensor":
