@@ -17,7 +17,7 @@ from llmrs.core.engine import AsyncOutput
 from llmrs.core.errors import BackendError, ConfigError, GraphError, did_you_mean
 from llmrs.core.ir import Graph
 from llmrs.core.options import Checked, option
-from llmrs.quant.tensor import Tensor
+from llmrs.quant.tensor import AnyTensor
 
 GROUP = "llmrs.backends"  # entry points; a third party registers a backend here
 DTYPE_BYTES = {"bf16": 2, "f16": 2, "f32": 4, "fp8": 1}
@@ -107,11 +107,16 @@ class Backend(ABC):
     def ops(cls) -> frozenset[str]:
         """Ops with a rule, fused ops included."""
 
+    @property
+    def keeps_quantized(self) -> bool:
+        """Whether quantized weights stay so in memory; else `load` unpacks them to `dtype`."""
+        return False
+
     @abstractmethod
     def free_memory(self) -> int:
         """Free device memory in bytes."""
 
-    def load(self, graph: Graph, weights: Mapping[str, Tensor], progress: Callable[[int], None]) -> None:
+    def load(self, graph: Graph, weights: Mapping[str, AnyTensor], progress: Callable[[int], None]) -> None:
         """Loads weights by canonical name; `progress` receives the bytes of each.
 
         Raises GraphError for an op without a rule, naming op, backend and model.
@@ -124,7 +129,7 @@ class Backend(ABC):
         self.load_weights(weights, progress)
 
     @abstractmethod
-    def load_weights(self, weights: Mapping[str, Tensor], progress: Callable[[int], None]) -> None:
+    def load_weights(self, weights: Mapping[str, AnyTensor], progress: Callable[[int], None]) -> None:
         """Loads the weights of `self.graph`."""
 
     @abstractmethod

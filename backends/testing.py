@@ -19,6 +19,7 @@ import pytest
 from llmrs.backends.base import Backend, load_backend, pick_device
 from llmrs.core.request import Request, TokenLogprobs
 from llmrs.core.sampling import SamplingArrays
+from llmrs.quant.form import Form
 from llmrs.random_model import (
     BLOCK,
     CONTEXT,
@@ -37,9 +38,42 @@ from llmrs.random_model import (
 )
 
 __all__ = [
-    "BLOCK", "CONTEXT", "MODELS", "SHAPE", "VOCABULARY", "BackendSuite", "RandomModel", "core_on", "prefill_batch",
-    "prompts", "random_sampling", "random_step", "request", "run", "sampling_batch",
+    "BLOCK",
+    "CONTEXT",
+    "FORMS",
+    "MODELS",
+    "SHAPE",
+    "VOCABULARY",
+    "BackendSuite",
+    "Forms",
+    "RandomModel",
+    "core_on",
+    "prefill_batch",
+    "prompts",
+    "random_sampling",
+    "random_step",
+    "request",
+    "run",
+    "sampling_batch",
 ]  # fmt: skip
+
+Forms = Sequence[tuple[Form, tuple[str, ...]]]  # with their optional planes
+SUPERS = ("super_scales", "mins", "super_mins")
+FORMS: list[Forms] = [
+    [(Form("affine", "u4", 64, "bf16"), ("biases",))],  # MLX
+    [(Form("k_quant", "u4", 32, "u8"), SUPERS), (Form("k_quant", "u6", 16, "i8", 32), ("super_scales",))],  # Q4_K, Q6_K
+    [(Form("k_quant", "u5", 32, "u8"), SUPERS), (Form("k_quant", "u3", 16, "i8", 4), ("super_scales",))],
+    [
+        (Form("k_quant", "u2", 16, "u4"), ("super_scales", "super_mins")),
+        (Form("fp4", "iq4", 32, "i8"), ("super_scales",)),
+    ],
+    [(Form("affine", "u8", 32, "f16", 128), ()), (Form("affine", "u5", 32, "f16"), ("biases",))],  # Q8_0, Q5_1
+    [(Form("affine", "u4", 128, "f16"), ("zeros",)), (Form("affine", "u3", 32, "f32"), ("biases",))],  # AWQ
+    [(Form("affine", "u6", 64, "f16"), ("biases",)), (Form("affine", "u2", 128, "bf16"), ("biases",))],
+    [(Form("fp4", "double_e2m1", 32, "half_e8m0"), ()), (Form("fp4", "e2m1", 32, "e8m0"), ())],  # MXFP4
+    [(Form("fp4", "e2m1", 16, "e4m3"), ("row_scales",)), (Form("fp4", "e2m1", 16, "e4m3"), ())],  # NVFP4
+    [(Form("fp8", "e4m3", 128, "f32"), ()), (Form("fp8", "e4m3", 32, "e8m0"), ()), (Form("fp4", "iq4", 32, "f16"), ())],
+]
 
 
 class BackendSuite:
@@ -169,6 +203,29 @@ class BackendSuite:
                 np.testing.assert_array_equal(actual.top_ids, expected.top_ids)
                 np.testing.assert_allclose(actual.top, expected.top, atol=1e-5)
                 np.testing.assert_allclose(actual.chosen, expected.chosen, atol=1e-5)
+
+    @pytest.mark.parametrize("forms", FORMS, ids=lambda forms: "+".join(dict.fromkeys(str(f) for f, _ in forms)))
+    def test_quantized_weights(self, forms: Forms) -> None:
+        """Logits and tokens of matrices in these forms, merged ones, tables and heads included."""
+        sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": 2}
+        model = RandomModel.of("qwen3", **sizes, tie_word_embeddings=len(forms) == 1).quantized(*forms)
+        batch, logits, tokens = prefill_batch(prompts(1, 9, 21)), [], []
+        for backend in (self.make(), load_backend("reference")("cpu", "f32", "f32")):
+            core = core_on(model.on(backend))
+            logits.append(backend.to_host(backend.forward(batch)))
+            tokens.append(run(core, [request(p, max_tokens=6) for p in prompts(3, 11)]))
+        assert np.abs(logits[1]).max() > 1
+        assert np.abs(logits[0] - logits[1]).max() < self.tolerance * np.abs(logits[1]).max()
+        assert tokens[0] == tokens[1]
+
+    def test_quantized_experts(self) -> None:
+        shapes = {"hidden_size": 256, "moe_intermediate_size": 256, "head_dim": 64, "num_hidden_layers": 1}
+        for forms in ([FORMS[0][0]], [FORMS[1][0]], [FORMS[0][0], FORMS[1][0]]):
+            model, logits = RandomModel.of("qwen3-moe", **shapes).quantized(*forms), []
+            for backend in (self.make(), load_backend("reference")("cpu", "f32", "f32")):
+                model.on(backend).allocate(100, BLOCK, 8, CONTEXT)
+                logits.append(backend.to_host(backend.forward(prefill_batch(prompts(1, 9, 21)))))
+            assert np.abs(logits[0] - logits[1]).max() < self.tolerance * np.abs(logits[1]).max()
 
     def test_placeholder_tokens(self) -> None:
         """A step with placeholders (-1 - slot) equals the step with the token ids."""

@@ -1,6 +1,7 @@
 """Small models with random weights, and cores, requests and batches to run them, for tests and benchmarks."""
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from llmrs.core.request import Request
 from llmrs.core.sampling import SamplingArrays, noise_keys
 from llmrs.models.arch.config import parse
 from llmrs.models.arch.families import family, graph_of
-from llmrs.quant.tensor import Tensor
+from llmrs.quant.form import SUPER_BLOCK, TABLES, Form
+from llmrs.quant.tensor import AnyTensor, Format, QuantTensor, Tensor
 
 VOCABULARY = 211  # a prime
 BLOCK = 4
@@ -43,7 +45,7 @@ class RandomModel:
     """A small model with reproducible random weights."""
 
     graph: Graph
-    weights: Mapping[str, Tensor]
+    weights: Mapping[str, AnyTensor]
 
     @staticmethod
     def of(name: str, **changes: Any) -> "RandomModel":
@@ -59,10 +61,54 @@ class RandomModel:
                 weights.setdefault(s.tensor, Tensor("f32", values.shape, values))
         return RandomModel(graph, weights)
 
+    def quantized(self, *forms: tuple[Form, Sequence[str]]) -> "RandomModel":
+        """Its matrices in these forms (and their optional planes) in turn; with values of their own."""
+        rng, weights, turn = np.random.default_rng(1), dict[str, AnyTensor](), itertools.cycle(forms)
+        for name, t in self.weights.items():
+            dense = len(t.shape) < 2 or "router" in name
+            weights[name] = t if dense else random_quantized(rng, *next(turn), (t.shape[0], t.shape[1]))
+        return RandomModel(self.graph, weights)
+
     def on(self, backend: Backend) -> Backend:
         """Loads this model into the backend."""
         backend.load(self.graph, self.weights, lambda done: None)
         return backend
+
+
+def random_quantized(rng: np.random.Generator, form: Form, more: Sequence[str], shape: tuple[int, int]) -> QuantTensor:
+    """Random planes; `more` names the optional ones. The weights' root mean square is about 0.25."""
+    rows, groups, supers = shape[0], shape[1] // form.group, shape[1] // SUPER_BLOCK
+    size = 0.25 / (np.sqrt((TABLES[form.code] ** 2).mean()) if form.code in TABLES else 2 ** (form.bits - 2))
+    exponents = {"e4m3": (0x18, 0x20), "e8m0": (122, 125), "half_e8m0": (122, 125)}  # about 1 / 16
+
+    def floats(dtype: str, value: float, *shape: int) -> np.ndarray:
+        x = (value * rng.uniform(0.5, 1.5, shape)).astype(np.float32)
+        if dtype == "bf16":
+            return (x.view(np.uint32) >> 16).astype(np.uint16)
+        return x.astype(np.float16) if dtype == "f16" else x
+
+    def integers(low: int, high: int, *shape: int) -> np.ndarray:
+        return rng.integers(low, high, shape, np.uint8)
+
+    steps = 8 if form.scale == "u4" else 32  # of a scale relative to its super-scale, at most twice that
+    made: dict[str, Callable[[], np.ndarray]] = {
+        "biases": lambda: floats(form.scale, -0.4, rows, groups),
+        "zeros": lambda: integers(7, 10, rows, groups),
+        "mins": lambda: integers(0, 64, rows, groups),
+        "super_scales": lambda: floats("f16", size / steps, rows, supers),
+        "super_mins": lambda: floats("f16", 0.4 / steps, rows, supers),
+        "row_scales": lambda: floats("f32", 1, rows, 1),
+    }
+    codes = integers(0, 256, rows, shape[1] * form.bits // 8)
+    if form.code == "e4m3":  # 2 to 15 in size, no NaN
+        codes, size = codes & 0x87 | 0x40 | integers(0, 3, *codes.shape) << 3, 0.04
+    if form.scale in ("f32", "f16", "bf16"):
+        scales = floats(form.scale, size, rows, groups)
+    else:
+        scales = integers(*exponents.get(form.scale, (0, 256 if form.scale == "u4" else 64)), rows, groups)
+        scales = (scales - 32).view(np.int8) if form.scale == "i8" else scales
+    planes = {"codes": codes, "scales": scales, **{name: made[name]() for name in more}}
+    return QuantTensor(Format(str(form), form, lambda xp, arrays: dict(arrays)), shape, planes)
 
 
 def core_on(backend: Backend, blocks: int = 200, block_size: int = BLOCK, **config: Any) -> EngineCore:

@@ -24,7 +24,7 @@ from llmrs.backends.mlx.sampling import SlotState, apply_logits_processors, logp
 from llmrs.core.batch import Batch
 from llmrs.core.errors import BackendError, MemoryLimitError
 from llmrs.core.sampling import Logprobs
-from llmrs.quant.tensor import Tensor
+from llmrs.quant.tensor import AnyTensor
 
 DTYPES = {"bf16": mx.bfloat16, "f16": mx.float16, "f32": mx.float32}
 
@@ -104,10 +104,14 @@ class MlxBackend(Backend):
     def ops(cls) -> frozenset[str]:
         return frozenset(ops.COMMON)
 
+    @property
+    def keeps_quantized(self) -> bool:
+        return True
+
     def free_memory(self) -> int:
         return streams.free_memory()
 
-    def load_weights(self, weights: Mapping[str, Tensor], progress: Callable[[int], None]) -> None:
+    def load_weights(self, weights: Mapping[str, AnyTensor], progress: Callable[[int], None]) -> None:
         if self.fused_ops:
             self.graph = fuse_graph(self.graph, RULES, RULES)
         function = fuse(inline(self.graph), [FUSED_ADD_RMS_NORM] if self.fused_ops else [])

@@ -6,11 +6,11 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-import numpy as np
 
 from llmrs.backends.linearize import call_params
+from llmrs.backends.mlx.quant_matrix import Matrix, as_array, quant_matrix
 from llmrs.core.ir import Equation, Function, Value, Weight
-from llmrs.quant.tensor import Tensor
+from llmrs.quant.tensor import AnyTensor, QuantTensor
 
 OpsTable = Mapping[str, Callable[..., Callable[..., Any]]]
 
@@ -45,10 +45,10 @@ class Lowering:
 
     ops_table: OpsTable
     dtype: mx.Dtype
-    weights: Mapping[str, Tensor]
+    weights: Mapping[str, AnyTensor]
     progress: Callable[[int], None]
     tied: set[Weight]  # weights with several uses
-    loaded: dict[Weight, mx.array] = field(default_factory=dict)
+    loaded: dict[Weight, Matrix] = field(default_factory=dict)
 
     def program(self, function: Function) -> Program:
         numbers = {v.name: n for n, v in enumerate(function.inputs)}
@@ -64,25 +64,23 @@ class Lowering:
         run = self.ops_table[e.op](*weights, **call_params(e))
         return Call(run, take, first if count == 1 else slice(first, first + count))
 
-    def _array(self, weight: Weight) -> mx.array:
+    def _array(self, weight: Weight) -> Matrix:
         if weight in self.loaded:
             return self.loaded[weight]
         tensors = [self.weights[s.tensor] for s in weight.segments]
+        quantized = any(isinstance(t, QuantTensor) for t in tensors)
+        matrix = quant_matrix(tensors, self.dtype) if quantized else self._dense(tensors)
+        mx.clear_cache()  # MLX would keep the freed parts
+        self.progress(sum(t.nbytes for t in tensors))
+        if weight in self.tied:
+            self.loaded[weight] = matrix
+        return matrix
+
+    def _dense(self, tensors: Sequence[AnyTensor]) -> mx.array:
         parts = []
-        for tensor in tensors:
+        for tensor in (t for t in tensors if not isinstance(t, QuantTensor)):
             parts.append(as_array(tensor).astype(self.dtype))
             mx.eval(parts[-1])  # frees the copy of the file's bytes before the next one is made
         array = parts[0] if len(parts) == 1 else mx.concatenate(parts)
         mx.eval(array)
-        parts.clear()
-        mx.clear_cache()  # MLX would keep the freed parts
-        self.progress(sum(t.nbytes for t in tensors))
-        if weight in self.tied:
-            self.loaded[weight] = array
         return array
-
-
-def as_array(tensor: Tensor) -> mx.array:
-    """A copy of the file's bytes, in the file's type."""
-    array = mx.array(np.ascontiguousarray(tensor.data))
-    return array.view(mx.bfloat16) if tensor.format == "bf16" else array

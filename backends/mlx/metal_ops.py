@@ -60,7 +60,7 @@ def attend(kernels: Kernels, *, scale: float, window: int = 0) -> Run:
 
 
 def qkv_rope_write_kv(
-    kernels: Kernels, *weights: Array, split_sizes: list[int], size: int, frequencies: RopeFrequencies, **norm: float
+    kernels: Kernels, *weights: Any, split_sizes: list[int], size: int, frequencies: RopeFrequencies, **norm: float
 ) -> Run:
     """`norm`: eps, and offset if any; none without norms."""
     if size < 16 or size % 2:
@@ -87,7 +87,7 @@ def fused_add_rms_norm(kernels: Kernels, weight: Array, *, eps: float, offset: f
     return lambda c, x, y: elementwise.fused_add_rms_norm(kernels, x, y, weight, eps=eps, offset=offset)
 
 
-def act_and_mul(kernels: Kernels, gelu: bool, *weights: Array, split_sizes: list[int]) -> Run:
+def act_and_mul(kernels: Kernels, gelu: bool, *weights: Any, split_sizes: list[int]) -> Run:
     project = ops.linear(*weights, fast=True)
     return lambda c, x: elementwise.act_and_mul(kernels, project(c, x), gelu=gelu)
 

@@ -13,17 +13,22 @@ import numpy as np
 
 from llmrs.backends.mlx import attention
 from llmrs.backends.mlx.attention import KV, Context
+from llmrs.backends.mlx.quant_matrix import Matrix, QuantMatrix
 from llmrs.core.ir import RopeFrequencies
 
 Array = mx.array
 Run = Callable[..., Any]
 
 
-def embed(table: Array) -> Run:
+def embed(table: Matrix) -> Run:
+    if isinstance(table, QuantMatrix):
+        return lambda c, tokens: table.gather(tokens)
     return lambda c, tokens: table[tokens]
 
 
-def linear(weight: Array, bias: Array | None = None, *, fast: bool = False) -> Run:
+def linear(weight: Matrix, bias: Array | None = None, *, fast: bool = False) -> Run:
+    if isinstance(weight, QuantMatrix):
+        return lambda c, x: weight.linear(x) if bias is None else weight.linear(x) + bias
     w = weight.T  # (K, N)
     if weight.dtype == mx.float32 and not fast:
         w = mx.contiguous(w)  # MLX's CPU GEMM takes twice as long on a view
@@ -33,7 +38,7 @@ def linear(weight: Array, bias: Array | None = None, *, fast: bool = False) -> R
     return lambda c, x: mx.addmm(bias, x, w)
 
 
-def merged_linear(*weights: Array, split_sizes: list[int], fast: bool = False) -> Run:
+def merged_linear(*weights: Any, split_sizes: list[int], fast: bool = False) -> Run:
     run, offsets = linear(*weights, fast=fast), list(accumulate(split_sizes))[:-1]
     return lambda c, x: mx.split(run(c, x), offsets, axis=-1)
 
@@ -123,23 +128,31 @@ def gelu_and_mul() -> Run:
     return run
 
 
-def moe(router: Array, *stacks: Array, top_k: int, norm_topk_prob: bool) -> Run:
+def moe(router: Matrix, *stacks: Matrix, top_k: int, norm_topk_prob: bool) -> Run:
     """Gathered GEMMs over each token's top_k experts."""
-    count, router = router.shape[0], router.T
-    gate, up, down = (w.reshape(count, -1, w.shape[1]).swapaxes(1, 2) for w in stacks)  # (E, K, N)
+    count, route = router.shape[0], linear(router, fast=True)
+    gate, up, down = (_gather_matmul(w, count) for w in stacks)
 
     def run(c: Context, x: Array) -> Array:
-        p = mx.softmax((x @ router).astype(mx.float32), axis=-1)
+        p = mx.softmax(route(c, x).astype(mx.float32), axis=-1)
         chosen = mx.argsort(-p, axis=-1)[:, :top_k]
         weights = mx.take_along_axis(p, chosen, axis=-1)
         if norm_topk_prob:
             weights = weights / weights.sum(axis=-1, keepdims=True)
         rows = mx.expand_dims(x, (1, 2))  # (T, 1, 1, D)
-        g, u = (mx.gather_mm(rows, w, rhs_indices=chosen) for w in (gate, up))  # (T, top_k, 1, I)
-        y = mx.gather_mm(_silu_and_mul(c, g, u), down, rhs_indices=chosen)[:, :, 0]
+        g, u = gate(rows, chosen), up(rows, chosen)  # (T, top_k, 1, I)
+        y = down(_silu_and_mul(c, g, u), chosen)[:, :, 0]
         return (y * weights[..., None].astype(x.dtype)).sum(axis=1)
 
     return run
+
+
+def _gather_matmul(stack: Matrix, count: int) -> Callable[[Array, Array], Array]:
+    """x (T, 1 or k, 1, K), experts (T, k) -> x w[expert]^T (T, k, 1, N), of `count` experts (count * N, K)."""
+    if isinstance(stack, QuantMatrix):
+        return lambda x, experts: stack.gather_matmul(x, count, experts)
+    w = mx.unflatten(stack, 0, (count, -1)).swapaxes(1, 2)  # (E, K, N)
+    return lambda x, experts: mx.gather_mm(x, w, rhs_indices=experts)
 
 
 def add() -> Run:
@@ -150,9 +163,9 @@ def gather_logits_rows() -> Run:
     return lambda c, x: x if c.is_decode_only else x[c.array("logits_indices")]
 
 
-def lm_head(weight: Array) -> Run:
-    w = weight.T
-    return lambda c, x: (x @ w).astype(mx.float32)
+def lm_head(weight: Matrix) -> Run:
+    run = linear(weight, fast=True)
+    return lambda c, x: run(c, x).astype(mx.float32)
 
 
 # Fused ops: fewer calls per layer, the same arithmetic as their definitions.
@@ -180,13 +193,13 @@ def rope_write_kv(*norm_weights: Array, frequencies: RopeFrequencies, **norm: An
     return run
 
 
-def gated_linear(activation: Callable[[], Run], *weights: Array, split_sizes: list[int], fast: bool = False) -> Run:
+def gated_linear(activation: Callable[[], Run], *weights: Any, split_sizes: list[int], fast: bool = False) -> Run:
     merged, act_and_mul = merged_linear(*weights, split_sizes=split_sizes, fast=fast), activation()
     return lambda c, x: act_and_mul(c, *merged(c, x))
 
 
 def qkv_rope_write_kv(
-    *weights: Array, split_sizes: list[int], size: int, frequencies: RopeFrequencies,
+    *weights: Any, split_sizes: list[int], size: int, frequencies: RopeFrequencies,
     eps: float | None = None, offset: float = 0.0, fast: bool = False,
 ) -> Run:  # fmt: skip
     """With `eps` queries and keys are normalized, at once: the last two weights are their norms'."""

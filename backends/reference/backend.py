@@ -15,7 +15,7 @@ from llmrs.backends.reference.sampling import apply_penalties, logprobs, sample
 from llmrs.core.batch import Batch, NewRequest
 from llmrs.core.ir import Equation, Function, Value, at_layer
 from llmrs.core.sampling import Logprobs
-from llmrs.quant.tensor import Tensor
+from llmrs.quant.tensor import AnyTensor
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class ReferenceBackend(Backend):
     def free_memory(self) -> int:
         return free_host_memory()
 
-    def load_weights(self, weights: Mapping[str, Tensor], progress: Callable[[int], None]) -> None:
+    def load_weights(self, weights: Mapping[str, AnyTensor], progress: Callable[[int], None]) -> None:
         for segment in (s for w in self.graph.weights() for s in w.segments):
             if segment.tensor not in self.weights:
                 self.weights[segment.tensor] = weights[segment.tensor].float32()

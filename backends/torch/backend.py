@@ -31,7 +31,7 @@ from llmrs.backends.torch.workspace import activation_bytes, workspace_bytes
 from llmrs.core.batch import Batch
 from llmrs.core.errors import BackendError, ConfigError, MemoryLimitError
 from llmrs.core.ir import Graph
-from llmrs.quant.tensor import Tensor
+from llmrs.quant.tensor import AnyTensor
 
 if TYPE_CHECKING:  # Triton is not installed on every system
     from llmrs.backends.torch.model_runner import GPUModelRunner
@@ -122,6 +122,11 @@ class TorchBackend(Backend):
                 f"{option}: f16 or f32; or kernels: plain, where torch emulates bf16, slowly",
             )
 
+    @property
+    def keeps_quantized(self) -> bool:
+        """On a CPU packed dense weights are faster; with kernels a CPU stands for a GPU."""
+        return self.torch_device.type != "cpu" or self.runner is not None
+
     @classmethod
     def devices(cls) -> list[str]:
         return [f"cuda:{n}" for n in range(torch.cuda.device_count())] + ["cpu"]
@@ -139,11 +144,14 @@ class TorchBackend(Backend):
         itemsize = self.torch_dtype.itemsize
         return workspace_bytes(graph, max_num_seqs, activation_bytes(graph, max_num_batched_tokens, itemsize), itemsize)
 
-    def load_weights(self, weights: Mapping[str, Tensor], progress: Callable[[int], None]) -> None:
+    def load_weights(self, weights: Mapping[str, AnyTensor], progress: Callable[[int], None]) -> None:
         function = inline(self.graph)
         tied, ops_table = tied_weights(function), self.ops_table
         device, dtype = self.torch_device, self.torch_dtype
-        lowering = Lowering(ops_table, self.bind, device, dtype, weights, progress, tied, self.make_linear)
+        lowering = Lowering(
+            ops_table, self.bind, device, dtype, weights, progress, tied, self.make_linear,
+            keep_quantized=self.keeps_quantized,
+        )  # fmt: skip
         if self.runner:
             functions = program_functions(hoist_logits_gather(function), self.can_fuse_norm)
             self.programs = Programs(*map(lowering.program, functions))

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 from llmrs.backends.base import bench
+from llmrs.backends.torch.quant_matrix import Matrix, QuantMatrix
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
 
@@ -34,8 +35,10 @@ class Forms(NamedTuple):
     plain_max_m: int
 
 
-def make_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
+def make_linear(weight: Matrix, bias: torch.Tensor | None = None) -> Linear:
     """A function of x (n, K) for weight (N, K) and bias (N,) or None, all of one dtype on one device."""
+    if isinstance(weight, QuantMatrix):
+        return weight.linear if bias is None else lambda x: weight.linear(x) + bias
     if weight.device.type != "cpu" or weight.dtype == torch.float32:
         return lambda x: torch.nn.functional.linear(x, weight, bias)
     forms = measured(weight.dtype, torch.get_num_threads())

@@ -8,8 +8,9 @@ import torch
 from llmrs.backends.linearize import call_params
 from llmrs.backends.torch.cpu_linear import Linear, make_linear
 from llmrs.backends.torch.program import Call, Program
+from llmrs.backends.torch.quant_matrix import Matrix, QuantMatrix, quant_matrix, to_dense
 from llmrs.core.ir import Equation, Function, Value, Weight
-from llmrs.quant.tensor import Tensor
+from llmrs.quant.tensor import AnyTensor, QuantTensor
 
 Bind = Callable[["Lowering", Equation], Any]  # gives what an op takes for its weights
 
@@ -19,12 +20,16 @@ class Lowering:
 
     def __init__(
         self, ops: Mapping[str, Callable[..., Any]], bind: Mapping[str, Bind], device: torch.device, dtype: torch.dtype,
-        weights: Mapping[str, Tensor], progress: Callable[[int], None], tied: Collection[Weight] = (),
-        make_linear: Callable[..., Linear] = make_linear,
+        weights: Mapping[str, AnyTensor], progress: Callable[[int], None], tied: Collection[Weight] = (),
+        make_linear: Callable[..., Linear] = make_linear, *, keep_quantized: bool = False,
     ) -> None:  # fmt: skip
-        """`bind`: for ops whose weights are not those of a linear map. `tied`: matrices with several uses."""
+        """`bind`: for ops whose weights are not those of a linear map. `tied`: matrices with several uses.
+
+        `keep_quantized`: quantized matrices stay so in memory; else they are unpacked here.
+        """
         self.ops, self.bind, self.device, self.dtype = ops, bind, device, dtype
         self.weights, self.progress, self.tied, self.make_linear = weights, progress, set(tied), make_linear
+        self.keep_quantized = keep_quantized
         self.bound: dict[Hashable, Any] = {}  # by ids of weights, which the functions share and keep alive
         self.functions: list[Function] = []
         self.size = 0  # bytes of the weights
@@ -52,35 +57,38 @@ class Lowering:
 
     def linear(self, *weights: Weight) -> Linear:
         """y = x w^T (+ bias)."""
-        made: Linear = self._once(tuple(map(id, weights)), lambda: self.make_linear(*map(self.tensor, weights)))
+        made: Linear = self._once(tuple(map(id, weights)), lambda: self.make_linear(*map(self.matrix, weights)))
         return made
 
-    def tensor(self, weight: Weight) -> torch.Tensor:
+    def matrix(self, weight: Weight) -> Matrix:
         """A weight on the device. Kept for vectors and tied matrices only: a packed copy may take another's place."""
         if weight.columns and weight not in self.tied:
             return self._load(weight)
-        tensor: torch.Tensor = self._once(weight, lambda: self._load(weight))
-        return tensor
+        matrix: Matrix = self._once(weight, lambda: self._load(weight))
+        return matrix
+
+    def tensor(self, weight: Weight) -> torch.Tensor:
+        """A vector, or a matrix that no op takes quantized, as values."""
+        matrix = self.matrix(weight)
+        return matrix.dense() if isinstance(matrix, QuantMatrix) else matrix
 
     def _once(self, key: Hashable, make: Callable[[], Any]) -> Any:
         if key not in self.bound:
             self.bound[key] = make()
         return self.bound[key]
 
-    def _load(self, weight: Weight) -> torch.Tensor:
+    def _load(self, weight: Weight) -> Matrix:
         tensors = [self.weights[s.tensor] for s in weight.segments]
-        segments = [torch_view(t).to(self.device, self.dtype) for t in tensors]
-        tensor = segments[0] if len(segments) == 1 else torch.cat(segments)
+        matrix: Matrix
+        if self.keep_quantized and any(isinstance(t, QuantTensor) for t in tensors):
+            matrix = quant_matrix(tensors, self.device, self.dtype)
+        else:
+            segments = [to_dense(t, self.device, self.dtype) for t in tensors]
+            matrix = segments[0] if len(segments) == 1 else torch.cat(segments)
         self.progress(sum(t.nbytes for t in tensors))
-        self.size += tensor.nbytes
-        return tensor
+        self.size += matrix.nbytes
+        return matrix
 
 
 def weights_of(e: Equation) -> tuple[Weight, ...]:
     return tuple([o for o in e.inputs if isinstance(o, Weight)])
-
-
-def torch_view(tensor: Tensor) -> torch.Tensor:
-    """The file's own memory as a torch tensor."""
-    data = torch.from_numpy(tensor.data)
-    return data.view(torch.bfloat16) if tensor.format == "bf16" else data

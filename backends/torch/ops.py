@@ -10,9 +10,11 @@ import torch
 from llmrs.backends.torch import sdpa_attention
 from llmrs.backends.torch.cpu_linear import Linear, make_linear
 from llmrs.backends.torch.kv_fp8 import QuantizedKV
-from llmrs.backends.torch.lowering import Bind, Lowering, torch_view, weights_of
+from llmrs.backends.torch.lowering import Bind, Lowering, weights_of
+from llmrs.backends.torch.quant_matrix import QuantMatrix, packed_rows, torch_view
 from llmrs.backends.torch.sdpa_attention import AttnMetadata
 from llmrs.core.ir import Equation, RopeFrequencies, Weight
+from llmrs.quant.tensor import QuantTensor
 
 Tensor = torch.Tensor
 
@@ -180,10 +182,13 @@ def bind_embed(lowering: Lowering, e: Equation) -> Callable[[Tensor], Tensor]:
     """Rows of the table. On the CPU they are read from the file, so that a packed head needs no second copy."""
     (weight,) = weights_of(e)
     if lowering.device.type == "cpu" and len(weight.segments) == 1:
-        rows, dtype = torch_view(lowering.weights[weight.segments[0].tensor]), lowering.dtype
+        stored, dtype = lowering.weights[weight.segments[0].tensor], lowering.dtype
+        if isinstance(stored, QuantTensor):
+            return lambda tokens: packed_rows(stored.rows(tokens.numpy()), lowering.device).unpack(dtype)
+        rows = torch_view(stored)
         return lambda tokens: rows[tokens].to(dtype)
-    table = lowering.tensor(weight)
-    return lambda tokens: table[tokens]
+    table = lowering.matrix(weight)
+    return table.gather if isinstance(table, QuantMatrix) else lambda tokens: table[tokens]
 
 
 def bind_rms_norm(lowering: Lowering, e: Equation) -> Norm:
@@ -205,7 +210,7 @@ def bind_moe(lowering: Lowering, e: Equation) -> Experts:
     router, *stacks = weights_of(e)
     count = router.type.sizes[0]
     split = [
-        [m for s in w.segments for m in lowering.tensor(Weight((s,), w.columns)).split(w.type.sizes[0] // count)]
+        [m for s in w.segments for m in lowering.matrix(Weight((s,), w.columns)).split(w.type.sizes[0] // count)]
         for w in stacks
     ]
     experts = [(make_linear(g), make_linear(u), make_linear(d)) for g, u, d in zip(*split, strict=True)]

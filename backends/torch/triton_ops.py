@@ -19,6 +19,7 @@ from llmrs.backends.torch.kernels.qk_norm_rope_cache import qk_norm_rope_write_k
 from llmrs.backends.torch.kv_fp8 import unpack
 from llmrs.backends.torch.lowering import Bind, Lowering, weights_of
 from llmrs.backends.torch.ops import KV, OPS, bind_moe
+from llmrs.backends.torch.quant_matrix import Matrix, QuantMatrix
 from llmrs.core.ir import Equation, RopeFrequencies, Type
 
 Tensor = torch.Tensor
@@ -55,18 +56,24 @@ class KernelContext:
 
 @dataclass(frozen=True)
 class Linear:
-    """y = x w^T (+ bias), weight (N, K): our GEMV for M = 1, cuBLAS for more."""
+    """y = x w^T (+ bias), weight (N, K): our GEMV for M = 1, cuBLAS for more. Quantized weights are unpacked."""
 
-    weight: Tensor
+    weight: Matrix
     bias: Tensor | None = None
 
     def __call__(self, x: Tensor, *, pdl: bool = False) -> Tensor:
+        if isinstance(self.weight, QuantMatrix):
+            y = self.weight.linear(x)
+            return y if self.bias is None else y + self.bias
         if len(x) == 1:
             return gemm.fused_linear(x, self.weight, self.bias, pdl=pdl)
         return torch.nn.functional.linear(x, self.weight, self.bias)
 
 
-def embed(c: KernelContext, tokens: Tensor, table: Tensor) -> Tensor:
+def embed(c: KernelContext, tokens: Tensor, table: Matrix) -> Tensor:
+    if isinstance(table, QuantMatrix):
+        known = c.last_tokens[(-1 - tokens).clamp(min=0)]
+        return table.gather(torch.where(tokens < 0, known, tokens))
     return embedding.embed(tokens, c.last_tokens, table, pdl=c.pdl)
 
 
@@ -185,7 +192,9 @@ def fused_linear(
     sizes = () if activation or len(split_sizes) < 2 else split_sizes
     weight, bias = matrix.weight, matrix.bias
     reducible = epilogue is not None and bias is None
-    config = gemm.select_gemm(len(x), weight, bool(activation), reducible, c.device.smem_bytes)
+    config = None
+    if isinstance(weight, Tensor):
+        config = gemm.select_gemm(len(x), weight, bool(activation), reducible, c.device.smem_bytes)
     if config and not isinstance(config, TmaConfig):
         norm_weight, how = (prologue.weight, prologue.params) if prologue else (None, {})
         added = residual[0] if residual else None

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llmrs.backends.base import Backend, load_backend, pick_device
-from llmrs.backends.testing import BackendSuite, RandomModel, core_on, prompts, request, run
+from llmrs.backends.testing import FORMS, BackendSuite, Forms, RandomModel, core_on, prompts, request, run
 from llmrs.core.request import Request
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
@@ -48,6 +48,11 @@ class TestKernels(Kernels):
     @pytest.fixture(params=["llama", "mistral", "qwen3"])
     def model(self, request: pytest.FixtureRequest) -> RandomModel:
         return RandomModel.of(request.param, num_hidden_layers=2)
+
+    @pytest.mark.parametrize("forms", FORMS[:2])
+    def test_quantized_weights(self, forms: Forms) -> None:
+        """Torch alone unpacks them: other forms differ in nothing here."""
+        super().test_quantized_weights(forms)
 
     def test_short_outputs_do_not_depend_on_batching(self) -> None:
         """Batched, with chunked prefill, preempted."""
