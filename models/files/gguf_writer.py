@@ -4,10 +4,11 @@
 """
 
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -35,27 +36,42 @@ class GgufTensor:
         return self.type.nbytes(self.shape)
 
 
-Chunks = Iterable[np.ndarray]
+class GgufFile:
+    """A file that is being written. Tensors may come in any order, and in pieces."""
+
+    def __init__(self, file: BinaryIO, metadata: Mapping[str, Value], tensors: Sequence[GgufTensor]) -> None:
+        self.file, self.left = file, {t.name: t.nbytes for t in tensors}  # bytes that are not written yet
+        header, self.begins = _header(metadata, tensors), dict[str, int]()
+        self.size = len(header)
+        for t in tensors:
+            self.begins[t.name] = self.size
+            self.size += _padded(t.nbytes)
+        file.write(header)
+        file.truncate(self.size)
+
+    def write(self, name: str, data: np.ndarray, at: int = 0) -> int:
+        """Bytes of a tensor, from the byte `at`; returns the end of them."""
+        flat = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+        self.file.seek(self.begins[name] + at)
+        self.file.write(flat.data)
+        self.left[name] -= flat.nbytes
+        return at + flat.nbytes
 
 
-def write_gguf(
-    path: Path, metadata: Mapping[str, Value], tensors: Sequence[GgufTensor], data: Callable[[GgufTensor], Chunks],
-    *, force: bool = False,
-) -> int:  # fmt: skip
-    """Writes a file and returns its size. `data` gives a tensor's bytes, piece by piece, when it is its turn.
+@contextmanager
+def open_gguf(
+    path: Path, metadata: Mapping[str, Value], tensors: Sequence[GgufTensor], *, force: bool = False
+) -> Iterator[GgufFile]:
+    """A file that replaces `path` at the end of the block; errors are those of `new_file`.
 
     Integers become u32, or i32, i64, u64 where they do not fit, lists of them i32; floats f32.
-    The file replaces `path` once it is complete; errors are those of `new_file`.
     """
-    header = _header(metadata, tensors)
-    size = len(header) + sum(_padded(t.nbytes) for t in tensors)
+    size = len(_header(metadata, tensors)) + sum(_padded(t.nbytes) for t in tensors)
     with new_file(path, size, force=force) as file:
-        file.write(header)
-        for t in tensors:
-            written = sum(file.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8)) for piece in data(t))
-            assert written == t.nbytes, f"{t.name}: {written} bytes instead of {t.nbytes}"
-            file.write(bytes(_padded(written) - written))
-    return size
+        written = GgufFile(file, metadata, tensors)
+        yield written
+        missing = [name for name, left in written.left.items() if left]
+        assert not missing, f"not written in full: {missing[:3]}"
 
 
 def _header(metadata: Mapping[str, Value], tensors: Sequence[GgufTensor]) -> bytes:

@@ -9,7 +9,7 @@ from llmrs.core.errors import ModelError
 from llmrs.models.arch.config import parse
 from llmrs.models.arch.families import family
 from llmrs.models.arch.gguf_export import export_tensors, exported, metadata_of
-from llmrs.models.files.gguf_writer import GgufTensor, write_gguf
+from llmrs.models.files.gguf_writer import GgufTensor, open_gguf
 from llmrs.quant.ggml import TYPES
 from llmrs.random_model import MODELS, SHAPE, RandomModel, prefill_batch, prompts
 
@@ -39,11 +39,12 @@ def config_of(name, changes):
 def write(path, c, model):
     """In float32, without a tokenizer."""
     tensors = {t.name: t for t in export_tensors(c, model.graph)}
-    write_gguf(
-        path, {**metadata_of(c), "tokenizer.ggml.model": "none"},
-        [GgufTensor(t.name, TYPES["f32"], t.shape) for t in tensors.values()],
-        lambda t: (part.float32() for part in exported(c, model.weights, tensors[t.name])),
-    )  # fmt: skip
+    entries = [GgufTensor(t.name, TYPES["f32"], t.shape) for t in tensors.values()]
+    with open_gguf(path, {**metadata_of(c), "tokenizer.ggml.model": "none"}, entries) as file:
+        for t in tensors.values():
+            at = 0
+            for part in exported(c, model.weights, t):
+                at = file.write(t.name, part.float32(), at)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrs.core.errors import ConfigError, ModelError
-from llmrs.models.files.gguf_writer import GgufTensor, write_gguf
+from llmrs.models.files.gguf_writer import GgufTensor, open_gguf
 from llmrs.models.files.output import new_folder
 from llmrs.quant.ggml import TYPES
 
@@ -31,8 +31,13 @@ METADATA = {
 }  # fmt: skip
 
 
-def write(path, data=DATA, **more):
-    return write_gguf(path, METADATA, TENSORS, lambda t: data[t.name], **more)
+def write(path, data=DATA, metadata=METADATA, tensors=TENSORS, **more):
+    with open_gguf(path, metadata, tensors, **more) as file:
+        for t in reversed(tensors):
+            at = 0
+            for piece in data[t.name]:
+                at = file.write(t.name, piece, at)
+    return file.size
 
 
 def test_the_gguf_package_reads_it(tmp_path):
@@ -61,7 +66,7 @@ def test_the_gguf_package_reads_it(tmp_path):
 def test_every_value_comes_back(tmp_path_factory, metadata):
     path = tmp_path_factory.getbasetemp() / "values.gguf"
     metadata = {f"k.{key}": value for key, value in metadata.items()}
-    write_gguf(path, metadata, TENSORS[:1], lambda t: DATA[t.name], force=True)
+    write(path, metadata=metadata, tensors=TENSORS[:1], force=True)
     r = gguf.GGUFReader(path)
     assert {key: r.get_field(key).contents() for key in metadata} == metadata
 
@@ -104,11 +109,11 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
 import numpy as np
 from pathlib import Path
 from llmrs.core.errors import ModelError
-from llmrs.models.files.gguf_writer import GgufTensor, write_gguf
+from llmrs.models.files.gguf_writer import GgufTensor, open_gguf
 from llmrs.quant.ggml import TYPES
 try:
-    write_gguf(Path({str(tmp_path / "x.gguf")!r}), {{}}, [GgufTensor("a", TYPES["f32"], (2**16,))],
-               lambda t: [np.zeros(2**16, np.float32)])
+    with open_gguf(Path({str(tmp_path / "x.gguf")!r}), {{}}, [GgufTensor("a", TYPES["f32"], (2**16,))]) as file:
+        file.write("a", np.zeros(2**16, np.float32))
 except ModelError as error:
     print(error)
 """
@@ -121,7 +126,7 @@ def test_free_space_is_checked_first(tmp_path, monkeypatch):
     usage = os.statvfs(tmp_path)
     too_large = GgufTensor("a", TYPES["f32"], (usage.f_bavail * usage.f_frsize,))  # four times the free bytes
     with pytest.raises(ModelError, match=r"needs [\d,]+ bytes on the disk, and [\d,]+ are free"):
-        write_gguf(tmp_path / "x.gguf", {}, [too_large], lambda t: pytest.fail("written"))
+        write(tmp_path / "x.gguf", {}, tensors=[too_large])
     assert not list(tmp_path.iterdir())
 
 
