@@ -96,6 +96,17 @@ class QuantTensor:
         return replace(self, shape=(len(next(iter(arrays.values()))), self.shape[1]), arrays=arrays)
 
 
+def as_planes(xp: Arrays, arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """`Format.convert` where the arrays are the planes of the form."""
+    return dict(arrays)
+
+
+def of_planes(name: str, form: Form, planes: Mapping[str, np.ndarray]) -> QuantTensor:
+    """A quantized matrix from the planes of its form."""
+    rows, groups = planes["scales"].shape
+    return QuantTensor(Format(name, form, as_planes), (rows, groups * form.group), planes)
+
+
 AnyTensor = Tensor | QuantTensor
 
 
