@@ -16,7 +16,7 @@ from llmrs.memory import MemoryPlan, plan_memory
 from llmrs.models.arch.config import ModelConfig
 from llmrs.models.arch.families import family, graph_of, read_config
 from llmrs.models.files.generation import read_generation
-from llmrs.models.files.safetensors import SafetensorsSource
+from llmrs.models.files.quantized import open_weights
 from llmrs.models.files.weights import Weights, untie_stored_head
 from llmrs.models.hub.resolve import resolve_model
 from llmrs.models.text.template import ChatTemplate
@@ -60,7 +60,7 @@ def read_folder(folder: Path) -> Model:
     """Reads and checks config, tokenizer and templates. Raises ModelError."""
     config = read_config(folder)
     if config.tie_word_embeddings:
-        with closing(SafetensorsSource(folder)) as source:  # files with an lm_head untie the embeddings
+        with closing(open_weights(folder)) as source:  # files with an lm_head untie the embeddings
             config = untie_stored_head(config, family(config.architecture).names, source)
     graph = graph_of(config)
     tokenizer = Tokenizer.load(folder)
@@ -122,7 +122,7 @@ def plan(backend: base.Backend, config: EngineConfig, model: Model, device_free:
 
 
 def _load_weights(backend: base.Backend, model: Model, progress: Progress) -> None:
-    source = SafetensorsSource(model.folder)
+    source = open_weights(model.folder)
     names = family(model.config.architecture).names
     weights = Weights(model.graph, names, source, tied=model.config.tie_word_embeddings)
     total = sum(w.nbytes for w in map(weights.__getitem__, weights))

@@ -11,7 +11,7 @@ import numpy as np
 from llmrs.core.errors import ModelError
 from llmrs.core.ir import Graph
 from llmrs.models.arch.config import ModelConfig
-from llmrs.quant.tensor import Tensor, WeightSource
+from llmrs.quant.tensor import AnyTensor, WeightSource
 
 HINT = "do config.json and the weights belong together?"
 IGNORED = re.compile(r"(.*\.)?rotary_emb(_local)?\.inv_freq")  # buffers in old checkpoints
@@ -19,7 +19,7 @@ PREFIX = "model."  # missing in checkpoints of the decoder alone
 COMPARED_ROWS = 4096  # at a time
 
 
-class Weights(Mapping[str, Tensor]):
+class Weights(Mapping[str, AnyTensor]):
     """Canonical name -> tensor, read from the source on access."""
 
     def __init__(self, graph: Graph, names: Mapping[str, str], source: WeightSource, *, tied: bool) -> None:
@@ -41,7 +41,7 @@ class Weights(Mapping[str, Tensor]):
             if (shape := source.shape(name)) != shapes[canonical]:
                 raise ModelError(f"{name} has the shape {shape}; the config asks for {shapes[canonical]}", HINT)
 
-    def __getitem__(self, canonical: str) -> Tensor:
+    def __getitem__(self, canonical: str) -> AnyTensor:
         return self.source.tensor(self.names[canonical])
 
     def __iter__(self) -> Iterator[str]:
@@ -80,13 +80,9 @@ def _stored(source: WeightSource, expected: Iterable[str]) -> dict[str, str]:
     return stored
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
-    def rows(t: Tensor, i: int) -> np.ndarray:
-        data = t.data[i : i + COMPARED_ROWS]
-        return Tensor(t.format, data.shape, data).float32()
-
-    starts = range(0, len(a.data), COMPARED_ROWS)
-    return a.shape == b.shape and all(np.array_equal(rows(a, i), rows(b, i)) for i in starts)
+def _equal(a: AnyTensor, b: AnyTensor) -> bool:
+    parts = [slice(i, i + COMPARED_ROWS) for i in range(0, a.shape[0], COMPARED_ROWS)]
+    return a.shape == b.shape and all(np.array_equal(a.rows(p).float32(), b.rows(p).float32()) for p in parts)
 
 
 def num_parameters(graph: Graph) -> int:
