@@ -79,7 +79,7 @@ def read_importance(path: Path, graph: Graph) -> dict[str, np.ndarray]:
             if values is None:
                 continue
             expert = EXPERT.fullmatch(s.tensor)
-            row = int(s.tensor.split(".")[3]) if expert and len(values) > 1 else 0
+            row = int(expert[1]) if expert and len(values) > 1 else 0
             values = values.reshape(-1, weight.columns[0]) if values.size % weight.columns[0] == 0 else values
             if row >= len(values) or values.shape[1] != weight.columns[0]:
                 problem = f"{path} is of another model: {gguf_name(s.tensor)} has the shape {values.shape}"

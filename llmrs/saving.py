@@ -21,7 +21,7 @@ from llmrs.models.files.json_reader import read_json
 from llmrs.models.files.output import new_folder
 from llmrs.models.files.safetensors import SINGLE
 from llmrs.models.files.safetensors_writer import Infos, SafetensorsFile, open_safetensors, size_of
-from llmrs.models.files.weights import hf_name
+from llmrs.models.files.weights import stored_name
 from llmrs.models.hub.snapshot import SMALL
 from llmrs.models.text.gguf_vocabulary import vocabulary
 from llmrs.quant.ggml import TYPES
@@ -89,11 +89,11 @@ def gguf_metadata(model: Model) -> dict[str, Any]:
 def quantization(scheme: Scheme, model: Model, types: Mapping[str, str | None]) -> dict[str, Any]:
     """The fields of config.json that say how the weights are quantized."""
     names = family(model.config.architecture).names
-    modules = {hf_name(n, names).removesuffix(".weight"): kind for n, kind in types.items() if not n.endswith(".bias")}
+    modules = {stored_name(n, names).removesuffix(".weight"): kind for n, kind in types.items() if not n.endswith(".bias")}
     tied = {"tie_word_embeddings": model.config.tie_word_embeddings}
     if scheme.kind == "fp8":
         shapes = {s.tensor for w in model.graph.weights() if w.columns for s in w.segments}
-        matrices = {hf_name(n, names).removesuffix(".weight") for n in shapes}
+        matrices = {stored_name(n, names).removesuffix(".weight") for n in shapes}
         rest = sorted({n for n in matrices if modules[n] is None} | {names["lm_head"].removesuffix(".weight")})
         method = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [FP8_BLOCK, FP8_BLOCK]}
         return {**tied, "quantization_config": {**method, "modules_to_not_convert": rest}}
@@ -112,7 +112,7 @@ def _infos(model: Model, weights: Mapping[str, AnyTensor], kinds: Mapping[str, s
     experts = model.config.experts.num_experts if model.config.experts else 0
     for canonical, kind in kinds.items():
         dtype = DTYPES[_dense_type(weights[canonical])]
-        for name, (stored, shape) in _parts(hf_name(canonical, names), kind, shapes[canonical], dtype).items():
+        for name, (stored, shape) in _parts(stored_name(canonical, names), kind, shapes[canonical], dtype).items():
             target, is_stack = stacked(name) if _is_mlx(kinds) else (name, False)
             infos[target] = stored, ((experts, *shape) if is_stack else shape)
     return infos
@@ -189,7 +189,7 @@ class FolderSaver:
         if name not in self.left:
             return
         self.left.remove(name)
-        full = hf_name(name, self.names)
+        full = stored_name(name, self.names)
         expert = EXPERT.search(full) if _is_mlx(self.kinds) else None
         for part, data in zip(_parts(full, self.kinds[name], (1, 1), "F32"), self._data(name, tensor), strict=True):
             self.file.write(stacked(part)[0] if expert else part, data, int(expert[1]) * data.nbytes if expert else 0)

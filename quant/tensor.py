@@ -32,8 +32,8 @@ class Tensor:
             raise ModelError(f"unknown format {self.format!r}", f"known are {', '.join(FORMATS)}")
         return NUMPY.float32(self.data, self.format)
 
-    def rows(self, index: slice) -> "Tensor":
-        """Some of its rows, without a copy."""
+    def rows(self, index: slice | np.ndarray) -> "Tensor":
+        """Some of its rows; a slice is not copied."""
         data = self.data[index]
         return Tensor(self.format, data.shape, data)
 

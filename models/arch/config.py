@@ -21,6 +21,7 @@ class Rope:
 
     theta: float
     scaling: Mapping[str, Any]  # rope_type "default": unscaled
+    factors: tuple[float, ...] = ()  # divisors of the frequencies, before scaling
 
 
 @dataclass(frozen=True)

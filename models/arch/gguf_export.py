@@ -3,6 +3,7 @@
 Keys, names and conversions: gguf-py/gguf/constants.py and convert_hf_to_gguf.py of github.com/ggml-org/llama.cpp.
 """
 
+import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -14,21 +15,16 @@ import numpy as np
 from llmrs.core.errors import ModelError
 from llmrs.core.ir import Graph
 from llmrs.models.arch.config import ORIGINAL_CONTEXT, ModelConfig, Rope
+from llmrs.models.arch.gguf import GGUF_FAMILIES, GGUF_NAMES, ROPE_FACTORS
 from llmrs.models.arch.rope import frequencies
-from llmrs.quant.tensor import AnyTensor, QuantTensor, Tensor
+from llmrs.models.files.weights import stored_name
+from llmrs.quant.tensor import AnyTensor, Tensor
 
-ARCHITECTURES = {
-    "LlamaForCausalLM": "llama", "MistralForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3", "Qwen3MoeForCausalLM": "qwen3moe", "Gemma3ForCausalLM": "gemma3",
+ARCHITECTURES = {  # in config.json -> in GGUF files
+    **{f.architecture: name for name, f in GGUF_FAMILIES.items()}, "MistralForCausalLM": "llama",
 }  # fmt: skip
-NAMES = {
-    "embed": "token_embd", "final_norm": "output_norm", "lm_head": "output", "attn_norm": "attn_norm",
-    "mlp_norm": "ffn_norm", "q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output", "q_norm": "attn_q_norm",
-    "k_norm": "attn_k_norm", "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down", "router": "ffn_gate_inp",
-    "attn_out_norm": "post_attention_norm", "mlp_out_norm": "post_ffw_norm",
-}  # fmt: skip
-ROPE_FACTORS = "rope_freqs.weight"
-EXPERT = re.compile(r"(layers\.\d+\.)experts\.\d+\.(\w+)")
+EXPERT = re.compile(r"layers\.\d+\.experts\.(\d+)\.\w+")
+STACK = re.compile(r"_exps\.\d+\.")
 HINT = "quantize to mlx4 or fp8, which are written as folders with a config.json"
 
 
@@ -51,13 +47,15 @@ def metadata_of(c: ModelConfig) -> dict[str, Any]:
         "attention.head_count": c.num_heads, "attention.head_count_kv": c.num_kv_heads,
         "attention.key_length": c.head_dim, "attention.value_length": c.head_dim,
         "attention.layer_norm_rms_epsilon": c.norm_eps, "rope.dimension_count": c.head_dim,
-        "rope.freq_base": c.rope.theta, "vocab_size": c.vocab_size, **_rope_scaling(c.rope),
+        "rope.freq_base": c.rope.theta, "vocab_size": c.vocab_size, **_rope_scaling(c),
     }  # fmt: skip
     if c.experts is not None:
         values |= {
             "expert_count": c.experts.num_experts, "expert_used_count": c.experts.num_experts_per_tok,
             "expert_feed_forward_length": c.experts.intermediate_size,
         }  # fmt: skip
+    if arch == "llama" and _window(c):
+        values["attention.sliding_window"] = _window(c)  # llmrs reads it
     if arch == "gemma3":
         values |= {"attention.sliding_window": _window(c), "attention.sliding_window_pattern": _period(c)}
         values["rope.freq_base_swa"] = c.local_rope.theta
@@ -94,6 +92,8 @@ def _check(c: ModelConfig, arch: str) -> None:
         if 0 < min(filter(None, windows), default=0) < c.max_position_embeddings:
             warnings.warn(f"GGUF files of {arch} have no sliding window: answers are right up to "
                           f"{min(filter(None, windows))} tokens", stacklevel=3)  # fmt: skip
+    if "truncate" in c.rope.scaling and not c.rope.scaling["truncate"]:
+        refuse("rope scaling without truncate")
     if not np.isclose(c.attention_scale, scales[0], rtol=1e-6):
         refuse(f"an attention scale of {c.attention_scale:g}")
     if arch in ("qwen3", "qwen3moe", "gemma3") and (c.attention_bias or c.output_bias):
@@ -104,17 +104,21 @@ def _check(c: ModelConfig, arch: str) -> None:
         refuse("experts in some layers only, or norm_topk_prob: false")
 
 
-def _rope_scaling(rope: Rope) -> dict[str, Any]:
+def _rope_scaling(c: ModelConfig) -> dict[str, Any]:
     """Factors of llama3 are a tensor, and dynamic scaling has no effect within the context."""
-    kind, given = rope.scaling["rope_type"], rope.scaling
+    given = c.rope.scaling
+    kind = given["rope_type"]
     if kind not in ("linear", "yarn"):
         return {}
-    names = {"factor": "factor", ORIGINAL_CONTEXT: "original_context_length"}
+    values = {"type": kind, "factor": float(given.get("factor") or c.max_position_embeddings / given[ORIGINAL_CONTEXT])}
+    if given.get(ORIGINAL_CONTEXT) is not None:
+        values["original_context_length"] = int(given[ORIGINAL_CONTEXT])
     if kind == "yarn":
-        names |= {"beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow"}
-    more = {f"rope.scaling.{key}": given[name] for name, key in names.items() if given.get(name) is not None}
-    floats = {key: float(v) if key != "rope.scaling.original_context_length" else int(v) for key, v in more.items()}
-    return {"rope.scaling.type": kind, **floats}
+        values |= {f"yarn_{key}": float(given[key]) for key in ("beta_fast", "beta_slow") if given.get(key) is not None}
+        usual = 0.1 * math.log(values["factor"]) + 1 if values["factor"] > 1 else 1.0
+        if not math.isclose(temperature := frequencies(c.rope, c).scale / usual, 1):
+            values["attn_factor"] = temperature
+    return {f"rope.scaling.{key}": value for key, value in values.items()}
 
 
 def export_tensors(c: ModelConfig, graph: Graph) -> list[ExportTensor]:
@@ -133,47 +137,40 @@ def export_tensors(c: ModelConfig, graph: Graph) -> list[ExportTensor]:
                 sources = (*old.sources, s.tensor)
                 found[name] = replace(old, sources=sources, shape=(len(sources), *shape))
     tensors = list(found.values())
-    if c.rope.scaling["rope_type"] == "llama3":
+    if c.rope.scaling["rope_type"] == "llama3" or c.rope.factors:
         tensors.append(ExportTensor(ROPE_FACTORS, (), (c.head_dim // 2,)))
     return tensors
 
 
 def gguf_name(canonical: str) -> str:
     """The name in GGUF files; of all experts of a layer together."""
-    stem, bias = (canonical.removesuffix(".bias"), "bias") if canonical.endswith(".bias") else (canonical, "weight")
-    expert = EXPERT.fullmatch(stem)
-    *layer, part = stem.split(".")
-    block = f"blk.{layer[1]}." if layer else ""
-    return f"{block}{NAMES[part]}{'_exps' if expert else ''}.{bias}"
+    return STACK.sub("_exps.", stored_name(canonical, GGUF_NAMES))
 
 
 def exported(c: ModelConfig, weights: Mapping[str, AnyTensor], tensor: ExportTensor) -> Iterator[AnyTensor]:
     """A tensor's parts as the file has them: one after the other for stacked experts."""
     if tensor.name == ROPE_FACTORS:
         yield _rope_factors(c)
-    arch = ARCHITECTURES[c.architecture]
+    changes = GGUF_FAMILIES[ARCHITECTURES[c.architecture]]
     for name in tensor.sources:
         w = weights[name]
         part = name.removesuffix(".bias").rpartition(".")[2]
-        if arch == "llama" and part in ("q", "k"):
-            heads = c.num_heads if part == "q" else c.num_kv_heads
-            w = _select(w, interleaved(w.shape[0], heads))
-        if arch == "gemma3" and name.endswith("norm"):
-            w = Tensor("f32", w.shape, w.float32() + 1)
+        if changes.interleaved_rope and part in ("q", "k"):
+            w = w.rows(interleaved_rows(w.shape[0], c.num_heads if part == "q" else c.num_kv_heads))
+        if changes.norm_offset and name.endswith("norm"):
+            w = Tensor("f32", w.shape, w.float32() + np.float32(changes.norm_offset))
         yield w
 
 
-def interleaved(rows: int, heads: int) -> np.ndarray:
-    """Rows of q or k from rope over halves of a head to rope over pairs: row 2 i + j of a head is j d / 2 + i."""
+def interleaved_rows(rows: int, heads: int) -> np.ndarray:
+    """Rows of q or k for rope over pairs of rows, from those over halves of a head: `half_rows` undoes it."""
     return np.arange(rows).reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
-
-
-def _select(w: AnyTensor, index: np.ndarray) -> AnyTensor:
-    return w.rows(index) if isinstance(w, QuantTensor) else Tensor(w.format, w.shape, w.data[index])
 
 
 def _rope_factors(c: ModelConfig) -> Tensor:
     """Base frequencies over scaled ones, float32 (head_dim / 2,)."""
+    if c.rope.factors:
+        return Tensor("f32", (len(c.rope.factors),), np.float32(c.rope.factors))
     plain = frequencies(Rope(c.rope.theta, {"rope_type": "default"}), c)
     factors = np.float32(np.array(plain.values) / np.array(frequencies(c.rope, c).values))
     return Tensor("f32", factors.shape, factors)
