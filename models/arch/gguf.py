@@ -81,7 +81,7 @@ IGNORED = {
 GEMMA3_LOCAL_BASE, GEMMA3_PERIOD, GEMMA3_27B_LAYERS = 10000.0, 6, 62
 
 
-def gguf_family(path: Path | str, metadata: Mapping[str, Any]) -> tuple[str, GgufFamily]:
+def gguf_family(path: Path, metadata: Mapping[str, Any]) -> tuple[str, GgufFamily]:
     """llama.cpp's name of the architecture, and its family. Raises ModelError for unsupported ones."""
     kind, name = metadata.get("general.type", "model"), metadata.get("general.architecture")
     if kind != "model":

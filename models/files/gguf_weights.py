@@ -4,25 +4,20 @@ Source of the changes: conversion/llama.py and conversion/gemma.py of github.com
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 
 from llmrs.core.errors import ModelError
 from llmrs.models.arch.config import ModelConfig
 from llmrs.models.arch.gguf import ROPE_FACTORS, gguf_family
-from llmrs.quant.tensor import AnyTensor, QuantTensor, Tensor, WeightSource
+from llmrs.models.files.gguf import GGUFSource
+from llmrs.quant.tensor import AnyTensor, QuantTensor, Tensor
 
 STACKED = re.compile(r"(blk\.\d+\.ffn_(?:gate|up|down)_exps)\.weight")
 EXPERT = re.compile(r"(blk\.\d+\.ffn_(?:gate|up|down)_exps)\.(\d+)\.weight")
 ROTATED = re.compile(r"blk\.\d+\.attn_([qk])\.(?:weight|bias)")
-
-
-class GgufFile(WeightSource, Protocol):
-    metadata: Mapping[str, Any]
-
-    def expert(self, name: str, index: int) -> AnyTensor: ...
 
 
 class UnconvertedSource:
@@ -31,15 +26,15 @@ class UnconvertedSource:
     Quantized tensors stay packed: rows are moved only.
     """
 
-    def __init__(self, source: GgufFile, config: ModelConfig, name: str) -> None:
-        """`name`: of the file, in errors. Raises ModelError for stacks of another number of experts."""
+    def __init__(self, source: GGUFSource, config: ModelConfig, path: Path) -> None:
+        """`path`: in errors. Raises ModelError for stacks of another number of experts."""
         self.source, self.config = source, config
-        self.family = gguf_family(name, source.metadata)[1]
+        self.family = gguf_family(path, source.metadata)[1]
         self.num_experts = config.experts.num_experts if config.experts is not None else 0
         for tensor in filter(STACKED.fullmatch, source.names()):
             shape = source.shape(tensor)
             if len(shape) != 3 or shape[0] != self.num_experts:
-                problem = f"{name}: {tensor} has the shape {shape}; the config asks for {self.num_experts} experts"
+                problem = f"{path}: {tensor} has the shape {shape}; the config asks for {self.num_experts} experts"
                 raise ModelError(problem, "is the file complete?")
 
     def names(self) -> Iterable[str]:
