@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 
 from llmrs.backends.reference.backend import ReferenceBackend
-from llmrs.backends.reference.ops import Context, moe, silu_and_mul
+from llmrs.backends.reference.ops import Context, silu_and_mul
 from llmrs.core.errors import ModelError
 from llmrs.core.ir import Equation, Graph, Value, Weight, at_layer
+from llmrs.evaluation import logits
 from llmrs.models.arch.gguf_export import EXPERT, gguf_name
 from llmrs.models.files.imatrix import HINT, Sums, read_imatrix
 from llmrs.quant.tensor import AnyTensor
-from llmrs.steps import prefill
 
 
 class MeasuringBackend(ReferenceBackend):
@@ -22,7 +22,6 @@ class MeasuringBackend(ReferenceBackend):
     def __init__(self) -> None:
         super().__init__("cpu", "f32", "f32")
         self.sums: dict[str, Sums] = {}  # by GGUF name
-        self.experts: dict[str, list[str]] = {}
 
     def _equation(self, e: Equation, values: dict[Value, Any], context: Context, layer: int) -> list[Any]:
         if e.op in ("linear", "moe"):
@@ -31,7 +30,7 @@ class MeasuringBackend(ReferenceBackend):
             if e.op == "linear":
                 self._add(gguf_name(weights[0].segments[0].tensor), x)
             else:
-                self._add_experts(x, weights, e.params)
+                self._add_experts(context, x, weights, e.params["top_k"])
         return super()._equation(e, values, context, layer)
 
     def _add(self, name: str, x: np.ndarray, matrix: int = 0, matrices: int = 1) -> None:
@@ -40,16 +39,15 @@ class MeasuringBackend(ReferenceBackend):
         self.sums[name].squares[matrix] += np.square(x, dtype=np.float64).sum(0)
         self.sums[name].tokens[matrix] += len(x)
 
-    def _add_experts(self, x: np.ndarray, weights: Sequence[Weight], params: Mapping[str, Any]) -> None:
+    def _add_experts(self, context: Context, x: np.ndarray, weights: Sequence[Weight], top_k: int) -> None:
         router, *stacks = (self._weight(w) for w in weights)
         count = len(router)
         names = [gguf_name(w.segments[0].tensor) for w in weights[1:]]
-        chosen = np.argsort(-(x @ router.T), axis=-1, kind="stable")[:, : params["top_k"]]
+        chosen = np.argsort(-(x @ router.T), axis=-1, kind="stable")[:, :top_k]
         gates, ups, _ = (w.reshape(count, -1, w.shape[1]) for w in stacks)
         for e in range(count):
             rows = x[(chosen == e).any(-1)]
-            h = rows @ gates[e].T
-            h = h / (1 + np.exp(-h)) * (rows @ ups[e].T)
+            h = silu_and_mul(context, rows @ gates[e].T, rows @ ups[e].T)
             for name, inputs in zip(names, (rows, rows, h), strict=True):
                 self._add(name, inputs, e, count)
 
@@ -60,12 +58,15 @@ def measure(
 ) -> dict[str, Sums]:  # fmt: skip
     """Sums by GGUF name over chunks of the tokens; the rest of the last one is left out. Raises ModelError."""
     if len(tokens) < chunk:
-        raise ModelError(f"the text has {len(tokens)} tokens, and a chunk {chunk}", "give a longer text, or a lower chunk")
+        raise ModelError(
+            f"the text has {len(tokens)} tokens, and a chunk {chunk}", "give a longer text, or a lower chunk"
+        )
     backend = MeasuringBackend()
     backend.load(graph, weights, lambda done: None)
+    backend.allocate(-(-chunk // backend.block_size), backend.block_size, 1, chunk)
     chunks = len(tokens) // chunk
     for n in range(chunks):
-        prefill(backend, tokens[n * chunk : (n + 1) * chunk], every=False)
+        logits(backend, tokens[n * chunk : (n + 1) * chunk], np.array([chunk - 1]))
         progress(n + 1, chunks)
     return backend.sums
 

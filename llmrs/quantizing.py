@@ -57,8 +57,9 @@ def plan_types(
     """
     shapes = {s.tensor: (s.rows, *w.columns) for w in graph.weights() for s in w.segments}
     types = plan(scheme, shapes, model_shape(config))
-    for name in types if weights is not None else ():
-        kind, stored = types[name], weights[name]
+    for name, kind in types.items() if weights is not None else ():
+        assert weights is not None
+        stored = weights[name]
         if kind is None or not isinstance(stored, QuantTensor):
             continue
         bits = 8 * stored.nbytes / (stored.shape[0] * stored.shape[1])

@@ -7,15 +7,17 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from llmrs.loading import Model
+from llmrs.models import demo
 from llmrs.models.arch.families import family
 from llmrs.models.arch.gguf_export import ExportTensor, export_tensors, exported, metadata_of
+from llmrs.models.files.gguf import GGUFSource
 from llmrs.models.files.gguf_writer import GgufFile, GgufTensor, open_gguf
 from llmrs.models.files.json_reader import read_json
 from llmrs.models.files.output import new_folder
@@ -30,6 +32,8 @@ from llmrs.quant.tensor import AnyTensor, QuantTensor, Tensor
 from llmrs.quantizing import convert
 
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
+DENSE_NAME = re.compile(r"[-.](f32|f16|bf16|q8_0)$", re.IGNORECASE)  # at the end of a file's name
+OF_ONE_FILE = ("split.", "general.alignment", "general.file_type", "quantize.imatrix.")  # keys that are not copied
 DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}  # in safetensors
 FILE_TYPES = {  # llama_ftype of llama.cpp's llama.h; of recipes the nearest
     "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q2_k": 10, "q3_k_s": 11, "q3_k_m": 12,
@@ -69,27 +73,42 @@ def save(
     kinds = {name: types[name] or _dense_type(weights[name]) for name in weights}
     infos = _infos(model, weights, kinds)
     with new_folder(path, size_of(infos), force=force) as folder:
-        config = {**read_json(model.folder / "config.json"), **quantization(scheme, model, types)}
+        config = {**read_json(model.path / "config.json"), **quantization(scheme, model, types)}
         (folder / "config.json").write_text(json.dumps(config, indent=2), "utf-8")
         for name in SMALL:
-            if (model.folder / name).is_file():
+            if (model.path / name).is_file():
                 (folder / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(model.folder / name, folder / name)
+                shutil.copyfile(model.path / name, folder / name)
         with open_safetensors(folder / SINGLE, infos) as file:
             yield FolderSaver(model, kinds, file, size_of(infos))
 
 
+def model_name(path: Path) -> str:
+    """For the names of files that are made of it. `path`: of a `Model`."""
+    if path == demo.FILES:
+        return "demo"
+    if path.is_file():
+        return DENSE_NAME.sub("", path.stem)
+    path = path.resolve()
+    return path.parents[1].name.rpartition("--")[2] if path.parent.name == "snapshots" else path.name
+
+
 def gguf_metadata(model: Model) -> dict[str, Any]:
     """Every key but general.file_type. Raises ModelError for what GGUF files can't express."""
-    general = {"general.type": "model", "general.name": model.folder.name, "general.quantization_version": 2}
-    words = vocabulary(model.folder, model.tokenizer, model.config.vocab_size, model.eos_ids)
+    if model.path.is_file():
+        with closing(GGUFSource(model.path)) as source:
+            return {key: v for key, v in source.metadata.items() if not key.startswith(OF_ONE_FILE)}
+    general = {"general.type": "model", "general.name": model_name(model.path), "general.quantization_version": 2}
+    words = vocabulary(model.path, model.tokenizer, model.config.vocab_size, model.eos_ids)
     return {**metadata_of(model.config), **general, **words}
 
 
 def quantization(scheme: Scheme, model: Model, types: Mapping[str, str | None]) -> dict[str, Any]:
     """The fields of config.json that say how the weights are quantized."""
     names = family(model.config.architecture).names
-    modules = {stored_name(n, names).removesuffix(".weight"): kind for n, kind in types.items() if not n.endswith(".bias")}
+    modules = {
+        stored_name(n, names).removesuffix(".weight"): kind for n, kind in types.items() if not n.endswith(".bias")
+    }
     tied = {"tie_word_embeddings": model.config.tie_word_embeddings}
     if scheme.kind == "fp8":
         shapes = {s.tensor for w in model.graph.weights() if w.columns for s in w.segments}

@@ -170,7 +170,7 @@ def interleaved_rows(rows: int, heads: int) -> np.ndarray:
 def _rope_factors(c: ModelConfig) -> Tensor:
     """Base frequencies over scaled ones, float32 (head_dim / 2,)."""
     if c.rope.factors:
-        return Tensor("f32", (len(c.rope.factors),), np.float32(c.rope.factors))
+        return Tensor("f32", (len(c.rope.factors),), np.array(c.rope.factors, np.float32))
     plain = frequencies(Rope(c.rope.theta, {"rope_type": "default"}), c)
-    factors = np.float32(np.array(plain.values) / np.array(frequencies(c.rope, c).values))
+    factors = np.array(plain.values / np.array(frequencies(c.rope, c).values), np.float32)
     return Tensor("f32", factors.shape, factors)

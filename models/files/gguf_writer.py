@@ -1,6 +1,6 @@
 """Writes GGUF files, version 3, little-endian (layout: docs/gguf.md of github.com/ggml-org/ggml).
 
-    magic, version, number of tensors, number of keys | keys | tensor infos | data, each tensor aligned
+magic, version, number of tensors, number of keys | keys | tensor infos | data, each tensor aligned
 """
 
 import struct
@@ -98,7 +98,7 @@ def _string(text: str) -> bytes:
 def _value(value: Value) -> bytes:
     if isinstance(value, str):
         return struct.pack("<I", STRING) + _string(value)
-    if isinstance(value, list) and value and isinstance(value[0], str):
+    if isinstance(value, list) and isinstance((*value, "")[0], str):  # an empty one is of texts
         return struct.pack("<IIQ", ARRAY, STRING, len(value)) + b"".join(map(_string, value))
     array = _numbers(value)
     kind = SCALARS[array.dtype.str[1:]]

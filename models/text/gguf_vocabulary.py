@@ -14,18 +14,19 @@ import numpy as np
 from llmrs.core.errors import ModelError
 from llmrs.models.files.json_reader import parse_json, short_repr
 from llmrs.models.files.untrusted import read_text
-from llmrs.models.text.gguf_tokenizer import read_tokenizer
+from llmrs.models.text.gguf_tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, gguf_tokenizer
 from llmrs.models.text.pre_tokenizers import GPT2, IGNORE_MERGES, NAMES, SPLITS
 from llmrs.models.text.template_files import DEFAULT, sources
 from llmrs.models.text.tokenizer import MAX_FILE_BYTES, SPACE, Tokenizer
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # token types
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 HINT = "quantize to mlx4 or fp8, which keep tokenizer.json"
 # Texts whose ids must not change: scripts, digits, spaces, punctuation, code, emoji, an apostrophe.
 PROBES = (
-    "Hello, World! It's 3.14159 or 2026, isn't it? I'LL SEE.", "  two  spaces\n\n\tand\r\ntabs \u00a0 ", "x = {'a': [1, 22, 333]}; // ok",
-    "Grüße aus Zürich, ça va? İstanbul ğüşiöç", "Привет, мир. Ελληνικά", "你好，世界！今天是2026年。", "こんにちは、カタカナ 漢字",
+    "Hello, World! It's 3.14159 or 2026, isn't it? I'LL SEE.", "  two  spaces\n\n\tand\r\ntabs \u00a0 ",
+    "x = {'a': [1, 22, 333]}; // ok",
+    "Grüße aus Zürich, ça va? İstanbul ğüşiöç", "Привет, мир. Ελληνικά",
+    "你好，世界！今天是2026年。", "こんにちは、カタカナ 漢字",
     "안녕하세요 세계", "مرحبا بالعالم", "שלום עולם", "नमस्ते दुनिया", "สวัสดีชาวโลก", "👩‍👩‍👧 🇨🇭 ∑√∞ ½ ①", "\u200b\ufeff",
 )  # fmt: skip
 
@@ -44,7 +45,11 @@ def vocabulary(folder: Path, tokenizer: Tokenizer, vocab_size: int, eos_ids: Seq
         spaced = tokenizer.inner.encode("x", add_special_tokens=False).tokens[0].startswith(SPACE)
         values |= {"model": "llama", "scores": scores, "add_space_prefix": spaced}
     else:
-        values |= {"model": "gpt2", "pre": pre_name(path, data), "merges": [" ".join(_pair(m)) for m in model["merges"]]}
+        values |= {
+            "model": "gpt2",
+            "pre": pre_name(path, data),
+            "merges": [" ".join(_pair(m)) for m in model["merges"]],
+        }
     values |= _special(tokenizer, eos_ids)
     found = {f"tokenizer.ggml.{key}": value for key, value in values.items()}
     verify(path, found, tokenizer)
@@ -85,7 +90,10 @@ def _scores(tokens: Sequence[str], merges: Sequence[tuple[str, str]]) -> np.ndar
 def _special(tokenizer: Tokenizer, eos_ids: Sequence[int]) -> dict[str, Any]:
     """Ids of special tokens, and which of them a prompt gets."""
     names = {"bos": "bos", "unk": "unknown", "pad": "padding"}
-    ids = {f"{key}_token_id": tokenizer.token_to_id(tokenizer.special_tokens.get(name) or "") for name, key in names.items()}
+    ids = {
+        f"{key}_token_id": tokenizer.token_to_id(tokenizer.special_tokens.get(name) or "")
+        for name, key in names.items()
+    }
     ids |= dict(zip(("eos_token_id", "eot_token_id", "eom_token_id"), eos_ids, strict=False))
     plain, added = (tokenizer.inner.encode("x", add_special_tokens=flag).ids for flag in (False, True))
     bos, eos = added[:1] != plain[:1], added[-1:] != plain[-1:]
@@ -119,7 +127,7 @@ def _patterns(step: Mapping[str, Any]) -> list[str | None]:
 
 def verify(path: Path, metadata: Mapping[str, Any], tokenizer: Tokenizer) -> None:
     """Raises ModelError where the tokenizer that GGUF readers make of the metadata gives other ids."""
-    made = read_tokenizer(path, metadata)
+    made, _ = gguf_tokenizer(path, metadata)
     for text in PROBES:
         if made.encode(text) != tokenizer.encode(text):
             raise ModelError(f"{path}: GGUF files can't express its tokenizer: {text!r} would get other ids", HINT)

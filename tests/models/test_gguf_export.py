@@ -1,5 +1,7 @@
 """Models written as GGUF give llama.cpp's logits: names, metadata and conversions of every family."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from llama_cpp import logits, require_llama_cpp
@@ -33,7 +35,7 @@ CASES = {
 def config_of(name, changes):
     architecture, fields = MODELS[name]
     data = {**SHAPE, **fields, **changes, "architectures": [architecture]}
-    return parse(name, data, family(architecture).defaults)
+    return parse(Path(name), data, family(architecture).defaults)
 
 
 def write(path, c, model):

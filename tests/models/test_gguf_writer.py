@@ -23,7 +23,11 @@ TENSORS = [
     GgufTensor("b.weight", TYPES["q8_0"], (5, 64)),
     GgufTensor("c.weight", TYPES["f16"], (2, 3, 4)),
 ]
-DATA = {"a.weight": [np.float32([1, 2, 3])], "b.weight": [Q8[:2], Q8[2:]], "c.weight": [np.arange(24, dtype=np.float16)]}
+DATA = {
+    "a.weight": [np.float32([1, 2, 3])],
+    "b.weight": [Q8[:2], Q8[2:]],
+    "c.weight": [np.arange(24, dtype=np.float16)],
+}
 METADATA = {
     "general.architecture": "llama", "u": 7, "i": -7, "large": 2**40, "huge": 2**63, "f": 0.1, "yes": True,
     "tokens": ["a", "ä", ""], "types": [1, -2], "scores": [0.5, 1.5], "flags": [True, False],
@@ -82,7 +86,9 @@ def test_an_existing_file_stays_without_force(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["x.gguf"]
 
 
-@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), ValueError()])
+@pytest.mark.parametrize(
+    "failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), ValueError()]
+)
 def test_nothing_remains_of_a_failed_file(tmp_path, failure):
     path = tmp_path / "x.gguf"
     path.write_bytes(b"mine")
@@ -135,6 +141,12 @@ def test_a_missing_folder_is_named(tmp_path):
         write(tmp_path / "missing" / "x.gguf")
 
 
+def interrupted(path):
+    with new_folder(path, 0, force=True) as folder:
+        (folder / "config.json").write_text("2")
+        raise KeyboardInterrupt
+
+
 def test_a_folder_appears_when_it_is_complete(tmp_path):
     path = tmp_path / "model"
     with new_folder(path, 0) as folder:
@@ -143,9 +155,8 @@ def test_a_folder_appears_when_it_is_complete(tmp_path):
     assert [p.name for p in path.iterdir()] == ["config.json"]
     with pytest.raises(ConfigError, match="exists"), new_folder(path, 0):
         pass
-    with pytest.raises(KeyboardInterrupt), new_folder(path, 0, force=True) as folder:
-        (folder / "config.json").write_text("2")
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(path)
     assert (path / "config.json").read_text() == "1"
     with new_folder(path, 0, force=True) as folder:
         (folder / "config.json").write_text("3")
