@@ -13,6 +13,7 @@ from llmrs.cli.bench import bench
 from llmrs.cli.chat import chat
 from llmrs.cli.graph import graph
 from llmrs.cli.list import list_models
+from llmrs.cli.quantize import measure_imatrix, quantize
 from llmrs.cli.run import run
 from llmrs.cli.signals import INTERRUPTED, termination
 from llmrs.cli.terminal import exit_status
@@ -41,6 +42,8 @@ app.command("chat")(flags.command(chat))
 app.command("graph")(graph)
 app.command("bench")(flags.command(bench, BENCH_SECTIONS))
 app.command("list")(list_models)
+app.command("quantize")(quantize)
+app.command("imatrix")(measure_imatrix)
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -10,9 +10,11 @@ from llmrs.backends.reference.backend import ReferenceBackend
 from llmrs.backends.reference.ops import Context, silu_and_mul
 from llmrs.core.errors import ModelError
 from llmrs.core.ir import Equation, Graph, Value, Weight, at_layer
-from llmrs.evaluation import logits
+from llmrs.evaluation import CHUNK, MAX_BYTES, logits
+from llmrs.loading import Model
 from llmrs.models.arch.gguf_export import EXPERT, gguf_name
 from llmrs.models.files.imatrix import HINT, Sums, read_imatrix
+from llmrs.models.files.untrusted import read_text
 from llmrs.quant.tensor import AnyTensor
 
 
@@ -69,6 +71,11 @@ def measure(
         logits(backend, tokens[n * chunk : (n + 1) * chunk], np.array([chunk - 1]))
         progress(n + 1, chunks)
     return backend.sums
+
+
+def read_text_tokens(path: Path, model: Model) -> tuple[list[int], int]:
+    """A text's tokens, and how many are read at once. Raises ModelError."""
+    return model.tokenizer.encode(read_text(path, MAX_BYTES)), min(CHUNK, model.config.max_position_embeddings)
 
 
 def read_importance(path: Path, graph: Graph) -> dict[str, np.ndarray]:

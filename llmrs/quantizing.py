@@ -17,6 +17,7 @@ from llmrs.quant.tensor import FORMATS, AnyTensor, QuantTensor, Tensor
 Importance = Mapping[str, np.ndarray]  # canonical name -> mean squares of a matrix's inputs, float32 (K,)
 OnTensor = Callable[[str, AnyTensor, AnyTensor], None]  # name, before, after
 CHUNK = 2**24  # weights quantized at once
+SAMPLE = 2**21  # weights of a matrix whose error is measured
 
 
 class QuantizedWeights(Mapping[str, AnyTensor]):
@@ -116,12 +117,9 @@ def bits_of(kind: str) -> float:
     return bits + 32 / group
 
 
-def relative_error(before: AnyTensor, after: AnyTensor) -> float:
-    """Root mean square of the difference over that of the weights."""
-    squares = errors = 0.0
-    step = max(CHUNK // before.shape[-1], 1)
-    for begin in range(0, before.shape[0], step):
-        x, y = (t.rows(slice(begin, begin + step)).float32() for t in (before, after))
-        squares += float(np.square(x, dtype=np.float64).sum())
-        errors += float(np.square(x - y, dtype=np.float64).sum())
-    return (errors / squares) ** 0.5 if squares else 0.0
+def squared_error(before: AnyTensor, after: AnyTensor) -> tuple[float, float]:
+    """Sums over a sample of the rows: of the squares of the weights, and of the differences."""
+    rows, columns = before.shape
+    sample = slice(None, None, -(-rows * columns // SAMPLE))
+    x, y = (t.rows(sample).float32() for t in (before, after))
+    return float(np.square(x, dtype=np.float64).sum()), float(np.square(x - y, dtype=np.float64).sum())
