@@ -32,8 +32,8 @@ class Tensor:
             raise ModelError(f"unknown format {self.format!r}", f"known are {', '.join(FORMATS)}")
         return NUMPY.float32(self.data, self.format)
 
-    def rows(self, index: slice) -> "Tensor":
-        """Some of its rows, without a copy."""
+    def rows(self, index: slice | np.ndarray) -> "Tensor":
+        """Some of its rows; a slice is not copied."""
         data = self.data[index]
         return Tensor(self.format, data.shape, data)
 
@@ -94,6 +94,17 @@ class QuantTensor:
         """Some of its rows; a slice is not copied."""
         arrays = {name: a[index] for name, a in self.arrays.items()}
         return replace(self, shape=(len(next(iter(arrays.values()))), self.shape[1]), arrays=arrays)
+
+
+def as_planes(xp: Arrays, arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """`Format.convert` where the arrays are the planes of the form."""
+    return dict(arrays)
+
+
+def of_planes(name: str, form: Form, planes: Mapping[str, np.ndarray]) -> QuantTensor:
+    """A quantized matrix from the planes of its form."""
+    rows, groups = planes["scales"].shape
+    return QuantTensor(Format(name, form, as_planes), (rows, groups * form.group), planes)
 
 
 AnyTensor = Tensor | QuantTensor

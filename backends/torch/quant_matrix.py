@@ -12,7 +12,7 @@ from llmrs.quant.form import Form, unpack
 from llmrs.quant.tensor import AnyTensor, QuantTensor, Tensor
 
 VIEWS = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32, "i8": torch.int8, "u8": torch.uint8}
-SLICE_WEIGHTS = {"cpu": 2**18, "cuda": 2**24}  # unpacked at once: in the L2 cache; 64 MiB and few launches
+SLICE_WEIGHTS = {"cpu": 2**20, "cuda": 2**23}  # unpacked at once: in the L3 cache; 32 MiB and few launches
 
 
 class TorchArrays:

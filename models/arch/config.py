@@ -7,6 +7,7 @@ from typing import Any
 
 from llmrs.core.errors import ModelError
 from llmrs.models.files.json_reader import MAX_INT, ConfigReader, short_repr
+from llmrs.models.files.quant_config import read_quantization
 
 MAX_LAYERS, MAX_EXPERTS = 1000, 4096
 MAX_EXPERT_WEIGHTS = 2**17  # experts of all layers; today's largest models have a fifth
@@ -20,6 +21,7 @@ class Rope:
 
     theta: float
     scaling: Mapping[str, Any]  # rope_type "default": unscaled
+    factors: tuple[float, ...] = ()  # divisors of the frequencies, before scaling
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("partial_rotary_factor", "logits_scaling", "logit_scale"), (1, 1.0)),
     **dict.fromkeys(("embedding_multiplier", "residual_multiplier"), (1, 1.0)),
 }  # fmt: skip
-QUANTIZED = ("quantization_config", "quantization", "compression_config")  # "quantization" is MLX's
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 SPELLINGS = {"num_local_experts": "num_experts"}  # transformers 5 -> 4
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -133,6 +134,7 @@ def parse(path: Path, data: Mapping[str, Any], defaults: Mapping[str, Any]) -> M
     """
     r = ConfigReader(path, _with_defaults(data, {**DEFAULTS, **defaults}))
     _check_supported(r)
+    read_quantization(path, data)  # refuses what is not supported
     hidden, heads, layers = r.integer("hidden_size"), r.integer("num_attention_heads"), r.integer("num_hidden_layers")
     if layers > MAX_LAYERS:
         raise r.error("num_hidden_layers", f"a whole number from 1 to {MAX_LAYERS}")
@@ -180,12 +182,6 @@ def _with_defaults(data: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict
 
 
 def _check_supported(r: ConfigReader) -> None:
-    for name in QUANTIZED:
-        if (given := r.data.get(name)) is not None:
-            method = (given.get("quant_method") or given.get("mode")) if isinstance(given, dict) else None
-            shown = f"{name} ({method if isinstance(method, str) else 'unknown method'})"
-            hint = "use the checkpoint in bf16, f16 or f32"
-            raise ModelError(f"{r.path}: {shown}: quantized checkpoints are not supported", hint)
     for name, values in UNSUPPORTED.items():
         r.must_be(name, *values)
 

@@ -24,6 +24,8 @@ def frequencies(rope: Rope, c: ModelConfig) -> RopeFrequencies:
 def _scaled(rope: Rope, c: ModelConfig) -> RopeFrequencies:
     values = [rope.theta ** (-2 * i / c.head_dim) for i in range(c.head_dim // 2)]
     kind, label = rope.scaling["rope_type"], f"theta {rope.theta:g}"
+    if rope.factors:
+        values, label = [v / f for v, f in zip(values, rope.factors, strict=True)], f"{label}, factors"
     given = {name: v for name, v in rope.scaling.items() if v is not None or name == "truncate"}  # null: no truncation
     r = ConfigReader("rope scaling", given)
     if kind == "dynamic":  # rescales only beyond the trained context, which is the limit here

@@ -1,5 +1,6 @@
 """generation_config.json: recommended sampling parameters and end-of-sequence tokens."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from llmrs.models.files.untrusted import COMPLETE
 BOUNDS = {
     "temperature": (0.0, 100.0), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0), "top_k": (0, 2**31 - 1),
     "repetition_penalty": (0.01, 100.0),
+}  # fmt: skip
+GGUF_NAMES = {
+    "temperature": "temp", "top_p": "top_p", "min_p": "min_p", "top_k": "top_k", "repetition_penalty": "penalty_repeat",
 }  # fmt: skip
 
 
@@ -42,6 +46,12 @@ def read_generation(folder: Path, vocab_size: int, tokenizer_eos: tuple[int, ...
     sampling = {n: _value(path, data, n) for n in BOUNDS if data.get(n) is not None}
     greedy = data.get("do_sample") is not None and not ConfigReader(path, data).boolean("do_sample")
     return Generation({**sampling, "temperature": 0.0} if greedy else sampling, ids)
+
+
+def gguf_sampling(path: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Recommended sampling values of a GGUF file, under SamplingParams' names. Raises ModelError for invalid ones."""
+    given = {name: metadata.get(f"general.sampling.{key}") for name, key in GGUF_NAMES.items()}
+    return {name: _value(path, given, name) for name, value in given.items() if value is not None}
 
 
 def _eos_ids(path: Path, data: dict[str, Any]) -> tuple[int, ...]:

@@ -24,6 +24,12 @@ from llmrs.quant.tensor import FORMATS, Tensor
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}  # safetensors' name -> ours
 F64 = "F64"  # read as f32
+# Also of quantized weights: safetensors' name -> ours, and how NumPy holds it.
+RAW = {
+    **{name: (ours, FORMATS[ours]) for name, ours in DTYPES.items()},
+    "F8_E4M3": ("e4m3", np.dtype("u1")), "F8_E8M0": ("e8m0", np.dtype("u1")), "U8": ("u8", np.dtype("u1")),
+    "U32": ("u32", np.dtype("<u4")), "I32": ("i32", np.dtype("<i4")), "I64": ("i64", np.dtype("<i8")),
+}  # fmt: skip
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 TRUNCATED = "is the file complete? download it again"
 
@@ -65,6 +71,16 @@ class SafetensorsSource:
             hint = f"use a checkpoint in one of {', '.join((*DTYPES, F64))}"
             raise ModelError(f"{t.file.path.name}: {name} has the type {t.dtype}, which is not supported", hint)
         return Tensor(DTYPES[t.dtype], t.shape, self._view(t, FORMATS[DTYPES[t.dtype]]))
+
+    def format(self, name: str) -> str:
+        """The name of a tensor's dtype in RAW, else safetensors'."""
+        dtype = self.tensors[name].dtype
+        return RAW[dtype][0] if dtype in RAW else dtype
+
+    def raw(self, name: str) -> Tensor:
+        """A view of the file, for every dtype of RAW."""
+        t = self.tensors[name]
+        return Tensor(self.format(name), t.shape, self._view(t, RAW[t.dtype][1]))
 
     def close(self) -> None:
         """Drops the files. A file stays mapped while a view of it is in use."""

@@ -11,7 +11,7 @@ import numpy as np
 from llmrs.core.errors import ModelError
 from llmrs.core.ir import Graph
 from llmrs.models.arch.config import ModelConfig
-from llmrs.quant.tensor import Tensor, WeightSource
+from llmrs.quant.tensor import AnyTensor, QuantTensor, WeightSource
 
 HINT = "do config.json and the weights belong together?"
 IGNORED = re.compile(r"(.*\.)?rotary_emb(_local)?\.inv_freq")  # buffers in old checkpoints
@@ -19,14 +19,14 @@ PREFIX = "model."  # missing in checkpoints of the decoder alone
 COMPARED_ROWS = 4096  # at a time
 
 
-class Weights(Mapping[str, Tensor]):
+class Weights(Mapping[str, AnyTensor]):
     """Canonical name -> tensor, read from the source on access."""
 
     def __init__(self, graph: Graph, names: Mapping[str, str], source: WeightSource, *, tied: bool) -> None:
         """Raises ModelError that names missing and unexpected tensors, and wrong shapes."""
         self.source = source
         shapes = {s.tensor: (s.rows, *w.columns) for w in graph.weights() for s in w.segments}
-        expected = {canonical: hf_name(canonical, names) for canonical in shapes}
+        expected = {canonical: stored_name(canonical, names) for canonical in shapes}
         stored = _stored(source, {*expected.values(), names["lm_head"]})
         head = stored.pop(names["lm_head"], None) if tied else None
         if tied and head is not None:  # the tied matrix may be stored under either name
@@ -41,8 +41,13 @@ class Weights(Mapping[str, Tensor]):
             if (shape := source.shape(name)) != shapes[canonical]:
                 raise ModelError(f"{name} has the shape {shape}; the config asks for {shapes[canonical]}", HINT)
 
-    def __getitem__(self, canonical: str) -> Tensor:
-        return self.source.tensor(self.names[canonical])
+    def __getitem__(self, canonical: str) -> AnyTensor:
+        """Raises ModelError for unsupported types, such as a quantized vector."""
+        name = self.names[canonical]
+        tensor, shape = self.source.tensor(name), self.source.shape(name)
+        if len(shape) == 1 and isinstance(tensor, QuantTensor):
+            raise ModelError(f"{name} is quantized to {tensor.format}; norms and biases must be f32, f16 or bf16", HINT)
+        return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -80,13 +85,9 @@ def _stored(source: WeightSource, expected: Iterable[str]) -> dict[str, str]:
     return stored
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
-    def rows(t: Tensor, i: int) -> np.ndarray:
-        data = t.data[i : i + COMPARED_ROWS]
-        return Tensor(t.format, data.shape, data).float32()
-
-    starts = range(0, len(a.data), COMPARED_ROWS)
-    return a.shape == b.shape and all(np.array_equal(rows(a, i), rows(b, i)) for i in starts)
+def _equal(a: AnyTensor, b: AnyTensor) -> bool:
+    parts = [slice(i, i + COMPARED_ROWS) for i in range(0, a.shape[0], COMPARED_ROWS)]
+    return a.shape == b.shape and all(np.array_equal(a.rows(p).float32(), b.rows(p).float32()) for p in parts)
 
 
 def num_parameters(graph: Graph) -> int:
@@ -94,8 +95,8 @@ def num_parameters(graph: Graph) -> int:
     return sum(math.prod(w.type.sizes) for w in set(graph.weights()))
 
 
-def hf_name(canonical: str, names: Mapping[str, str]) -> str:
-    """The Hugging Face name of a weight. The first number in a name is the layer, the second the expert."""
+def stored_name(canonical: str, names: Mapping[str, str]) -> str:
+    """The name of a weight in checkpoints. The first number in a name is the layer, the second the expert."""
     numbers = dict(zip(("{i}", "{e}"), re.findall(r"\d+", canonical), strict=False))
     for placeholder, number in numbers.items():
         canonical = canonical.replace(f".{number}.", f".{placeholder}.", 1)

@@ -14,7 +14,7 @@ def resolve_model(
     name: str, revision: str | None = None, *, offline: bool = False, weights: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:  # fmt: skip
-    """The folder of a model. Missing files of a Hugging Face id are downloaded, without `weights` only config.json.
+    """The folder or GGUF file of a model. Downloads missing files of a Hub id; without `weights` config.json only.
 
     `progress` receives bytes done and total bytes. Raises ModelError.
     """
@@ -28,8 +28,10 @@ def resolve_model(
 
 
 def _folder(name: str, path: Path) -> Path:
-    if path.suffix == ".gguf" or (path.is_dir() and not (path / "config.json").exists() and any(path.glob("*.gguf"))):
-        raise ModelError(f"{name}: GGUF files can't be read yet", "use a folder with safetensors files")
+    if path.suffix == ".gguf" and path.is_file():
+        return path
+    if path.is_dir() and not (path / "config.json").exists() and (files := sorted(path.glob("*.gguf"))):
+        raise ModelError(f"{name} is a folder of GGUF files", f"give one of them, such as {files[0]}")
     if path.is_file():
         raise ModelError(f"{name} is a file", f"give the folder that holds it: {path.parent}")
     if not path.is_dir():

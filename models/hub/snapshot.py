@@ -11,6 +11,7 @@ from pathlib import Path
 
 from llmrs.core.errors import ModelError
 from llmrs.models.arch.families import read_config
+from llmrs.models.files.quant_config import MODELOPT_FILE
 from llmrs.models.files.safetensors import INDEX, SINGLE, read_index
 from llmrs.models.hub.download import AGAIN, TIMEOUT, RemoteFile, bytes_missing, fetch
 from llmrs.models.hub.errors import DISK_HINT, explained
@@ -46,7 +47,7 @@ def resolve_snapshot(name: str, revision: str | None, *, offline: bool, weights:
         return _cached(name, repository, revision, weights)
     with explained(name, revision, constants.ENDPOINT):
         download = Download(name, revision, repository, constants.ENDPOINT)
-        download.get([CONFIG])
+        download.get([n for n in (CONFIG, MODELOPT_FILE) if n in download.files])
         read_config(download.snapshot)  # refuses unsupported models before the download
         if weights:
             download.get([CONFIG, *(n for n in SMALL if n in download.files), *download.weights()], progress)

@@ -86,7 +86,13 @@ class ChatTemplate:
 
         A template that fails is returned as its error, so that the model can be used without chat.
         """
-        templates = sources(folder)
+        return cls.of(sources(folder), special_tokens)
+
+    @classmethod
+    def of(
+        cls, templates: Mapping[str, tuple[Any, Path]], special_tokens: Mapping[str, str | None]
+    ) -> "ChatTemplate | ModelError | None":
+        """`load` of templates by name, each with the file that it is from."""
         template = cls._compile(*templates[DEFAULT], special_tokens) if DEFAULT in templates else None
         if isinstance(template, ChatTemplate) and TOOL_USE in templates:
             template.for_tools = cls._compile(*templates[TOOL_USE], special_tokens, tools=[TOOL])

@@ -147,7 +147,7 @@ class _Pieces(dict[int, str | bytes]):
 
 
 def _parse(path: Path) -> tokenizers.Tokenizer:
-    """Reads and tries a tokenizer. Raises ModelError for huge ids, and for errors and panics of the library."""
+    """Raises ModelError for huge ids, and for what `parse_tokenizer` refuses."""
     text = read_text(path, MAX_FILE_BYTES)
     data = parse_json(text, path)
     model = data.get("model") if isinstance(data, dict) else None
@@ -156,6 +156,11 @@ def _parse(path: Path) -> tokenizers.Tokenizer:
         if type(number) is not int or not 0 <= number < MAX_VOCAB_SIZE:  # tables are allocated up to the largest
             allowed = f"ids are 0 to {MAX_VOCAB_SIZE - 1}"
             raise ModelError(f"{path}: the id of {word[:50]!r} is {short_repr(number)}; {allowed}", HINT)
+    return parse_tokenizer(text, path)
+
+
+def parse_tokenizer(text: str, path: Path) -> tokenizers.Tokenizer:
+    """Reads and tries the text of a tokenizer.json. Raises ModelError for errors and panics of the library."""
     try:
         inner = tokenizers.Tokenizer.from_str(text)
         inner.encode("Hi", add_special_tokens=True)

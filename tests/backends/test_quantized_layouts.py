@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 import torch
 
+from llmrs.backends.base import load_backend
 from llmrs.backends.mlx import quant_matrix as mlx_matrix
 from llmrs.backends.torch import quant_matrix as torch_matrix
 from llmrs.quant.ggml import GGML_TYPES, GgmlType, tensor
 from llmrs.quant.tensor import QuantTensor
+from llmrs.random_model import RandomModel
 
 NATIVE = [t for t in GGML_TYPES.values() if t.format]
 CPU = torch.device("cpu")
@@ -66,3 +68,19 @@ def test_memory_is_that_of_the_file() -> None:
         )
         assert ours.nbytes <= 1.05 * packed.nbytes
         assert sum(a.nbytes for a in mlx.arrays()) <= 1.05 * packed.nbytes
+
+
+def test_loading_leaves_no_copies_on_mlx() -> None:
+    """Active memory after a load: the planes, at most a tenth above the file."""
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "head_dim": 128, "num_hidden_layers": 2}
+    forms = [random_tensor(GGML_TYPES[n]).form for n in (12, 14)]
+    more = [("super_scales", "mins", "super_mins"), ("super_scales",)]
+    model = RandomModel.of("qwen3", **sizes, vocab_size=4096).quantized(*zip(forms, more, strict=True))
+    stored = sum(t.nbytes for t in model.weights.values())
+    backend = load_backend("mlx")("cpu", "bf16", "bf16")
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    model.on(backend)
+    loaded = mx.get_active_memory() - before
+    assert 0.9 * stored < loaded < 1.1 * stored
+    backend.close()

@@ -28,7 +28,7 @@ from llmrs.backends.mlx.lowering import as_array
 from llmrs.backends.mlx.sampling import apply_logits_processors
 from llmrs.core.sampling import SamplingArrays
 from llmrs.models.arch.families import family
-from llmrs.models.files.weights import hf_name
+from llmrs.models.files.weights import stored_name
 from llmrs.random_model import RandomModel, core_on, request, sampling_batch
 
 TINY = {
@@ -68,7 +68,7 @@ def theirs(model: RandomModel, shape: dict[str, Any], dtype: str) -> Any:
     args = ModelArgs(model_type="qwen3", rms_norm_eps=1e-6, max_position_embeddings=4096, rope_theta=10000.0, **shape)
     lm, names = Model(args), family("Qwen3ForCausalLM").names
     kind = {"bf16": mx.bfloat16, "f16": mx.float16, "f32": mx.float32}[dtype]
-    lm.load_weights([(hf_name(n, names), as_array(t).astype(kind)) for n, t in model.weights.items()])
+    lm.load_weights([(stored_name(n, names), as_array(t).astype(kind)) for n, t in model.weights.items()])
     mx.eval(lm.parameters())
     return lm
 

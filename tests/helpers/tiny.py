@@ -12,7 +12,7 @@ from llmrs.backends.base import Backend, load_backend
 from llmrs.backends.testing import core_on, prefill_batch, prompts, request, run
 from llmrs.models.arch.config import ModelConfig
 from llmrs.models.arch.families import family, graph_of, read_config
-from llmrs.models.files.safetensors import SafetensorsSource
+from llmrs.models.files.quantized import open_weights
 from llmrs.models.files.weights import Weights
 
 __all__ = ["core_on", "prefill_batch", "prompts", "request", "run"]
@@ -89,7 +89,7 @@ def backend_on(name: str, folder: Path, dtype: str = "f32") -> tuple[Backend, Mo
     config = read_config(folder)
     graph = graph_of(config)
     backend = empty_backend(name, dtype)
-    source = SafetensorsSource(folder)
+    source = open_weights(folder)
     backend.load(
         graph,
         Weights(graph, family(config.architecture).names, source, tied=config.tie_word_embeddings),

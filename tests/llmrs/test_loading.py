@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from llmrs.backends.torch.backend import zeros
 from llmrs.models.arch.families import family, graph_of, read_config
 from llmrs.models.arch.layers import LAYER
-from llmrs.models.files.weights import hf_name, num_parameters
+from llmrs.models.files.weights import num_parameters, stored_name
 
 SHAPE = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -66,7 +66,7 @@ def folder(tmp_path_factory):
     names = family(config.architecture).names
     rng = np.random.default_rng(0)
     tensors = {
-        hf_name(s.tensor, names): rng.standard_normal((s.rows, *w.columns), np.float32)
+        stored_name(s.tensor, names): rng.standard_normal((s.rows, *w.columns), np.float32)
         for w in graph_of(config).weights()
         for s in w.segments
     }
@@ -104,6 +104,6 @@ def test_the_kv_cache_is_zeros_that_take_memory_only_when_they_are_touched():
 
 def test_canonical_names_become_those_of_the_file():
     names = {f"{LAYER}q": "model.layers.{i}.q", f"{LAYER}experts.{{e}}.up": "m.{i}.e.{e}.up", "lm_head": "lm_head"}
-    assert hf_name("layers.12.q", names) == "model.layers.12.q"
-    assert hf_name("layers.3.experts.3.up", names) == "m.3.e.3.up"
-    assert hf_name("lm_head", names) == "lm_head"
+    assert stored_name("layers.12.q", names) == "model.layers.12.q"
+    assert stored_name("layers.3.experts.3.up", names) == "m.3.e.3.up"
+    assert stored_name("lm_head", names) == "lm_head"

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from llmrs.models.arch.families import family, graph_of, read_config
-from llmrs.models.files.weights import hf_name
+from llmrs.models.files.weights import stored_name
 
 QWEN3 = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -82,7 +82,7 @@ def write(name: str, folder: Path) -> Path:
     for weight in graph_of(config).weights():
         for s in weight.segments:
             values = torch.empty(s.rows, *weight.columns, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
-            tensors[hf_name(s.tensor, names)] = values.fill_(1) if "norm" in s.tensor else values
+            tensors[stored_name(s.tensor, names)] = values.fill_(1) if "norm" in s.tensor else values
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder
 
