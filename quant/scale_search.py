@@ -1,21 +1,18 @@
 """Scales of groups of weights, by least squares.
 
 A group holds w = step * code + offset, or w = step * code. The search rounds it to codes for a few steps around
-(max - min) / (levels - 1), or max / -low, and takes those codes whose own best line, in closed form, leaves the least
-error; the error follows from sums, without a residual. Then scale and offset are stored in the format's precision, the
+(max - min) / (levels - 1), or peak / low, and takes those codes whose own best line, in closed form, leaves the least
+error; the gain follows from sums, without a residual. Then scale and offset are stored in the format's precision, the
 codes follow from what is stored, and the line through these codes is tried once more.
 
-Matrices are (G, n): the G weights of n groups, so that sums run over long rows.
+Matrices are (G, n): the G weights of n groups.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
-
-from llmrs.quant.arrays import Array
-from llmrs.quant.quantizer_ops import QuantizerOps
+from llmrs.quant.quantizer_ops import Array, QuantizerOps
 
 SMALLEST = 1e-30  # steps below are zero: their inverse overflows
 
@@ -29,7 +26,6 @@ class Levels:
     candidates: tuple[float, ...]  # the largest weight is tried at code high + c, or low - c without offset
     offset: bool = False  # low is then zero
     bounded: bool = False  # offsets are at most zero
-    refits: int = 1
     table: tuple[float, ...] = ()
 
     def nearest(self, ops: QuantizerOps, x: Array, factor: Array | float) -> Array:
@@ -63,18 +59,25 @@ class Groups:
 
     @cached_property
     def squares(self) -> Array:
-        return self.ops.sum(self.weighted(self.x * self.x))
+        return self.ops.dot(self.weighted(self.x), self.x)
 
 
-Stored = tuple[Array, ...]  # scales and offsets as they enter the file, each (n,)
-# scale, offset -> what they are once stored, and what is stored; the offset is None without one
-Store = Callable[[Array, Array | None], tuple[Array, Array | None, Stored]]
+@dataclass(frozen=True)
+class Line:
+    """w = step * code + offset of each group, (n,), as the file can express it; `stored` is what enters it."""
+
+    step: Array
+    offset: Array | None
+    stored: tuple[Array, ...]
+
+
+Store = Callable[[Array, Array | None], Line]  # scale, offset -> the nearest line that can be stored
 
 
 @dataclass(frozen=True)
 class Fit:
     codes: Array  # (G, n) float32
-    stored: Stored
+    stored: tuple[Array, ...]
     error: Array  # (n,) sum of squares
 
 
@@ -100,7 +103,7 @@ def _search_scale(groups: Groups, levels: Levels) -> Array:
     def fit(factor: Array | float) -> tuple[Array, Array]:
         codes = levels.nearest(ops, t, factor)
         weighted = groups.weighted(codes)
-        return ops.sum(weighted * t), ops.sum(weighted * codes)
+        return ops.dot(weighted, t), ops.dot(weighted, codes)
 
     best, factor = peak * 0 - 1, peak * 0 + levels.low
     for c in levels.candidates:
@@ -112,7 +115,9 @@ def _search_scale(groups: Groups, levels: Levels) -> Array:
 
 
 def _search_line(groups: Groups, levels: Levels) -> tuple[Array, Array]:
-    ops, low = groups.ops, ops_min(groups, levels)
+    ops, low = groups.ops, groups.ops.min(groups.x, 0)
+    if levels.bounded:
+        low = ops.clip(low, -float("inf"), 0.0)
     span = ops.max(groups.x, 0) - low
     scale = inverse(ops, span)
     t = (groups.x - low) * scale  # within [0, 1]
@@ -130,15 +135,10 @@ def _search_line(groups: Groups, levels: Levels) -> tuple[Array, Array]:
     return step * span, low + offset * span
 
 
-def ops_min(groups: Groups, levels: Levels) -> Array:
-    low = groups.ops.min(groups.x, 0)
-    return groups.ops.minimum(low, 0.0) if levels.bounded else low
-
-
 def _sums(groups: Groups, codes: Array, y: Array) -> tuple[Array, Array, Array]:
     """Of the codes, their squares, and their products with y."""
     ops, weighted = groups.ops, groups.weighted(codes)
-    return ops.sum(weighted), ops.sum(weighted * codes), ops.sum(weighted * y)
+    return ops.sum(weighted), ops.dot(weighted, codes), ops.dot(weighted, y)
 
 
 def _line(
@@ -152,32 +152,34 @@ def _line(
     b = (total - a * first) / count
     if bound is None:
         return a, b
-    b = ops.minimum(b, bound)
-    return ops.where(square > 0, (product - b * first) / square, a), b
+    over = b > bound
+    b = ops.where(over, bound, b)
+    return ops.where(over & (square > 0), (product - b * first) / square, a), b
 
 
-def refine(groups: Groups, levels: Levels, fitted: tuple[Array, Array | None], store: Store) -> Fit:
+def refine(groups: Groups, levels: Levels, fitted: tuple[Array, Array | None], store: Store, refits: int = 1) -> Fit:
     """Codes for a scale and an offset as they are stored; those of the line through these codes, where it is better."""
     ops, best = groups.ops, None
-    for n in range(1 + levels.refits):
-        step, offset, stored = store(*fitted)
-        y = groups.x if offset is None else groups.x - offset
-        inverted = inverse(ops, step)
+    for n in range(1 + refits):
+        line = store(*fitted)
+        y = groups.x if line.offset is None else groups.x - line.offset
+        inverted = inverse(ops, line.step)
         codes = levels.nearest(ops, y, inverted)
-        fit = Fit(codes, stored, _error(groups, y * inverted - codes, step, offset))
+        fit = Fit(codes, line.stored, _error(groups, y * inverted - codes, line))
         best = fit if best is None else _better(ops, fit, best)
-        if n < levels.refits:
-            fitted = _refit(groups, levels, codes, y, (step, offset))
+        if n < refits:
+            fitted = _refit(groups, levels, codes, y, line)
     assert best is not None
     return best
 
 
-def _error(groups: Groups, residual: Array, step: Array, offset: Array | None) -> Array:
+def _error(groups: Groups, residual: Array, line: Line) -> Array:
     """Of residuals in steps; where the step is zero, all weights become the offset."""
     ops, constant = groups.ops, groups.squares
-    if offset is not None:
-        constant = constant - offset * (2 * groups.total - offset * groups.count)
-    return ops.where(step == 0, constant, ops.sum(groups.weighted(residual * residual)) * step * step)
+    if line.offset is not None:
+        constant = constant - line.offset * (2 * groups.total - line.offset * groups.count)
+    squares = ops.dot(groups.weighted(residual), residual) * line.step * line.step
+    return ops.where(line.step == 0, constant, squares)
 
 
 def _better(ops: QuantizerOps, a: Fit, b: Fit) -> Fit:
@@ -186,14 +188,13 @@ def _better(ops: QuantizerOps, a: Fit, b: Fit) -> Fit:
     return Fit(codes, tuple(ops.where(better, x, y) for x, y in zip(a.stored, b.stored, strict=True)), error)
 
 
-def _refit(
-    groups: Groups, levels: Levels, codes: Array, y: Array, line: tuple[Array, Array | None]
-) -> tuple[Array, Array | None]:
-    ops, (step, offset) = groups.ops, line
-    if offset is None:
+def _refit(groups: Groups, levels: Levels, codes: Array, y: Array, line: Line) -> tuple[Array, Array | None]:
+    ops = groups.ops
+    if line.offset is None:
         weighted = groups.weighted(codes)
-        square = ops.sum(weighted * codes)
-        return ops.where(square > 0, ops.sum(weighted * y) / square, step), None
-    total = groups.total - offset * groups.count
-    a, b = _line(groups, _sums(groups, codes, y), total, step, -offset if levels.bounded else None)
-    return a, offset + b
+        square = ops.dot(weighted, codes)
+        return ops.where(square > 0, ops.dot(weighted, y) / square, line.step), None
+    total = groups.total - line.offset * groups.count
+    bound = -line.offset if levels.bounded else None
+    a, b = _line(groups, _sums(groups, codes, y), total, line.step, bound)
+    return a, line.offset + b
