@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from llmrs.core.errors import ModelError
 from llmrs.loading import Model
 from llmrs.models import demo
 from llmrs.models.arch.families import family
@@ -70,6 +71,9 @@ def save(
         with open_gguf(path, metadata, entries, force=force) as file:
             yield GgufSaver(model, tensors, kinds, file)
         return
+    if model.path.is_file():
+        problem = f"{model.path} has no config.json and tokenizer.json, which a folder in {scheme.name} needs"
+        raise ModelError(problem, "give the model's folder, or quantize to a GGUF type such as q4k")
     kinds = {name: types[name] or _dense_type(weights[name]) for name in weights}
     infos = _infos(model, weights, kinds)
     with new_folder(path, size_of(infos), force=force) as folder:
