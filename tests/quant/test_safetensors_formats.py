@@ -17,7 +17,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from llmrs.models.files.quantized import open_weights
 from llmrs.quant.arrays import NUMPY
 from llmrs.quant.form import unpack
-from llmrs.quant.tensor import QuantTensor
+from llmrs.quant.tensor import QuantTensor, Stored
 
 VECTORS = Path(__file__).with_name("compressed_tensors.json")  # by tests/tools/compressed_tensors_vectors.py
 NAME = "a.q_proj.weight"
@@ -36,6 +36,7 @@ def read(folder, parts, config) -> QuantTensor:
     assert list(source.names()) == [NAME]
     assert source.shape(NAME) == tensor.shape
     assert isinstance(tensor, QuantTensor)
+    assert source.stored(NAME) == Stored(tensor.format, tensor.shape, sum(p.nbytes for p in tensor.planes().values()))
     return tensor
 
 
@@ -102,7 +103,7 @@ def test_experts_of_gpt_oss_equal_transformers(tmp_path):
     source = source_of(tmp_path, tensors, {"quantization_config": {"quant_method": "mxfp4"}})
     assert set(source.names()) == set(expected)
     for name, values in expected.items():
-        assert source.shape(name) == values.shape
+        assert source.shape(name) == source.stored(name).shape == values.shape
         np.testing.assert_array_equal(source.tensor(name).float32(), values)
 
 
