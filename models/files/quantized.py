@@ -16,7 +16,7 @@ from pathlib import Path
 from llmrs.core.errors import ModelError
 from llmrs.models.files.json_reader import read_json
 from llmrs.models.files.layouts import HINT, LAYOUTS, Parts, fp8_scale
-from llmrs.models.files.quant_config import Quantization, Scheme, read_quantization
+from llmrs.models.files.quant_config import Quantization, WeightScheme, read_quantization
 from llmrs.models.files.safetensors import SafetensorsSource
 from llmrs.quant.fp8 import scale_columns
 from llmrs.quant.tensor import FORMATS, AnyTensor, Stored, Tensor, WeightSource
@@ -31,6 +31,7 @@ FUSED = re.compile(r"(.*\.experts\.(?:gate_up|down)_proj)(?:_(blocks|scales|scal
 SWITCH = re.compile(r"(.*)\.switch_mlp\.(gate|up|down)_proj")
 EXPERTS = re.compile(r"(.*\.experts)\.(gate_up|down)_proj")
 MAX_EXPERTS = 4096
+MAX_ENTRIES = 2**19  # tensors of experts; today's largest models have a fifth
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Entry:
 
     parts: Parts
     part: str
-    scheme: Scheme | None = None  # of a quantized weight
+    scheme: WeightScheme | None = None  # of a quantized weight
     rows: slice | None = None  # of the module's; None: all
 
 
@@ -56,6 +57,8 @@ class QuantizedSource:
                 if name in self.entries:
                     raise ModelError(f"the checkpoint holds {name} twice", "write the checkpoint again")
                 self.entries[name] = entry
+            if len(self.entries) > MAX_ENTRIES:
+                raise ModelError(f"the checkpoint holds over {MAX_ENTRIES} tensors", HINT)
         if quantization is not None:
             self._check_named(quantization, modules)
 
@@ -100,7 +103,7 @@ class QuantizedSource:
             names = _in_stack(e, interleaved=scheme is not None and scheme.layout == "mxfp4")
             yield from names or [(f"{p.module}.weight" if e.scheme else p.names[e.part], e)]
 
-    def _scheme(self, p: Parts) -> Scheme | None:
+    def _scheme(self, p: Parts) -> WeightScheme | None:
         """The scheme of a quantized module. Raises ModelError if it is stored in another one."""
         parts, q = p.names.keys() & PARTS, self.quantization
         if q is None or (not parts and ("weight" not in p.names or p.format("weight") in (*FORMATS, "F64"))):
@@ -119,7 +122,8 @@ class QuantizedSource:
     def _check_named(self, q: Quantization, modules: Mapping[str, Mapping[str, str]]) -> None:
         """Refuses dense modules that the config names as quantized, and a model with no quantized module at all."""
         quantized = {e.parts.module for e in self.entries.values() if e.scheme}
-        for module in (m for m, scheme in q.named.items() if scheme and m in modules.keys() - quantized):
+        dense = {m for m, parts in modules.items() if "weight" in parts} - quantized
+        for module in (m for m, scheme in q.named.items() if scheme and m in dense):
             raise ModelError(f"{module} is not quantized; {q.field} in config.json says that it is", HINT)
         if not quantized:
             hint = f"remove {q.field} from config.json if the weights are not quantized"
@@ -138,7 +142,7 @@ def _modules(source: SafetensorsSource) -> dict[str, dict[str, str]]:
     return modules
 
 
-def _stored(p: Parts, s: Scheme, rows: int, columns: int) -> Stored:
+def _stored(p: Parts, s: WeightScheme, rows: int, columns: int) -> Stored:
     """Rows of a quantized weight as its layout reads them."""
 
     def scale_bytes(part: str) -> int:
@@ -171,6 +175,8 @@ def _in_stack(e: Entry, *, interleaved: bool) -> list[tuple[str, Entry]]:
     shape = e.parts.shape(e.part)
     if len(shape) < 2 or not 0 < shape[0] <= MAX_EXPERTS:
         raise e.parts.error(e.part, f"a stack of 1 to {MAX_EXPERTS} experts")
+    if odd := [p for p in e.parts.names if p not in IGNORED and e.parts.shape(p)[:1] != shape[:1]]:
+        raise e.parts.error(odd[0], f"of {shape[0]} experts, as {e.parts.names[e.part]}")
     parts: dict[str, slice | None]
     if switch:
         path, parts = f"{switch[1]}.experts", {switch[2]: None}
