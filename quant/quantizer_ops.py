@@ -1,0 +1,107 @@
+"""The operations of the quantizer, so that it is written once for NumPy and Torch.
+
+Matrices are (G, n): sums over the first axis run along long rows, and add in the same order for every n.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+Array = Any  # of one framework
+S, T = TypeVar("S"), TypeVar("T")
+HALF_MAX, HALF_TINY = 65504.0, 2.0**-24  # the largest and the smallest positive f16
+
+
+class QuantizerOps(Protocol):
+    """One framework's operations on float32 arrays."""
+
+    chunk: int  # weights that are quantized at a time
+
+    def upload(self, x: np.ndarray) -> Array:
+        """(n, G) -> (G, n), contiguous."""
+
+    def download(self, x: Array, dtype: type[Any]) -> np.ndarray:
+        """(...) -> NumPy's, in another type; the values fit."""
+
+    def map(self, function: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
+        """function(item) in the order of the items, on as many threads as pay."""
+
+    def nearest(self, x: Array, factor: Array | float, low: float, high: float) -> Array:
+        """x * factor, rounded to integers within [low, high], ties to even."""
+
+    def sum(self, x: Array) -> Array:
+        """(G, n) -> (n,)."""
+
+    def dot(self, x: Array, y: Array) -> Array:
+        """The sum of x * y, (n,)."""
+
+    def min(self, x: Array, axis: int) -> Array: ...
+
+    def max(self, x: Array, axis: int) -> Array: ...
+
+    def clip(self, x: Array, low: Array | float, high: Array | float) -> Array: ...
+
+    def where(self, condition: Array, x: Array | float, y: Array | float) -> Array: ...
+
+    def half(self, x: Array) -> Array:
+        """Rounded to f16, which saturates."""
+
+
+class NumpyOps:
+    """`QuantizerOps` of NumPy, on all cores."""
+
+    chunk = 2**17  # a few temporaries stay in the L2 cache
+
+    def upload(self, x: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(x.T)
+
+    def download(self, x: np.ndarray, dtype: type[Any]) -> np.ndarray:
+        return x.astype(dtype)
+
+    def map(self, function: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
+        def quiet(item: S) -> T:
+            with np.errstate(all="ignore"):
+                return function(item)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            yield from pool.map(quiet, items)
+
+    def nearest(self, x: np.ndarray, factor: Array | float, low: float, high: float) -> np.ndarray:
+        y = x * factor
+        np.rint(y, out=y)
+        return np.clip(y, low, high, out=y)
+
+    def sum(self, x: np.ndarray) -> np.ndarray:
+        return np.add.reduce(x, 0) if x.shape[1] > 1 else _sum_in_order(x)
+
+    def dot(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return self.sum(x * y)
+
+    def min(self, x: np.ndarray, axis: int) -> np.ndarray:
+        return x.min(axis)
+
+    def max(self, x: np.ndarray, axis: int) -> np.ndarray:
+        return x.max(axis)
+
+    def clip(self, x: np.ndarray, low: Array | float, high: Array | float) -> np.ndarray:
+        return np.clip(x, low, high)
+
+    def where(self, condition: np.ndarray, x: Array | float, y: Array | float) -> np.ndarray:
+        return np.where(condition, x, y)
+
+    def half(self, x: np.ndarray) -> np.ndarray:
+        return np.clip(x, -HALF_MAX, HALF_MAX).astype(np.float16).astype(np.float32)
+
+
+def _sum_in_order(x: np.ndarray) -> np.ndarray:
+    """NumPy adds a lone column pairwise."""
+    total = x[0]
+    for row in x[1:]:
+        total = total + row
+    return total
+
+
+NUMPY_OPS = NumpyOps()

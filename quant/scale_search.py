@@ -1,0 +1,200 @@
+"""Scales of groups of weights, by least squares.
+
+A group holds w = step * code + offset, or w = step * code. The search rounds it to codes for a few steps around
+(max - min) / (levels - 1), or peak / low, and takes those codes whose own best line, in closed form, leaves the least
+error; the gain follows from sums, without a residual. Then scale and offset are stored in the format's precision, the
+codes follow from what is stored, and the line through these codes is tried once more.
+
+Matrices are (G, n): the G weights of n groups.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+from llmrs.quant.quantizer_ops import Array, QuantizerOps
+
+SMALLEST = 1e-30  # steps below are zero: their inverse overflows
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Codes within [low, high]: integers, or the entries of `table`."""
+
+    low: int
+    high: int
+    candidates: tuple[float, ...]  # the largest weight is tried at code high + c, or low - c without offset
+    offset: bool = False  # low is then zero
+    bounded: bool = False  # offsets are at most zero
+    table: tuple[float, ...] = ()
+
+    def nearest(self, ops: QuantizerOps, x: Array, factor: Array | float) -> Array:
+        """The codes of x * factor."""
+        if not self.table:
+            return ops.nearest(x, factor, self.low, self.high)
+        y, codes = x * factor, self.table[0]
+        for below, above in zip(self.table, self.table[1:], strict=False):
+            codes = codes + ops.where(y >= (below + above) / 2, above - below, 0.0)
+        return codes
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Weights and, if not all count the same, their importance; both (G, n)."""
+
+    ops: QuantizerOps
+    x: Array
+    importance: Array | None = None
+
+    def weighted(self, y: Array) -> Array:
+        return y if self.importance is None else y * self.importance
+
+    @cached_property
+    def count(self) -> Array | float:
+        return float(len(self.x)) if self.importance is None else self.ops.sum(self.importance)
+
+    @cached_property
+    def total(self) -> Array:
+        return self.ops.sum(self.weighted(self.x))
+
+    @cached_property
+    def squares(self) -> Array:
+        return self.ops.dot(self.weighted(self.x), self.x)
+
+
+@dataclass(frozen=True)
+class Line:
+    """w = step * code + offset of each group, (n,), as the file can express it; `stored` is what enters it."""
+
+    step: Array
+    offset: Array | None
+    stored: tuple[Array, ...]
+
+
+Store = Callable[[Array, Array | None], Line]  # scale, offset -> the nearest line that can be stored
+
+
+@dataclass(frozen=True)
+class Fit:
+    codes: Array  # (G, n) float32
+    stored: tuple[Array, ...]
+    error: Array  # (n,) sum of squares
+
+
+def inverse(ops: QuantizerOps, x: Array) -> Array:
+    return ops.where((x > SMALLEST) | (x < -SMALLEST), 1 / x, 0.0)
+
+
+def extreme(ops: QuantizerOps, x: Array, axis: int) -> Array:
+    """The value of the largest magnitude."""
+    low, high = ops.min(x, axis), ops.max(x, axis)
+    return ops.where(high > -low, high, low)
+
+
+def search(groups: Groups, levels: Levels) -> tuple[Array, Array | None]:
+    """Scale and offset of each group, (n,)."""
+    return _search_line(groups, levels) if levels.offset else (_search_scale(groups, levels), None)
+
+
+def _search_scale(groups: Groups, levels: Levels) -> Array:
+    ops, peak = groups.ops, extreme(groups.ops, groups.x, 0)
+    t = groups.x * inverse(ops, peak)  # 1 at the peak
+
+    def fit(factor: Array | float) -> tuple[Array, Array]:
+        codes = levels.nearest(ops, t, factor)
+        weighted = groups.weighted(codes)
+        return ops.dot(weighted, t), ops.dot(weighted, codes)
+
+    best, factor = peak * 0 - 1, peak * 0 + levels.low
+    for c in levels.candidates:
+        product, square = fit(levels.low - c)
+        gain = product * product / square
+        factor, best = ops.where(gain > best, levels.low - c, factor), ops.where(gain > best, gain, best)
+    product, square = fit(factor)
+    return ops.where(square > 0, product / square, 1 / factor) * peak
+
+
+def _search_line(groups: Groups, levels: Levels) -> tuple[Array, Array]:
+    ops, low = groups.ops, groups.ops.min(groups.x, 0)
+    if levels.bounded:
+        low = ops.clip(low, -float("inf"), 0.0)
+    span = ops.max(groups.x, 0) - low
+    scale = inverse(ops, span)
+    t = (groups.x - low) * scale  # within [0, 1]
+    total = ops.sum(groups.weighted(t))
+    mean = total / groups.count
+    best, factor = span * 0 - 1, span * 0 + levels.high
+    for c in levels.candidates:
+        codes = levels.nearest(ops, t, levels.high + c)
+        first, square, product = _sums(groups, codes, t)
+        covariance = product - first * mean
+        gain = covariance * covariance / (square - first * first / groups.count)
+        factor, best = ops.where(gain > best, levels.high + c, factor), ops.where(gain > best, gain, best)
+    sums = _sums(groups, levels.nearest(ops, t, factor), t)
+    step, offset = _line(groups, sums, total, 1 / factor, -low * scale if levels.bounded else None)
+    return step * span, low + offset * span
+
+
+def _sums(groups: Groups, codes: Array, y: Array) -> tuple[Array, Array, Array]:
+    """Of the codes, their squares, and their products with y."""
+    ops, weighted = groups.ops, groups.weighted(codes)
+    return ops.sum(weighted), ops.dot(weighted, codes), ops.dot(weighted, y)
+
+
+def _line(
+    groups: Groups, sums: tuple[Array, Array, Array], total: Array, step: Array | float, bound: Array | None
+) -> tuple[Array, Array]:
+    """The line y = a * code + b of the least error, with b <= bound. `total`: of y; `step`: a, where one code is used."""
+    ops, count = groups.ops, groups.count
+    first, square, product = sums
+    determinant = count * square - first * first
+    a = ops.where(determinant > 1e-5 * count * square, (count * product - first * total) / determinant, step)
+    b = (total - a * first) / count
+    if bound is None:
+        return a, b
+    over = b > bound
+    b = ops.where(over, bound, b)
+    return ops.where(over & (square > 0), (product - b * first) / square, a), b
+
+
+def refine(groups: Groups, levels: Levels, fitted: tuple[Array, Array | None], store: Store, refits: int = 1) -> Fit:
+    """Codes for a scale and an offset as they are stored; those of the line through these codes, where it is better."""
+    ops, best = groups.ops, None
+    for n in range(1 + refits):
+        line = store(*fitted)
+        y = groups.x if line.offset is None else groups.x - line.offset
+        inverted = inverse(ops, line.step)
+        codes = levels.nearest(ops, y, inverted)
+        fit = Fit(codes, line.stored, _error(groups, y * inverted - codes, line))
+        best = fit if best is None else _better(ops, fit, best)
+        if n < refits:
+            fitted = _refit(groups, levels, codes, y, line)
+    assert best is not None
+    return best
+
+
+def _error(groups: Groups, residual: Array, line: Line) -> Array:
+    """Of residuals in steps; where the step is zero, all weights become the offset."""
+    ops, constant = groups.ops, groups.squares
+    if line.offset is not None:
+        constant = constant - line.offset * (2 * groups.total - line.offset * groups.count)
+    squares = ops.dot(groups.weighted(residual), residual) * line.step * line.step
+    return ops.where(line.step == 0, constant, squares)
+
+
+def _better(ops: QuantizerOps, a: Fit, b: Fit) -> Fit:
+    better = a.error < b.error
+    codes, error = ops.where(better, a.codes, b.codes), ops.where(better, a.error, b.error)
+    return Fit(codes, tuple(ops.where(better, x, y) for x, y in zip(a.stored, b.stored, strict=True)), error)
+
+
+def _refit(groups: Groups, levels: Levels, codes: Array, y: Array, line: Line) -> tuple[Array, Array | None]:
+    ops = groups.ops
+    if line.offset is None:
+        weighted = groups.weighted(codes)
+        square = ops.dot(weighted, codes)
+        return ops.where(square > 0, ops.dot(weighted, y) / square, line.step), None
+    total = groups.total - line.offset * groups.count
+    bound = -line.offset if levels.bounded else None
+    a, b = _line(groups, _sums(groups, codes, y), total, line.step, bound)
+    return a, line.offset + b
