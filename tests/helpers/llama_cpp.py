@@ -19,7 +19,8 @@ MODULES = Path(os.environ.get("NODE_LLAMA_MODULES", "node_modules"))
 LIBRARIES = MODULES / "@node-llama-cpp" / "linux-x64" / "bins" / "linux-x64"
 TYPES = {
     "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q2_k": 10, "q3_k_s": 11, "q3_k_m": 12,
-    "q3_k_l": 13, "q4_k_s": 14, "q4_k_m": 15, "q5_k_s": 16, "q5_k_m": 17, "q6_k": 18, "bf16": 32,
+    "q3_k_l": 13, "q4_k_s": 14, "q4_k_m": 15, "q5_k_s": 16, "q5_k_m": 17, "q6_k": 18, "iq4_nl": 25, "iq4_xs": 30,
+    "bf16": 32,
 }  # fmt: skip
 
 
@@ -34,9 +35,9 @@ def quantize(source: Path, targets: Mapping[Path, str]) -> None:
     _call("quantize", str(source), {str(path): TYPES[kind] for path, kind in targets.items()})
 
 
-def greedy(path: Path, prompt: Sequence[int], count: int) -> list[int]:
-    """Greedy tokens, with a KV cache in float32."""
-    return _call("greedy", str(path), list(prompt), count)
+def greedy(path: Path, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+    """Greedy tokens after each prompt, with a KV cache in float32."""
+    return _call("greedy", str(path), [list(p) for p in prompts], count)
 
 
 def logits(path: Path, tokens: Sequence[int]) -> list[list[float]]:
@@ -106,6 +107,7 @@ class _Llama:
         for target, ftype in targets.items():
             params = f()
             params.threads, params.ftype = 1, ftype
+            params.flags[0] = True  # allow_requantize: a quantized file may be expanded
             assert not self.lib.llama_model_quantize(source.encode(), target.encode(), c.byref(params)), target
 
     def load(self, path: str) -> None:
@@ -149,17 +151,20 @@ class _Llama:
         self.step(tokens, 0)
         return [self.row(n) for n in range(len(tokens))]
 
-    def greedy(self, path: str, prompt: list[int], count: int) -> list[int]:
+    def greedy(self, path: str, prompts: list[list[int]], count: int) -> list[list[int]]:
         self.load(path)
-        self.start(len(prompt) + count)
-        out: list[int] = []
-        step = prompt
-        while len(out) < count:
-            self.step(step, len(prompt) + len(out) - len(step) if out else 0)
-            row = self.row(len(step) - 1)
-            out.append(row.index(max(row)))
-            step = out[-1:]
-        return out
+        found = []
+        for prompt in prompts:
+            self.start(len(prompt) + count)
+            out: list[int] = []
+            step = prompt
+            while len(out) < count:
+                self.step(step, len(prompt) + len(out) - len(step) if out else 0)
+                row = self.row(len(step) - 1)
+                out.append(row.index(max(row)))
+                step = out[-1:]
+            found.append(out)
+        return found
 
     def tokenize(self, path: str, texts: list[str]) -> list[list[int]]:
         self.load(path)
