@@ -10,7 +10,7 @@ from llmrs.quant import pack_ggml as pack
 from llmrs.quant.form import IQ4, SUPER_BLOCK
 from llmrs.quant.ggml import TYPES
 from llmrs.quant.quantizer_ops import NUMPY_OPS, Array, QuantizerOps
-from llmrs.quant.scale_search import Fit, Groups, Levels, Line, Store, extreme, inverse, refine, search
+from llmrs.quant.scale_search import Groups, Levels, Line, Store, extreme, inverse, refine, search
 
 HALF_TINY = 2.0**-24  # the smallest positive f16
 LARGEST = 2.0**30  # beyond what any type holds: f16's 65504 * 128 * 127

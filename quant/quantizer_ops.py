@@ -11,7 +11,8 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 Array = Any  # of one framework
-S, T = TypeVar("S"), TypeVar("T")
+S = TypeVar("S")
+T = TypeVar("T")
 HALF_MAX, HALF_TINY = 65504.0, 2.0**-24  # the largest and the smallest positive f16
 
 

@@ -144,7 +144,7 @@ def _sums(groups: Groups, codes: Array, y: Array) -> tuple[Array, Array, Array]:
 def _line(
     groups: Groups, sums: tuple[Array, Array, Array], total: Array, step: Array | float, bound: Array | None
 ) -> tuple[Array, Array]:
-    """The line y = a * code + b of the least error, with b <= bound. `total`: of y; `step`: a, where one code is used."""
+    """The line y = a * code + b of the least error, with b <= bound. `total` is of y; one code alone leaves `step`."""
     ops, count = groups.ops, groups.count
     first, square, product = sums
     determinant = count * square - first * first

@@ -65,10 +65,10 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
 MODELS = {"Gemma3Text": "Gemma3"}  # whose model's class has another name than its config's
 
 
-def write_checkpoint(name: str, folder: Path) -> Any:
-    """Writes a checkpoint in float32 and returns transformers' model of it."""
+def write_checkpoint(name: str, folder: Path, **more: Any) -> Any:
+    """Writes a checkpoint in float32, with `more` fields of its config, and returns transformers' model of it."""
     family_name, changes = CHECKPOINTS[name]
-    config = getattr(transformers, f"{family_name}Config")(**{**SHAPE, **changes})
+    config = getattr(transformers, f"{family_name}Config")(**{**SHAPE, **changes, **more})
     torch.manual_seed(0)
     model = getattr(transformers, f"{MODELS.get(family_name, family_name)}ForCausalLM")(config).float().eval()
     for parameter_name, parameter in model.named_parameters():  # else biases are 0 and norms are 1

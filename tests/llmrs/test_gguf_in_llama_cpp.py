@@ -4,8 +4,6 @@ llama.cpp rounds what it multiplies quantized weights with to 8 bits. So answers
 dog is in the story) may differ there; they are compared after llama.cpp expanded the file to float32.
 """
 
-import warnings
-
 import llama_cpp
 import pytest
 
@@ -17,7 +15,21 @@ from llmrs.quant.schemes import SCHEMES, find_scheme
 COUNT = 64
 DEFINITE = ("List the days of the week and the months.", "Show me a config file.", "What is llmrs?")
 STORY = ("Write a long story about a dog.",)
-FILES = ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k_m", "q4_k_s", "q4_k_m", "q5_k_m", "q6_k", "iq4_nl", "iq4_xs"]
+FILES = [
+    "q4_0",
+    "q4_1",
+    "q5_0",
+    "q5_1",
+    "q8_0",
+    "q2_k",
+    "q3_k_m",
+    "q4_k_s",
+    "q4_k_m",
+    "q5_k_m",
+    "q6_k",
+    "iq4_nl",
+    "iq4_xs",
+]
 
 
 @pytest.fixture(scope="module")
