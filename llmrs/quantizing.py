@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 
@@ -13,12 +14,13 @@ from llmrs.quant import ggml
 from llmrs.quant.fp8 import fp8
 from llmrs.quant.quantize import quantize
 from llmrs.quant.rounding import quantize_fp8, quantize_mlx, to_format
-from llmrs.quant.schemes import FP8_BLOCK, ModelShape, Scheme, plan
+from llmrs.quant.schemes import FP8_BLOCK, SCHEMES, ModelShape, Scheme, plan
 from llmrs.quant.tensor import FORMATS, AnyTensor, QuantTensor, Stored, Tensor
 
 Importance = Mapping[str, np.ndarray]  # canonical name -> mean squares of a matrix's inputs, float32 (K,)
 OnTensor = Callable[[str, AnyTensor, AnyTensor], None]  # name, before, after
 CHUNK = 2**21  # weights converted at once: temporaries take ten times that
+RECIPES = ("q8_0", "q6k", "q5k", "q4k", "q3k", "q2k")  # advised
 SAMPLE = 2**21  # weights of a matrix whose error is measured
 
 
@@ -57,6 +59,23 @@ def plan_types(scheme: Scheme, config: ModelConfig, stored: Mapping[str, Stored]
     stay as they are. Raises ModelError where one has no more bits than the scheme's main type: it is quantized already.
     """
     types = plan(scheme, {name: s.shape for name, s in stored.items()}, model_shape(config))
+    return _unless_quantized(scheme, types, stored)
+
+
+def smaller(config: ModelConfig, stored: Mapping[str, Stored]) -> Iterator[tuple[str, dict[str, Stored]]]:
+    """Recipes that the weights have not been quantized to already, the most bits first, and what they give."""
+    shape = model_shape(config)
+    for scheme in map(SCHEMES.__getitem__, RECIPES):
+        types = {n: scheme.type_of(n, s.shape[-1], shape)[0] if s.shape[1:] else None for n, s in stored.items()}
+        with suppress(ModelError):
+            yield scheme.name, quantized(stored, _unless_quantized(scheme, types, stored))
+
+
+def _unless_quantized(
+    scheme: Scheme, types: Mapping[str, str | None], stored: Mapping[str, Stored]
+) -> dict[str, str | None]:
+    """`types` without those of weights that have no more bits already. Raises as `plan_types`."""
+    found = dict(types)
     for name, kind in types.items():
         s = stored[name]
         if kind is None or s.is_dense or bits_per_weight(s) > bits_of(kind):
@@ -64,8 +83,8 @@ def plan_types(scheme: Scheme, config: ModelConfig, stored: Mapping[str, Stored]
         if kind.startswith(scheme.type):
             problem = f"{name} is quantized already, in {s.format}: {scheme.name} would only add errors"
             raise ModelError(problem, "leave out quant, or give the model in bf16, f16 or with more bits")
-        types[name] = None
-    return types
+        found[name] = None
+    return found
 
 
 def quantized(stored: Mapping[str, Stored], types: Mapping[str, str | None]) -> dict[str, Stored]:

@@ -170,7 +170,7 @@ def _stored_type(name: str, s: Stored, model: "Model") -> str:
     """The type in a GGUF file of a weight that is not quantized anew."""
     if len(s.shape) == 1 or name.endswith("router"):
         return "f32"
-    packed = model.path.is_file() and not TYPES[s.format].is_expanded  # safetensors have an mxfp4 of their own
+    packed = model.path.is_file() and not s.expanded  # safetensors have an mxfp4 of their own
     return s.format if s.is_dense or packed else "bf16"
 
 

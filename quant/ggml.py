@@ -33,11 +33,6 @@ class GgmlType:
     def is_dense(self) -> bool:
         return self.block == 1
 
-    @property
-    def is_expanded(self) -> bool:
-        """Whether its tensors become float32 at load: it has no form."""
-        return not self.is_dense and self.format is None
-
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """Bytes of a tensor; the last dimension is a multiple of `block`."""
         return math.prod(shape) // self.block * self.block_bytes
@@ -220,7 +215,7 @@ def stored(kind: GgmlType, shape: tuple[int, ...]) -> Stored:
     """What `tensor` gives for such a tensor."""
     if kind.format is None:
         size = kind.block_bytes if kind.is_dense else 4
-        return Stored(kind.name, shape, math.prod(shape) * size)
+        return Stored(kind.name, shape, math.prod(shape) * size, expanded=not kind.is_dense)
     planes = kind.format.convert(NUMPY, {"blocks": np.zeros((1, kind.block_bytes), np.uint8)})
     return Stored(kind.name, shape, math.prod(shape) // kind.block * sum(p.nbytes for p in planes.values()))
 

@@ -114,9 +114,10 @@ AnyTensor = Tensor | QuantTensor
 class Stored:
     """What is known of a tensor without reading it."""
 
-    format: str  # of the file, such as q4_k; also where `WeightSource.tensor` expands it
+    format: str  # of the file, such as q4_k
     shape: tuple[int, ...]
     nbytes: int  # of the tensor that `WeightSource.tensor` gives, quantized ones in the planes of their form
+    expanded: bool = False  # whether that is in float32, and quantized in the file
 
     @property
     def is_dense(self) -> bool:
