@@ -51,10 +51,11 @@ def quantize_model(
     """Writes `path`, which appears when it is complete. Raises ConfigError, ModelError."""
     weights, summary = model.open_weights(), Summary()
     with closing(weights.source):
-        types = plan_types(scheme, model.config, model.graph, weights)
+        stored = weights.stored()
+        types = plan_types(scheme, model.config, stored)
         report = _Report(model, summary, on_matrix)
         quantized = QuantizedWeights(weights, types, importance, report.add)
-        with save(path, scheme, model, weights, types, force=force) as saver:
+        with save(path, scheme, model, stored, types, force=force) as saver:
             for name in quantized:
                 saver.put(name, quantized[name])
         summary.bytes_after = saver.nbytes

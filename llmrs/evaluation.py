@@ -110,8 +110,9 @@ def loaded(model: Model, config: EngineConfig, longest: int) -> Backend:
         quant=None,
     )
     backend = make_backend(config)
-    plan(backend, config, model, backend.free_memory()).check()
-    backend.load(model.graph, model.open_weights(), lambda done: None)
+    weights = model.open_weights()
+    plan(backend, config, model, weights.stored(), backend.free_memory()).check()
+    backend.load(model.graph, weights, lambda done: None)
     size = backend.block_size
     backend.allocate(-(-longest // size) + 1, size, 1, longest, longest)
     return backend

@@ -1,22 +1,26 @@
 """In-situ quantization: weights are quantized when they are accessed."""
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import cache
 
 import numpy as np
 
 from llmrs.core.errors import ModelError
-from llmrs.core.ir import Graph
 from llmrs.models.arch.config import ModelConfig
 from llmrs.quant import ggml
 from llmrs.quant.fp8 import fp8
 from llmrs.quant.quantize import quantize
 from llmrs.quant.rounding import quantize_fp8, quantize_mlx, to_format
-from llmrs.quant.schemes import FP8_BLOCK, ModelShape, Scheme, plan
-from llmrs.quant.tensor import FORMATS, AnyTensor, QuantTensor, Tensor
+from llmrs.quant.schemes import FP8_BLOCK, SCHEMES, ModelShape, Scheme, plan
+from llmrs.quant.tensor import FORMATS, AnyTensor, QuantTensor, Stored, Tensor
 
 Importance = Mapping[str, np.ndarray]  # canonical name -> mean squares of a matrix's inputs, float32 (K,)
 OnTensor = Callable[[str, AnyTensor, AnyTensor], None]  # name, before, after
-CHUNK = 2**24  # weights quantized at once
+CHUNK = 2**21  # weights converted at once: temporaries take ten times that
+RECIPES = ("q8_0", "q6k", "q5k", "q4k", "q3k", "q2k")  # advised
 SAMPLE = 2**21  # weights of a matrix whose error is measured
 
 
@@ -48,29 +52,61 @@ class QuantizedWeights(Mapping[str, AnyTensor]):
         return len(self.weights)
 
 
-def plan_types(
-    scheme: Scheme, config: ModelConfig, graph: Graph, weights: Mapping[str, AnyTensor] | None = None
-) -> dict[str, str | None]:
+def plan_types(scheme: Scheme, config: ModelConfig, stored: Mapping[str, Stored]) -> dict[str, str | None]:
     """The type of each weight, None: as it is. Warns once where blocks do not divide the rows.
 
-    Weights of the file that have no more bits than their type in the scheme stay as they are. Raises ModelError where
-    one has no more bits than the scheme's main type: it is quantized already.
+    `stored`: what the file holds, of `Weights.stored`. Weights that have no more bits than their type in the scheme
+    stay as they are. Raises ModelError where one has no more bits than the scheme's main type: it is quantized already.
     """
-    shapes = {s.tensor: (s.rows, *w.columns) for w in graph.weights() for s in w.segments}
-    types = plan(scheme, shapes, model_shape(config))
-    for name, kind in types.items() if weights is not None else ():
-        assert weights is not None
-        stored = weights[name]
-        if kind is None or not isinstance(stored, QuantTensor):
+    types = plan(scheme, {name: s.shape for name, s in stored.items()}, model_shape(config))
+    return _unless_quantized(scheme, types, stored)
+
+
+def smaller(config: ModelConfig, stored: Mapping[str, Stored]) -> Iterator[tuple[str, dict[str, Stored]]]:
+    """Recipes that the weights have not been quantized to already, the most bits first, and what they give."""
+    shape = model_shape(config)
+    for scheme in map(SCHEMES.__getitem__, RECIPES):
+        types = {n: scheme.type_of(n, s.shape[-1], shape)[0] if s.shape[1:] else None for n, s in stored.items()}
+        with suppress(ModelError):
+            yield scheme.name, quantized(stored, _unless_quantized(scheme, types, stored))
+
+
+def _unless_quantized(
+    scheme: Scheme, types: Mapping[str, str | None], stored: Mapping[str, Stored]
+) -> dict[str, str | None]:
+    """`types` without those of weights that have no more bits already. Raises as `plan_types`."""
+    found = dict(types)
+    for name, kind in types.items():
+        s = stored[name]
+        if kind is None or s.is_dense or bits_per_weight(s) > bits_of(kind):
             continue
-        bits = 8 * stored.nbytes / (stored.shape[0] * stored.shape[1])
-        if bits > bits_of(kind):
-            continue
-        if kind == scheme.type:
-            problem = f"{name} is quantized already, in {stored.format}: {scheme.name} would only add errors"
+        if kind.startswith(scheme.type):
+            problem = f"{name} is quantized already, in {s.format}: {scheme.name} would only add errors"
             raise ModelError(problem, "leave out quant, or give the model in bf16, f16 or with more bits")
-        types[name] = None
-    return types
+        found[name] = None
+    return found
+
+
+def quantized(stored: Mapping[str, Stored], types: Mapping[str, str | None]) -> dict[str, Stored]:
+    """What `QuantizedWeights` gives."""
+    return {name: s if types[name] is None else _result(s, str(types[name])) for name, s in stored.items()}
+
+
+def _result(s: Stored, kind: str) -> Stored:
+    if kind in ggml.TYPES:
+        return ggml.stored(ggml.TYPES[kind], s.shape)
+    rows, columns = s.shape
+    return Stored(kind, s.shape, rows * _row_bytes(kind, s.format if s.is_dense else "bf16", columns))
+
+
+@cache
+def _row_bytes(kind: str, scales: str, columns: int) -> int:
+    return _converted(np.zeros((1, columns), np.float32), kind, scales, None).nbytes
+
+
+def bits_per_weight(s: Stored) -> float:
+    """Bits per weight of a matrix in its file."""
+    return bits_of(s.format) if s.format in ggml.TYPES else 8 * s.nbytes / math.prod(s.shape)
 
 
 def model_shape(c: ModelConfig) -> ModelShape:
@@ -84,27 +120,39 @@ def convert(tensor: AnyTensor, kind: str, importance: np.ndarray | None = None) 
     """The tensor in another type: a name of quant/ggml.py, mlx<bits>_g<group>, or fp8."""
     if tensor.format == kind:
         return tensor
+    scales = tensor.format if isinstance(tensor, Tensor) else "bf16"
+    step = max(CHUNK // tensor.shape[-1] // FP8_BLOCK, 1) * FP8_BLOCK  # rows: whole blocks
+    chunks = (tensor.rows(slice(n, n + step)).float32() for n in range(0, tensor.shape[0], step))
+    return _joined([_converted(x, kind, scales, importance) for x in chunks])
+
+
+def _converted(x: np.ndarray, kind: str, scales: str, importance: np.ndarray | None) -> AnyTensor:
+    """`scales`: dtype of MLX's scales."""
     if kind in FORMATS:
-        return to_format(tensor.float32(), kind)
+        return to_format(x, kind)
     if kind == "fp8":
-        codes, scales = quantize_fp8(tensor.float32(), FP8_BLOCK)
-        return fp8("fp8", codes, Tensor("f32", scales.shape, scales), (FP8_BLOCK, FP8_BLOCK))
-    rows, columns = tensor.shape
+        codes, factors = quantize_fp8(x, FP8_BLOCK)
+        return fp8("fp8", codes, Tensor("f32", factors.shape, factors), (FP8_BLOCK, FP8_BLOCK))
     if not kind.startswith("mlx"):
-        blocks = [quantize(x, kind, importance) for x in _chunks(tensor)]
-        return ggml.tensor(ggml.TYPES[kind], (rows, columns), np.concatenate(blocks).reshape(-1))
+        blocks = quantize(x, kind, importance)
+        return ggml.tensor(ggml.TYPES[kind], x.shape, blocks.reshape(-1))
     bits, group = (int(n) for n in kind.removeprefix("mlx").split("_g"))
-    dtype = tensor.format if isinstance(tensor, Tensor) else "bf16"
-    parts = [quantize_mlx(x, bits, group, dtype) for x in _chunks(tensor)]
-    arrays = {name: np.concatenate([p.arrays[name] for p in parts]) for name in parts[0].arrays}
-    return QuantTensor(parts[0].kind, (rows, columns), arrays)
+    return quantize_mlx(x, bits, group, scales)
 
 
-def _chunks(tensor: AnyTensor) -> Iterator[np.ndarray]:
-    """float32, some rows at a time."""
-    step = max(CHUNK // tensor.shape[1], 1)
-    for begin in range(0, tensor.shape[0], step):
-        yield tensor.rows(slice(begin, begin + step)).float32()
+def _joined(parts: Sequence[AnyTensor]) -> AnyTensor:
+    """Rows of one tensor, in one type."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    rows = sum(p.shape[0] for p in parts)
+    if isinstance(first, Tensor):
+        data = np.concatenate([p.data for p in parts if isinstance(p, Tensor)])
+        return Tensor(first.format, data.shape, data)
+    packed = [p.arrays for p in parts if isinstance(p, QuantTensor)]
+    return replace(
+        first, shape=(rows, first.shape[1]), arrays={n: np.concatenate([a[n] for a in packed]) for n in first.arrays}
+    )
 
 
 def bits_of(kind: str) -> float:

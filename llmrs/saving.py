@@ -9,12 +9,11 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from llmrs.core.errors import ModelError
-from llmrs.loading import Model
 from llmrs.models import demo
 from llmrs.models.arch.config import ModelConfig
 from llmrs.models.arch.families import family
@@ -30,8 +29,11 @@ from llmrs.models.hub.snapshot import SMALL
 from llmrs.models.text.gguf_vocabulary import vocabulary
 from llmrs.quant.ggml import TYPES
 from llmrs.quant.schemes import FP8_BLOCK, MLX_GROUPS, Scheme
-from llmrs.quant.tensor import AnyTensor, QuantTensor, Tensor
+from llmrs.quant.tensor import AnyTensor, QuantTensor, Stored, Tensor
 from llmrs.quantizing import convert
+
+if TYPE_CHECKING:  # loading imports this module
+    from llmrs.loading import Model
 
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
 DENSE_NAME = re.compile(r"[-.](f32|f16|bf16|q8_0)$", re.IGNORECASE)  # at the end of a file's name
@@ -55,16 +57,16 @@ class Saver(Protocol):
 
 @contextmanager
 def save(
-    path: Path, scheme: Scheme, model: Model, weights: Mapping[str, AnyTensor], types: Mapping[str, str | None],
+    path: Path, scheme: Scheme, model: "Model", stored: Mapping[str, Stored], types: Mapping[str, str | None],
     *, force: bool = False,
 ) -> Iterator[Saver]:  # fmt: skip
     """A file or folder that appears at the end of the block, when every weight was put.
 
-    `weights` are those before quantization, `types` those of `plan_types`. Raises ConfigError for a path that can't be
+    `stored`: what the model's file holds. `types`: those of `plan_types`. Raises ConfigError for a path that can't be
     used, ModelError for a model that the format can't express, and where it can't be written.
     """
     if scheme.is_gguf:
-        kinds = {name: types[name] or _stored_type(name, weights[name]) for name in weights}
+        kinds = {name: types[name] or _stored_type(name, s, model) for name, s in stored.items()}
         tensors = {t.name: t for t in export_tensors(model.config, model.graph)}
         entries = [GgufTensor(t.name, TYPES[kinds[t.sources[0]] if t.sources else "f32"], t.shape)
                    for t in tensors.values()]  # fmt: skip
@@ -75,8 +77,8 @@ def save(
     if model.path.is_file():
         problem = f"{model.path} has no config.json and tokenizer.json, which a folder in {scheme.name} needs"
         raise ModelError(problem, "give the model's folder, or quantize to a GGUF type such as q4k")
-    kinds = {name: types[name] or _dense_type(weights[name]) for name in weights}
-    infos = _infos(model, weights, kinds)
+    kinds = {name: types[name] or _dense_type(s) for name, s in stored.items()}
+    infos = _infos(model, stored, kinds)
     with new_folder(path, size_of(infos), force=force) as folder:
         config = {**read_json(model.path / "config.json"), **quantization(scheme, model, types)}
         (folder / "config.json").write_text(json.dumps(config, indent=2), "utf-8")
@@ -98,7 +100,7 @@ def model_name(path: Path) -> str:
     return path.parents[1].name.rpartition("--")[2] if path.parent.name == "snapshots" else path.name
 
 
-def gguf_metadata(model: Model) -> dict[str, Any]:
+def gguf_metadata(model: "Model") -> dict[str, Any]:
     """Every key but general.file_type. Raises ModelError for what GGUF files can't express."""
     if model.path.is_file():
         with closing(GGUFSource(model.path)) as source:
@@ -108,7 +110,7 @@ def gguf_metadata(model: Model) -> dict[str, Any]:
     return {**metadata_of(model.config), **general, **words}
 
 
-def quantization(scheme: Scheme, model: Model, types: Mapping[str, str | None]) -> dict[str, Any]:
+def quantization(scheme: Scheme, model: "Model", types: Mapping[str, str | None]) -> dict[str, Any]:
     """The fields of config.json that say how the weights are quantized."""
     names = family(model.config.architecture).names
     modules = {
@@ -141,16 +143,16 @@ def _older_fields(c: ModelConfig) -> dict[str, Any]:
     return fields
 
 
-def _infos(model: Model, weights: Mapping[str, AnyTensor], kinds: Mapping[str, str]) -> Infos:
+def _infos(model: "Model", stored: Mapping[str, Stored], kinds: Mapping[str, str]) -> Infos:
     """Names, dtypes and shapes of the file's tensors."""
     names, infos = family(model.config.architecture).names, dict[str, tuple[str, tuple[int, ...]]]()
     shapes = {s.tensor: (s.rows, *w.columns) for w in model.graph.weights() for s in w.segments}
     experts = model.config.experts.num_experts if model.config.experts else 0
     for canonical, kind in kinds.items():
-        dtype = DTYPES[_dense_type(weights[canonical])]
-        for name, (stored, shape) in _parts(stored_name(canonical, names), kind, shapes[canonical], dtype).items():
+        dtype = DTYPES[_dense_type(stored[canonical])]
+        for name, (file_dtype, shape) in _parts(stored_name(canonical, names), kind, shapes[canonical], dtype).items():
             target, is_stack = stacked(name) if _is_mlx(kinds) else (name, False)
-            infos[target] = stored, ((experts, *shape) if is_stack else shape)
+            infos[target] = file_dtype, ((experts, *shape) if is_stack else shape)
     return infos
 
 
@@ -177,22 +179,23 @@ def stacked(name: str) -> tuple[str, bool]:
     return found, bool(count)
 
 
-def _dense_type(tensor: AnyTensor) -> str:
-    return tensor.format if tensor.format in DTYPES else "bf16"
+def _dense_type(s: Stored) -> str:
+    return s.format if s.is_dense else "bf16"
 
 
-def _stored_type(name: str, tensor: AnyTensor) -> str:
+def _stored_type(name: str, s: Stored, model: "Model") -> str:
     """The type in a GGUF file of a weight that is not quantized anew."""
-    if len(tensor.shape) == 1 or name.endswith("router"):
+    if len(s.shape) == 1 or name.endswith("router"):
         return "f32"
-    return tensor.format if tensor.format in TYPES else "bf16"
+    packed = model.path.is_file() and not s.expanded  # safetensors have an mxfp4 of their own
+    return s.format if s.is_dense or packed else "bf16"
 
 
 class GgufSaver:
     """Each weight goes to its place in the file, stacked experts one after the other."""
 
     def __init__(
-        self, model: Model, tensors: Mapping[str, ExportTensor], kinds: Mapping[str, str], file: GgufFile
+        self, model: "Model", tensors: Mapping[str, ExportTensor], kinds: Mapping[str, str], file: GgufFile
     ) -> None:
         self.model, self.kinds, self.file, self.nbytes = model, kinds, file, file.size
         self.places = {s: (t.name, n) for t in tensors.values() for n, s in enumerate(t.sources)}
@@ -217,7 +220,7 @@ def _bytes(tensor: AnyTensor) -> np.ndarray:
 class FolderSaver:
     """Tensors by their Hugging Face names; MLX's stacks of experts as mlx-lm names them."""
 
-    def __init__(self, model: Model, kinds: Mapping[str, str], file: SafetensorsFile, nbytes: int) -> None:
+    def __init__(self, model: "Model", kinds: Mapping[str, str], file: SafetensorsFile, nbytes: int) -> None:
         self.names, self.kinds, self.file, self.nbytes = family(model.config.architecture).names, kinds, file, nbytes
         self.left = set(kinds)
 

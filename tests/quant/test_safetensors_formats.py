@@ -17,7 +17,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from llmrs.models.files.quantized import open_weights
 from llmrs.quant.arrays import NUMPY
 from llmrs.quant.form import unpack
-from llmrs.quant.tensor import QuantTensor
+from llmrs.quant.tensor import QuantTensor, Stored
 
 VECTORS = Path(__file__).with_name("compressed_tensors.json")  # by tests/tools/compressed_tensors_vectors.py
 NAME = "a.q_proj.weight"
@@ -36,6 +36,7 @@ def read(folder, parts, config) -> QuantTensor:
     assert list(source.names()) == [NAME]
     assert source.shape(NAME) == tensor.shape
     assert isinstance(tensor, QuantTensor)
+    assert source.stored(NAME) == Stored(tensor.format, tensor.shape, sum(p.nbytes for p in tensor.planes().values()))
     return tensor
 
 
@@ -102,16 +103,16 @@ def test_experts_of_gpt_oss_equal_transformers(tmp_path):
     source = source_of(tmp_path, tensors, {"quantization_config": {"quant_method": "mxfp4"}})
     assert set(source.names()) == set(expected)
     for name, values in expected.items():
-        assert source.shape(name) == values.shape
+        assert source.shape(name) == source.stored(name).shape == values.shape
         np.testing.assert_array_equal(source.tensor(name).float32(), values)
 
 
 few = settings(max_examples=25, deadline=None)
-sizes = st.integers(1, 70)
+sizes, groups, seeds = st.integers(1, 70), st.integers(1, 6), st.integers(0, 2**32)
 
 
 @few
-@given(sizes, sizes, st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**32))
+@given(rows=sizes, columns=sizes, n=st.integers(1, 40), k=st.integers(1, 40), seed=seeds)
 def test_fp8_blocks_of_any_size(rows, columns, n, k, seed, tmp_path_factory):
     parts, values = files.fp8(n, k)(matrix(rows, columns, seed))
     tensor = read(tmp_path_factory.mktemp("fp8"), parts, files.fp8_config([n, k]))
@@ -123,7 +124,13 @@ def test_fp8_blocks_of_any_size(rows, columns, n, k, seed, tmp_path_factory):
 
 
 @few
-@given(st.integers(1, 30), st.integers(1, 6), st.sampled_from([2, 3, 4, 5, 6, 8]), st.booleans(), st.integers(0, 2**32))
+@given(
+    rows=st.integers(1, 30),
+    groups=groups,
+    bits=st.sampled_from([2, 3, 4, 5, 6, 8]),
+    symmetric=st.booleans(),
+    seed=seeds,
+)
 def test_packed_integers_of_any_shape(rows, groups, bits, symmetric, seed, tmp_path_factory):
     """Rows of any number, and rows whose last word is not full."""
     for group in (8, 24, 0):
@@ -134,7 +141,7 @@ def test_packed_integers_of_any_shape(rows, groups, bits, symmetric, seed, tmp_p
 
 
 @few
-@given(st.integers(1, 5), st.integers(1, 6), st.sampled_from(["awq", "gptq-v2", "gptq3"]), st.integers(0, 2**32))
+@given(eights=st.integers(1, 5), groups=groups, name=st.sampled_from(["awq", "gptq-v2", "gptq3"]), seed=seeds)
 def test_gptq_and_awq_of_any_shape(eights, groups, name, seed, tmp_path_factory):
     quantize, config = files.FILES[name]
     parts, values = quantize(matrix(8 * eights, 32 * groups, seed))
@@ -150,9 +157,9 @@ def test_gptq_stores_a_zero_of_0_as_the_largest_code(tmp_path):
 
 
 def test_a_global_scale_of_mlx(tmp_path):
-    """An option of MLX's nvfp4; of files it is in those of Ollama."""
+    """An option of MLX's nvfp4: the largest weight of the matrix."""
     mx = pytest.importorskip("mlx.core")
-    w, factor = mx.array(matrix(8, 64)), mx.array(37.0)
+    w, factor = mx.array(matrix(8, 64)), mx.array(3.7)
     weight, scales = mx.quantize(w, mode="nvfp4", global_scale=factor)
     values = mx.dequantize(weight, scales, mode="nvfp4", global_scale=factor, dtype=mx.float32)
     parts = {"weight": torch.from_numpy(np.array(weight)), "scales": torch.from_numpy(np.array(scales))}
