@@ -80,7 +80,7 @@ def quantize(x: np.ndarray, kind: str, importance: np.ndarray | None = None, dev
 
     step = ops.chunk // t.block
     ops.run(part, range(0, len(blocks), step))
-    return packed.reshape(rows, -1)
+    return packed.reshape(rows, columns // t.block * t.block_bytes)
 
 
 def _ops(device: str | None) -> QuantizerOps:
@@ -121,17 +121,11 @@ def _quantize(ops: QuantizerOps, recipe: Recipe, x: np.ndarray, importance: np.n
     return recipe.pack(codes, *(ops.download(s, np.float32).reshape(len(x), -1) for s in (*fit.stored, *supers)))
 
 
-def _half(ops: QuantizerOps, x: Array) -> Array:
-    """f16; what is not zero stays so."""
-    tiny = ops.where(x > 0, HALF_TINY, ops.where(x < 0, -HALF_TINY, x))
-    return ops.where((x < HALF_TINY) & (x > -HALF_TINY), tiny, ops.half(x))
-
-
 def _halves(ops: QuantizerOps) -> Store:
     """Scale and offset are f16."""
 
     def store(scale: Array, offset: Array | None) -> Line:
-        step = _half(ops, scale)
+        step = ops.half(scale)
         if offset is None:
             return Line(step, None, (step,))
         offset = ops.half(offset)
@@ -148,7 +142,9 @@ def _integers(
     (scale, offset), limit = fitted, float(low or high)
 
     def of_super(x: Array) -> Array:
-        return _half(ops, extreme(ops, x.reshape(-1, groups), 1) / limit)
+        unit = extreme(ops, x.reshape(-1, groups), 1) / limit
+        tiny = ops.where(unit > 0, HALF_TINY, ops.where(unit < 0, -HALF_TINY, unit))
+        return ops.where((unit < HALF_TINY) & (unit > -HALF_TINY), tiny, ops.half(unit))
 
     def rounded(x: Array, unit: Array) -> tuple[Array, Array]:
         integer = ops.nearest(x.reshape(-1, groups), inverse(ops, unit)[:, None], 0, low, high)

@@ -17,6 +17,9 @@ import numpy as np
 from llmrs.quant.quantizer_ops import Array, QuantizerOps
 
 SMALLEST = 1e-30  # steps below are zero: their inverse overflows
+# By this much, a gain is larger. Where one weight stands out and all others have one code, its code is of no account:
+# the first candidate wins, whose step is small, as the largest step of a super-block is the unit of all.
+TIE = 1 + 1e-5
 # Where the smallest and the largest weight are tried, relative to the first and the last code. Chosen greedily out of
 # 400, for normal, Laplace, Student and uniform weights and such with outliers, at 2, 4 and 5 bits.
 ENDS = (
@@ -129,19 +132,21 @@ def _search_line(groups: Groups, levels: Levels) -> tuple[Array, Array]:
     t = (groups.x - low) * scale  # within [0, 1]
     total = ops.sum(groups.weighted(t))
     mean = total / groups.count
-    gain, step, offset = span * 0 - 1, span * 0, span * 0
+    zero = span * 0
+    gain, step, offset = zero - 1, zero + 1 / levels.high, zero
     for first, last in ENDS:
         codes = levels.nearest(ops, t, levels.high + last - first, first)
         sums = _sums(groups, codes, t)
         covariance, variance = sums[2] - sums[0] * mean, sums[1] - sums[0] * sums[0] / groups.count
         a = covariance / variance
-        gain, step, offset = _best(ops, (gain, step, offset), (covariance * a, a, (total - a * sums[0]) / groups.count))
+        b = (total - a * sums[0]) / groups.count
+        gain, step, offset = _best(ops, (gain, step, offset), (covariance * a, a, b), TIE)
     return step * span, low + offset * span
 
 
-def _best(ops: QuantizerOps, old: tuple[Array, ...], new: tuple[Array, ...]) -> tuple[Array, ...]:
-    """The one whose first entry is larger."""
-    better = new[0] > old[0]
+def _best(ops: QuantizerOps, old: tuple[Array, ...], new: tuple[Array, ...], margin: float = 1.0) -> tuple[Array, ...]:
+    """The new ones where their first entry is larger by this factor."""
+    better = new[0] > old[0] * margin
     return tuple(ops.where(better, x, y) for x, y in zip(new, old, strict=True))
 
 
