@@ -108,6 +108,7 @@ def loaded(model: Model, config: EngineConfig, longest: int) -> Backend:
         max_num_batched_tokens=longest,
         cuda_graphs=False,
         quant=None,
+        save_quantized=None,
     )
     backend = make_backend(config)
     weights = model.open_weights()

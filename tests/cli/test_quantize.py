@@ -4,6 +4,7 @@ import collections
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -50,9 +51,10 @@ def test_as_in_the_readme(command):
 
 
 def test_the_config_file_names_model_and_type(command, copied):
-    Path("config.yaml").write_text(f"model: {copied}\nquant: q8-0\n")
-    assert command("quantize")[0] == 0
-    assert files() == ["config.yaml", "copied", "copied-q8_0.gguf"]
+    Path("config.yaml").write_text(f"model: {copied}\nquant: q8-0\nsave_quantized: x\n")
+    Path("t.txt").write_text(TEXT)
+    assert command("quantize", "--eval", "t.txt")[0] == 0
+    assert files() == ["config.yaml", "copied", "copied-q8_0.gguf", "t.txt"]
     assert command("quantize", "demo", "--isq", "Q4_0", "-o", "x.gguf")[0] == 0
     assert types("x.gguf")["q4_0"] == 24
 
@@ -122,12 +124,13 @@ def test_a_gguf_file_becomes_no_folder(command):
     assert files() == ["x.gguf"]
 
 
-def test_interrupted(command, monkeypatch):
-    def interrupt(matrix):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("llmrs.cli.quantize.print_matrix", interrupt)
-    assert command("quantize", "--quant", "q8_0")[0] == 130
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
+@pytest.mark.parametrize("quant", ["q8_0", "mlx8"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_interrupted(name, quant, command, monkeypatch):
+    number = getattr(signal, name)
+    monkeypatch.setattr("llmrs.cli.quantize.print_matrix", lambda matrix: os.kill(os.getpid(), number))
+    assert command("quantize", "--quant", quant)[0] == 128 + number
     assert not files()
 
 
