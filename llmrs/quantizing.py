@@ -160,7 +160,7 @@ def bits_of(kind: str) -> float:
     if kind in ggml.TYPES:
         return 8 * ggml.TYPES[kind].block_bytes / ggml.TYPES[kind].block
     if kind == "fp8":
-        return 8 + 32 / FP8_BLOCK**2
+        return 8 + 32 / FP8_BLOCK  # as in memory, where each row has its scales
     bits, group = (int(n) for n in kind.removeprefix("mlx").split("_g"))
     return bits + 32 / group
 
