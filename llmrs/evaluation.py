@@ -27,10 +27,10 @@ JSONL = 'each line is {"prompt": "...", "text": "..."}, as `llmrs run --output` 
 
 @dataclass(frozen=True)
 class Sample:
-    """A sequence whose tokens are scored from `first` on."""
+    """A sequence, and the places of the tokens in it that are scored."""
 
-    tokens: list[int]
-    first: int
+    tokens: Sequence[int]
+    places: np.ndarray  # from 1 on
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,12 @@ def read_samples(path: Path, model: Model) -> list[Sample]:
     limit = model.config.max_position_embeddings
     if path.suffix == ".jsonl":
         samples = [_conversation(path, n, line, model) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
-        cut = [Sample(s.tokens[: min(LONGEST, limit)], s.first) for s in samples]
+        cut = [_cut(s, min(LONGEST, limit)) for s in samples]
     else:
         tokens, step = model.tokenizer.encode(text), min(CHUNK, limit)
-        cut = [Sample(tokens[n : n + step], 1) for n in range(0, len(tokens), step)]
-    if not (found := [s for s in cut if len(s.tokens) > s.first]):
+        chunks = [tokens[n : n + step] for n in range(0, len(tokens), step)]
+        cut = [Sample(chunk, np.arange(1, len(chunk))) for chunk in chunks]
+    if not (found := [s for s in cut if len(s.places)]):
         raise ModelError(f"{path} holds no text to evaluate", f"give a longer text, or a .jsonl file: {JSONL}")
     return found
 
@@ -69,7 +70,12 @@ def _conversation(path: Path, number: int, line: str, model: Model) -> Sample:
         raise ModelError(f"{path}, line {number}: it has no prompt and text", JSONL)
     prompt = encode_chat(model.tokenizer, require_template(model), [Message("user", asked)])
     answer = model.tokenizer.encode_ordinary(text, first=False)
-    return Sample([*prompt.token_ids, *answer, model.eos_ids[0]], len(prompt.token_ids))
+    tokens = [*prompt.token_ids, *answer, model.eos_ids[0]]
+    return Sample(tokens, np.arange(len(prompt.token_ids), len(tokens)))
+
+
+def _cut(s: Sample, length: int) -> Sample:
+    return Sample(s.tokens[:length], s.places[s.places < length])
 
 
 def evaluate(
@@ -81,10 +87,10 @@ def evaluate(
     longest = max(len(s.tokens) for s in samples)
     with closing(loaded(original, config, longest)) as a, closing(loaded(quantized, config, longest)) as b:
         for n, s in enumerate(samples):
-            rows = np.arange(s.first - 1, len(s.tokens) - 1)
-            total += _compare(logits(a, s.tokens, rows), logits(b, s.tokens, rows), np.array(s.tokens[s.first :]))
+            rows = s.places - 1
+            total += _compare(logits(a, s.tokens, rows), logits(b, s.tokens, rows), np.array(s.tokens)[s.places])
             progress(n + 1, len(samples))
-    tokens = sum(len(s.tokens) - s.first for s in samples)
+    tokens = sum(len(s.places) for s in samples)
     kl, same, loss, original_loss = (float(v) for v in total / tokens)
     return Evaluation(tokens, kl, same, _exp(loss), _exp(original_loss))
 

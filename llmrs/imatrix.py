@@ -17,6 +17,8 @@ from llmrs.models.files.imatrix import HINT, Sums, read_imatrix
 from llmrs.models.files.untrusted import read_text
 from llmrs.quant.tensor import AnyTensor
 
+SHORTEST = 32  # tokens of a text
+
 
 class MeasuringBackend(ReferenceBackend):
     """The reference, which also sums the squares of what each matrix is multiplied with."""
@@ -30,7 +32,8 @@ class MeasuringBackend(ReferenceBackend):
             weights = [at_layer(o, layer) for o in e.inputs[1:] if isinstance(o, Weight)]
             x = values[e.inputs[0]]  # type: ignore[index]
             if e.op == "linear":
-                self._add(gguf_name(weights[0].segments[0].tensor), x)
+                for s in weights[0].segments:
+                    self._add(gguf_name(s.tensor), x)
             else:
                 self._add_experts(context, x, weights, e.params["top_k"])
         return super()._equation(e, values, context, layer)
@@ -58,11 +61,7 @@ def measure(
     graph: Graph, weights: Mapping[str, AnyTensor], tokens: Sequence[int], chunk: int,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> dict[str, Sums]:  # fmt: skip
-    """Sums by GGUF name over chunks of the tokens; the rest of the last one is left out. Raises ModelError."""
-    if len(tokens) < chunk:
-        raise ModelError(
-            f"the text has {len(tokens)} tokens, and a chunk {chunk}", "give a longer text, or a lower chunk"
-        )
+    """Sums by GGUF name over chunks of the tokens; the rest of the last one is left out."""
     backend = MeasuringBackend()
     backend.load(graph, weights, lambda done: None)
     backend.allocate(-(-chunk // backend.block_size), backend.block_size, 1, chunk)
@@ -75,7 +74,10 @@ def measure(
 
 def read_text_tokens(path: Path, model: Model) -> tuple[list[int], int]:
     """A text's tokens, and how many are read at once. Raises ModelError."""
-    return model.tokenizer.encode(read_text(path, MAX_BYTES)), min(CHUNK, model.config.max_position_embeddings)
+    tokens = model.tokenizer.encode(read_text(path, MAX_BYTES))
+    if len(tokens) < SHORTEST:
+        raise ModelError(f"{path} has {len(tokens)} tokens, and at least {SHORTEST} are needed", "give a longer text")
+    return tokens, min(CHUNK, len(tokens), model.config.max_position_embeddings)
 
 
 def read_importance(path: Path, graph: Graph) -> dict[str, np.ndarray]:

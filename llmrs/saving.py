@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from llmrs.core.errors import ModelError
 from llmrs.models import demo
+from llmrs.models.arch.config import ModelConfig
 from llmrs.models.arch.families import family
-from llmrs.models.arch.gguf_export import ExportTensor, export_tensors, exported, metadata_of
+from llmrs.models.arch.gguf_export import ExportTensor, export_tensors, exported, metadata_of, window_period
 from llmrs.models.files.gguf import GGUFSource
 from llmrs.models.files.gguf_writer import GgufFile, GgufTensor, open_gguf
 from llmrs.models.files.json_reader import read_json
@@ -72,6 +74,9 @@ def save(
         with open_gguf(path, metadata, entries, force=force) as file:
             yield GgufSaver(model, tensors, kinds, file)
         return
+    if model.path.is_file():
+        problem = f"{model.path} has no config.json and tokenizer.json, which a folder in {scheme.name} needs"
+        raise ModelError(problem, "give the model's folder, or quantize to a GGUF type such as q4k")
     kinds = {name: types[name] or _dense_type(s) for name, s in stored.items()}
     infos = _infos(model, stored, kinds)
     with new_folder(path, size_of(infos), force=force) as folder:
@@ -123,7 +128,19 @@ def quantization(scheme: Scheme, model: "Model", types: Mapping[str, str | None]
     for module, kind in modules.items():
         if kind is not None and (group := int(kind.rpartition("_g")[2])) != main:
             found[stacked(module)[0]] = {"group_size": group, "bits": bits, "mode": "affine"}
-    return {**tied, "quantization": found, "quantization_config": found}
+    return {**_older_fields(model.config), **tied, "quantization": found, "quantization_config": found}
+
+
+def _older_fields(c: ModelConfig) -> dict[str, Any]:
+    """What mlx-lm reads in transformers 4's spelling only."""
+    fields: dict[str, Any] = {"rope_theta": c.rope.theta}
+    if c.rope.scaling["rope_type"] != "default":
+        fields["rope_scaling"] = dict(c.rope.scaling)
+    if c.experts is not None:
+        fields["num_experts"] = c.experts.num_experts
+    if c.name == "gemma3":
+        fields |= {"rope_local_base_freq": c.local_rope.theta, "sliding_window_pattern": window_period(c)}
+    return fields
 
 
 def _infos(model: "Model", stored: Mapping[str, Stored], kinds: Mapping[str, str]) -> Infos:

@@ -5,9 +5,14 @@ Of B blocks: codes uint8 (B, block), from zero on; what else a block stores is f
 
 import numpy as np
 
+from llmrs.quant.form import IQ4
+
+IQ4_INDEX = np.zeros(256, np.uint8)  # of IQ4 + 127
+IQ4_INDEX[(IQ4 + 127).astype(int)] = np.arange(16)
+
 
 def q4_0(codes: np.ndarray, *halves: np.ndarray) -> np.ndarray:
-    """Q4_0, Q4_1 and IQ4_NL: f16 scale, and offset of Q4_1."""
+    """Q4_0 and Q4_1: f16 scale, and offset."""
     return _joined(*map(_f16, halves), _halves(codes))
 
 
@@ -46,11 +51,16 @@ def q6_k(codes: np.ndarray, scales: np.ndarray, d: np.ndarray) -> np.ndarray:
     return _joined(low, _two_bits(codes >> 4), scales.astype(np.int8).view(np.uint8), _f16(d))
 
 
+def iq4_nl(codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    return q4_0(IQ4_INDEX[codes], scale)
+
+
 def iq4_xs(codes: np.ndarray, scales: np.ndarray, d: np.ndarray) -> np.ndarray:
     s = _u8(scales + 32)
     low, top = s & 15, (s >> 4).reshape(-1, 2, 4)
     top = top[:, :, 0] | top[:, :, 1] << 2 | top[:, :, 2] << 4 | top[:, :, 3] << 6
-    return _joined(_f16(d), top, low[:, ::2] | low[:, 1::2] << 4, _halves(codes.reshape(-1, 8, 32)).reshape(-1, 128))
+    q = _halves(IQ4_INDEX[codes].reshape(-1, 8, 32)).reshape(-1, 128)
+    return _joined(_f16(d), top, low[:, ::2] | low[:, 1::2] << 4, q)
 
 
 def _joined(*parts: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmrs.core.errors import ModelError, did_you_mean
+from llmrs.core.errors import ConfigError, ModelError, did_you_mean
 from llmrs.quant import pack_ggml as pack
 from llmrs.quant.form import IQ4, SUPER_BLOCK
 from llmrs.quant.ggml import TYPES
@@ -14,7 +14,8 @@ from llmrs.quant.scale_search import Groups, Levels, Line, Store, extreme, inver
 
 HALF_TINY = 2.0**-24  # the smallest positive f16
 LARGEST = 2.0**30  # beyond what any type holds: f16's 65504 * 128 * 127
-CANDIDATES = (-0.8, -0.4, -0.1, 0.2, 0.5, 0.8)
+RARE = 1e-6  # the least importance of a column, relative to the mean
+PEAKS = (-0.6, -0.2, 0.1, 0.4, 0.7, 1.0, 1.3, 2.0)  # where the peak is tried, relative to the lowest code
 
 
 @dataclass(frozen=True)
@@ -28,14 +29,14 @@ class Recipe:
 
 
 def _scale(low: int, high: int) -> Levels:
-    return Levels(low, high, CANDIDATES)
+    return Levels(low, high, tuple(low + c for c in PEAKS))
 
 
 def _line(high: int, bounded: bool = False) -> Levels:
-    return Levels(0, high, CANDIDATES, offset=True, bounded=bounded)
+    return Levels(0, high, bounded=bounded)
 
 
-IQ4_LEVELS = Levels(-127, 113, (-12, -6, 0, 6, 12), table=tuple(float(v) for v in IQ4))
+IQ4_LEVELS = Levels(-127, 113, (-139, -133, -127, -121, -115, 113), table=IQ4)
 RECIPES = {
     "q4_0": Recipe(32, _scale(-8, 7), pack.q4_0),
     "q4_1": Recipe(32, _line(15), pack.q4_0),
@@ -47,59 +48,76 @@ RECIPES = {
     "q4_k": Recipe(32, _line(15, bounded=True), pack.q4_k, (0, 63)),
     "q5_k": Recipe(32, _line(31, bounded=True), pack.q5_k, (0, 63)),
     "q6_k": Recipe(16, _scale(-32, 31), pack.q6_k, (-128, 127)),
-    "iq4_nl": Recipe(32, IQ4_LEVELS, pack.q4_0),
+    "iq4_nl": Recipe(32, IQ4_LEVELS, pack.iq4_nl),
     "iq4_xs": Recipe(32, IQ4_LEVELS, pack.iq4_xs, (-32, 31)),
 }
-IQ4_INDEX = np.zeros(256, np.uint8)
-IQ4_INDEX[(IQ4 + 127).astype(int)] = np.arange(16)
 
 
-def quantize(
-    x: np.ndarray, kind: str, importance: np.ndarray | None = None, ops: QuantizerOps = NUMPY_OPS
-) -> np.ndarray:
+def quantize(x: np.ndarray, kind: str, importance: np.ndarray | None = None, device: str | None = None) -> np.ndarray:
     """Blocks uint8 (N, row bytes) of weights float32 (N, K), in a type of RECIPES, as quant/ggml.py reads them.
 
-    `importance` (K,), not negative: squared errors of the columns count that much. What is too large for a type
-    becomes its largest value. The bytes depend on no other rows, and on no number of threads.
+    `importance` (K,), not negative: squared errors of a column count that much. `device`: one of Torch, such as cuda;
+    without it NumPy quantizes, on all cores. What is too large for a type becomes its largest value. The bytes of a
+    row depend neither on other rows nor on the number of threads.
 
-    Raises ValueError where blocks do not divide K, and ModelError for a type that is not in RECIPES and for weights or
-    importance that are NaN or infinite.
+    Raises ConfigError for a type that is not in RECIPES, ValueError where its blocks do not divide K, and ModelError
+    for weights or importance that are NaN or infinite.
     """
     if kind not in RECIPES:
-        raise ModelError(f"weights can't be quantized to {kind!r}", did_you_mean(kind, RECIPES))
-    (rows, columns), block = x.shape, TYPES[kind].block
-    if columns % block:
-        raise ValueError(f"rows of {columns} weights are no blocks of {block}, as {kind} has them")
-    parts = ops.map(lambda part: _quantize(ops, kind, *part), _parts(x, block, importance, ops.chunk // block))
-    return np.concatenate([*parts, np.empty((0, TYPES[kind].block_bytes), np.uint8)]).reshape(rows, -1)
+        raise ConfigError(f"weights can't be quantized to {kind!r}", did_you_mean(kind, RECIPES))
+    (rows, columns), t = x.shape, TYPES[kind]
+    if columns % t.block:
+        raise ValueError(f"{columns} columns can't be cut into blocks of {t.block} weights, as {kind} needs")
+    ops = _ops(device)
+    blocks = np.ascontiguousarray(x, np.float32).reshape(-1, t.block)
+    weights = _relative(importance, columns)
+    packed = np.empty((len(blocks), t.block_bytes), np.uint8)
+
+    def part(begin: int) -> None:
+        index = np.arange(begin, min(begin + step, len(blocks)))
+        counts = None if weights is None else weights.reshape(-1, t.block)[index % (columns // t.block)]
+        packed[index[0] : index[-1] + 1] = _quantize(ops, RECIPES[kind], blocks[index[0] : index[-1] + 1], counts)
+
+    step = ops.chunk // t.block
+    ops.run(part, range(0, len(blocks), step))
+    return packed.reshape(rows, columns // t.block * t.block_bytes)
 
 
-def _parts(
-    x: np.ndarray, block: int, importance: np.ndarray | None, count: int
-) -> list[tuple[np.ndarray, np.ndarray | None]]:
-    """Blocks (count, block), and their importance."""
-    blocks = np.ascontiguousarray(x, np.float32).reshape(-1, block)
-    parts = [blocks[n : n + count] for n in range(0, len(blocks), count)]
+def _ops(device: str | None) -> QuantizerOps:
+    if device is None:
+        return NUMPY_OPS
+    from llmrs.quant.quantizer_torch import TorchOps
+
+    return TorchOps(device)
+
+
+def _relative(importance: np.ndarray | None, columns: int) -> np.ndarray | None:
+    """To the mean, and not zero: a group that never mattered is quantized all the same."""
     if importance is None:
-        return [(part, None) for part in parts]
-    row = np.ascontiguousarray(importance, np.float32).reshape(-1, block)
-    return [(p, row[np.arange(n * count, n * count + len(p)) % len(row)]) for n, p in enumerate(parts)]
+        return None
+    if importance.shape != (columns,):
+        raise ValueError(f"an importance of the shape {importance.shape} is none of {columns} columns")
+    if not (np.isfinite(importance).all() and (importance >= 0).all()):
+        raise ModelError("the importance of a column is negative, NaN or infinite", "make the imatrix anew")
+    mean = importance.mean(dtype=np.float64)
+    return np.maximum(importance / mean, RARE).astype(np.float32) if mean else None
 
 
-def _quantize(ops: QuantizerOps, kind: str, x: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
+def _quantize(ops: QuantizerOps, recipe: Recipe, x: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
     """Blocks (B, block) to bytes (B, block bytes)."""
-    recipe = RECIPES[kind]
-    weights = ops.upload(np.clip(x, -LARGEST, LARGEST).reshape(-1, recipe.group))
-    counts = None if importance is None else ops.upload(importance.reshape(-1, recipe.group))
-    groups = Groups(ops, weights, counts)
+    peak = max(x.max(), -x.min())  # NaN where there is one
+    if not peak < np.inf:
+        raise ModelError("a weight is NaN or infinite", "the file is damaged, or of a training run that diverged")
+    if peak > LARGEST:
+        x = np.clip(x, -LARGEST, LARGEST)
+    weights = ops.upload(x.reshape(-1, recipe.group))
+    groups = Groups(ops, weights, None if importance is None else ops.upload(importance.reshape(-1, recipe.group)))
     fitted = search(groups, recipe.levels)
     store, supers = _halves(ops), ()
     if recipe.scales is not None:
-        store, supers = _super_block(ops, fitted, SUPER_BLOCK // recipe.group, recipe.scales)
+        store, supers = _integers(ops, fitted, SUPER_BLOCK // recipe.group, recipe.scales)
     fit = refine(groups, recipe.levels, fitted, store)
     codes = ops.download(fit.codes - recipe.levels.low, np.uint8).T.reshape(x.shape)
-    if recipe.levels.table:
-        codes = IQ4_INDEX[codes]
     return recipe.pack(codes, *(ops.download(s, np.float32).reshape(len(x), -1) for s in (*fit.stored, *supers)))
 
 
@@ -107,7 +125,7 @@ def _halves(ops: QuantizerOps) -> Store:
     """Scale and offset are f16."""
 
     def store(scale: Array, offset: Array | None) -> Line:
-        step = _half(ops, scale)
+        step = ops.half(scale)
         if offset is None:
             return Line(step, None, (step,))
         offset = ops.half(offset)
@@ -116,25 +134,21 @@ def _halves(ops: QuantizerOps) -> Store:
     return store
 
 
-def _half(ops: QuantizerOps, x: Array) -> Array:
-    """f16; what is not zero stays so."""
-    tiny = ops.where(x > 0, HALF_TINY, ops.where(x < 0, -HALF_TINY, x))
-    return ops.where((x < HALF_TINY) & (x > -HALF_TINY), tiny, ops.half(x))
-
-
-def _super_block(
+def _integers(
     ops: QuantizerOps, fitted: tuple[Array, Array | None], groups: int, bounds: tuple[int, int]
 ) -> tuple[Store, tuple[Array, ...]]:
-    """Scales, and offsets, are integers times an f16 of a super-block; these f16."""
-    (scale, offset), (low, high) = fitted, bounds
-    low_or_high = float(high if low == 0 else low)
+    """Scale and offset are integers, times an f16 of the super-block; and these f16, of the largest ones."""
+    low, high = bounds
+    (scale, offset), limit = fitted, float(low or high)
 
     def of_super(x: Array) -> Array:
-        return _half(ops, extreme(ops, x.reshape(-1, groups), 1) / low_or_high)
+        unit = extreme(ops, x.reshape(-1, groups), 1) / limit
+        tiny = ops.where(unit > 0, HALF_TINY, ops.where(unit < 0, -HALF_TINY, unit))
+        return ops.where((unit < HALF_TINY) & (unit > -HALF_TINY), tiny, ops.half(unit))
 
-    def rounded(x: Array, d: Array) -> tuple[Array, Array]:
-        integer = ops.nearest(x.reshape(-1, groups), inverse(ops, d)[:, None], low, high)
-        return integer.reshape(-1), (integer * d[:, None]).reshape(-1)
+    def rounded(x: Array, unit: Array) -> tuple[Array, Array]:
+        integer = ops.nearest(x.reshape(-1, groups), inverse(ops, unit)[:, None], 0, low, high)
+        return integer.reshape(-1), (integer * unit[:, None]).reshape(-1)
 
     d = of_super(scale)
     dmin = None if offset is None else of_super(-offset)

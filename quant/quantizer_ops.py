@@ -4,15 +4,14 @@ Matrices are (G, n): sums over the first axis run along long rows, and add in th
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 
 Array = Any  # of one framework
-S = TypeVar("S")
-T = TypeVar("T")
 HALF_MAX, HALF_TINY = 65504.0, 2.0**-24  # the largest and the smallest positive f16
 
 
@@ -27,11 +26,14 @@ class QuantizerOps(Protocol):
     def download(self, x: Array, dtype: type[Any]) -> np.ndarray:
         """(...) -> NumPy's, in another type; the values fit."""
 
-    def map(self, function: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
-        """function(item) in the order of the items, on as many threads as pay."""
+    def run(self, function: Callable[[int], None], items: Iterable[int]) -> None:
+        """function(item), on as many threads as pay."""
 
-    def nearest(self, x: Array, factor: Array | float, low: float, high: float) -> Array:
-        """x * factor, rounded to integers within [low, high], ties to even."""
+    def nearest(self, x: Array, factor: Array | float, shift: float, low: float, high: float) -> Array:
+        """x * factor + shift, rounded to integers within [low, high], ties to even."""
+
+    def take(self, table: np.ndarray, index: Array) -> Array:
+        """table[index], for integers that are float32."""
 
     def sum(self, x: Array) -> Array:
         """(G, n) -> (n,)."""
@@ -43,7 +45,7 @@ class QuantizerOps(Protocol):
 
     def max(self, x: Array, axis: int) -> Array: ...
 
-    def clip(self, x: Array, low: Array | float, high: Array | float) -> Array: ...
+    def clip(self, x: Array, low: float, high: float) -> Array: ...
 
     def where(self, condition: Array, x: Array | float, y: Array | float) -> Array: ...
 
@@ -54,7 +56,7 @@ class QuantizerOps(Protocol):
 class NumpyOps:
     """`QuantizerOps` of NumPy, on all cores."""
 
-    chunk = 2**17  # a few temporaries stay in the L2 cache
+    chunk = 2**18  # a few temporaries stay in the caches
 
     def upload(self, x: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(x.T)
@@ -62,24 +64,29 @@ class NumpyOps:
     def download(self, x: np.ndarray, dtype: type[Any]) -> np.ndarray:
         return x.astype(dtype)
 
-    def map(self, function: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
-        def quiet(item: S) -> T:
+    def run(self, function: Callable[[int], None], items: Iterable[int]) -> None:
+        def quiet(item: int) -> None:
             with np.errstate(all="ignore"):
-                return function(item)
+                function(item)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            yield from pool.map(quiet, items)
+            deque(pool.map(quiet, items), 0)  # raises what they raised
 
-    def nearest(self, x: np.ndarray, factor: Array | float, low: float, high: float) -> np.ndarray:
+    def nearest(self, x: np.ndarray, factor: Array | float, shift: float, low: float, high: float) -> np.ndarray:
         y = x * factor
+        if shift:
+            y += shift
         np.rint(y, out=y)
         return np.clip(y, low, high, out=y)
+
+    def take(self, table: np.ndarray, index: np.ndarray) -> np.ndarray:
+        return table.take(index.astype(np.intp))
 
     def sum(self, x: np.ndarray) -> np.ndarray:
         return np.add.reduce(x, 0) if x.shape[1] > 1 else _sum_in_order(x)
 
     def dot(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        return self.sum(x * y)
+        return np.einsum("ij,ij->j", x, y) if x.shape[1] > 1 else _sum_in_order(x * y)
 
     def min(self, x: np.ndarray, axis: int) -> np.ndarray:
         return x.min(axis)
@@ -87,7 +94,7 @@ class NumpyOps:
     def max(self, x: np.ndarray, axis: int) -> np.ndarray:
         return x.max(axis)
 
-    def clip(self, x: np.ndarray, low: Array | float, high: Array | float) -> np.ndarray:
+    def clip(self, x: np.ndarray, low: float, high: float) -> np.ndarray:
         return np.clip(x, low, high)
 
     def where(self, condition: np.ndarray, x: Array | float, y: Array | float) -> np.ndarray:

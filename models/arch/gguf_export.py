@@ -57,7 +57,7 @@ def metadata_of(c: ModelConfig) -> dict[str, Any]:
     if arch == "llama" and _window(c):
         values["attention.sliding_window"] = _window(c)  # llmrs reads it
     if arch == "gemma3":
-        values |= {"attention.sliding_window": _window(c), "attention.sliding_window_pattern": _period(c)}
+        values |= {"attention.sliding_window": _window(c), "attention.sliding_window_pattern": window_period(c)}
         values["rope.freq_base_swa"] = c.local_rope.theta
     return {"general.architecture": arch, **{f"{arch}.{key}": value for key, value in values.items()}}
 
@@ -66,7 +66,7 @@ def _window(c: ModelConfig) -> int:
     return max(kind.window for kind in c.layer_kinds)
 
 
-def _period(c: ModelConfig) -> int:
+def window_period(c: ModelConfig) -> int:
     """Every so many layers one has full attention."""
     full = [i for i, kind in enumerate(c.layer_kinds) if not kind.window]
     return full[0] + 1 if full else len(c.layer_kinds) + 1
@@ -80,7 +80,7 @@ def _check(c: ModelConfig, arch: str) -> None:
 
     windows = [kind.window for kind in c.layer_kinds]
     if arch == "gemma3":
-        period, scales = _period(c), [c.head_dim**-0.5]
+        period, scales = window_period(c), [c.head_dim**-0.5]
         if len(windows) == 62:  # the model of 27B parameters
             scales = [(c.hidden_size / c.num_heads) ** -0.5]
         if any((window == 0) != ((i + 1) % period == 0) for i, window in enumerate(windows)):

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from llmrs.cli import main
-from llmrs.models import demo
 from llmrs.models.files.gguf import GGUFSource
 
 TEXT = "Hello! How are you? What is seven plus five? " * 12

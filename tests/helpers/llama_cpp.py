@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 MODULES = Path(os.environ.get("NODE_LLAMA_MODULES", "node_modules"))
@@ -33,6 +34,19 @@ def require_llama_cpp() -> None:
 def quantize(source: Path, targets: Mapping[Path, str]) -> None:
     """Quantizes a GGUF file to each of `targets`, whose values are in TYPES."""
     _call("quantize", str(source), {str(path): TYPES[kind] for path, kind in targets.items()})
+
+
+def quantize_matrix(x: np.ndarray, number: int, importance: np.ndarray | None = None) -> np.ndarray:
+    """Blocks, one-dimensional uint8, of float32 (N, K) in the type of this number, by ggml itself, in this process."""
+    require_llama_cpp()
+    lib = c.CDLL(str(LIBRARIES / "libggml-base.so"))
+    lib.ggml_quantize_chunk.argtypes = [_i, _p, _p, c.c_int64, c.c_int64, c.c_int64, _p]
+    lib.ggml_quantize_chunk.restype = c.c_size_t
+    x, blocks = np.ascontiguousarray(x, np.float32), np.zeros(x.nbytes, np.uint8)  # larger than needed
+    row = None if importance is None else np.ascontiguousarray(importance, np.float32)
+    pointer = None if row is None else row.ctypes.data
+    size = lib.ggml_quantize_chunk(number, x.ctypes.data, blocks.ctypes.data, 0, len(x), x.shape[1], pointer)
+    return blocks[:size]
 
 
 def greedy(path: Path, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
