@@ -29,8 +29,10 @@ class QuantizerOps(Protocol):
     def run(self, function: Callable[[int], None], items: Iterable[int]) -> None:
         """function(item), on as many threads as pay."""
 
-    def nearest(self, x: Array, factor: Array | float, shift: float, low: float, high: float) -> Array:
-        """x * factor + shift, rounded to integers within [low, high], ties to even."""
+    def nearest(
+        self, x: Array, factor: Array | float, shift: float, low: float, high: float, out: Array | None = None
+    ) -> Array:
+        """x * factor + shift, rounded to integers within [low, high], ties to even. `out` may be overwritten."""
 
     def take(self, table: np.ndarray, index: Array) -> Array:
         """table[index], for integers that are float32."""
@@ -69,11 +71,16 @@ class NumpyOps:
             with np.errstate(all="ignore"):
                 function(item)
 
+        np.empty(
+            2**24, np.uint8
+        )  # freed at once: now glibc keeps smaller arrays for the next ones, without page faults
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             deque(pool.map(quiet, items), 0)  # raises what they raised
 
-    def nearest(self, x: np.ndarray, factor: Array | float, shift: float, low: float, high: float) -> np.ndarray:
-        y = x * factor
+    def nearest(
+        self, x: np.ndarray, factor: Array | float, shift: float, low: float, high: float, out: Array | None = None
+    ) -> np.ndarray:
+        y = np.multiply(x, factor, out=out)
         if shift:
             y += shift
         np.rint(y, out=y)

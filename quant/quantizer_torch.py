@@ -27,8 +27,10 @@ class TorchOps:
         for item in items:
             function(item)
 
-    def nearest(self, x: torch.Tensor, factor: Array | float, shift: float, low: float, high: float) -> torch.Tensor:
-        return (x * factor + shift).round_().clamp_(low, high)
+    def nearest(
+        self, x: torch.Tensor, factor: Array | float, shift: float, low: float, high: float, out: Array | None = None
+    ) -> torch.Tensor:
+        return (x * factor).add_(shift).round_().clamp_(low, high)
 
     def take(self, table: np.ndarray, index: torch.Tensor) -> torch.Tensor:
         return torch.tensor(table, device=self.device)[index.int()]

@@ -38,12 +38,14 @@ class Levels:
     bounded: bool = False  # offsets are at most zero
     table: np.ndarray | None = None  # of integers
 
-    def nearest(self, ops: QuantizerOps, x: Array, factor: Array | float, shift: float = 0) -> Array:
-        """The codes of x * factor + shift."""
+    def nearest(
+        self, ops: QuantizerOps, x: Array, factor: Array | float, shift: float = 0, out: Array | None = None
+    ) -> Array:
+        """The codes of x * factor + shift; `out` may be overwritten."""
         if self.table is None:
-            return ops.nearest(x, factor, shift, self.low, self.high)
+            return ops.nearest(x, factor, shift, self.low, self.high, out)
         last = 2 * (self.high - self.low)
-        return ops.take(self.nearest_in_table, ops.nearest(x, 2 * factor, 2 * (shift - self.low) - 0.5, 0, last))
+        return ops.take(self.nearest_in_table, ops.nearest(x, 2 * factor, 2 * (shift - self.low) - 0.5, 0, last, out))
 
     @cached_property
     def nearest_in_table(self) -> np.ndarray:
@@ -114,9 +116,9 @@ def search(groups: Groups, levels: Levels) -> tuple[Array, Array | None]:
 def _search_scale(groups: Groups, levels: Levels) -> Array:
     ops, peak = groups.ops, extreme(groups.ops, groups.x, 0)
     t = groups.x * inverse(ops, peak)  # 1 at the peak
-    gain, step = peak * 0 - 1, peak * 0
+    gain, step, codes = peak * 0 - 1, peak * 0, None
     for code in levels.peaks:
-        codes = levels.nearest(ops, t, code)
+        codes = levels.nearest(ops, t, code, out=codes)
         weighted = groups.weighted(codes)
         product, square = ops.dot(weighted, t), ops.dot(weighted, codes)
         gain, step = _best(ops, (gain, step), (product * product / square, product / square))
@@ -133,9 +135,9 @@ def _search_line(groups: Groups, levels: Levels) -> tuple[Array, Array]:
     total = ops.sum(groups.weighted(t))
     mean = total / groups.count
     zero = span * 0
-    gain, step, offset = zero - 1, zero + 1 / levels.high, zero
+    gain, step, offset, codes = zero - 1, zero + 1 / levels.high, zero, None
     for first, last in ENDS:
-        codes = levels.nearest(ops, t, levels.high + last - first, first)
+        codes = levels.nearest(ops, t, levels.high + last - first, first, codes)
         sums = _sums(groups, codes, t)
         covariance, variance = sums[2] - sums[0] * mean, sums[1] - sums[0] * sums[0] / groups.count
         a = covariance / variance
@@ -178,9 +180,10 @@ def refine(groups: Groups, levels: Levels, fitted: tuple[Array, Array | None], s
     for n in range(1 + refits):
         line = store(*fitted)
         y = groups.x if line.offset is None else groups.x - line.offset
-        inverted = inverse(ops, line.step)
-        codes = levels.nearest(ops, y, inverted)
-        fit = Fit(codes, line.stored, _error(groups, y * inverted - codes, line))
+        residual = y * inverse(ops, line.step)
+        codes = levels.nearest(ops, residual, 1.0)
+        residual -= codes
+        fit = Fit(codes, line.stored, _error(groups, residual, line))
         best = fit if best is None else _better(ops, fit, best)
         if n < refits:
             fitted = _refit(groups, levels, codes, y, line)
