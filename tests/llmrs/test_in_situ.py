@@ -31,6 +31,7 @@ from llmrs.loading import plan, read_folder
 from llmrs.models import demo
 from llmrs.models.files.gguf import GGUFSource
 from llmrs.models.files.safetensors import SafetensorsSource
+from llmrs.quant.quantizer_ops import NUMPY_OPS
 
 BACKENDS = ["reference", "torch", *(["mlx"] if find_spec("mlx") else [])]
 SCHEMES = ["q4k", "q2_k", "fp8", *(["mlx4"] if find_spec("mlx") else [])]  # q2_k: embeddings too, and types by role
@@ -166,11 +167,20 @@ def larger(tmp_path_factory):
     return random_model(tmp_path_factory.mktemp("larger") / "model")
 
 
+RESERVED = 2**24  # bytes that the quantizer asks the C library for, once, and does not touch
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Temporaries in proportion to the model."""
+    monkeypatch.setattr(quantizing, "CHUNK", 2**18)
+    monkeypatch.setattr(NUMPY_OPS, "chunk", 2**16)
+
+
 @pytest.mark.parametrize("quant", ["q4k", "mlx4", "fp8"])
-def test_peak_memory_on_mlx(larger, quant, monkeypatch):
+def test_peak_memory_on_mlx(larger, quant, small_chunks):
     """The quantized model and two tensors, in MLX and in NumPy together; after the load what was planned."""
     mx = pytest.importorskip("mlx.core")
-    monkeypatch.setattr(quantizing, "CHUNK", 2**18)  # in proportion to the model
     model = read_folder(larger)
     weights = IncomingWeights.of(model, quant)
     backend, config = load_backend("mlx")("cpu", "bf16", "bf16"), EngineConfig(larger, quant=quant)
@@ -188,13 +198,12 @@ def test_peak_memory_on_mlx(larger, quant, monkeypatch):
     loaded = mx.get_active_memory() - before
     backend.close()
     assert 0.98 * planned < loaded < 1.02 * planned
-    assert peak < planned + 2 * 2 * MERGED
+    assert peak < planned + 2 * 2 * MERGED + RESERVED
 
 
 @pytest.mark.parametrize("quant", ["q4k", "mlx4", "fp8"])
-def test_peak_memory_in_numpy(larger, quant, monkeypatch):
+def test_peak_memory_in_numpy(larger, quant, small_chunks):
     """Of weights that are quantized, used and dropped: two tensors."""
-    monkeypatch.setattr(quantizing, "CHUNK", 2**18)
     weights = IncomingWeights.of(read_folder(larger), quant)
     tracemalloc.start()
     with weights.opened() as tensors:
@@ -203,7 +212,7 @@ def test_peak_memory_in_numpy(larger, quant, monkeypatch):
     tracemalloc.stop()
     size = sum(t.nbytes for name, t in zip(tensors, held, strict=True) if weights.types[name])
     assert size < 1.1 * now
-    assert peak < size + 2 * MERGED  # gate and up are two here
+    assert peak < size + 2 * MERGED + RESERVED  # gate and up are two here
 
 
 def test_the_plan_of_a_backend_that_unpacks():
