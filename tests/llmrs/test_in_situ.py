@@ -174,6 +174,7 @@ RESERVED = 2**24  # bytes that the quantizer asks the C library for, once, and d
 def small_chunks(monkeypatch):
     """Temporaries in proportion to the model."""
     monkeypatch.setattr(quantizing, "CHUNK", 2**18)
+    monkeypatch.setattr(quantizing, "PER_THREAD", 2**16)
     monkeypatch.setattr(NUMPY_OPS, "chunk", 2**16)
 
 
