@@ -27,7 +27,7 @@ from llmrs import (
 )
 from llmrs.backends.base import load_backend
 from llmrs.incoming import IncomingWeights
-from llmrs.loading import plan, read_folder
+from llmrs.loading import plan, read_folder, read_gguf
 from llmrs.models import demo
 from llmrs.models.files.gguf import GGUFSource
 from llmrs.models.files.safetensors import SafetensorsSource
@@ -214,6 +214,27 @@ def test_peak_memory_in_numpy(larger, quant, small_chunks):
     size = sum(t.nbytes for name, t in zip(tensors, held, strict=True) if weights.types[name])
     assert size < 1.1 * now
     assert peak < size + 2 * MERGED + RESERVED  # gate and up are two here
+
+
+def test_a_file_takes_its_size_on_mlx(larger, tmp_path):
+    """At most a tenth more; norms are 4 bytes there and 2 here."""
+    mx = pytest.importorskip("mlx.core")
+    with IncomingWeights.of(read_folder(larger), "q4_k_m").opened(tmp_path / "a.gguf") as tensors:
+        for name in tensors:
+            tensors[name]
+    model = read_gguf(tmp_path / "a.gguf")
+    weights = IncomingWeights.of(model, None)
+    backend = load_backend("mlx")("cpu", "bf16", "bf16")
+    planned = plan(backend, EngineConfig(), model, weights.after, 10**9).weight_bytes
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    with weights.opened() as tensors:
+        backend.load(model.graph, tensors, lambda done: None)
+    loaded = mx.get_active_memory() - before
+    backend.close()
+    file = sum(t.nbytes for t in GGUFSource(tmp_path / "a.gguf").tensors.values())
+    assert 0.98 * planned < loaded < 1.02 * planned
+    assert 0.98 * file < loaded < 1.1 * file
 
 
 def test_the_plan_of_a_backend_that_unpacks():
