@@ -48,6 +48,8 @@ def quantize(
     if (name := quant or config.quant) is None:
         raise ConfigError("quant: no type is given", "add --quant q4k, for example")
     scheme = find_scheme(name)
+    if imatrix is not None and scheme.kind not in ("recipe", "mix"):
+        raise ConfigError(f"imatrix: {scheme.name} does not use one", "leave it out, or choose a type such as q4k")
     source = read(config)
     path = output_path(output, source, f"-{scheme.name}{'.gguf' if scheme.is_gguf else ''}", config, force)
     if scheme.is_gguf != (path.suffix == ".gguf"):

@@ -3,7 +3,6 @@
 import collections
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -78,6 +77,7 @@ REFUSED = {
     "a folder": (["--quant", "q4k", "-o", "b"], "b is no name for q4k", "add .gguf"),
     "a file": (["--quant", "mlx4", "-o", "b.gguf"], "b.gguf is no name for mlx4", "leave out .gguf"),
     "no imatrix": (["--quant", "q4k", "--imatrix", "x.dat"], "there is no file x.dat", ""),
+    "no use": (["--quant", "mlx4", "--imatrix", "x.dat"], "mlx4 does not use one", "q4k"),
     "no text": (["--quant", "q4k", "--eval", "x.txt"], "there is no file x.txt", ""),
 }
 
@@ -134,6 +134,7 @@ def test_interrupted(command, monkeypatch):
 @pytest.mark.parametrize("quant", ["q8_0", "mlx8"])
 def test_a_disk_that_fills_up(quant, tmp_path):
     """The kernel refuses to write on."""
+    resource = pytest.importorskip("resource", reason="limits of a file's size are POSIX's")
 
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))

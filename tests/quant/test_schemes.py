@@ -1,5 +1,6 @@
 """Recipes: names, and llama.cpp's mixes tensor by tensor against the files that llama.cpp writes."""
 
+import re
 import warnings
 from pathlib import Path
 
@@ -16,6 +17,14 @@ ROLES = {
     "attn_q": "q", "attn_k": "k", "attn_v": "v", "attn_output": "o",
     **{f"ffn_{n}{e}": n for n in ("gate", "up", "down") for e in ("", "_exps")},
 }  # fmt: skip
+
+
+def test_the_docs_name_every_scheme():
+    page = (Path(__file__).parents[2] / "docs" / "quantization.md").read_text("utf-8")
+    names = page.split("## Names")[1].split("##")[0]
+    assert {n for part in re.findall(r"`([^`]+)`", names) for n in part.split()} >= SCHEMES.keys()
+    table = page.split("<!-- quality -->")[1].split("\n\n")[0]
+    assert set(re.findall(r"^\| (\w+) \|", table, re.M)) >= SCHEMES.keys()
 
 
 def canonical(name: str) -> str:
