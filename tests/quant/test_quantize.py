@@ -45,6 +45,7 @@ def matrices() -> dict[str, np.ndarray]:
         "outliers": outliers(),
         "columns": gaussian() * np.where(rng.random(shape[1]) < 0.01, 20, 1),
         "positive": np.abs(gaussian()) + 0.01,
+        "positive groups": np.where(np.arange(512) // 32 % 2, np.abs(gaussian()) + 0.01, gaussian()),
     }
     demo = load_file(DEMO)
     for name in REAL:
