@@ -1,6 +1,8 @@
 """The quantizer of GGUF's types, against llama.cpp's, with the `gguf` package as the reader of the blocks."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -210,6 +212,11 @@ def test_weights_that_are_no_numbers_are_refused(value):
         quantize(x, "q4_k")
     with pytest.raises(ModelError, match="importance"):
         quantize(gaussian(2), "q4_k", x[1])
+
+
+def test_numpy_is_enough():
+    code = "import sys, llmrs.quant.quantize; assert not {'torch', 'mlx', 'gguf'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_wrong_calls_are_refused():
