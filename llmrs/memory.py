@@ -69,6 +69,7 @@ class MemoryPlan:
     device_free: int = 0
     required: int = 0  # free bytes that one sequence of requested_len takes; 0: kv_cache_memory decides
     quant_advice: str = ""  # where the model does not fit
+    quant_fits: bool = False  # whether a quantization does
 
     @property
     def weight_bytes(self) -> int:
@@ -161,7 +162,8 @@ class MemoryPlan:
         smaller = self.weights.in_16_bits(self.dtype)
         in_bf16 = smaller <= self.available and smaller < self.weight_bytes
         lines = [f"dtype: bf16 needs {format_bytes(smaller)}"] if in_bf16 else []
-        return [*lines, *self._quant_advice(), *self._limit_advice()] or ["use a smaller model"]
+        quant, limit = self._quant_advice(), self._limit_advice()
+        return [*lines, *(quant + limit if self.quant_fits else limit + quant)] or ["use a smaller model"]
 
     def advising(self, plans: Mapping[str, "MemoryPlan"]) -> "MemoryPlan":
         """This plan of a model that does not fit, with the name of a quantization with which it does.
@@ -174,7 +176,8 @@ class MemoryPlan:
         if name := next(iter([*full, *fitting]), ""):
             context = "" if full else f" with a context of {plans[name].max_model_len} tokens"
             size = format_bytes(plans[name].weight_bytes)
-            return replace(self, quant_advice=f"{name} would need {size} and fits{context}: --quant {name}")
+            advice = f"{name} would need {size} and fits{context}: --quant {name}"
+            return replace(self, quant_advice=advice, quant_fits=True)
         if not smaller or self.weight_bytes <= self.available:
             return self
         name = min(smaller, key=lambda n: smaller[n].weight_bytes)
