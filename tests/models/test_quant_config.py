@@ -2,7 +2,6 @@
 
 import copy
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -140,22 +139,29 @@ def test_patterns_that_could_take_too_long(text):
         compile_pattern(text)
 
 
-REAL = (
-    r".*self_attn.*", r".*mlp\.(gate|up|gate_up|down)_proj.*", r"^model\.layers\.(0|1|2[0-9])\..*", r".*lm_head",
-    r".*\.experts\.\d+\.(gate|up|down)_proj$", r"model.layers.\d+.(?!mlp).*", r".*layers\.([0-9]|1[0-9])\.mlp\.[gu].*",
-)  # fmt: skip
+LAYER = "model.layers.20."
 
 
-@pytest.mark.parametrize("text", REAL)
-def test_patterns_of_real_files(text):
-    assert compile_pattern(text).match("model.layers.20.mlp.experts.3.up_proj.lm_head.self_attn") is not None or text
+@pytest.mark.parametrize(
+    ("text", "matched", "other"),
+    [
+        (r".*self_attn.*", LAYER + "self_attn.q_proj", LAYER + "mlp.up_proj"),
+        (r".*mlp\.(gate|up|gate_up|down)_proj.*", LAYER + "mlp.up_proj", LAYER + "mlp.experts.0.up_proj"),
+        (r"^model\.layers\.(0|1|2[0-9])\..*", LAYER + "mlp.up_proj", "model.layers.10.mlp.up_proj"),
+        (r".*\.experts\.\d+\.(gate|up|down)_proj$", LAYER + "mlp.experts.12.up_proj", LAYER + "mlp.up_proj"),
+        (r"model\.layers\.\d+\.(?!mlp).*", LAYER + "self_attn.q_proj", LAYER + "mlp.up_proj"),
+        (r".*layers\.([0-9]|1[0-9])\.mlp\.[gu].*", "model.layers.9.mlp.gate_proj", LAYER + "mlp.gate_proj"),
+    ],
+)
+def test_patterns_of_real_files(text, matched, other):
+    found = Patterns([(compile_pattern(text), "it")])
+    assert found.find(matched) == "it"
+    assert found.find(other) is None
 
 
 @pytest.mark.parametrize("text", [r".*.*.*.*x", "(a|aa)" * 14 + "b", r"[ab]*a[ab]*a[ab]*ac"])
-def test_the_slowest_pattern_that_is_allowed(text):
-    began = time.thread_time()
+def test_the_slowest_patterns_that_are_allowed_come_to_an_end(text):
     assert compile_pattern(text).match("a" * patterns.MAX_NAME) is None
-    assert time.thread_time() - began < 20
 
 
 def test_patterns_take_bounded_time_together(monkeypatch):
