@@ -12,9 +12,10 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-import pytest
+if TYPE_CHECKING:
+    import numpy as np
 
 MODULES = Path(os.environ.get("NODE_LLAMA_MODULES", "node_modules"))
 LIBRARIES = MODULES / "@node-llama-cpp" / "linux-x64" / "bins" / "linux-x64"
@@ -27,6 +28,8 @@ TYPES = {
 
 def require_llama_cpp() -> None:
     """Skips a test by name where the libraries are missing."""
+    import pytest  # not above: each call to llama.cpp starts a process of this module
+
     if not LIBRARIES.is_dir():
         pytest.skip("node-llama-cpp is missing: npm i -E node-llama-cpp@3.21.1 --ignore-scripts, NODE_LLAMA_MODULES")
 
@@ -36,8 +39,10 @@ def quantize(source: Path, targets: Mapping[Path, str]) -> None:
     _call("quantize", str(source), {str(path): TYPES[kind] for path, kind in targets.items()})
 
 
-def quantize_matrix(x: np.ndarray, number: int, importance: np.ndarray | None = None) -> np.ndarray:
+def quantize_matrix(x: "np.ndarray", number: int, importance: "np.ndarray | None" = None) -> "np.ndarray":
     """Blocks, one-dimensional uint8, of float32 (N, K) in the type of this number, by ggml itself, in this process."""
+    import numpy as np
+
     require_llama_cpp()
     lib = c.CDLL(str(LIBRARIES / "libggml-base.so"))
     lib.ggml_quantize_chunk.argtypes = [_i, _p, _p, c.c_int64, c.c_int64, c.c_int64, _p]

@@ -50,17 +50,14 @@ def random_gguf(path: Path, layers: int, heads: int, kv_heads: int, hidden: int,
     if experts:
         w.add_expert_count(experts)
         w.add_expert_used_count(2)
-    d, stack = hidden // heads, (experts,) if experts else ()
-    part = "_exps" if experts else ""
-    shapes = {"token_embd": (64, hidden), "output_norm": (hidden,)} | ({} if tied else {"output": (64, hidden)})
+    stack, part = ((experts,), "_exps") if experts else ((), "")
+    rows, columns = 8, {"ffn_down": ffn}  # few rows: the types depend on the columns
+    shapes = {"token_embd": (rows, hidden), "output_norm": (hidden,)} | ({} if tied else {"output": (rows, hidden)})
     for n in range(layers):
-        shapes |= {
-            f"blk.{n}.attn_norm": (hidden,), f"blk.{n}.ffn_norm": (hidden,),
-            f"blk.{n}.attn_q": (hidden, hidden), f"blk.{n}.attn_k": (kv_heads * d, hidden),
-            f"blk.{n}.attn_v": (kv_heads * d, hidden), f"blk.{n}.attn_output": (hidden, hidden),
-            f"blk.{n}.ffn_gate{part}": (*stack, ffn, hidden), f"blk.{n}.ffn_up{part}": (*stack, ffn, hidden),
-            f"blk.{n}.ffn_down{part}": (*stack, hidden, ffn),
-        }  # fmt: skip
+        shapes |= {f"blk.{n}.{name}": (hidden,) for name in ("attn_norm", "ffn_norm")}
+        shapes |= {f"blk.{n}.attn_{name}": (rows, hidden) for name in ("q", "k", "v", "output")}
+        for name in ("ffn_gate", "ffn_up", "ffn_down"):
+            shapes[f"blk.{n}.{name}{part}"] = (*stack, rows, columns.get(name, hidden))
         if experts:
             shapes[f"blk.{n}.ffn_gate_inp"] = (experts, hidden)
     rng = np.random.default_rng(0)
