@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from llmrs.core.errors import LoadCancelledError, ModelError
 from llmrs.core.ir import Graph
 from llmrs.core.options import SamplingParams
 from llmrs.incoming import IncomingWeights
-from llmrs.memory import MemoryPlan, WeightMemory, plan_memory, quant_advice
+from llmrs.memory import MemoryPlan, WeightMemory, plan_memory
 from llmrs.models.arch.config import ModelConfig
 from llmrs.models.arch.families import family, graph_of, read_config
 from llmrs.models.arch.gguf import GGUF_NAMES, config_from_metadata
@@ -165,12 +165,8 @@ def _plan(backend: base.Backend, config: EngineConfig, weights: IncomingWeights,
     found = plan(backend, config, weights.model, weights.after, device_free)
     if found.fits or not backend.keeps_quantized:
         return found
-    plans = {
-        name: p
-        for name, after in smaller(weights.model.config, weights.before)
-        if (p := plan(backend, config, weights.model, after, device_free)).weight_bytes < found.weight_bytes
-    }
-    return replace(found, quant_advice=quant_advice(plans))
+    after = smaller(weights.model.config, weights.before)
+    return found.advising({name: plan(backend, config, weights.model, w, device_free) for name, w in after})
 
 
 def _load_weights(backend: base.Backend, weights: IncomingWeights, keep: str | None, progress: Progress) -> None:

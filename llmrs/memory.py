@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llmrs.backends.base import DTYPE_BYTES, SCALE_BYTES
 from llmrs.config import EngineConfig
@@ -69,6 +69,7 @@ class MemoryPlan:
     device_free: int = 0
     required: int = 0  # free bytes that one sequence of requested_len takes; 0: kv_cache_memory decides
     quant_advice: str = ""  # where the model does not fit
+    quant_fits: bool = False  # whether a quantization does
 
     @property
     def weight_bytes(self) -> int:
@@ -138,7 +139,9 @@ class MemoryPlan:
             lines = self._concurrency_advice()
         if self.weight_bytes + self.kv_budget > self.available and not self.complete:
             lines.append(f"the weights leave {format_bytes(self.available - self.weight_bytes)} free")
-        return lines if self.max_model_len else [*lines, *self._limit_advice(), *filter(None, [self.quant_advice])]
+        if not self.max_model_len:
+            lines += [*self._limit_advice(), *self._quant_advice()]
+        return lines or ([] if self.complete else ["give the KV cache more memory: kv_cache_memory, memory_fraction"])
 
     def table(self) -> list[tuple[str, str]]:
         """Rows of title and text."""
@@ -159,7 +162,30 @@ class MemoryPlan:
         smaller = self.weights.in_16_bits(self.dtype)
         in_bf16 = smaller <= self.available and smaller < self.weight_bytes
         lines = [f"dtype: bf16 needs {format_bytes(smaller)}"] if in_bf16 else []
-        return [*lines, *filter(None, [self.quant_advice]), *self._limit_advice()] or ["use a smaller model"]
+        quant, limit = self._quant_advice(), self._limit_advice()
+        return [*lines, *(quant + limit if self.quant_fits else limit + quant)] or ["use a smaller model"]
+
+    def advising(self, plans: Mapping[str, "MemoryPlan"]) -> "MemoryPlan":
+        """This plan of a model that does not fit, with the name of a quantization with which it does.
+
+        `plans`: those of quantizations by name, the most bits first.
+        """
+        smaller = {name: p for name, p in plans.items() if p.weight_bytes < self.weight_bytes}
+        fitting = {name: p for name, p in smaller.items() if p.fits}
+        full = [name for name, p in fitting.items() if p.max_model_len == p.requested_len]
+        if name := next(iter([*full, *fitting]), ""):
+            context = "" if full else f" with a context of {plans[name].max_model_len} tokens"
+            size = format_bytes(plans[name].weight_bytes)
+            advice = f"{name} would need {size} and fits{context}: --quant {name}"
+            return replace(self, quant_advice=advice, quant_fits=True)
+        if not smaller or self.weight_bytes <= self.available:
+            return self
+        name = min(smaller, key=lambda n: smaller[n].weight_bytes)
+        size = format_bytes(smaller[name].weight_bytes)
+        return replace(self, quant_advice=f"no quantization fits: even {name} would need {size}")
+
+    def _quant_advice(self) -> list[str]:
+        return [self.quant_advice] if self.quant_advice else []
 
     def _limit_advice(self) -> list[str]:
         fits = self._limited() and self.available < self.required <= self.device_free
@@ -174,7 +200,7 @@ class MemoryPlan:
         longer = self.kv_budget // (in_bf16 * self.block_size) * self.block_size
         if in_bf16 < self.kv_bytes_per_token and longer >= MIN_LEN:
             lines.append(f"kv_cache_dtype: bf16 makes room for {min(longer, self.model_max_len)} tokens")
-        return lines or ["give the KV cache more memory: kv_cache_memory, memory_fraction"]
+        return lines
 
     def _concurrency_advice(self) -> list[str]:
         lines = [f"max_num_seqs of at most {self.max_concurrency} has room for full contexts"]
@@ -208,19 +234,6 @@ def plan_memory(
         requested_len=length, explicit=config.max_model_len is not None, max_num_seqs=config.max_num_seqs,
         device_free=device_free, required=0 if config.kv_cache_memory else required,
     )  # fmt: skip
-
-
-def quant_advice(plans: Mapping[str, MemoryPlan]) -> str:
-    """The quantization with which a model fits that does not fit otherwise. `plans`: by name, the most bits first."""
-    full = {name: p for name, p in plans.items() if p.fits and p.max_model_len == p.requested_len}
-    for name, p in (full or plans).items():
-        if p.fits:
-            context = "" if full else f" with a context of {p.max_model_len} tokens"
-            return f"{name} would need {format_bytes(p.weight_bytes)} and fits{context}: --quant {name}"
-    if not plans:
-        return ""
-    name, least = min(plans.items(), key=lambda item: item[1].weight_bytes)
-    return f"no quantization fits: even {name} would need {format_bytes(least.weight_bytes)}"
 
 
 def kv_bytes_per_token(graph: Graph, dtype: str) -> int:

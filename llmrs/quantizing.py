@@ -1,7 +1,9 @@
 """In-situ quantization: weights are quantized when they are accessed."""
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
@@ -12,15 +14,16 @@ from llmrs.core.errors import ModelError
 from llmrs.models.arch.config import ModelConfig
 from llmrs.quant import ggml
 from llmrs.quant.fp8 import fp8
-from llmrs.quant.quantize import quantize
+from llmrs.quant.quantize import RECIPES, quantize
 from llmrs.quant.rounding import quantize_fp8, quantize_mlx, to_format
 from llmrs.quant.schemes import FP8_BLOCK, SCHEMES, ModelShape, Scheme, plan
 from llmrs.quant.tensor import FORMATS, AnyTensor, QuantTensor, Stored, Tensor
 
 Importance = Mapping[str, np.ndarray]  # canonical name -> mean squares of a matrix's inputs, float32 (K,)
 OnTensor = Callable[[str, AnyTensor, AnyTensor], None]  # name, before, after
-CHUNK = 2**21  # weights converted at once: temporaries take ten times that
-RECIPES = ("q8_0", "q6k", "q5k", "q4k", "q3k", "q2k")  # advised
+CHUNK = 2**22  # weights that the quantizer of GGUF types gets at once; it has threads of its own
+PER_THREAD = 2**19  # weights that a thread converts to other types at once
+ADVISED = ("q8_0", "q6k", "q5k", "q4k", "q3k", "q2k")  # where a model does not fit, the most bits first
 SAMPLE = 2**21  # weights of a matrix whose error is measured
 
 
@@ -65,7 +68,7 @@ def plan_types(scheme: Scheme, config: ModelConfig, stored: Mapping[str, Stored]
 def smaller(config: ModelConfig, stored: Mapping[str, Stored]) -> Iterator[tuple[str, dict[str, Stored]]]:
     """Recipes that the weights have not been quantized to already, the most bits first, and what they give."""
     shape = model_shape(config)
-    for scheme in map(SCHEMES.__getitem__, RECIPES):
+    for scheme in map(SCHEMES.__getitem__, ADVISED):
         types = {n: scheme.type_of(n, s.shape[-1], shape)[0] if s.shape[1:] else None for n, s in stored.items()}
         with suppress(ModelError):
             yield scheme.name, quantized(stored, _unless_quantized(scheme, types, stored))
@@ -121,9 +124,14 @@ def convert(tensor: AnyTensor, kind: str, importance: np.ndarray | None = None) 
     if tensor.format == kind:
         return tensor
     scales = tensor.format if isinstance(tensor, Tensor) else "bf16"
-    step = max(CHUNK // tensor.shape[-1] // FP8_BLOCK, 1) * FP8_BLOCK  # rows: whole blocks
-    chunks = (tensor.rows(slice(n, n + step)).float32() for n in range(0, tensor.shape[0], step))
-    return _joined([_converted(x, kind, scales, importance) for x in chunks])
+    threads, size = (1, CHUNK) if kind in RECIPES else (os.cpu_count() or 1, PER_THREAD)
+    step = max(size // tensor.shape[-1] // FP8_BLOCK, 1) * FP8_BLOCK  # rows: whole blocks
+
+    def part(begin: int) -> AnyTensor:
+        return _converted(tensor.rows(slice(begin, begin + step)).float32(), kind, scales, importance)
+
+    with ThreadPoolExecutor(threads) as pool:
+        return _joined(list(pool.map(part, range(0, tensor.shape[0], step))))
 
 
 def _converted(x: np.ndarray, kind: str, scales: str, importance: np.ndarray | None) -> AnyTensor:
@@ -160,7 +168,7 @@ def bits_of(kind: str) -> float:
     if kind in ggml.TYPES:
         return 8 * ggml.TYPES[kind].block_bytes / ggml.TYPES[kind].block
     if kind == "fp8":
-        return 8 + 32 / FP8_BLOCK**2
+        return 8 + 32 / FP8_BLOCK  # as in memory, where each row has its scales
     bits, group = (int(n) for n in kind.removeprefix("mlx").split("_g"))
     return bits + 32 / group
 

@@ -7,6 +7,7 @@ against the `gguf` package. "Halves" of n bytes: the low nibbles are elements 0 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -216,8 +217,14 @@ def stored(kind: GgmlType, shape: tuple[int, ...]) -> Stored:
     if kind.format is None:
         size = kind.block_bytes if kind.is_dense else 4
         return Stored(kind.name, shape, math.prod(shape) * size, expanded=not kind.is_dense)
-    planes = kind.format.convert(NUMPY, {"blocks": np.zeros((1, kind.block_bytes), np.uint8)})
-    return Stored(kind.name, shape, math.prod(shape) // kind.block * sum(p.nbytes for p in planes.values()))
+    return Stored(kind.name, shape, math.prod(shape) // kind.block * _plane_bytes(kind.format, kind.block_bytes))
+
+
+@cache
+def _plane_bytes(kind: Format, block_bytes: int) -> int:
+    """Of a block in the planes of its form."""
+    planes = kind.convert(NUMPY, {"blocks": np.zeros((1, block_bytes), np.uint8)})
+    return sum(p.nbytes for p in planes.values())
 
 
 def expand(kind: GgmlType, blocks: np.ndarray) -> np.ndarray:

@@ -70,15 +70,16 @@ def quantize(x: np.ndarray, kind: str, importance: np.ndarray | None = None, dev
         raise ValueError(f"{columns} columns can't be cut into blocks of {t.block} weights, as {kind} needs")
     ops = _ops(device)
     blocks = np.ascontiguousarray(x, np.float32).reshape(-1, t.block)
-    weights = _relative(importance, columns)
+    row = _relative(importance, columns)
+    row = None if row is None else row.reshape(-1, t.block)
     packed = np.empty((len(blocks), t.block_bytes), np.uint8)
+    step = ops.chunk // t.block
 
     def part(begin: int) -> None:
-        index = np.arange(begin, min(begin + step, len(blocks)))
-        counts = None if weights is None else weights.reshape(-1, t.block)[index % (columns // t.block)]
-        packed[index[0] : index[-1] + 1] = _quantize(ops, RECIPES[kind], blocks[index[0] : index[-1] + 1], counts)
+        x = blocks[begin : begin + step]
+        counts = None if row is None else row[np.arange(begin, begin + len(x)) % len(row)]
+        packed[begin : begin + step] = _quantize(ops, RECIPES[kind], x, counts)
 
-    step = ops.chunk // t.block
     ops.run(part, range(0, len(blocks), step))
     return packed.reshape(rows, columns // t.block * t.block_bytes)
 
@@ -116,9 +117,9 @@ def _quantize(ops: QuantizerOps, recipe: Recipe, x: np.ndarray, importance: np.n
     store, supers = _halves(ops), ()
     if recipe.scales is not None:
         store, supers = _integers(ops, fitted, SUPER_BLOCK // recipe.group, recipe.scales)
-    fit = refine(groups, recipe.levels, fitted, store)
-    codes = ops.download(fit.codes - recipe.levels.low, np.uint8).T.reshape(x.shape)
-    return recipe.pack(codes, *(ops.download(s, np.float32).reshape(len(x), -1) for s in (*fit.stored, *supers)))
+    codes, stored = refine(groups, recipe.levels, fitted, store)
+    packed = ops.download(codes - recipe.levels.low, np.uint8).T.reshape(x.shape)
+    return recipe.pack(packed, *(ops.download(s, np.float32).reshape(len(x), -1) for s in (*stored, *supers)))
 
 
 def _halves(ops: QuantizerOps) -> Store:

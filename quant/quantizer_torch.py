@@ -18,7 +18,7 @@ class TorchOps:
         self.device = device
 
     def upload(self, x: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(x).to(self.device).T.contiguous()
+        return torch.tensor(x, device=self.device).T.contiguous()
 
     def download(self, x: torch.Tensor, dtype: type[Any]) -> np.ndarray:
         return x.to(getattr(torch, np.dtype(dtype).name)).cpu().numpy()

@@ -35,7 +35,7 @@ class Levels:
     low: int
     high: int
     peaks: tuple[float, ...] = ()  # codes that the weight of the largest magnitude is tried at; none: with an offset
-    bounded: bool = False  # offsets are at most zero
+    bounded: bool = False  # the first code is at zero or below, as the offsets of a super-block have one sign
     table: np.ndarray | None = None  # of integers
 
     def nearest(
@@ -91,13 +91,6 @@ class Line:
 Store = Callable[[Array, Array | None], Line]  # scale, offset -> the nearest line that can be stored
 
 
-@dataclass(frozen=True)
-class Fit:
-    codes: Array  # (G, n) float32
-    stored: tuple[Array, ...]
-    error: Array  # (n,) sum of squares
-
-
 def inverse(ops: QuantizerOps, x: Array) -> Array:
     return ops.where((x > SMALLEST) | (x < -SMALLEST), 1 / x, 0.0)
 
@@ -133,17 +126,13 @@ def _search_line(groups: Groups, levels: Levels) -> tuple[Array, Array]:
     scale = inverse(ops, span)
     t = (groups.x - low) * scale  # within [0, 1]
     total = ops.sum(groups.weighted(t))
-    mean = total / groups.count
+    bound = -low * scale if levels.bounded else None
     zero = span * 0
-    gain, step, offset, codes = zero - 1, zero + 1 / levels.high, zero, None
+    best, codes = (zero - float("inf"), zero + 1 / levels.high, zero), None  # gain, step, offset
     for first, last in ENDS:
         codes = levels.nearest(ops, t, levels.high + last - first, first, codes)
-        sums = _sums(groups, codes, t)
-        covariance, variance = sums[2] - sums[0] * mean, sums[1] - sums[0] * sums[0] / groups.count
-        a = covariance / variance
-        b = (total - a * sums[0]) / groups.count
-        gain, step, offset = _best(ops, (gain, step, offset), (covariance * a, a, b), TIE)
-    return step * span, low + offset * span
+        best = _best(ops, best, _line(groups, codes, t, total, 1 / levels.high, bound), TIE)
+    return best[1] * span, low + best[2] * span
 
 
 def _best(ops: QuantizerOps, old: tuple[Array, ...], new: tuple[Array, ...], margin: float = 1.0) -> tuple[Array, ...]:
@@ -152,67 +141,71 @@ def _best(ops: QuantizerOps, old: tuple[Array, ...], new: tuple[Array, ...], mar
     return tuple(ops.where(better, x, y) for x, y in zip(new, old, strict=True))
 
 
-def _sums(groups: Groups, codes: Array, y: Array) -> tuple[Array, Array, Array]:
-    """Of the codes, their squares, and their products with y."""
-    ops, weighted = groups.ops, groups.weighted(codes)
-    return ops.sum(weighted), ops.dot(weighted, codes), ops.dot(weighted, y)
-
-
 def _line(
-    groups: Groups, sums: tuple[Array, Array, Array], total: Array, step: Array | float, bound: Array | None
-) -> tuple[Array, Array]:
-    """The line y = a * code + b of the least error, with b <= bound. `total` is of y; one code alone leaves `step`."""
-    ops, count = groups.ops, groups.count
-    first, square, product = sums
-    determinant = count * square - first * first
-    a = ops.where(determinant > 1e-5 * count * square, (count * product - first * total) / determinant, step)
-    b = (total - a * first) / count
+    groups: Groups, codes: Array, y: Array, total: Array, alone: Array | float, bound: Array | None
+) -> tuple[Array, Array, Array]:
+    """The line y = step * code + offset of the least error, with offset <= bound.
+
+    Returns by how much its error is less than that of the mean, step, and offset. `total` is of y; `alone`: the step
+    where all codes are equal.
+    """
+    ops, count, weighted = groups.ops, groups.count, groups.weighted(codes)
+    first, square, product = ops.sum(weighted), ops.dot(weighted, codes), ops.dot(weighted, y)
+    mean = total / count
+    covariance, variance = product - first * mean, square - first * first / count
+    step = ops.where(variance > 1e-5 * square, covariance / variance, alone)
+    gain, offset = covariance * step, mean - step * first / count
     if bound is None:
-        return a, b
-    over = b > bound
-    b = ops.where(over, bound, b)
-    return ops.where(over & (square > 0), (product - b * first) / square, a), b
+        return gain, step, offset
+    over, product = offset > bound, product - bound * first
+    slope = ops.where(square > 0, product / square, alone)
+    bounded_gain = product * slope - (bound - mean) * (bound - mean) * count
+    return ops.where(over, bounded_gain, gain), ops.where(over, slope, step), ops.where(over, bound, offset)
 
 
-def refine(groups: Groups, levels: Levels, fitted: tuple[Array, Array | None], store: Store, refits: int = 1) -> Fit:
-    """Codes for a scale and an offset as they are stored; those of the line through these codes, where it is better."""
-    ops, best = groups.ops, None
-    for n in range(1 + refits):
-        line = store(*fitted)
-        y = groups.x if line.offset is None else groups.x - line.offset
-        residual = y * inverse(ops, line.step)
-        codes = levels.nearest(ops, residual, 1.0)
-        residual -= codes
-        fit = Fit(codes, line.stored, _error(groups, residual, line))
-        best = fit if best is None else _better(ops, fit, best)
-        if n < refits:
-            fitted = _refit(groups, levels, codes, y, line)
-    assert best is not None
-    return best
+@dataclass(frozen=True)
+class _Fit:
+    line: Line
+    y: Array  # (G, n) weights without the offset
+    codes: Array  # (G, n) float32
+    error: Array  # (n,) sum of squares
 
 
-def _error(groups: Groups, residual: Array, line: Line) -> Array:
-    """Of residuals in steps; where the step is zero, all weights become the offset."""
+def refine(
+    groups: Groups, levels: Levels, fitted: tuple[Array, Array | None], store: Store
+) -> tuple[Array, tuple[Array, ...]]:
+    """Codes (G, n) of a scale and an offset as they are stored, or of the line through these codes, if that is better.
+
+    Also returns what is stored.
+    """
+    old = _fit(groups, levels, store(*fitted))
+    new = _fit(groups, levels, store(*_refit(groups, levels, old)))
+    _, codes, *stored = _best(
+        groups.ops, (-old.error, old.codes, *old.line.stored), (-new.error, new.codes, *new.line.stored)
+    )
+    return codes, tuple(stored)
+
+
+def _fit(groups: Groups, levels: Levels, line: Line) -> _Fit:
     ops, constant = groups.ops, groups.squares
+    y = groups.x if line.offset is None else groups.x - line.offset
+    residual = y * inverse(ops, line.step)  # in steps
+    codes = levels.nearest(ops, residual, 1.0)
+    residual -= codes
     if line.offset is not None:
         constant = constant - line.offset * (2 * groups.total - line.offset * groups.count)
     squares = ops.dot(groups.weighted(residual), residual) * line.step * line.step
-    return ops.where(line.step == 0, constant, squares)
+    return _Fit(line, y, codes, ops.where(line.step == 0, constant, squares))
 
 
-def _better(ops: QuantizerOps, a: Fit, b: Fit) -> Fit:
-    better = a.error < b.error
-    codes, error = ops.where(better, a.codes, b.codes), ops.where(better, a.error, b.error)
-    return Fit(codes, tuple(ops.where(better, x, y) for x, y in zip(a.stored, b.stored, strict=True)), error)
-
-
-def _refit(groups: Groups, levels: Levels, codes: Array, y: Array, line: Line) -> tuple[Array, Array | None]:
-    ops = groups.ops
+def _refit(groups: Groups, levels: Levels, fit: _Fit) -> tuple[Array, Array | None]:
+    """The best line through the codes."""
+    ops, line = groups.ops, fit.line
     if line.offset is None:
-        weighted = groups.weighted(codes)
-        square = ops.dot(weighted, codes)
-        return ops.where(square > 0, ops.dot(weighted, y) / square, line.step), None
+        weighted = groups.weighted(fit.codes)
+        square = ops.dot(weighted, fit.codes)
+        return ops.where(square > 0, ops.dot(weighted, fit.y) / square, line.step), None
     total = groups.total - line.offset * groups.count
     bound = -line.offset if levels.bounded else None
-    a, b = _line(groups, _sums(groups, codes, y), total, line.step, bound)
-    return a, line.offset + b
+    _, step, offset = _line(groups, fit.codes, fit.y, total, line.step, bound)
+    return step, line.offset + offset

@@ -6,6 +6,7 @@ and src/models.
 
 import dataclasses
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import numpy as np
 
 from llmrs.core.errors import ModelError
 from llmrs.models.arch.config import LAYER_TYPES, MAX_LAYERS, ORIGINAL_CONTEXT, ModelConfig, parse
-from llmrs.models.arch.families import family
+from llmrs.models.arch.families import family, read_config
+from llmrs.models.files.gguf import GGUFSource
 from llmrs.models.files.json_reader import ConfigReader, short_repr
 from llmrs.quant.tensor import WeightSource
 
@@ -92,6 +94,14 @@ def gguf_family(path: Path, metadata: Mapping[str, Any]) -> tuple[str, GgufFamil
     return name, GGUF_FAMILIES[name]
 
 
+def model_config(path: Path) -> ModelConfig:
+    """The config of a model folder or a GGUF file. Raises ModelError."""
+    if path.is_dir():
+        return read_config(path)
+    with closing(GGUFSource(path)) as source:
+        return config_from_metadata(path, source.metadata, source)
+
+
 def config_from_metadata(path: Path, metadata: Mapping[str, Any], source: WeightSource) -> ModelConfig:
     """The config of a GGUF file with these tensors.
 
@@ -128,8 +138,7 @@ def _data(r: "_Keys", gguf: GgufFamily, names: set[str]) -> dict[str, Any]:
     theta, scaling = r.number("rope.freq_base", 10000.0), _rope_scaling(r)
     if gguf.architecture == "Gemma3ForCausalLM":
         return data | _gemma3(r, data, theta, scaling)
-    scale = r.optional("attention.scale")
-    if scale is not None and not np.isclose(scale, head_dim**-0.5, rtol=1e-5):
+    if not np.isclose(r.number("attention.scale", head_dim**-0.5), head_dim**-0.5, rtol=1e-5):
         raise r.error("attention.scale", f"{head_dim**-0.5:g}: others are not implemented")
     if gguf.architecture == "Qwen3MoeForCausalLM":
         data |= {field: r.integer(key) for field, key in EXPERTS.items()}

@@ -65,7 +65,7 @@ def _eos_ids(path: Path, data: dict[str, Any]) -> tuple[int, ...]:
 
 def _value(path: Path, data: dict[str, Any], name: str) -> int | float:
     value, (low, high) = data[name], BOUNDS[name]
-    if name == "top_k" and value == -1:  # disabled, as 0
+    if name == "top_k" and type(value) in (int, float) and value == -1:  # disabled, as 0
         return 0
     number = type(value) in (int, float) and low <= value <= high
     if not number or (type(low) is int and not _is_integer(value)):

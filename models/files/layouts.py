@@ -162,6 +162,8 @@ def _gptq_shape(p: Parts, s: WeightScheme) -> tuple[int, int]:
 
 def _read_gptq(p: Parts, s: WeightScheme) -> QuantTensor:
     group = s.group or _gptq_shape(p, s)[1]
+    if s.version == 1 and s.bits == 8 and as_bytes(p.raw("qzeros").data).max() == 255:
+        raise ModelError(f"{p.names['qzeros']} holds a zero point of 256, above all codes", "use another version")
     return gptq(p.raw("qweight"), p.raw("scales"), p.raw("qzeros"), s.bits, group, s.version)
 
 

@@ -100,7 +100,8 @@ def _choice(r: ConfigReader, name: str, default: Any, *allowed: Any) -> Any:
 
 def _group(r: ConfigReader, name: str = "group_size", default: int | None = None) -> int:
     """Columns a group; -1 in the file, 0 here: a whole row."""
-    return 0 if r.data.get(name) == -1 else r.integer(name, default)
+    value = r.data.get(name)
+    return 0 if type(value) is int and value == -1 else r.integer(name, default)
 
 
 def _not_converted(r: ConfigReader, *fields: str) -> dict[str, None]:

@@ -99,7 +99,15 @@ class QuantizedSource:
         scheme = self._scheme(p)
         weight = [Entry(p, LAYOUTS[scheme.layout].needs[0], scheme)] if scheme else []
         used = PARTS | IGNORED | {"weight"} if scheme else IGNORED if self.quantization else frozenset()
-        for e in (*weight, *(Entry(p, part) for part in p.names if part not in used)):
+        dense = [part for part in p.names if part not in used]
+        if (
+            scheme
+            and scheme.layout == "gptq"
+            and "bias" in dense
+            and not self.source.tensor(p.names["bias"]).data.any()
+        ):
+            dense.remove("bias")  # older files give every module one
+        for e in (*weight, *(Entry(p, part) for part in dense)):
             names = _in_stack(e, interleaved=scheme is not None and scheme.layout == "mxfp4")
             yield from names or [(f"{p.module}.weight" if e.scheme else p.names[e.part], e)]
 
@@ -200,7 +208,11 @@ def _halves(e: Entry, interleaved: bool) -> dict[str, slice | None]:
 
 def open_weights(folder: Path) -> WeightSource:
     """The weights of a model folder, quantized or not. Raises ModelError."""
-    source = SafetensorsSource(folder)
+    return with_quantization(SafetensorsSource(folder), folder)
+
+
+def with_quantization(source: SafetensorsSource, folder: Path) -> SafetensorsSource | QuantizedSource:
+    """The weights of the folder whose tensors these are. Raises ModelError."""
     quantization = read_quantization(folder / "config.json", read_json(folder / "config.json"))
     stacked = any(FUSED.fullmatch(n) or ".switch_mlp." in n for n in source.names())
     return QuantizedSource(source, quantization) if quantization or stacked else source

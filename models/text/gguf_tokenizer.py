@@ -5,7 +5,6 @@ Keys and defaults: gguf-py/gguf/constants.py and src/llama-vocab.cpp of github.c
 
 import json
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +38,24 @@ def gguf_tokenizer(path: Path, metadata: Mapping[str, Any]) -> tuple[Tokenizer, 
 
     Raises ModelError for missing, invalid and contradicting values, and for unknown kinds of tokenizers.
     """
+    check_tokenizer(path, metadata)
     vocab = _Vocab(path, metadata)
-    if vocab.model not in ("gpt2", "llama"):
-        problem = f"{path}: tokenizer.ggml.model is {short_repr(vocab.model)}, which is not supported"
-        raise ModelError(problem, "gpt2 (byte-level BPE) and llama (SentencePiece) are")
     data = _byte_level(vocab) if vocab.model == "gpt2" else _sentencepiece(vocab)
     data |= {"version": "1.0", "added_tokens": _added_tokens(vocab), "post_processor": _post_processor(vocab)}
     inner = parse_tokenizer(json.dumps(data), path)
     settings = {f"{name}_token": None if i is None else vocab.tokens[i] for name, i in vocab.special.items()}
     return Tokenizer(inner, settings, path), vocab.end_ids()
+
+
+def check_tokenizer(path: Path, metadata: Mapping[str, Any]) -> None:
+    """Raises ModelError for unknown kinds of tokenizers, and unknown pre-tokenizers."""
+    model, pre = metadata.get(f"{PREFIX}model"), metadata.get(f"{PREFIX}pre", "default")
+    if not isinstance(model, str) or model not in ("gpt2", "llama"):
+        problem = f"{path}: tokenizer.ggml.model is {short_repr(model)}, which is not supported"
+        raise ModelError(problem, "gpt2 (byte-level BPE) and llama (SentencePiece) are")
+    if model == "gpt2" and (not isinstance(pre, str) or pre not in pre_tokenizers.NAMES):
+        problem = f"{path}: tokenizer.ggml.pre is {short_repr(pre)}, which is not supported"
+        raise ModelError(problem, did_you_mean(str(pre)[:60], pre_tokenizers.NAMES))
 
 
 class _Vocab(ConfigReader):
@@ -56,7 +64,7 @@ class _Vocab(ConfigReader):
     def __init__(self, path: Path, metadata: Mapping[str, Any]) -> None:
         found = {key.removeprefix(PREFIX): v for key, v in metadata.items() if key.startswith(PREFIX)}
         super().__init__(path, found)
-        self.model = found.get("model")
+        self.model, self.pre = found.get("model"), found.get("pre", "default")  # checked
         self.tokens = [text or f"[EMPTY_{i}]" for i, text in enumerate(self.texts("tokens"))]
         self.ids = {text: i for i, text in enumerate(self.tokens)}
         if not 0 < len(self.tokens) < MAX_VOCAB_SIZE:
@@ -102,15 +110,6 @@ class _Vocab(ConfigReader):
         given = [self.special["eos"], *(self.token_id(key) for key in END_KEYS)]
         known = [self.ids[text] for text in sorted(END_TEXTS & self.ids.keys())]
         return tuple(dict.fromkeys(i for i in (*given, *known) if i is not None))
-
-    @cached_property
-    def pre(self) -> str:
-        """The name of the pre-tokenizer."""
-        name = self.data.get("pre", "default")
-        if not isinstance(name, str) or name not in pre_tokenizers.NAMES:
-            problem = f"{self.path}: tokenizer.ggml.pre is {short_repr(name)}, which is not supported"
-            raise ModelError(problem, did_you_mean(str(name)[:60], pre_tokenizers.NAMES))
-        return name
 
     def adds(self, name: str, default: bool) -> bool:
         """Whether bos or eos is added to a prompt."""

@@ -66,9 +66,14 @@ MODELS = {"Gemma3Text": "Gemma3"}  # whose model's class has another name than i
 
 
 def write_checkpoint(name: str, folder: Path, **more: Any) -> Any:
-    """Writes a checkpoint in float32, with `more` fields of its config, and returns transformers' model of it."""
+    """Writes one of CHECKPOINTS in float32, with `more` fields of its config; returns transformers' model of it."""
     family_name, changes = CHECKPOINTS[name]
-    config = getattr(transformers, f"{family_name}Config")(**{**SHAPE, **changes, **more})
+    return write_model(family_name, {**changes, **more}, folder)
+
+
+def write_model(family_name: str, changes: dict[str, Any], folder: Path) -> Any:
+    """The same of any config."""
+    config = getattr(transformers, f"{family_name}Config")(**{**SHAPE, **changes})
     torch.manual_seed(0)
     model = getattr(transformers, f"{MODELS.get(family_name, family_name)}ForCausalLM")(config).float().eval()
     for parameter_name, parameter in model.named_parameters():  # else biases are 0 and norms are 1

@@ -1,6 +1,8 @@
 """The quantizer of GGUF's types, against llama.cpp's, with the `gguf` package as the reader of the blocks."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +47,7 @@ def matrices() -> dict[str, np.ndarray]:
         "outliers": outliers(),
         "columns": gaussian() * np.where(rng.random(shape[1]) < 0.01, 20, 1),
         "positive": np.abs(gaussian()) + 0.01,
+        "positive groups": np.where(np.arange(512) // 32 % 2, np.abs(gaussian()) + 0.01, gaussian()),
     }
     demo = load_file(DEMO)
     for name in REAL:
@@ -209,6 +212,11 @@ def test_weights_that_are_no_numbers_are_refused(value):
         quantize(x, "q4_k")
     with pytest.raises(ModelError, match="importance"):
         quantize(gaussian(2), "q4_k", x[1])
+
+
+def test_numpy_is_enough():
+    code = "import sys, llmrs.quant.quantize; assert not {'torch', 'mlx', 'gguf'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_wrong_calls_are_refused():

@@ -1,6 +1,5 @@
 """The formats of safetensors files against what made them: MLX, compressed-tensors, transformers, and packers."""
 
-import base64
 import json
 from pathlib import Path
 
@@ -13,13 +12,17 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+from vectors import decoded
 
+from llmrs.backends.torch import quant_matrix as torch_matrix
+from llmrs.core.errors import ModelError
 from llmrs.models.files.quantized import open_weights
 from llmrs.quant.arrays import NUMPY
 from llmrs.quant.form import unpack
 from llmrs.quant.tensor import QuantTensor, Stored
 
 VECTORS = Path(__file__).with_name("compressed_tensors.json")  # by tests/tools/compressed_tensors_vectors.py
+PACKED = Path(__file__).with_name("packed_vectors.json")  # by tests/tools/packed_vectors.py
 NAME = "a.q_proj.weight"
 
 
@@ -57,20 +60,35 @@ def test_values_are_those_that_were_packed(name, tmp_path):
     assert tensor.nbytes < 40 * 384 * 2  # less than bf16
 
 
+@pytest.mark.parametrize("name", files.FILES)
+def test_torch_and_mlx_unpack_the_same_planes_to_the_same_values(name, tmp_path):
+    mlx_matrix = pytest.importorskip("llmrs.backends.mlx.quant_matrix")
+    quantize, config = files.FILES[name]
+    tensor = read(tmp_path, quantize(matrix(40, 384))[0], config)
+    expected = tensor.float32()
+    on_torch, on_mlx = torch_matrix.packed_rows(tensor, torch.device("cpu")), mlx_matrix.packed_rows(tensor)
+    np.testing.assert_array_equal(on_torch.unpack(torch.float32).numpy(), expected)
+    np.testing.assert_array_equal(np.array(on_mlx.unpack(mlx_matrix.DTYPES["f32"])), expected)
+    assert sum(p.nbytes for p in on_torch.planes.values()) == tensor.nbytes
+    assert sum(p.nbytes for p in on_mlx.planes.values()) == tensor.nbytes
+
+
 @pytest.mark.parametrize("name", json.loads(VECTORS.read_text()))
 def test_compressed_tensors(name, tmp_path):
     vector = json.loads(VECTORS.read_text())[name]
-
-    def decoded(t):
-        data = bytearray(base64.b64decode(t["data"]))
-        return torch.frombuffer(data, dtype=getattr(torch, t["dtype"])).reshape(t["shape"])
-
     groups = {"group_0": vector["group"]}
     config = {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": groups, "ignore": []}}
     tensor = read(tmp_path, {n: decoded(t) for n, t in vector["tensors"].items()}, config)
     expected = decoded(vector["values"]).numpy()
     # NVFP4 scales are divided by the global scale there, and multiplied by its inverse here: two roundings
     np.testing.assert_allclose(tensor.float32(), expected, rtol=2.5e-7 if name == "nvfp4" else 0)
+
+
+@pytest.mark.parametrize("name", json.loads(PACKED.read_text()))
+def test_autogptq_autoround_and_modelopt(name, tmp_path):
+    vector = json.loads(PACKED.read_text())[name]
+    tensor = read(tmp_path, {n: decoded(t) for n, t in vector["tensors"].items()}, vector["config"])
+    np.testing.assert_array_equal(tensor.float32(), decoded(vector["values"]).numpy())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, files.F8E8M0])
@@ -148,12 +166,13 @@ def test_gptq_and_awq_of_any_shape(eights, groups, name, seed, tmp_path_factory)
     np.testing.assert_array_equal(read(tmp_path_factory.mktemp("g"), parts, config).float32(), values)
 
 
-def test_gptq_stores_a_zero_of_0_as_the_largest_code(tmp_path):
-    """Version 1 stores zero - 1, which wraps around."""
-    quantize, config = files.FILES["gptq4"]
-    parts, values = quantize(np.abs(matrix(8, 64)))
-    assert parts["qzeros"].unique().tolist() == [-1]
-    np.testing.assert_array_equal(read(tmp_path, parts, config).float32(), values)
+def test_a_zero_of_256_is_refused(tmp_path):
+    """Version 1 of GPTQ stores zero - 1; AutoGPTQ reads the largest code as 2^bits, which 8 bits can't hold here."""
+    quantize, config = files.FILES["gptq8"]
+    parts, _ = quantize(matrix(8, 64))
+    parts["qzeros"][0, 1] = -1
+    with pytest.raises(ModelError, match=r"a.q_proj.qzeros holds a zero point of 256"):
+        read(tmp_path, parts, config)
 
 
 def test_a_global_scale_of_mlx(tmp_path):
