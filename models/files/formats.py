@@ -10,7 +10,6 @@ from typing import Any
 
 from llmrs.models.files.gguf import GGUFSource
 from llmrs.models.files.layouts import LAYOUTS
-from llmrs.models.files.quant_config import WeightScheme
 from llmrs.models.files.quantized import QuantizedSource, with_quantization
 from llmrs.models.files.safetensors import RAW, SafetensorsSource
 
@@ -25,7 +24,7 @@ FILE_TYPES = {
 
 
 @dataclass(frozen=True)
-class Stored:
+class FormatTotal:
     """Tensors of one format."""
 
     format: str
@@ -34,7 +33,7 @@ class Stored:
     nbytes: int
 
 
-def stored_formats(path: Path) -> list[Stored]:
+def stored_formats(path: Path) -> list[FormatTotal]:
     """The formats of a model folder or a GGUF file, that of the most weights first. Raises ModelError."""
     if not path.is_dir():
         with closing(GGUFSource(path)) as file:
@@ -43,7 +42,7 @@ def stored_formats(path: Path) -> list[Stored]:
         return formats_of(source)
 
 
-def formats_of(source: GGUFSource | SafetensorsSource | QuantizedSource) -> list[Stored]:
+def formats_of(source: GGUFSource | SafetensorsSource | QuantizedSource) -> list[FormatTotal]:
     if isinstance(source, QuantizedSource):
         return _sum(_quantized(source))
     if isinstance(source, GGUFSource):
@@ -52,7 +51,7 @@ def formats_of(source: GGUFSource | SafetensorsSource | QuantizedSource) -> list
     return _sum((source.format(n).lower(), math.prod(t.shape), _nbytes(t.dtype, t.shape)) for n, t in tensors.items())
 
 
-def gguf_type(metadata: Mapping[str, Any], formats: list[Stored]) -> str:
+def gguf_type(metadata: Mapping[str, Any], formats: list[FormatTotal]) -> str:
     """The name of a file's mix of types, such as Q4_K_M; else the type of most weights."""
     number = metadata.get("general.file_type")
     if type(number) is int and number in FILE_TYPES:
@@ -61,24 +60,21 @@ def gguf_type(metadata: Mapping[str, Any], formats: list[Stored]) -> str:
     return name if name in ("f32", "f16", "bf16") else name.upper()
 
 
-def bits_per_weight(formats: list[Stored]) -> float | None:
+def bits_per_weight(formats: list[FormatTotal]) -> float | None:
     weights = sum(f.weights for f in formats)
     return 8 * sum(f.nbytes for f in formats) / weights if weights else None
 
 
 def _quantized(source: QuantizedSource) -> Iterator[Sized]:
-    names = dict[WeightScheme, str]()
     for name, e in source.entries.items():
         shape, parts, whole = source.shape(name), [e.part], e.parts.shape(e.part)
         if e.scheme is not None:
             layout = LAYOUTS[e.scheme.layout]
             parts = [p for p in (*layout.needs, *layout.may) if p in e.parts.names]
             whole = layout.shape(e.parts, e.scheme)
-            if e.scheme not in names:
-                names[e.scheme] = source.tensor(name).format
         nbytes = sum(_nbytes(e.parts.source.tensors[e.parts.names[p]].dtype, e.parts.shape(p)) for p in parts)
         share = nbytes * shape[0] // whole[0] if e.rows is not None else nbytes  # of gate_up, gate or up
-        yield names[e.scheme] if e.scheme else e.parts.format(e.part).lower(), math.prod(shape), share
+        yield source.stored(name).format if e.scheme else e.parts.format(e.part).lower(), math.prod(shape), share
 
 
 def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
@@ -89,9 +85,9 @@ def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     return math.prod(shape) * (int(bits[0]) if bits else 8) // 8
 
 
-def _sum(sizes: Iterable[Sized]) -> list[Stored]:
-    found = dict[str, Stored]()
+def _sum(sizes: Iterable[Sized]) -> list[FormatTotal]:
+    found = dict[str, FormatTotal]()
     for name, weights, nbytes in sizes:
-        old = found.get(name, Stored(name, 0, 0, 0))
-        found[name] = Stored(name, old.tensors + 1, old.weights + weights, old.nbytes + nbytes)
+        old = found.get(name, FormatTotal(name, 0, 0, 0))
+        found[name] = FormatTotal(name, old.tensors + 1, old.weights + weights, old.nbytes + nbytes)
     return sorted(found.values(), key=lambda f: -f.weights)

@@ -184,7 +184,7 @@ def _read_awq(p: Parts, s: WeightScheme) -> QuantTensor:
 # FP8
 
 
-def _fp8_scale(p: Parts, s: WeightScheme) -> tuple[str, str, tuple[int, int]]:
+def fp8_scale(p: Parts, s: WeightScheme) -> tuple[str, str, tuple[int, int]]:
     """The part that holds the scales, the format's name, and the block. Raises ModelError."""
     rows, columns = p.matrix("weight", "e4m3")
     part = next(n for n in FP8_SCALES if n in p.names)
@@ -204,12 +204,12 @@ FP8_SCALES = ("weight_scale_inv", "weight_scale", "scale_inv")
 def _fp8_shape(p: Parts, s: WeightScheme) -> tuple[int, int]:
     if not any(n in p.names for n in FP8_SCALES):
         raise ModelError(f"{p.names['weight']} is {p.format('weight')} and has no weight_scale_inv", HINT)
-    _fp8_scale(p, s)
+    fp8_scale(p, s)
     return p.matrix("weight", "e4m3")
 
 
 def _read_fp8(p: Parts, s: WeightScheme) -> QuantTensor:
-    (part, name, block), codes = _fp8_scale(p, s), p.raw("weight").data
+    (part, name, block), codes = fp8_scale(p, s), p.raw("weight").data
     raw = p.raw(part)
     scales = raw.data.reshape(-(-codes.shape[0] // block[0]), -1)
     return fp8(name, codes, Tensor("e8m0" if raw.format in POWERS else raw.format, scales.shape, scales), block)

@@ -7,6 +7,7 @@ quantized if the file holds such tensors; the config says how. A stack is split 
     P.experts.gate_up_proj (E, 2 N, K)       ->  gate_proj, then up_proj; in gpt-oss's files row by row
 """
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -14,10 +15,11 @@ from pathlib import Path
 
 from llmrs.core.errors import ModelError
 from llmrs.models.files.json_reader import read_json
-from llmrs.models.files.layouts import HINT, LAYOUTS, Parts
+from llmrs.models.files.layouts import HINT, LAYOUTS, Parts, fp8_scale
 from llmrs.models.files.quant_config import Quantization, WeightScheme, read_quantization
 from llmrs.models.files.safetensors import SafetensorsSource
-from llmrs.quant.tensor import FORMATS, AnyTensor, Tensor, WeightSource
+from llmrs.quant.fp8 import scale_columns
+from llmrs.quant.tensor import FORMATS, AnyTensor, Stored, Tensor, WeightSource
 
 # Parts of quantized modules, and scales of activations and of the KV cache, which are ignored.
 PARTS = frozenset(part for layout in LAYOUTS.values() for part in (*layout.needs, *layout.may)) - {"weight"}
@@ -68,6 +70,13 @@ class QuantizedSource:
         e = self.entries[name]
         shape = e.parts.shape(e.part) if e.scheme is None else LAYOUTS[e.scheme.layout].shape(e.parts, e.scheme)
         return shape if e.rows is None else (len(range(*e.rows.indices(shape[0]))), *shape[1:])
+
+    def stored(self, name: str) -> Stored:
+        e, shape = self.entries[name], self.shape(name)
+        if e.scheme is None:
+            kind = self.source.stored(e.parts.names[e.part]).format
+            return Stored(kind, shape, math.prod(shape) * FORMATS[kind].itemsize)
+        return _stored(e.parts, e.scheme, *shape)
 
     def tensor(self, name: str) -> AnyTensor:
         """A view of the file; GPTQ, AWQ and scales of blocks are copied. Raises ModelError."""
@@ -139,6 +148,30 @@ def _modules(source: SafetensorsSource) -> dict[str, dict[str, str]]:
             module, _, part = name.rpartition(".")
         modules.setdefault(module, {})[part] = name
     return modules
+
+
+def _stored(p: Parts, s: WeightScheme, rows: int, columns: int) -> Stored:
+    """Rows of a quantized weight as its layout reads them."""
+
+    def scale_bytes(part: str) -> int:
+        return FORMATS[p.format(part)].itemsize if p.format(part) in FORMATS else 1
+
+    bits, group, each, more = s.bits or 4, s.group or columns, 1, 0  # bytes per group, and per row
+    if s.layout == "fp8":
+        part, name, (_, width) = fp8_scale(p, s)
+        bits, group, each = 8, scale_columns(columns, width), scale_bytes(part)
+    elif s.layout == "mlx_affine":
+        name, each = f"mlx{bits}_g{group}", 2 * scale_bytes("scales")
+    elif s.layout == "ct_packed":
+        name = f"int{bits}" + (f"_g{group}" if group < columns else "_channel")
+        each = scale_bytes("weight_scale") + (not s.symmetric)
+    elif s.layout in ("gptq", "awq"):
+        name, each = f"{s.layout}{bits}_g{group}", scale_bytes("scales") + 1
+    else:
+        name = s.layout.rpartition("_")[2]
+        group = 16 if name == "nvfp4" else 32
+        more = 4 if p.names.keys() & {"global_scale", "weight_global_scale", "weight_scale_2"} else 0
+    return Stored(name, (rows, columns), rows * (columns * bits // 8 + columns // group * each + more))
 
 
 def _in_stack(e: Entry, *, interleaved: bool) -> list[tuple[str, Entry]]:

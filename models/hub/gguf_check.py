@@ -9,7 +9,8 @@ from llmrs.models.files.gguf_header import MAGIC, MAX_HEADER, Header, read_heade
 from llmrs.models.files.untrusted import MIB
 from llmrs.models.hub.download import PART_SUFFIX
 from llmrs.models.text.gguf_tokenizer import check_tokenizer
-from llmrs.quant.tensor import AnyTensor
+from llmrs.quant import ggml
+from llmrs.quant.tensor import AnyTensor, Stored
 
 FIRST_BYTES = MIB  # then four times as many, until the header is there
 
@@ -25,6 +26,9 @@ class HeaderSource:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.tensors[name].shape
+
+    def stored(self, name: str) -> Stored:
+        return ggml.stored(self.tensors[name].type, self.tensors[name].shape)
 
     def tensor(self, name: str) -> AnyTensor:
         raise AssertionError(name)

@@ -65,9 +65,10 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
 MODELS = {"Gemma3Text": "Gemma3"}  # whose model's class has another name than its config's
 
 
-def write_checkpoint(name: str, folder: Path) -> Any:
-    """Writes one of CHECKPOINTS in float32 and returns transformers' model of it."""
-    return write_model(*CHECKPOINTS[name], folder)
+def write_checkpoint(name: str, folder: Path, **more: Any) -> Any:
+    """Writes one of CHECKPOINTS in float32, with `more` fields of its config; returns transformers' model of it."""
+    family_name, changes = CHECKPOINTS[name]
+    return write_model(family_name, {**changes, **more}, folder)
 
 
 def write_model(family_name: str, changes: dict[str, Any], folder: Path) -> Any:

@@ -19,7 +19,7 @@ from llmrs.core.errors import ModelError
 from llmrs.models.files.quantized import open_weights
 from llmrs.quant.arrays import NUMPY
 from llmrs.quant.form import unpack
-from llmrs.quant.tensor import QuantTensor
+from llmrs.quant.tensor import QuantTensor, Stored
 
 VECTORS = Path(__file__).with_name("compressed_tensors.json")  # by tests/tools/compressed_tensors_vectors.py
 PACKED = Path(__file__).with_name("packed_vectors.json")  # by tests/tools/packed_vectors.py
@@ -39,6 +39,7 @@ def read(folder, parts, config) -> QuantTensor:
     assert list(source.names()) == [NAME]
     assert source.shape(NAME) == tensor.shape
     assert isinstance(tensor, QuantTensor)
+    assert source.stored(NAME) == Stored(tensor.format, tensor.shape, sum(p.nbytes for p in tensor.planes().values()))
     return tensor
 
 
@@ -120,7 +121,7 @@ def test_experts_of_gpt_oss_equal_transformers(tmp_path):
     source = source_of(tmp_path, tensors, {"quantization_config": {"quant_method": "mxfp4"}})
     assert set(source.names()) == set(expected)
     for name, values in expected.items():
-        assert source.shape(name) == values.shape
+        assert source.shape(name) == source.stored(name).shape == values.shape
         np.testing.assert_array_equal(source.tensor(name).float32(), values)
 
 
