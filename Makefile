@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 NEEDS := pyproject.toml setup.py constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 
-.PHONY: help venv demo test check lint test-slow stress fuzz compile sanitize format wheel clean
+.PHONY: help venv demo test check lint test-slow stress fuzz quality compile sanitize format wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -37,6 +37,9 @@ stress: $(VENV)/dev.stamp ## two million steps of the core under random load
 
 fuzz: $(VENV)/dev.stamp ## a million mutated GGUF files
 	LLMRS_FUZZ=1000000 $(PYTEST) -s tests/models/test_gguf_fuzz.py
+
+quality: $(VENV)/dev.stamp ## measure what each quantization costs, and update the table in the docs
+	PYTHONPATH=examples $(BIN)/python tests/tools/quant_quality.py 60 docs/quantization.md
 
 compile: $(VENV)/dev.stamp ## compile every Triton kernel for four kinds of GPU, without one
 	$(BIN)/python tests/tools/triton_compile.py all sm_80 sm_89 sm_90 sm_100

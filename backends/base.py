@@ -119,7 +119,8 @@ class Backend(ABC):
     def load(self, graph: Graph, weights: Mapping[str, AnyTensor], progress: Callable[[int], None]) -> None:
         """Loads weights by canonical name; `progress` receives the bytes of each.
 
-        Raises GraphError for an op without a rule, naming op, backend and model.
+        Each is read once: reading may quantize it. Raises GraphError for an op without a rule, naming op, backend and
+        model.
         """
         self.graph = fuse_graph(graph, self.fused_ops)
         functions = (*self.graph.functions.values(), self.graph.main)

@@ -9,7 +9,8 @@
 It compares with the reference backend in float32, on small models with random weights.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from llmrs.backends.base import Backend, load_backend, pick_device
 from llmrs.core.request import Request, TokenLogprobs
 from llmrs.core.sampling import SamplingArrays
 from llmrs.quant.form import Form
+from llmrs.quant.tensor import AnyTensor
 from llmrs.random_model import (
     BLOCK,
     CONTEXT,
@@ -227,6 +229,12 @@ class BackendSuite:
                 logits.append(backend.to_host(backend.forward(prefill_batch(prompts(1, 9, 21)))))
             assert np.abs(logits[0] - logits[1]).max() < self.tolerance * np.abs(logits[1]).max()
 
+    def test_each_weight_is_read_once(self, model: RandomModel) -> None:
+        """A second read would quantize it again."""
+        reads = Reads(model.weights)
+        RandomModel(model.graph, reads).on(self.make())
+        assert reads.counts == dict.fromkeys(model.weights, 1)
+
     def test_placeholder_tokens(self) -> None:
         """A step with placeholders (-1 - slot) equals the step with the token ids."""
         model = RandomModel.of("llama")
@@ -254,6 +262,23 @@ class BackendSuite:
             logits.append(backend.to_host(backend.forward(prefill_batch(prompts(30, 7)))))
         error = np.linalg.norm(logits[0] - logits[1]) / np.linalg.norm(logits[0])
         assert error < 0.08
+
+
+class Reads(Mapping[str, AnyTensor]):
+    """Counts how often each weight is read."""
+
+    def __init__(self, weights: Mapping[str, AnyTensor]) -> None:
+        self.weights, self.counts = weights, Counter[str]()
+
+    def __getitem__(self, name: str) -> AnyTensor:
+        self.counts[name] += 1
+        return self.weights[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
 
 
 def assert_logprobs_close(ours: Sequence[TokenLogprobs | None], expected: Sequence[TokenLogprobs | None]) -> None:

@@ -2,6 +2,7 @@
 
 import difflib
 import sys
+import warnings
 from collections.abc import Sequence
 
 import typer
@@ -13,9 +14,10 @@ from llmrs.cli.bench import bench
 from llmrs.cli.chat import chat
 from llmrs.cli.graph import graph
 from llmrs.cli.list import list_models
+from llmrs.cli.quantize import measure_imatrix, quantize
 from llmrs.cli.run import run
 from llmrs.cli.signals import INTERRUPTED, termination
-from llmrs.cli.terminal import exit_status
+from llmrs.cli.terminal import exit_status, note
 from llmrs.core.errors import ConfigError
 
 # base class of the parser's usage errors; typer exports only a subclass of it
@@ -41,13 +43,16 @@ app.command("chat")(flags.command(chat))
 app.command("graph")(graph)
 app.command("bench")(flags.command(bench, BENCH_SECTIONS))
 app.command("list")(list_models)
+app.command("quantize")(quantize)
+app.command("imatrix")(measure_imatrix)
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit status, as docs/config.md lists it. Errors go to stderr."""
     streams.set_up()
     given = list(sys.argv[1:] if args is None else args)  # explicit: typer would expand wildcards on Windows
-    with termination() as stop:
+    with termination() as stop, warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: note(str(message))
         status = exit_status(lambda: dispatch(given or ["--help"]))
     return stop.status or status
 

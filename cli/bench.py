@@ -137,11 +137,11 @@ def size_for_bench(config: EngineConfig, options: BenchOptions, workloads: "Sequ
 
 
 def model_context(config: EngineConfig) -> int:
-    from llmrs.models.arch.families import read_config
+    from llmrs.models.arch.gguf import model_config
     from llmrs.models.hub.resolve import resolve_model
 
-    folder = resolve_model(config.model_path, config.revision, offline=config.offline)
-    return read_config(folder).max_position_embeddings
+    path = resolve_model(config.model_path, config.revision, offline=config.offline)
+    return model_config(path).max_position_embeddings
 
 
 def host(options: BenchOptions) -> int:

@@ -14,12 +14,13 @@ from llmrs.core.errors import ConfigError
 if TYPE_CHECKING:
     from llmrs.models.hub.local import LocalModel
 
-HEADINGS = ("model", "weights", "architecture", "dtype", "location")
+HEADINGS = ("model", "weights", "architecture", "dtype", "bits", "location")
 
 
 def list_models(
     folders: Annotated[
-        list[str] | None, typer.Argument(help="model folders, or their parent folders (default: . and ./models)")
+        list[str] | None,
+        typer.Argument(help="model folders, .gguf files, or folders of both (default: . and ./models)"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object per model")] = False,
 ) -> int:
@@ -28,25 +29,31 @@ def list_models(
     from llmrs.models.hub.local import list_local
     from llmrs.models.hub.snapshot import cache_folder
 
-    entries = list(list_local(cache_folder(), model_folders(folders or [])))
+    entries = list(list_local(cache_folder(), model_paths(folders or [])))
     for line in (json.dumps(asdict(e), ensure_ascii=False) for e in entries) if as_json else table(entries):
         print(line)
     return 0
 
 
-def model_folders(folders: Sequence[str]) -> list[Path]:
-    """The models in `folders`, or in . and ./models. Raises ConfigError where a folder does not exist."""
-    from llmrs.models.hub.local import find_models, holds_model, subfolders
+def model_paths(paths: Sequence[str]) -> list[Path]:
+    """The models in `paths`, or in . and ./models: folders and GGUF files. Raises ConfigError for missing ones."""
+    from llmrs.models.hub.local import find_models, models_in, subfolders
 
-    if not folders:
-        return [f for parent in (Path(), Path("models")) for f in subfolders(parent) if holds_model(f)]
+    if not paths:
+        parents = [Path(), Path("models")]
+        return [
+            m for p in parents for f in (p, *subfolders(p)) for m in models_in(f) if m not in parents
+        ]  # . itself is no model here
     models = []
-    for folder in (Path(f).expanduser() for f in folders):
-        if not folder.is_dir():
-            raise ConfigError(f"there is no folder {folder}", "give model folders, or their parent folders")
-        in_folder = find_models(folder)
+    for path in (Path(f).expanduser() for f in paths):
+        if path.suffix == ".gguf" and path.is_file():
+            models.append(path)
+            continue
+        if not path.is_dir():
+            raise ConfigError(f"there is no folder {path}", "give model folders, .gguf files, or folders of both")
+        in_folder = find_models(path)
         if not in_folder:
-            note(f"{folder} holds no models with safetensors")
+            note(f"{path} holds no models with safetensors, and no GGUF files")
         models += in_folder
     return models
 
@@ -67,5 +74,6 @@ def cells(entry: "LocalModel") -> tuple[str, ...]:
     if entry.revision not in ("", "main"):
         location += f", revision {entry.revision}"
     family = entry.architecture.removesuffix("ForCausalLM")
-    texts = (entry.name, format_bytes(entry.bytes) if entry.bytes else "", family, entry.dtype, location)
+    bits = "" if entry.bits_per_weight is None else f"{entry.bits_per_weight:.2f}"
+    texts = (entry.name, format_bytes(entry.bytes) if entry.bytes else "", family, entry.dtype, bits, location)
     return tuple(one_line(text) for text in texts)

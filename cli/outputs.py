@@ -25,13 +25,15 @@ def check_outputs(outputs: Mapping[str, str | None], inputs: Mapping[str, str], 
 
     outputs: option -> path. inputs: description -> path. model: a path, or a Hugging Face id.
     """
+    from llmrs.models.hub.resolve import local_path  # imported here to keep `llmrs --help` fast
+
     given = {option: path for option, path in outputs.items() if path is not None}
     for option, path in given.items():
         _check_writable(option, path)
         for description, other in inputs.items():
             if _same_file(path, other):
                 raise ConfigError(f"{option}: {path} is {description}, which would be overwritten", OTHER_FILE)
-        if _is_model_file(path, Path(model)):
+        if _is_model_file(path, local_path(model)):
             raise ConfigError(f"{option}: {path} is a file of the model, which would be overwritten", OTHER_FILE)
         if any(_is_descriptor(path, number) for number in (1, 2)):
             raise ConfigError(f"{option}: {path} is standard output or standard error already", OTHER_FILE)
@@ -59,9 +61,10 @@ def _same_file(path: str, other: str) -> bool:
 
 
 def _is_model_file(path: str, model: Path) -> bool:
-    """Whether the path is a file in the model's folder, or the model's only file."""
-    file, target = Path(path).resolve(), model.expanduser().resolve()
-    return file.is_file() and (file == target or (file.parent == target and file.name.endswith(MODEL_FILES)))
+    """Whether the path is a file of a model in the folder of this one."""
+    file, target = Path(path).resolve(), model.resolve()
+    folder = target if target.is_dir() else target.parent  # of a split set, the others are there too
+    return file.is_file() and (file == target or (file.parent == folder and file.name.endswith(MODEL_FILES)))
 
 
 def _is_descriptor(path: str, number: int) -> bool:

@@ -100,6 +100,8 @@ def _quoting_hint(key: Any, value: Any) -> str:
 
 def _resolve_model(config: EngineConfig, folder: Path) -> EngineConfig:
     """Looks for a relative model path in the current folder, then in the config file's."""
+    from llmrs.models.hub.resolve import local_path  # imported here to keep `llmrs --help` fast
+
     name, beside = config.model_path, folder / config.model_path
-    found_beside = name != "demo" and not Path(name).expanduser().exists() and beside.exists()
+    found_beside = name != "demo" and not local_path(name).exists() and local_path(str(beside)).exists()
     return replace(config, model_path=str(beside)) if found_beside else config

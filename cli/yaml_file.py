@@ -106,8 +106,9 @@ def _parse(content: bytes, switches: Collection[str]) -> dict[Any, tuple[Any, in
 
 
 def _read_bytes(path: Path) -> bytes:
-    if path.is_dir():
-        raise ConfigError(f"{path} is a folder", f"give a YAML file, or for a model: --model {path}")
+    if path.is_dir() or path.suffix == ".gguf":
+        what = "a folder" if path.is_dir() else "a GGUF file"
+        raise ConfigError(f"{path} is {what}", f"give a YAML file, or for a model: --model {path}")
     try:
         with path.open("rb") as file:  # or a pipe
             data = file.read(MAX_BYTES + 1)

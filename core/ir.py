@@ -52,7 +52,10 @@ class Value:
 
 @dataclass(frozen=True)
 class Segment:
-    """Rows of a weight that come from one tensor of the file."""
+    """Rows of a weight that come from one tensor of the file, and so have one form.
+
+    Those of other segments may have another: a Q4_K_M file has q and k in Q4_K, and v in Q6_K.
+    """
 
     tensor: str  # canonical name; "{i}" stands for the layer's index
     rows: int

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from llmrs.backends.base import DTYPES, BackendOptions
 from llmrs.core.options import option
+from llmrs.quant.schemes import find_scheme
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,10 @@ class EngineConfig(BackendOptions):
     dtype: str = option("bf16", "data type of activations, weights and KV cache", choices=DTYPES)
     kv_cache_dtype: str = option("auto", "data type of the KV cache; auto: that of dtype",
                                  choices=("auto", *DTYPES, "fp8"))  # fmt: skip
-    quant: str | None = option(None, "quantize weights at load: q4k, q8_0, ...", ("isq",))
+    quant: str | None = option(None, "quantize weights at load: q4_0 to q8_0, q2k to q6k, q3_k_m, q4_k_s, q4_k_m, "
+                               "q5_k_m, mlx4, mlx8, fp8", ("isq",))  # fmt: skip
+    save_quantized: str | None = option(None, "also write the weights of quant here: a .gguf file; for mlx4, mlx8 and "
+                                        "fp8 a folder")  # fmt: skip
     max_model_len: int | None = option(None, "maximum tokens of prompt and output; "
                                        "null: the model's limit, at most 4096", low=2, high=2**24)  # fmt: skip
     max_num_seqs: int = option(8 if sys.platform == "darwin" else 32,
@@ -34,6 +38,9 @@ class EngineConfig(BackendOptions):
     prefix_cache: bool = option(True, "reuse the KV cache of prompts that begin alike")
 
     def __post_init__(self) -> None:
-        if isinstance(self.model_path, os.PathLike):
-            object.__setattr__(self, "model_path", os.fspath(self.model_path))
+        for name in ("model_path", "save_quantized"):
+            if isinstance(path := getattr(self, name), os.PathLike):
+                object.__setattr__(self, name, os.fspath(path))
         super().__post_init__()
+        if self.quant is not None:
+            find_scheme(self.quant)

@@ -19,6 +19,7 @@ from llmrs.config import EngineConfig
 from llmrs.core.errors import ConfigError
 from llmrs.core.options import SamplingParams
 from llmrs.core.request import Request
+from llmrs.incoming import check_save_quantized
 from llmrs.inputs import InputProcessor, Prompt
 from llmrs.loading import OnMemoryPlan, Progress, no_callback, read_model, require_template
 from llmrs.models.text.detokenize import Detokenizer
@@ -57,6 +58,7 @@ class Engine:
         if not isinstance(config, EngineConfig):
             raise ConfigError(f"config can't be a {type(config).__name__}", "give an EngineConfig")
         self.config = config if dtype is None else replace(config, dtype=dtype)
+        check_save_quantized(self.config)
         self.model = read_model(self.config, on_download)
         self._worker = Worker(self.config, self.model, progress, on_fit or on_memory_plan)
         self._finalizer = weakref.finalize(self, self._worker.close)  # also at exit

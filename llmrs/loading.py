@@ -10,10 +10,11 @@ from llmrs.backends import base
 from llmrs.config import EngineConfig
 from llmrs.core.blocks import BlockPool
 from llmrs.core.engine import EngineCore
-from llmrs.core.errors import ConfigError, LoadCancelledError, ModelError
+from llmrs.core.errors import LoadCancelledError, ModelError
 from llmrs.core.ir import Graph
 from llmrs.core.options import SamplingParams
-from llmrs.memory import MemoryPlan, plan_memory
+from llmrs.incoming import IncomingWeights
+from llmrs.memory import MemoryPlan, WeightMemory, plan_memory
 from llmrs.models.arch.config import ModelConfig
 from llmrs.models.arch.families import family, graph_of, read_config
 from llmrs.models.arch.gguf import GGUF_NAMES, config_from_metadata
@@ -27,7 +28,8 @@ from llmrs.models.text.gguf_tokenizer import gguf_tokenizer
 from llmrs.models.text.template import ChatTemplate
 from llmrs.models.text.template_files import gguf_sources
 from llmrs.models.text.tokenizer import Tokenizer
-from llmrs.quant.tensor import WeightSource
+from llmrs.quant.tensor import Stored, WeightSource
+from llmrs.quantizing import smaller
 
 Progress = Callable[[int, int], object]  # bytes done, bytes in total; False cancels the loading
 OnMemoryPlan = Callable[[MemoryPlan], object]  # False cancels the loading
@@ -106,9 +108,6 @@ def read_gguf(path: Path) -> Model:
 
 def make_backend(config: EngineConfig) -> base.Backend:
     """The backend on its device. Raises BackendError or ConfigError."""
-    if config.quant is not None:
-        hint = "leave it out to run the weights as they are"
-        raise ConfigError(f"quant: {config.quant!r} is not supported yet", hint)
     kind = base.load_backend(base.resolve(config.backend))
     kv_dtype = config.dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
     backend = kind(base.pick_device(kind, config.device), config.dtype, kv_dtype)
@@ -123,11 +122,14 @@ def load(
 
     `on_memory_plan` is called before anything is loaded, and again if less memory is left than expected.
     """
-    expected = plan(backend, config, model, backend.free_memory())
-    on_memory_plan(expected)
-    expected.check()
-    _load_weights(backend, model, progress)
-    final = plan(backend, config, model, backend.free_memory() + expected.weight_bytes)
+    weights = IncomingWeights.of(model, config.quant)
+    with closing(weights.file.source):
+        expected = _plan(backend, config, weights, backend.free_memory())
+        on_memory_plan(expected)
+        expected.check()
+        weights.warn_of_expanded(backend.dtype)
+        _load_weights(backend, weights, config.save_quantized, progress)
+        final = _plan(backend, config, weights, backend.free_memory() + expected.weight_bytes)
     if final.max_model_len != expected.max_model_len:
         on_memory_plan(final)
     final.check()
@@ -144,26 +146,42 @@ def _max_num_batched_tokens(backend: base.Backend, config: EngineConfig) -> int:
     return config.max_num_batched_tokens or max(backend.step_tokens, config.max_num_seqs)
 
 
-def plan(backend: base.Backend, config: EngineConfig, model: Model, device_free: int) -> MemoryPlan:
+def plan(
+    backend: base.Backend, config: EngineConfig, model: Model, weights: Mapping[str, Stored], device_free: int
+) -> MemoryPlan:
     """The memory plan for `device_free` bytes before the weights are loaded. Raises ConfigError."""
     block_size, dtypes = config.block_size or backend.block_size, (backend.dtype, backend.kv_dtype)
     max_tokens = _max_num_batched_tokens(backend, config)
     workspace = backend.workspace_bytes(model.graph, config.max_num_seqs, max_tokens)
+    memory = WeightMemory.of(
+        weights.values(), backend.dtype, keeps_quantized=backend.keeps_quantized, in_situ=config.quant is not None
+    )
     max_len = model.config.max_position_embeddings
-    return plan_memory(model.graph, config, max_len, block_size, dtypes, device_free, workspace)
+    return plan_memory(model.graph, memory, config, max_len, block_size, dtypes, device_free, workspace)
 
 
-def _load_weights(backend: base.Backend, model: Model, progress: Progress) -> None:
-    weights = model.open_weights()
-    total = sum(w.nbytes for w in map(weights.__getitem__, weights))
+def _plan(backend: base.Backend, config: EngineConfig, weights: IncomingWeights, device_free: int) -> MemoryPlan:
+    """`plan`, with the quantization that would fit where the model does not."""
+    found = plan(backend, config, weights.model, weights.after, device_free)
+    if found.fits or not backend.keeps_quantized:
+        return found
+    after = smaller(weights.model.config, weights.before)
+    return found.advising({name: plan(backend, config, weights.model, w, device_free) for name, w in after})
+
+
+def _load_weights(backend: base.Backend, weights: IncomingWeights, keep: str | None, progress: Progress) -> None:
+    total = sum(s.nbytes for s in weights.after.values())
     done = 0
 
     def advance(count: int) -> None:
         nonlocal done
-        done += count
-        progress(min(done, total), total)
+        done = min(done + count, total)
+        progress(done, total)
 
-    backend.load(model.graph, weights, advance)
+    with weights.opened(keep) as tensors:
+        backend.load(weights.model.graph, tensors, advance)
+    if done < total:  # planes are larger than the file's blocks, and not every backend reports what it leaves there
+        progress(total, total)
 
 
 def require_template(model: Model) -> ChatTemplate:

@@ -1,16 +1,54 @@
 """The memory plan of a model: bytes of weights and KV cache against the device's memory. Nothing is allocated."""
 
 import math
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from llmrs.backends.base import DTYPE_BYTES, SCALE_BYTES
 from llmrs.config import EngineConfig
 from llmrs.core.errors import ConfigError, MemoryLimitError
 from llmrs.core.ir import Graph
-from llmrs.models.files.weights import num_parameters
+from llmrs.quant.ggml import TYPES
+from llmrs.quant.tensor import FORMATS, Stored
 
 DEFAULT_MAX_LEN = 4096  # tokens of prompt and answer without max_model_len
 MIN_LEN = 2  # one token of prompt, one of answer
+
+
+@dataclass(frozen=True)
+class WeightMemory:
+    """What the weights take in memory."""
+
+    nbytes: int
+    formats: str  # in memory, the largest first
+    dense: int = 0  # weights that are held in the dtype of activations
+    unpacked_from: str = ""  # size and formats before, where the backend unpacks them
+
+    @staticmethod
+    def of(stored: Iterable[Stored], dtype: str, *, keeps_quantized: bool, in_situ: bool = False) -> "WeightMemory":
+        """`keeps_quantized`: of the backend. `in_situ`: whether they are quantized at load."""
+        before, after, dense = Counter[str](), Counter[str](), 0
+        for s in stored:
+            count = math.prod(s.shape)
+            before[s.format] += TYPES[s.format].nbytes(s.shape) if s.expanded else s.nbytes
+            if s.is_dense or s.expanded or not keeps_quantized:
+                dense += count
+                after[dtype] += count * DTYPE_BYTES[dtype]
+            else:
+                after[s.format] += s.nbytes
+        note = " (quantized at load)" if in_situ else ""
+        if keeps_quantized or all(name in FORMATS for name in before):
+            return WeightMemory(after.total(), _names(after) + note, dense)
+        return WeightMemory(after.total(), dtype, dense, f"{format_bytes(before.total())} in {_names(before)}{note}")
+
+    def in_16_bits(self, dtype: str) -> int:
+        """Bytes with activations in bf16 instead of `dtype`."""
+        return self.nbytes - self.dense * (DTYPE_BYTES[dtype] - DTYPE_BYTES["bf16"])
+
+
+def _names(sizes: Counter[str]) -> str:
+    return ", ".join(name for name, _ in sizes.most_common())
 
 
 @dataclass(frozen=True)
@@ -19,7 +57,7 @@ class MemoryPlan:
 
     dtype: str
     kv_dtype: str
-    weight_bytes: int
+    weights: WeightMemory
     kv_bytes_per_token: int  # all layers
     available: int  # before the weights are loaded: device_free, bounded by memory_limit
     kv_budget: int
@@ -30,6 +68,17 @@ class MemoryPlan:
     max_num_seqs: int
     device_free: int = 0
     required: int = 0  # free bytes that one sequence of requested_len takes; 0: kv_cache_memory decides
+    quant_advice: str = ""  # where the model does not fit
+    quant_fits: bool = False  # whether a quantization does
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.weights.nbytes
+
+    @property
+    def fits(self) -> bool:
+        """Whether the weights, and a sequence as long as requested, or of any length, have room."""
+        return self.weight_bytes <= self.available and self.max_model_len > 0
 
     @property
     def max_blocks(self) -> int:
@@ -72,7 +121,7 @@ class MemoryPlan:
         if self.weight_bytes > self.available:
             free = format_bytes(self.available)
             room = f"memory_limit allows {free}" if self._limited() else f"{free} are free"
-            needs = f"the weights need {format_bytes(self.weight_bytes)} in {self.dtype}, and {room}"
+            needs = f"the weights need {format_bytes(self.weight_bytes)} in {self.weights.formats}, and {room}"
             whole = f"; {format_bytes(self.required)} with a context of {length} tokens" if self.required else ""
             raise MemoryLimitError(needs + whole, hint)
         if not self.max_model_len:
@@ -90,13 +139,18 @@ class MemoryPlan:
             lines = self._concurrency_advice()
         if self.weight_bytes + self.kv_budget > self.available and not self.complete:
             lines.append(f"the weights leave {format_bytes(self.available - self.weight_bytes)} free")
-        return lines if self.max_model_len else lines + self._limit_advice()
+        if not self.max_model_len:
+            lines += [*self._limit_advice(), *self._quant_advice()]
+        return lines or ([] if self.complete else ["give the KV cache more memory: kv_cache_memory, memory_fraction"])
 
     def table(self) -> list[tuple[str, str]]:
         """Rows of title and text."""
         length, budget = self.max_model_len or self.requested_len, format_bytes(self.kv_budget)
+        weights = f"{format_bytes(self.weight_bytes)} in {self.weights.formats}"
+        if before := self.weights.unpacked_from:
+            weights = f"{before}; unpacked to {self.dtype}: {format_bytes(self.weight_bytes)}"
         rows = [
-            ("weights", f"{format_bytes(self.weight_bytes)} in {self.dtype}"),
+            ("weights", weights),
             ("KV cache", f"{format_bytes(1000 * self.kv_bytes_per_token)} per 1,000 tokens in {self.kv_dtype}"),
             ("free", f"{format_bytes(self.available)}; {budget} may be used for the KV cache"),
             ("max length", f"{self.max_len_one_seq:,} tokens for one sequence; the model has {self.model_max_len:,}"),
@@ -105,10 +159,33 @@ class MemoryPlan:
         return [*rows, *(("advice", line) for line in self.advice())]
 
     def _weight_advice(self) -> list[str]:
-        smaller = self.weight_bytes // DTYPE_BYTES[self.dtype] * DTYPE_BYTES["bf16"]
-        if smaller <= self.available and smaller < self.weight_bytes:
-            return [f"dtype: bf16 needs {format_bytes(smaller)}", *self._limit_advice()]
-        return self._limit_advice() or ["use a smaller model"]
+        smaller = self.weights.in_16_bits(self.dtype)
+        in_bf16 = smaller <= self.available and smaller < self.weight_bytes
+        lines = [f"dtype: bf16 needs {format_bytes(smaller)}"] if in_bf16 else []
+        quant, limit = self._quant_advice(), self._limit_advice()
+        return [*lines, *(quant + limit if self.quant_fits else limit + quant)] or ["use a smaller model"]
+
+    def advising(self, plans: Mapping[str, "MemoryPlan"]) -> "MemoryPlan":
+        """This plan of a model that does not fit, with the name of a quantization with which it does.
+
+        `plans`: those of quantizations by name, the most bits first.
+        """
+        smaller = {name: p for name, p in plans.items() if p.weight_bytes < self.weight_bytes}
+        fitting = {name: p for name, p in smaller.items() if p.fits}
+        full = [name for name, p in fitting.items() if p.max_model_len == p.requested_len]
+        if name := next(iter([*full, *fitting]), ""):
+            context = "" if full else f" with a context of {plans[name].max_model_len} tokens"
+            size = format_bytes(plans[name].weight_bytes)
+            advice = f"{name} would need {size} and fits{context}: --quant {name}"
+            return replace(self, quant_advice=advice, quant_fits=True)
+        if not smaller or self.weight_bytes <= self.available:
+            return self
+        name = min(smaller, key=lambda n: smaller[n].weight_bytes)
+        size = format_bytes(smaller[name].weight_bytes)
+        return replace(self, quant_advice=f"no quantization fits: even {name} would need {size}")
+
+    def _quant_advice(self) -> list[str]:
+        return [self.quant_advice] if self.quant_advice else []
 
     def _limit_advice(self) -> list[str]:
         fits = self._limited() and self.available < self.required <= self.device_free
@@ -123,7 +200,7 @@ class MemoryPlan:
         longer = self.kv_budget // (in_bf16 * self.block_size) * self.block_size
         if in_bf16 < self.kv_bytes_per_token and longer >= MIN_LEN:
             lines.append(f"kv_cache_dtype: bf16 makes room for {min(longer, self.model_max_len)} tokens")
-        return lines or ["give the KV cache more memory: kv_cache_memory, memory_fraction"]
+        return lines
 
     def _concurrency_advice(self) -> list[str]:
         lines = [f"max_num_seqs of at most {self.max_concurrency} has room for full contexts"]
@@ -137,22 +214,22 @@ class MemoryPlan:
 
 
 def plan_memory(
-    graph: Graph, config: EngineConfig, model_max_len: int, block_size: int, dtypes: tuple[str, str], device_free: int,
-    workspace: int = 0,
+    graph: Graph, weights: WeightMemory, config: EngineConfig, model_max_len: int, block_size: int,
+    dtypes: tuple[str, str], device_free: int, workspace: int = 0,
 ) -> MemoryPlan:  # fmt: skip
     """The plan for a device with `device_free` bytes, before the weights are loaded.
 
-    `dtypes` are the backend's for weights and KV cache; `workspace` are bytes that steps need.
+    `dtypes` are the backend's for activations and KV cache; `workspace` are bytes that steps need.
     Raises ConfigError for a max_model_len above `model_max_len`.
     """
-    weight_bytes, per_token = num_parameters(graph) * DTYPE_BYTES[dtypes[0]], kv_bytes_per_token(graph, dtypes[1])
+    per_token = kv_bytes_per_token(graph, dtypes[1])
     available, length = min(device_free, config.memory_limit or device_free), requested_length(config, model_max_len)
     kv_bytes = -(-length // block_size) * block_size * per_token
-    required = weight_bytes + workspace + math.ceil(kv_bytes / config.memory_fraction) + 1  # the budget is rounded
-    budget = int(max(available - weight_bytes - workspace, 0) * config.memory_fraction)
+    required = weights.nbytes + workspace + math.ceil(kv_bytes / config.memory_fraction) + 1  # the budget is rounded
+    budget = int(max(available - weights.nbytes - workspace, 0) * config.memory_fraction)
     return MemoryPlan(
         *dtypes,
-        weight_bytes=weight_bytes, kv_bytes_per_token=per_token, available=available,
+        weights=weights, kv_bytes_per_token=per_token, available=available,
         kv_budget=config.kv_cache_memory or budget, block_size=block_size, model_max_len=model_max_len,
         requested_len=length, explicit=config.max_model_len is not None, max_num_seqs=config.max_num_seqs,
         device_free=device_free, required=0 if config.kv_cache_memory else required,

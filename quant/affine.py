@@ -9,8 +9,8 @@ With b bits a weight and groups of g columns a file holds
 
 MLX: w = q scale + bias; the others: w = (q - zero) scale. Without zero points (symmetric) the zero is 2^(b-1). Words
 hold a bit stream, lowest bits first, along the dimension that they shorten; AWQ alone shuffles each eight columns.
-Version 1 of GPTQ stores zero - 1. Sources: MLX's mlx/ops.cpp (affine_quantize), compressed-tensors'
-pack_quantized/helpers.py, AutoGPTQ's qlinear_cuda.py, AutoAWQ's packing_utils.py.
+Version 1 of GPTQ stores zero - 1, so that zeros are 1 to 2^b. Sources: MLX's mlx/ops.cpp (affine_quantize),
+compressed-tensors' pack_quantized/helpers.py, AutoGPTQ's qlinear_cuda.py, AutoAWQ's packing_utils.py.
 """
 
 import numpy as np
@@ -47,10 +47,10 @@ def pack_quantized(packed: Tensor, scales: Tensor, zeros: Tensor | None, bits: i
 
 
 def gptq(qweight: Tensor, scales: Tensor, qzeros: Tensor, bits: int, group: int, version: int) -> QuantTensor:
-    """GPTQ without activation order. Copies: the file packs along K, and has it first."""
+    """GPTQ without activation order. Copies: the file packs along K, and has it first. Zeros are at most 255."""
     zeros = _unpacked(qzeros.data, bits, scales.shape[1])
     if version == 1:
-        zeros = zeros + 1 & (1 << bits) - 1
+        zeros = zeros + 1
     planes = {"codes": as_bytes(qweight.data.T), **_transposed(scales, zeros)}
     return of_planes(f"gptq{bits}_g{group}", Form("affine", f"u{bits}", group, scales.format), planes)
 

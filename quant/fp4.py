@@ -1,8 +1,8 @@
 """4-bit floats (e2m1) of safetensors files: MXFP4 and NVFP4.
 
 Two codes a byte, the even column in the low nibble. MXFP4: a scale e8m0 for 32 columns. NVFP4: a scale e4m3 for 16,
-times one f32 for the whole matrix, which compressed-tensors stores as its inverse.
-Sources: OCP Microscaling Formats 1.0; compressed-tensors' nvfp4/base.py; modelopt's nvfp4_tensor.py.
+times one f32 for the whole matrix: modelopt stores it, compressed-tensors its inverse, MLX MLX_GLOBAL times it.
+Sources: OCP Microscaling Formats 1.0; compressed-tensors' nvfp4/base.py; modelopt's nvfp4_tensor.py; MLX's fp_quantize.
 """
 
 import numpy as np
@@ -12,6 +12,7 @@ from llmrs.quant.tensor import QuantTensor, Tensor, of_planes
 
 MXFP4 = Form("fp4", "e2m1", 32, "e8m0")
 NVFP4 = Form("fp4", "e2m1", 16, "e4m3")
+MLX_GLOBAL = np.float32(6 * 448)  # the largest e2m1 times the largest e4m3
 
 
 def mxfp4(codes: np.ndarray, scales: Tensor) -> QuantTensor:

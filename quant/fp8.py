@@ -13,10 +13,15 @@ from llmrs.quant.form import Form
 from llmrs.quant.tensor import QuantTensor, Tensor, of_planes
 
 
+def scale_columns(columns: int, block: int) -> int:
+    """Columns per scale in memory, which divide a row: fewer than a block's where the last block is narrower."""
+    return math.gcd(columns, block) if columns > block else columns
+
+
 def fp8(name: str, codes: np.ndarray, scales: Tensor, block: tuple[int, int]) -> QuantTensor:
     """Codes uint8 (N, K), and scales of blocks (rows, columns). Scales are repeated for the rows of a block."""
     (rows, columns), (n, k) = block, codes.shape
-    group = math.gcd(k, columns) if k > columns else k  # where the last block is narrower, smaller groups
+    group = scale_columns(k, columns)
     at = np.arange(n) // rows, np.arange(0, k, group) // columns
     form = Form("fp8", "e4m3", group, scales.format)
     return of_planes(name, form, {"codes": codes, "scales": scales.data[at[0]][:, at[1]]})

@@ -7,14 +7,15 @@ against the `gguf` package. "Halves" of n bytes: the low nibbles are elements 0 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from llmrs.core.errors import ModelError
-from llmrs.quant.arrays import Array, Arrays
+from llmrs.quant.arrays import NUMPY, Array, Arrays
 from llmrs.quant.form import Form, pack_codes
-from llmrs.quant.tensor import AnyTensor, Format, QuantTensor, Tensor
+from llmrs.quant.tensor import AnyTensor, Format, QuantTensor, Stored, Tensor
 
 MIB = 2**20
 
@@ -209,6 +210,21 @@ def tensor(kind: GgmlType, shape: tuple[int, ...], data: np.ndarray) -> AnyTenso
     if kind.format is None:
         return Tensor("f32", shape, expand(kind, data.reshape(rows, -1)).reshape(shape))
     return QuantTensor(kind.format, (rows, shape[-1]), {"blocks": data.reshape(rows, -1)})
+
+
+def stored(kind: GgmlType, shape: tuple[int, ...]) -> Stored:
+    """What `tensor` gives for such a tensor."""
+    if kind.format is None:
+        size = kind.block_bytes if kind.is_dense else 4
+        return Stored(kind.name, shape, math.prod(shape) * size, expanded=not kind.is_dense)
+    return Stored(kind.name, shape, math.prod(shape) // kind.block * _plane_bytes(kind.format, kind.block_bytes))
+
+
+@cache
+def _plane_bytes(kind: Format, block_bytes: int) -> int:
+    """Of a block in the planes of its form."""
+    planes = kind.convert(NUMPY, {"blocks": np.zeros((1, block_bytes), np.uint8)})
+    return sum(p.nbytes for p in planes.values())
 
 
 def expand(kind: GgmlType, blocks: np.ndarray) -> np.ndarray:

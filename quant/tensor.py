@@ -110,12 +110,28 @@ def of_planes(name: str, form: Form, planes: Mapping[str, np.ndarray]) -> QuantT
 AnyTensor = Tensor | QuantTensor
 
 
+@dataclass(frozen=True)
+class Stored:
+    """What is known of a tensor without reading it."""
+
+    format: str  # of the file, such as q4_k
+    shape: tuple[int, ...]
+    nbytes: int  # of the tensor that `WeightSource.tensor` gives, quantized ones in the planes of their form
+    expanded: bool = False  # whether that is in float32, and quantized in the file
+
+    @property
+    def is_dense(self) -> bool:
+        return self.format in FORMATS
+
+
 class WeightSource(Protocol):
     """Tensors by their name in the file."""
 
     def names(self) -> Iterable[str]: ...
 
     def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def stored(self, name: str) -> Stored: ...
 
     def tensor(self, name: str) -> AnyTensor: ...
 

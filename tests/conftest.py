@@ -92,6 +92,28 @@ def config(folder):
 
 
 @pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A fake Hub and an empty cache."""
+    import hub_server
+    from huggingface_hub import constants
+
+    from llmrs.models.hub import download
+
+    with hub_server.serving() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        monkeypatch.setattr(download, "PAUSE", 0.0)
+        yield server
+
+
+@pytest.fixture
 def engine(config):
     from llmrs import Engine
 

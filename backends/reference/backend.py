@@ -62,8 +62,9 @@ class ReferenceBackend(Backend):
     def load_weights(self, weights: Mapping[str, AnyTensor], progress: Callable[[int], None]) -> None:
         for segment in (s for w in self.graph.weights() for s in w.segments):
             if segment.tensor not in self.weights:
-                self.weights[segment.tensor] = weights[segment.tensor].float32()
-                progress(weights[segment.tensor].nbytes)
+                tensor = weights[segment.tensor]
+                self.weights[segment.tensor] = tensor.float32()
+                progress(tensor.nbytes)
 
     def allocate(
         self, num_blocks: int, block_size: int, max_num_seqs: int, max_model_len: int, max_num_batched_tokens: int = 0

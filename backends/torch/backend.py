@@ -163,6 +163,8 @@ class TorchBackend(Backend):
         else:
             self.programs = Programs(*[lowering.program(function)] * 3)
         trim_host_memory()
+        if self.torch_device.type == "cuda":
+            torch.cuda.empty_cache()  # of temporaries: the KV cache takes what is free
         if self.torch_device.type == "cpu" and lowering.size > HUGE_PAGES_MIN_BYTES:
             use_huge_pages()
 

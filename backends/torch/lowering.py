@@ -30,6 +30,7 @@ class Lowering:
         self.ops, self.bind, self.device, self.dtype = ops, bind, device, dtype
         self.weights, self.progress, self.tied, self.make_linear = weights, progress, set(tied), make_linear
         self.keep_quantized, self.pack = keep_quantized, pack
+        self.tables: dict[str, AnyTensor] = {}  # that the CPU reads row by row
         self.bound: dict[Hashable, Any] = {}  # by ids of weights, which the functions share and keep alive
         self.functions: list[Function] = []
         self.size = 0  # bytes of the weights
@@ -67,6 +68,12 @@ class Lowering:
         matrix: Matrix = self._once(weight, lambda: self._load(weight))
         return matrix
 
+    def table(self, name: str) -> AnyTensor:
+        """A weight as it is given, for `embed` on the CPU. Where it is the head too, it is read once."""
+        if name not in self.tables:
+            self.tables[name] = self.weights[name]
+        return self.tables[name]
+
     def tensor(self, weight: Weight) -> torch.Tensor:
         """A vector, or a matrix that no op takes quantized, as values."""
         matrix = self.matrix(weight)
@@ -78,7 +85,7 @@ class Lowering:
         return self.bound[key]
 
     def _load(self, weight: Weight) -> Matrix:
-        tensors = [self.weights[s.tensor] for s in weight.segments]
+        tensors = [self.tables.get(s.tensor) or self.weights[s.tensor] for s in weight.segments]
         matrix: Matrix
         if self.keep_quantized and any(isinstance(t, QuantTensor) for t in tensors):
             matrix = quant_matrix(tensors, self.device, self.dtype, self.pack)

@@ -182,7 +182,7 @@ def bind_embed(lowering: Lowering, e: Equation) -> Callable[[Tensor], Tensor]:
     """Rows of the table. On the CPU they are read from the file, so that a packed head needs no second copy."""
     (weight,) = weights_of(e)
     if lowering.device.type == "cpu" and len(weight.segments) == 1:
-        stored, dtype = lowering.weights[weight.segments[0].tensor], lowering.dtype
+        stored, dtype = lowering.table(weight.segments[0].tensor), lowering.dtype
         if not isinstance(stored, QuantTensor):
             rows = torch_view(stored)
             return lambda tokens: rows[tokens].to(dtype)

@@ -13,7 +13,7 @@ from llmrs.models.files.gguf_header import COMPLETE, Buffer, Header, TensorInfo,
 from llmrs.models.files.json_reader import short_repr
 from llmrs.models.files.untrusted import error_text, inside, regular_size
 from llmrs.quant import ggml
-from llmrs.quant.tensor import AnyTensor
+from llmrs.quant.tensor import AnyTensor, Stored
 
 SUFFIX = ".gguf"
 PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.ASCII | re.DOTALL)
@@ -60,6 +60,9 @@ class GGUFSource:
     def shape(self, name: str) -> tuple[int, ...]:
         """Rows first; (E, N, K) for the joined matrices of E experts."""
         return self.tensors[name].shape
+
+    def stored(self, name: str) -> Stored:
+        return ggml.stored(self.tensors[name].type, self.tensors[name].shape)
 
     def tensor(self, name: str) -> AnyTensor:
         """A view of the file. Rows of quantized tensors are joined: experts (E, N, K) are a matrix (E * N, K)."""

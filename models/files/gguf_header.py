@@ -67,9 +67,9 @@ class Header:
     tensors: dict[str, TensorInfo]
 
 
-def read_header(file: Path, data: Buffer) -> Header:
-    """The header of a file with these contents. Raises ModelError."""
-    return _Reader(file, data).header()
+def read_header(file: Path, data: Buffer, size: int | None = None) -> Header:
+    """The header of a file with these contents, or of one of `size` bytes that begins so. Raises ModelError."""
+    return _Reader(file, data, len(data) if size is None else size).header()
 
 
 def integer(file: Path, metadata: Mapping[str, Any], key: str, default: int) -> int:
@@ -83,8 +83,8 @@ def integer(file: Path, metadata: Mapping[str, Any], key: str, default: int) -> 
 class _Reader:
     """Reads from `at` on."""
 
-    def __init__(self, file: Path, data: Buffer) -> None:
-        self.file, self.data, self.at = file, data, 0
+    def __init__(self, file: Path, data: Buffer, size: int) -> None:
+        self.file, self.data, self.size, self.at = file, data, size, 0
         self.end = min(len(data), MAX_HEADER)
         self.strings = 0  # in arrays
 
@@ -240,9 +240,9 @@ class _Reader:
             t = TensorInfo(name, kind, shape, start + offset, kind.nbytes(shape), self.file)
             if offset % alignment:
                 raise self.error(f"{short_repr(name)} begins at {offset}, which is no multiple of {alignment}")
-            if t.offset + t.nbytes > len(self.data):
-                size = f"takes {t.nbytes:,} bytes from byte {t.offset:,} on"
-                raise self.error(f"{short_repr(name)} {size}, and the file has {len(self.data):,}")
+            if t.offset + t.nbytes > self.size:
+                extent = f"takes {t.nbytes:,} bytes from byte {t.offset:,} on"
+                raise self.error(f"{short_repr(name)} {extent}, and the file has {self.size:,}")
             tensors[name] = t
         ordered = sorted(tensors.values(), key=lambda t: t.offset)
         for before, t in itertools.pairwise(ordered):

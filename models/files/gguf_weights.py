@@ -13,7 +13,8 @@ from llmrs.core.errors import ModelError
 from llmrs.models.arch.config import ModelConfig
 from llmrs.models.arch.gguf import ROPE_FACTORS, gguf_family
 from llmrs.models.files.gguf import GGUFSource
-from llmrs.quant.tensor import AnyTensor, QuantTensor, Tensor
+from llmrs.quant import ggml
+from llmrs.quant.tensor import AnyTensor, QuantTensor, Stored, Tensor
 
 STACKED = re.compile(r"(blk\.\d+\.ffn_(?:gate|up|down)_exps)\.weight")
 EXPERT = re.compile(r"(blk\.\d+\.ffn_(?:gate|up|down)_exps)\.(\d+)\.weight")
@@ -51,6 +52,11 @@ class UnconvertedSource:
         if match := EXPERT.fullmatch(name):
             return self.source.shape(f"{match[1]}.weight")[1:]
         return self.source.shape(name)
+
+    def stored(self, name: str) -> Stored:
+        if match := EXPERT.fullmatch(name):
+            return ggml.stored(self.source.tensors[f"{match[1]}.weight"].type, self.shape(name))
+        return self.source.stored(name)
 
     def tensor(self, name: str) -> AnyTensor:
         if match := EXPERT.fullmatch(name):

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from llmrs.core.errors import ModelError
-from llmrs.models.files.quant_config import Scheme
+from llmrs.models.files.quant_config import WeightScheme
 from llmrs.models.files.safetensors import SafetensorsSource
 from llmrs.quant.affine import as_bytes, awq, gptq, mlx_affine, pack_quantized
-from llmrs.quant.fp4 import mxfp4, nvfp4
+from llmrs.quant.fp4 import MLX_GLOBAL, mxfp4, nvfp4
 from llmrs.quant.fp8 import fp8
 from llmrs.quant.tensor import QuantTensor, Tensor
 
@@ -64,10 +64,8 @@ class Layout:
 
     needs: tuple[str, ...]  # parts that a module has
     may: tuple[str, ...]  # and may have
-    shape: Callable[
-        [Parts, Scheme], tuple[int, int]
-    ]  # (N, K) of the weight; raises ModelError for parts that don't fit
-    read: Callable[[Parts, Scheme], QuantTensor]
+    shape: Callable[[Parts, WeightScheme], tuple[int, int]]  # of the weight; raises ModelError for parts that don't fit
+    read: Callable[[Parts, WeightScheme], QuantTensor]
 
 
 def _divided(p: Parts, part: str, columns: int, group: int) -> int:
@@ -87,7 +85,7 @@ def _columns(p: Parts, part: str, words: int, bits: int) -> int:
 # MLX
 
 
-def _mlx_shape(p: Parts, s: Scheme) -> tuple[int, int]:
+def _mlx_shape(p: Parts, s: WeightScheme) -> tuple[int, int]:
     rows, words = p.matrix("weight", "u32")
     columns = _columns(p, "weight", words, s.bits)
     scales = rows, _divided(p, "weight", columns, s.group)
@@ -99,7 +97,7 @@ def _mlx_shape(p: Parts, s: Scheme) -> tuple[int, int]:
     return rows, columns
 
 
-def _read_mlx(p: Parts, s: Scheme) -> QuantTensor:
+def _read_mlx(p: Parts, s: WeightScheme) -> QuantTensor:
     weight, scales = p.raw("weight"), p.raw("scales")
     if s.layout == "mlx_affine":
         return mlx_affine(weight, scales, p.raw("biases"), s.bits, s.group)
@@ -108,7 +106,7 @@ def _read_mlx(p: Parts, s: Scheme) -> QuantTensor:
         return mxfp4(codes, scales)
     if s.layout == "mlx_mxfp8":
         return fp8("mxfp8", codes, replace(scales, format="e8m0"), (1, s.group))
-    return nvfp4(codes, scales, _scalar(p, "global_scale") if "global_scale" in p.names else None)
+    return nvfp4(codes, scales, _scalar(p, "global_scale") / MLX_GLOBAL if "global_scale" in p.names else None)
 
 
 def _scalar(p: Parts, part: str) -> np.float32:
@@ -118,7 +116,7 @@ def _scalar(p: Parts, part: str) -> np.float32:
 # compressed-tensors' integers, GPTQ, AWQ
 
 
-def _packed_shape(p: Parts, s: Scheme) -> tuple[int, int]:
+def _packed_shape(p: Parts, s: WeightScheme) -> tuple[int, int]:
     rows, words = p.matrix("weight_packed", "i32")
     p.check("weight_shape", ("i64", "i32"), (2,))
     n, columns = p.raw("weight_shape").data.tolist()
@@ -138,7 +136,7 @@ def _packed_shape(p: Parts, s: Scheme) -> tuple[int, int]:
     return rows, columns
 
 
-def _read_packed(p: Parts, s: Scheme) -> QuantTensor:
+def _read_packed(p: Parts, s: WeightScheme) -> QuantTensor:
     zeros = None if s.symmetric else p.raw("weight_zero_point")
     return pack_quantized(p.raw("weight_packed"), p.raw("weight_scale"), zeros, s.bits, _packed_shape(p, s)[1])
 
@@ -151,7 +149,7 @@ def _check_order(p: Parts, part: str, columns: int, group: int) -> None:
         raise ModelError(problem, "use a version without it (desc_act false)")
 
 
-def _gptq_shape(p: Parts, s: Scheme) -> tuple[int, int]:
+def _gptq_shape(p: Parts, s: WeightScheme) -> tuple[int, int]:
     words, rows = p.matrix("qweight", "i32")
     columns = _columns(p, "qweight", words, s.bits)
     groups = _divided(p, "qweight", columns, s.group)
@@ -162,12 +160,14 @@ def _gptq_shape(p: Parts, s: Scheme) -> tuple[int, int]:
     return rows, columns
 
 
-def _read_gptq(p: Parts, s: Scheme) -> QuantTensor:
+def _read_gptq(p: Parts, s: WeightScheme) -> QuantTensor:
     group = s.group or _gptq_shape(p, s)[1]
+    if s.version == 1 and s.bits == 8 and as_bytes(p.raw("qzeros").data).max() == 255:
+        raise ModelError(f"{p.names['qzeros']} holds a zero point of 256, above all codes", "use another version")
     return gptq(p.raw("qweight"), p.raw("scales"), p.raw("qzeros"), s.bits, group, s.version)
 
 
-def _awq_shape(p: Parts, s: Scheme) -> tuple[int, int]:
+def _awq_shape(p: Parts, s: WeightScheme) -> tuple[int, int]:
     columns, words = p.matrix("qweight", "i32")
     groups = _divided(p, "qweight", columns, s.group)
     if columns % 2:
@@ -177,14 +177,14 @@ def _awq_shape(p: Parts, s: Scheme) -> tuple[int, int]:
     return 8 * words, columns
 
 
-def _read_awq(p: Parts, s: Scheme) -> QuantTensor:
+def _read_awq(p: Parts, s: WeightScheme) -> QuantTensor:
     return awq(p.raw("qweight"), p.raw("scales"), p.raw("qzeros"), s.group or _awq_shape(p, s)[1])
 
 
 # FP8
 
 
-def _fp8_scale(p: Parts, s: Scheme) -> tuple[str, str, tuple[int, int]]:
+def fp8_scale(p: Parts, s: WeightScheme) -> tuple[str, str, tuple[int, int]]:
     """The part that holds the scales, the format's name, and the block. Raises ModelError."""
     rows, columns = p.matrix("weight", "e4m3")
     part = next(n for n in FP8_SCALES if n in p.names)
@@ -201,15 +201,15 @@ def _fp8_scale(p: Parts, s: Scheme) -> tuple[str, str, tuple[int, int]]:
 FP8_SCALES = ("weight_scale_inv", "weight_scale", "scale_inv")
 
 
-def _fp8_shape(p: Parts, s: Scheme) -> tuple[int, int]:
+def _fp8_shape(p: Parts, s: WeightScheme) -> tuple[int, int]:
     if not any(n in p.names for n in FP8_SCALES):
         raise ModelError(f"{p.names['weight']} is {p.format('weight')} and has no weight_scale_inv", HINT)
-    _fp8_scale(p, s)
+    fp8_scale(p, s)
     return p.matrix("weight", "e4m3")
 
 
-def _read_fp8(p: Parts, s: Scheme) -> QuantTensor:
-    (part, name, block), codes = _fp8_scale(p, s), p.raw("weight").data
+def _read_fp8(p: Parts, s: WeightScheme) -> QuantTensor:
+    (part, name, block), codes = fp8_scale(p, s), p.raw("weight").data
     raw = p.raw(part)
     scales = raw.data.reshape(-(-codes.shape[0] // block[0]), -1)
     return fp8(name, codes, Tensor("e8m0" if raw.format in POWERS else raw.format, scales.shape, scales), block)
@@ -218,10 +218,12 @@ def _read_fp8(p: Parts, s: Scheme) -> QuantTensor:
 # FP4
 
 
-def _fp4_shape(codes: str, scales: str, factor: str | None, group: int) -> Callable[[Parts, Scheme], tuple[int, int]]:
+def _fp4_shape(
+    codes: str, scales: str, factor: str | None, group: int
+) -> Callable[[Parts, WeightScheme], tuple[int, int]]:
     """Codes u8 (N, K / 2), scales (N, K / group), and f32 `factor`."""
 
-    def shape(p: Parts, s: Scheme) -> tuple[int, int]:
+    def shape(p: Parts, s: WeightScheme) -> tuple[int, int]:
         rows, half = p.matrix(codes, "u8")
         p.check(scales, ("e4m3",) if factor else POWERS, (rows, _divided(p, codes, 2 * half, group)))
         if factor:
@@ -231,18 +233,18 @@ def _fp4_shape(codes: str, scales: str, factor: str | None, group: int) -> Calla
     return shape
 
 
-def _read_ct_nvfp4(p: Parts, s: Scheme) -> QuantTensor:
+def _read_ct_nvfp4(p: Parts, s: WeightScheme) -> QuantTensor:
     factor = _scalar(p, "weight_global_scale")
     if not np.isfinite(factor) or factor == 0:
         raise ModelError(f"{p.names['weight_global_scale']} is {factor}, and scales are divided by it", HINT)
     return nvfp4(p.raw("weight_packed").data, p.raw("weight_scale"), 1 / factor)
 
 
-def _read_modelopt_nvfp4(p: Parts, s: Scheme) -> QuantTensor:
+def _read_modelopt_nvfp4(p: Parts, s: WeightScheme) -> QuantTensor:
     return nvfp4(p.raw("weight").data, p.raw("weight_scale"), _scalar(p, "weight_scale_2"))
 
 
-def _blocks_shape(p: Parts, s: Scheme) -> tuple[int, int]:
+def _blocks_shape(p: Parts, s: WeightScheme) -> tuple[int, int]:
     shape = p.shape("blocks")
     if p.format("blocks") != "u8" or len(shape) != 3 or shape[2] != 16 or 0 in shape:
         raise p.error("blocks", "u8 [experts, rows, columns / 32, 16]")
@@ -250,7 +252,7 @@ def _blocks_shape(p: Parts, s: Scheme) -> tuple[int, int]:
     return shape[0], 32 * shape[1]
 
 
-def _read_blocks(p: Parts, s: Scheme) -> QuantTensor:
+def _read_blocks(p: Parts, s: WeightScheme) -> QuantTensor:
     blocks = p.raw("blocks").data
     return mxfp4(blocks.reshape(len(blocks), -1), p.raw("scales"))
 

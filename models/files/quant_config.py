@@ -13,27 +13,22 @@ from typing import Any
 
 from llmrs.core.errors import ModelError
 from llmrs.models.files.json_reader import ConfigReader, read_json, short_repr
+from llmrs.models.files.patterns import Patterns, compile_pattern
 from llmrs.quant.affine import GPTQ_BITS, MLX_BITS, MLX_GROUPS, PACKED_BITS
 
 MODELOPT_FILE = "hf_quant_config.json"
 FIELDS = ("quantization", "quantization_config", "compression_config")
 HINT = "use a version in bf16, FP8 or int4 (GPTQ, AWQ, compressed-tensors), or one for MLX"
 MLX_MODES = {"affine": (64, 4), "mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}  # default group, bits
-MODELOPT = {
-    "FP8": "fp8",
-    "FP8_PER_CHANNEL_PER_TOKEN": "fp8",
-    "NVFP4": "modelopt_nvfp4",
-    "W4A16_NVFP4": "modelopt_nvfp4",
-}
 AUTO_ROUND = {"auto_round:auto_gptq": "gptq", "auto_round:gptq": "gptq", "auto_round:auto_awq": "awq",
               "auto_round:awq": "awq"}  # fmt: skip
 CT_FLOATS = ("float-quantized", "naive-quantized", "mxfp8-quantized")
-MAX_PATTERNS, MAX_REPEATS = 1000, 4
-BOUNDLESS = re.compile(r"\)[*+{]")  # a repeated group can take exponential time
+MAX_PATTERNS = 1000
+EMBEDDINGS = re.compile(r"(.*\.)?embed_tokens$")
 
 
 @dataclass(frozen=True)
-class Scheme:
+class WeightScheme:
     """How the weight of a module is stored. 0 columns a group: a whole row."""
 
     layout: str  # of models/files/layouts.py
@@ -44,21 +39,30 @@ class Scheme:
     version: int = 0  # GPTQ
 
 
+MODELOPT = {
+    **dict.fromkeys(("FP8", "FP8_PER_CHANNEL_PER_TOKEN"), WeightScheme("fp8")),
+    **dict.fromkeys(("NVFP4", "W4A16_NVFP4"), WeightScheme("modelopt_nvfp4")),
+    "MXFP8": WeightScheme("fp8", block=(1, 32)),
+}
+
+
 @dataclass(frozen=True)
 class Quantization:
     """The schemes of a model's modules, such as model.layers.0.self_attn.q_proj."""
 
     field: str  # of config.json
     method: str
-    default: Scheme | None
-    named: Mapping[str, Scheme | None]  # by module; None: listed as not quantized
-    patterns: tuple[tuple[re.Pattern[str], Scheme], ...] = ()
+    default: WeightScheme | None
+    named: Mapping[str, WeightScheme | None]  # by module; None: listed as not quantized
+    patterns: Patterns[WeightScheme] = Patterns()
+    inherited: bool = False  # named modules stand for the modules inside them, too
 
-    def scheme(self, module: str) -> Scheme | None:
-        """The scheme of a module, if it is quantized."""
-        if module in self.named:
-            return self.named[module]
-        return next((scheme for pattern, scheme in self.patterns if pattern.match(module)), self.default)
+    def scheme(self, module: str) -> WeightScheme | None:
+        """The scheme of a module, if it is quantized. Raises ModelError for patterns that take too long."""
+        path = module
+        while path and path not in self.named and self.inherited:
+            path = path.rpartition(".")[0]
+        return self.named[path] if path in self.named else self.patterns.find(module) or self.default
 
 
 def read_quantization(path: Path, data: Mapping[str, Any]) -> Quantization | None:
@@ -90,13 +94,14 @@ def _choice(r: ConfigReader, name: str, default: Any, *allowed: Any) -> Any:
     value = r.data.get(name)
     value = default if value is None else value
     if value not in allowed or type(value) not in map(type, allowed):  # 4.0 is 4, and no number of bits
-        raise r.error(name, " or ".join(map(repr, allowed)))
+        raise ModelError(r.error(name, " or ".join(map(repr, allowed))).message, HINT)
     return value
 
 
 def _group(r: ConfigReader, name: str = "group_size", default: int | None = None) -> int:
     """Columns a group; -1 in the file, 0 here: a whole row."""
-    return 0 if r.data.get(name) == -1 else r.integer(name, default)
+    value = r.data.get(name)
+    return 0 if type(value) is int and value == -1 else r.integer(name, default)
 
 
 def _not_converted(r: ConfigReader, *fields: str) -> dict[str, None]:
@@ -112,7 +117,7 @@ def _not_converted(r: ConfigReader, *fields: str) -> dict[str, None]:
 
 def _mlx(r: ConfigReader, field: str) -> Quantization:
     """One setting for all modules, and one for each that differs; false: not quantized."""
-    default, named = _mlx_scheme(r), dict[str, Scheme | None]()
+    default, named = _mlx_scheme(r), dict[str, WeightScheme | None]()
     for module, value in r.data.items():
         if isinstance(value, dict):
             named[module] = _mlx_scheme(ConfigReader(f"{r.path}: {module[:100]}", value))
@@ -121,19 +126,19 @@ def _mlx(r: ConfigReader, field: str) -> Quantization:
     return Quantization(field, "mlx", default, named)
 
 
-def _mlx_scheme(r: ConfigReader) -> Scheme:
+def _mlx_scheme(r: ConfigReader) -> WeightScheme:
     mode = _choice(r, "mode", "affine", *MLX_MODES)
     group, bits = MLX_MODES[mode]
     affine = mode == "affine"
     group = _choice(r, "group_size", group, *(MLX_GROUPS if affine else (group,)))
-    return Scheme(f"mlx_{mode}", _choice(r, "bits", bits, *(MLX_BITS if affine else (bits,))), group)
+    return WeightScheme(f"mlx_{mode}", _choice(r, "bits", bits, *(MLX_BITS if affine else (bits,))), group)
 
 
 def _fp8(r: ConfigReader, field: str) -> Quantization:
     """DeepSeek's and Qwen's FP8; a null weight_block_size is one scale a tensor."""
     _choice(r, "fmt", "e4m3", "e4m3", "float8_e4m3fn")
     named = _not_converted(r, "modules_to_not_convert", "ignored_layers")
-    return Quantization(field, "fp8", Scheme("fp8", block=_block(r, "weight_block_size")), named)
+    return Quantization(field, "fp8", WeightScheme("fp8", block=_block(r, "weight_block_size")), named)
 
 
 def _block(r: ConfigReader, name: str) -> tuple[int, int] | None:
@@ -147,7 +152,7 @@ def _block(r: ConfigReader, name: str) -> tuple[int, int] | None:
 
 def _mxfp4(r: ConfigReader, field: str) -> Quantization:
     """The files of gpt-oss."""
-    return Quantization(field, "mxfp4", Scheme("mxfp4"), _not_converted(r, "modules_to_not_convert"))
+    return Quantization(field, "mxfp4", WeightScheme("mxfp4"), _not_converted(r, "modules_to_not_convert"))
 
 
 def _gptq(r: ConfigReader, field: str) -> Quantization:
@@ -158,7 +163,7 @@ def _gptq(r: ConfigReader, field: str) -> Quantization:
     r.must_be("is_marlin_format", False)
     r.must_be("pack_dtype", "int32")
     r.must_be("dynamic", {})  # settings of single modules
-    scheme = Scheme("gptq", _choice(r, "bits", None, *GPTQ_BITS), _group(r), version=version)
+    scheme = WeightScheme("gptq", _choice(r, "bits", None, *GPTQ_BITS), _group(r), version=version)
     return Quantization(field, "gptq", scheme, {})
 
 
@@ -170,7 +175,7 @@ def _awq(r: ConfigReader, field: str) -> Quantization:
     r.must_be("zero_point", True)
     r.must_be("backend", "autoawq", "auto")
     named = _not_converted(r, "modules_to_not_convert")
-    scheme = Scheme("awq", _choice(r, "bits", _choice(r, "w_bit", 4, 4), 4), _group(r, default=128))
+    scheme = WeightScheme("awq", _choice(r, "bits", _choice(r, "w_bit", 4, 4), 4), _group(r, default=128))
     return Quantization(field, "awq", scheme, named)
 
 
@@ -179,11 +184,11 @@ def _auto_round(r: ConfigReader, field: str) -> Quantization:
     layout = AUTO_ROUND[_choice(r, "packing_format", None, *AUTO_ROUND)]
     _choice(r, "data_type", "int", "int")
     bits = _choice(r, "bits", None, *(GPTQ_BITS if layout == "gptq" else (4,)))
-    default, named = Scheme(layout, bits, _group(r), version=1), dict[str, Scheme | None]()
+    default, named = WeightScheme(layout, bits, _group(r), version=1), dict[str, WeightScheme | None]()
     for module, value in r.mapping("extra_config").items():
         own = ConfigReader(f"{r.path}: {module[:100]}", {**r.data, **(value if isinstance(value, dict) else {})})
         own_bits = _choice(own, "bits", None, 16, 32, *GPTQ_BITS)
-        named[module] = None if own_bits > 8 else Scheme(layout, own_bits, _group(own), version=1)
+        named[module] = None if own_bits > 8 else WeightScheme(layout, own_bits, _group(own), version=1)
     return Quantization(field, "auto-round", default, named)
 
 
@@ -191,15 +196,13 @@ def _modelopt(r: ConfigReader, field: str) -> Quantization:
     """NVIDIA's modelopt; hf_quant_config.json nests the settings."""
     r = ConfigReader(f"{r.path}: quantization", r.mapping("quantization")) if "quantization" in r.data else r
     algorithm = _choice(r, "quant_algo", None, "MIXED_PRECISION", *MODELOPT)
-    named: dict[str, Scheme | None] = {**_not_converted(r, "ignore", "exclude_modules")}
+    named: dict[str, WeightScheme | None] = {**_not_converted(r, "ignore", "exclude_modules")}
     if algorithm != "MIXED_PRECISION":
-        return Quantization(field, "modelopt", Scheme(MODELOPT[algorithm]), named)
-    layers = {}
+        return Quantization(field, "modelopt", MODELOPT[algorithm], named, inherited=True)
     for module, value in r.mapping("quantized_layers").items():
         own = ConfigReader(f"{r.path}: {module[:100]}", value if isinstance(value, dict) else {})
-        layers[module] = Scheme(MODELOPT[_choice(own, "quant_algo", None, *MODELOPT)])
-    inside = tuple((re.compile(re.escape(module) + r"\."), scheme) for module, scheme in layers.items())
-    return Quantization(field, "modelopt", None, named | layers, inside)
+        named[module] = MODELOPT[_choice(own, "quant_algo", None, *MODELOPT)]
+    return Quantization(field, "modelopt", None, named, inherited=True)
 
 
 def _compressed_tensors(r: ConfigReader, field: str) -> Quantization:
@@ -208,8 +211,8 @@ def _compressed_tensors(r: ConfigReader, field: str) -> Quantization:
     _choice(sparsity, "format", "dense", "dense")
     if r.mapping("transform_config").get("config_groups"):
         raise _refused(r, "transform_config", "weights that are rotated while they run")
-    default: Scheme | None = None
-    named, patterns = dict[str, Scheme | None](), list[tuple[re.Pattern[str], Scheme]]()
+    default: WeightScheme | None = None
+    named, patterns = dict[str, WeightScheme | None](), list[tuple[re.Pattern[str], WeightScheme]]()
     groups = r.mapping("config_groups")
     if not groups:
         raise r.error("config_groups", "a table of groups")
@@ -222,27 +225,25 @@ def _compressed_tensors(r: ConfigReader, field: str) -> Quantization:
             if target.startswith("re:"):
                 patterns.append((_pattern(group, target.removeprefix("re:")), scheme))
             elif target == "Embedding":
-                patterns.append((re.compile(r"(.*\.)?embed_tokens$"), scheme))
-            elif target.isidentifier() and target[0].isupper():
+                patterns.append((EMBEDDINGS, scheme))
+            elif target == "Linear":
                 default = scheme
             else:
                 named[target] = scheme
     if len(patterns) > MAX_PATTERNS:
         raise r.error("config_groups", f"at most {MAX_PATTERNS} patterns")
-    return Quantization(field, "compressed-tensors", default, named | _not_converted(r, "ignore"), tuple(patterns))
+    named |= _not_converted(r, "ignore")
+    return Quantization(field, "compressed-tensors", default, named, Patterns(patterns))
 
 
 def _pattern(r: ConfigReader, text: str) -> re.Pattern[str]:
-    """A pattern that takes polynomial time."""
-    if BOUNDLESS.search(text) or sum(map(text.count, "*+{")) > MAX_REPEATS:
-        raise ModelError(f"{r.path}: the pattern {short_repr(text)} could take too long", "simplify it")
     try:
-        return re.compile(text)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise ModelError(f"{r.path}: {short_repr(text)} is no pattern: {error}", "correct it") from error
+        return compile_pattern(text)
+    except ValueError as error:
+        raise ModelError(f"{r.path}: {short_repr(text)} in targets is refused: {error}", "simplify it") from error
 
 
-def _ct_scheme(group: ConfigReader, file_format: Any) -> Scheme:
+def _ct_scheme(group: ConfigReader, file_format: Any) -> WeightScheme:
     """The weights of a config group."""
     style = group.data.get("format") or file_format
     r = ConfigReader(f"{group.path}: weights", group.mapping("weights"))
@@ -251,15 +252,17 @@ def _ct_scheme(group: ConfigReader, file_format: Any) -> Scheme:
     if r.data.get("actorder") in (True, "group", "dynamic"):
         raise _refused(r, "actorder", "weights with activation order")
     if style == "nvfp4-pack-quantized" and kind == ("float", 4):
-        return Scheme("ct_nvfp4")
+        return WeightScheme("ct_nvfp4")
     if style == "mxfp4-pack-quantized" and kind == ("float", 4):
-        return Scheme("ct_mxfp4")
+        return WeightScheme("ct_mxfp4")
     if style in CT_FLOATS and kind == ("float", 8):
-        return Scheme("fp8", block=_block(r, "block_structure") or ((1, _group(r)) if strategy == "group" else None))
+        return WeightScheme(
+            "fp8", block=_block(r, "block_structure") or ((1, _group(r)) if strategy == "group" else None)
+        )
     if style == "pack-quantized" and kind[0] == "int":
         _choice(r, "strategy", strategy, "group", "channel")
         size = _group(r) if strategy == "group" else 0
-        return Scheme(
+        return WeightScheme(
             "ct_packed", _choice(r, "num_bits", None, *PACKED_BITS), size, symmetric=r.boolean("symmetric", True)
         )
     shown = f"format {short_repr(style)} with {short_repr(kind[1])} bits of type {short_repr(kind[0])}"

@@ -6,6 +6,7 @@ which it accepts, are refused here.
 """
 
 import json
+import math
 import mmap
 from collections import Counter
 from collections.abc import Iterable
@@ -19,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from llmrs.core.errors import ModelError
 from llmrs.models.files.json_reader import read_json
 from llmrs.models.files.untrusted import JSON_LIMIT, error_text, inside, regular_size
-from llmrs.quant.tensor import FORMATS, Tensor
+from llmrs.quant.tensor import FORMATS, Stored, Tensor
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}  # safetensors' name -> ours
@@ -63,14 +64,20 @@ class SafetensorsSource:
 
     def tensor(self, name: str) -> Tensor:
         """A view of the file; float64 is copied to float32. Raises ModelError for other unsupported dtypes."""
-        t = self.tensors[name]
+        t, kind = self.tensors[name], self.stored(name).format
         if t.dtype == F64:
             with np.errstate(over="ignore"):  # to infinity, as in torch
-                return Tensor("f32", t.shape, self._view(t, np.dtype(np.float64)).astype(np.float32))
-        if t.dtype not in DTYPES:
+                return Tensor(kind, t.shape, self._view(t, np.dtype(np.float64)).astype(np.float32))
+        return Tensor(kind, t.shape, self._view(t, FORMATS[kind]))
+
+    def stored(self, name: str) -> Stored:
+        """Raises ModelError for unsupported dtypes."""
+        t = self.tensors[name]
+        if t.dtype not in (*DTYPES, F64):
             hint = f"use a checkpoint in one of {', '.join((*DTYPES, F64))}"
             raise ModelError(f"{t.file.path.name}: {name} has the type {t.dtype}, which is not supported", hint)
-        return Tensor(DTYPES[t.dtype], t.shape, self._view(t, FORMATS[DTYPES[t.dtype]]))
+        kind = DTYPES.get(t.dtype, "f32")
+        return Stored(kind, t.shape, math.prod(t.shape) * FORMATS[kind].itemsize)
 
     def format(self, name: str) -> str:
         """The name of a tensor's dtype in RAW, else safetensors'."""

@@ -11,7 +11,7 @@ import numpy as np
 from llmrs.core.errors import ModelError
 from llmrs.core.ir import Graph
 from llmrs.models.arch.config import ModelConfig
-from llmrs.quant.tensor import AnyTensor, QuantTensor, WeightSource
+from llmrs.quant.tensor import AnyTensor, QuantTensor, Stored, WeightSource
 
 HINT = "do config.json and the weights belong together?"
 IGNORED = re.compile(r"(.*\.)?rotary_emb(_local)?\.inv_freq")  # buffers in old checkpoints
@@ -48,6 +48,10 @@ class Weights(Mapping[str, AnyTensor]):
         if len(shape) == 1 and isinstance(tensor, QuantTensor):
             raise ModelError(f"{name} is quantized to {tensor.format}; norms and biases must be f32, f16 or bf16", HINT)
         return tensor
+
+    def stored(self) -> dict[str, Stored]:
+        """What is known of each without reading it. Raises ModelError for unsupported types."""
+        return {canonical: self.source.stored(name) for canonical, name in self.names.items()}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)

@@ -10,6 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from llmrs.core.errors import ModelError
 RETRIES, PAUSE = 3, 1.0  # consecutive failures without new bytes; seconds in between
 TIMEOUT = 15.0  # seconds without data
 RANGE_NOT_SATISFIABLE = 416
+PART_SUFFIX = ".incomplete"
 AGAIN = "try again: the download resumes where it stopped"
 Report = Callable[[int], None]  # bytes of the file so far
 
@@ -42,19 +44,42 @@ def fetch(file: RemoteFile, repository: Path, snapshot: Path, report: Report) ->
 
     Raises ModelError, and errors that `explained` turns into one.
     """
-    from huggingface_hub.utils import WeakFileLock
-
     pointer, blob = snapshot / file.name, repository / "blobs" / file.hash
     if not has_size(pointer, file.size):
-        lock = repository.parent / ".locks" / repository.name / f"{file.hash}.lock"  # as huggingface_hub
-        for folder in (pointer.parent, blob.parent, lock.parent):
-            folder.mkdir(parents=True, exist_ok=True)
-        with WeakFileLock(lock):
+        pointer.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(file, blob):
             if not has_size(blob, file.size):
-                _download(file, blob.with_name(f"{file.hash}.incomplete"), report)
-                os.replace(blob.with_name(f"{file.hash}.incomplete"), blob)
+                part = _part(blob)
+                _download(file, part, report, file.size)
+                _check(file, part)
+                os.replace(part, blob)
             _link(pointer, blob)
     report(file.size)
+
+
+def fetch_beginning(file: RemoteFile, repository: Path, size: int, report: Report) -> Path:
+    """A file with at least the first `size` bytes, from which `fetch` goes on. Errors as there."""
+    blob = repository / "blobs" / file.hash
+    with _locked(file, blob):
+        if has_size(blob, file.size):
+            return blob
+        _download(file, _part(blob), report, min(size, file.size))
+    return _part(blob)
+
+
+def _part(blob: Path) -> Path:
+    return blob.with_name(blob.name + PART_SUFFIX)
+
+
+def _locked(file: RemoteFile, blob: Path) -> AbstractContextManager[object]:
+    """The lock of a blob, as huggingface_hub has it."""
+    from huggingface_hub.utils import WeakFileLock
+
+    repository = blob.parents[1]
+    lock = repository.parent / ".locks" / repository.name / f"{file.hash}.lock"
+    for folder in (blob.parent, lock.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    return WeakFileLock(lock)
 
 
 def bytes_missing(file: RemoteFile, repository: Path, snapshot: Path) -> int:
@@ -62,37 +87,38 @@ def bytes_missing(file: RemoteFile, repository: Path, snapshot: Path) -> int:
     blob = repository / "blobs" / file.hash
     if has_size(snapshot / file.name, file.size) or has_size(blob, file.size):
         return 0
-    return max(file.size - _size(blob.with_name(f"{file.hash}.incomplete")), 0)
+    return max(file.size - _size(_part(blob)), 0)
 
 
 def has_size(path: Path, size: int) -> bool:
     return path.is_file() and path.stat().st_size == size
 
 
-def _download(file: RemoteFile, part: Path, report: Report) -> None:
-    """Completes `part`, with retries, and checks it. Only a corrupt file is deleted."""
+def _download(file: RemoteFile, part: Path, report: Report, stop: int) -> None:
+    """Completes `part` up to the byte `stop`, with retries."""
     if _size(part) > file.size:
         part.unlink()
     part.touch()
     failures = 0
-    while (before := _size(part)) < file.size:
+    while (before := _size(part)) < stop:
         try:
-            _stream(file, part, before, report)
+            _stream(file, part, before, report, stop)
             break
         except ConnectionBroken as error:
             failures = 0 if _size(part) > before else failures + 1
             if failures > RETRIES:
                 raise ModelError(f"the download of {file.name} broke off: {error}", AGAIN) from error
             time.sleep(PAUSE)
-    _check(file, part)
 
 
-def _stream(file: RemoteFile, part: Path, start: int, report: Report) -> None:
-    """Appends the bytes from `start` on; starts over if the server does not support ranges."""
+def _stream(file: RemoteFile, part: Path, start: int, report: Report, stop: int) -> None:
+    """Appends the bytes from `start` to `stop`; starts over if the server does not support ranges."""
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-    headers = {**build_hf_headers(), "Accept-Encoding": "identity", **({"Range": f"bytes={start}-"} if start else {})}
+    headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
+    if start or stop < file.size:
+        headers["Range"] = f"bytes={start}-{stop - 1 if stop < file.size else ''}"
     try:
         with get_session().stream("GET", file.url, headers=headers, timeout=TIMEOUT) as response:
             if response.status_code == RANGE_NOT_SATISFIABLE:
@@ -105,7 +131,7 @@ def _stream(file: RemoteFile, part: Path, start: int, report: Report) -> None:
                 for chunk in response.iter_bytes():  # of any size: a broken connection would lose the last chunk
                     out.write(chunk)
                     report(min(out.tell(), file.size))
-                    if out.tell() > file.size:
+                    if out.tell() > file.size or out.tell() >= stop < file.size:
                         return  # longer than listed: fails the check
     except HfHubHTTPError:
         raise
@@ -121,7 +147,7 @@ def http_error() -> Any:
 
 
 def _check(file: RemoteFile, part: Path) -> None:
-    """Raises ModelError for a wrong size or hash."""
+    """Raises ModelError for a wrong size or hash, and deletes the file."""
     size = _size(part)
     wrong = f"has {size} bytes, not {file.size}" if size != file.size else "has the wrong hash"
     if size != file.size or _hash(part, file) != file.hash:

@@ -1,55 +1,64 @@
-"""Lists local models: bundled, in the Hugging Face cache, in folders. Reads configs and safetensors headers only."""
+"""Lists local models: bundled, in the Hugging Face cache, in folders. Reads configs and headers only."""
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from llmrs.core.errors import LlmrsError
 from llmrs.models.arch.config import architecture
 from llmrs.models.arch.families import graph_of, read_config
+from llmrs.models.arch.gguf import GGUF_FAMILIES, config_from_metadata
+from llmrs.models.files.formats import bits_per_weight, formats_of, gguf_type
+from llmrs.models.files.gguf import GGUFSource
 from llmrs.models.files.json_reader import read_json
-from llmrs.models.files.safetensors import DTYPES, SafetensorsSource
+from llmrs.models.files.quantized import with_quantization
+from llmrs.models.files.safetensors import SafetensorsSource
+from llmrs.models.hub.gguf_names import folder_models, gguf_models
 from llmrs.models.hub.resolve import BUNDLED
-from llmrs.models.hub.snapshot import CONFIG, TOKENIZER
+from llmrs.models.hub.snapshot import CONFIG, TOKENIZER, snapshot_files
+from llmrs.models.text.gguf_tokenizer import check_tokenizer
 
 
-@dataclass(frozen=True)
+@dataclass
 class LocalModel:
     """One model. Unreadable fields are empty; `problem` says why the model can't run."""
 
     name: str  # value of the option `model`
     revision: str  # "" unless a Hugging Face id
     where: str  # bundled | cache | folder
-    path: str
-    bytes: int  # of the safetensors files
-    architecture: str
-    dtype: str  # of most weights
-    problem: str
+    path: str  # folder, or GGUF file
+    bytes: int = 0  # of the files of its weights
+    architecture: str = ""
+    dtype: str = ""  # format of most weights; of GGUF files their mix, such as Q4_K_M
+    bits_per_weight: float | None = None
+    problem: str = ""
 
 
-def list_local(cache: Path, folders: Iterable[Path]) -> Iterator[LocalModel]:
+def list_local(cache: Path, paths: Iterable[Path]) -> Iterator[LocalModel]:
     """Every local model, including unusable ones. Raises nothing."""
     for name, folder in BUNDLED.items():
         yield describe(name, "", "bundled", folder)
     for repository in subfolders(cache):
         if repository.name.startswith("models--"):
             yield from _snapshots(repository)
-    for folder in folders:
-        yield describe(str(folder), "", "folder", folder)
+    for path in paths:
+        yield describe(str(path), "", "folder", path)
 
 
 def find_models(folder: Path) -> list[Path]:
-    """The folder itself if it holds a model, and its subfolders that do."""
-    return [f for f in (folder, *subfolders(folder)) if holds_model(f)]
+    """The folder itself if it holds a model of safetensors, its GGUF files, and the same of its subfolders."""
+    return [path for f in (folder, *subfolders(folder)) for path in models_in(f)]
 
 
-def holds_model(folder: Path) -> bool:
+def models_in(folder: Path) -> list[Path]:
+    """The folder if it holds a model of safetensors, and its GGUF files."""
     try:
-        return (folder / CONFIG).is_file() and any(folder.glob("*.safetensors"))
+        whole = [folder] if (folder / CONFIG).is_file() and any(folder.glob("*.safetensors")) else []
+        return [*whole, *(folder / m.files[0] for m in folder_models(folder, nested=False))]
     except OSError:  # no permission
-        return False
+        return []
 
 
 def subfolders(folder: Path) -> list[Path]:
@@ -69,33 +78,59 @@ def _snapshots(repository: Path) -> Iterator[LocalModel]:
             commit = file.read_bytes()[:100].decode("ascii", "replace").strip()
             refs.setdefault(commit, []).append(file.relative_to(repository / "refs").as_posix())
     except OSError as error:
-        yield LocalModel(name, "", "cache", str(repository), 0, "", "", f"can't be read: {error.strerror}")
+        yield LocalModel(name, "", "cache", str(repository), problem=f"can't be read: {error.strerror}")
         return
     for folder in subfolders(repository / "snapshots"):
         for revision in refs.get(folder.name, [folder.name]):
-            yield describe(name, revision, "cache", folder)
+            yield from _snapshot(name, revision, folder)
 
 
-def describe(name: str, revision: str, where: str, folder: Path) -> LocalModel:
+def _snapshot(name: str, revision: str, folder: Path) -> Iterator[LocalModel]:
+    """The GGUF models of a snapshot, and that of safetensors; without GGUF models what it has, if anything."""
+    files = snapshot_files(folder)
+    models = gguf_models(files)
+    if (files and not models) or any(f.endswith(".safetensors") for f in files):
+        yield describe(name, revision, "cache", folder)
+    tags = Counter(m.tag.lower() for m in models)
+    for m in models:
+        unique = m.tag and tags[m.tag.lower()] == 1
+        yield describe(f"{name}:{m.tag}" if unique else f"{name}/{m.files[0]}", revision, "cache", folder / m.files[0])
+
+
+def describe(name: str, revision: str, where: str, path: Path) -> LocalModel:
     """Raises nothing."""
-    arch, dtype, size, problem = "", "", 0, ""
+    model = LocalModel(name, revision, where, str(path))
     try:
-        arch = architecture(folder / CONFIG, read_json(folder / CONFIG))
-        dtype, size = _weights(folder)
-        graph_of(read_config(folder))
-        problem = "" if (folder / TOKENIZER).exists() else f"it lacks {TOKENIZER}"
+        (_read_gguf if path.suffix == ".gguf" and not path.is_dir() else _read_folder)(model, path)
     except LlmrsError as error:
-        problem = error.message.replace(f"{folder}/", "").replace(f"{folder}: ", "").replace(f"{folder} ", "it ")
+        short = error.message.replace(f"{path}/", "").replace(f"{path}: ", "").replace(f"{path} ", "it ")
+        model.problem = short.replace(f"{path.parent}/", "") if path.suffix == ".gguf" else short
     except OSError as error:
-        problem = f"can't be read: {error.strerror}"
-    return LocalModel(name, revision, where, str(folder), size, arch, dtype, problem)
+        model.problem = f"can't be read: {error.strerror}"
+    return model
 
 
-def _weights(folder: Path) -> tuple[str, int]:
-    """The dtype of most weights, and the bytes of their files. Raises ModelError."""
-    source = SafetensorsSource(folder)
-    elements: Counter[str] = Counter()
-    for t in source.tensors.values():
-        elements[t.dtype] += math.prod(t.shape)
-    most = max(elements, key=elements.__getitem__, default="")
-    return DTYPES.get(most, most.lower()), sum(f.path.stat().st_size for f in source.files)
+def _read_folder(model: LocalModel, folder: Path) -> None:
+    """Raises ModelError."""
+    model.architecture = architecture(folder / CONFIG, read_json(folder / CONFIG))
+    with closing(SafetensorsSource(folder)) as source:
+        model.bytes = sum(f.path.stat().st_size for f in source.files)
+        formats = formats_of(source)
+        model.dtype = formats[0].format if formats else ""
+        formats = formats_of(with_quantization(source, folder))
+        model.dtype, model.bits_per_weight = formats[0].format if formats else "", bits_per_weight(formats)
+    graph_of(read_config(folder))
+    if not (folder / TOKENIZER).exists():
+        model.problem = f"it lacks {TOKENIZER}"
+
+
+def _read_gguf(model: LocalModel, path: Path) -> None:
+    """Raises ModelError."""
+    with closing(GGUFSource(path)) as source:
+        model.bytes = sum(f.stat().st_size for f in source.files)
+        formats = formats_of(source)
+        model.dtype, model.bits_per_weight = gguf_type(source.metadata, formats), bits_per_weight(formats)
+        known = GGUF_FAMILIES.get(source.architecture)
+        model.architecture = known.architecture if known else source.architecture
+        graph_of(config_from_metadata(path, source.metadata, source))
+        check_tokenizer(path, source.metadata)

@@ -137,7 +137,11 @@ WRONG = [
     (["run", "none.yaml"], "none.yaml"),
     (["run", "--prompts", "a", "--model", "nowhere"], "nowhere"),
     (["run", "--prompts", "a", "--model", "someone/model"], "Hugging Face"),
-    (["run", "--prompts", "a", "--model", "x.gguf"], "GGUF"),
+    (["run", "--prompts", "a", "--model", "x.gguf"], "there is no file x.gguf"),
+    (["run", "x.gguf"], "x.gguf is a GGUF file"),
+    (["run", "--prompts", "a", "--model", "a/b/x.gguf", "--offline"], "a/b is not in the Hugging Face cache"),
+    (["run", "--prompts", "a", "--model", "a/b:Q4_K_M", "--offline"], "a/b is not in the Hugging Face cache"),
+    (["run", "--prompts", "a", "--model", "MODEL:Q4_K_M"], "holds no GGUF file of a model"),
     (["run", "--w", "MODEL"], "no prompts"),
     (["run", "--w", "MODEL", "--prompts", "a", "--max-tokens", "0"], "max_tokens: 0"),
     (["run", "--w", "MODEL", "--prompts", "a", "--max-tokens", "-1"], "max_tokens: -1"),
@@ -147,7 +151,10 @@ WRONG = [
     (["run", "--w", "MODEL", "--prompts", "a", "--backend", "tpu"], "'tpu'"),
     (["run", "--w", "MODEL", "--prompts", "a", "--backend", "torhc"], "did you mean torch"),
     (["run", "--w", "MODEL", "--prompts", "a", "--device", "cuda:7"], "cuda:7"),
-    (["run", "--w", "MODEL", "--prompts", "a", "--quant", "q4k"], "q4k"),
+    (["run", "--w", "MODEL", "--prompts", "a", "--isq", "q4kk"], "quant: unknown quantization 'q4kk'"),
+    (["run", "--w", "MODEL", "--prompts", "a", "--isq", "q4kk"], "did you mean q4k"),
+    (["run", "--w", "MODEL", "--prompts", "a", "--save-quantized", "x.gguf"], "add quant: q4k"),
+    (["run", "--w", "MODEL", "--prompts", "a", "--quant", "q4k", "--save-quantized", "x"], "ends in .gguf"),
     (["run", "--w", "MODEL", "--prompts", "a", "--kv-cache-memory", "100", "--max-model-len", "100"], "KV cache"),
     (["run", "--w", "MODEL", "--prompts", "a", "--max-model-len", "100000"], "context of 512"),
     (["run", "--w", "MODEL", "--prompts", "word " * 600], "max_model_len 512 leaves no room"),
@@ -169,7 +176,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("args", "words"), WRONG, ids=lambda v: " ".join(v)[:60] if isinstance(v, list) else "")
 def test_wrong_usage_gives_an_error_a_hint_and_status_2(call, folder, args, words):
-    status, out, err = call(*[folder if a == "MODEL" else a for a in args])
+    status, out, err = call(*[a.replace("MODEL", str(folder)) for a in args])
     assert (status, out) == (2, "")
     other = ("Prompt", "Decoded", "note", "weights ", "KV cache ", "free ", "max length ", "concurrency ", "advice ")
     lines = [line for line in err.splitlines() if not line.startswith(other)]

@@ -6,11 +6,15 @@ import shutil
 import sys
 from pathlib import Path
 
+import gguf_files
+import gguf_models
 import numpy as np
 import pytest
+import quantized_files
 import texts
 from huggingface_hub import constants
 from safetensors.numpy import save_file
+from safetensors.torch import load_file
 
 from llmrs.cli import main
 from llmrs.models import demo
@@ -126,6 +130,81 @@ def test_models_that_cannot_run_are_listed_with_the_reason(listed, cache, folder
     assert found["strange"]["bytes"] > 0
 
 
+def test_gguf_files_here_and_in_folders(listed, folder):
+    for path, kind, file_type in (("a.gguf", "F16", 1), ("models/b.gguf", "F32", 0), ("c/d.gguf", "BF16", None)):
+        Path(path).parent.mkdir(exist_ok=True)
+        gguf_models.write(folder, Path(path), kind, file_type=file_type)
+    gguf_models.write(folder, Path("c/e.gguf"), "F16", file_type=15, split_max_tensors=15)  # the mix is what it says
+    Path("c/mmproj-F16.gguf").write_bytes(b"GGUF")
+    found = {name: e for (name, _), e in listed().items() if name != "demo"}
+    types = {"a.gguf": "f16", os.path.join("models", "b.gguf"): "f32", os.path.join("c", "d.gguf"): "bf16",
+             os.path.join("c", "e-00001-of-00003.gguf"): "Q4_K_M"}  # fmt: skip
+    assert {n: e["dtype"] for n, e in found.items()} == types
+    for name, e in found.items():
+        assert (e["architecture"], e["where"], e["problem"]) == ("Qwen3ForCausalLM", "folder", "")
+        files = Path("c").glob("e-*") if "e-" in name else [Path(name)]
+        assert e["bytes"] == sum(f.stat().st_size for f in files)
+        assert (32 if "b.gguf" in name else 16) <= e["bits_per_weight"] <= (32 if "b.gguf" in name else 16.2)
+    assert set(listed("c/d.gguf", "models")) == {("demo", ""), ("c/d.gguf", ""), (os.path.join("models", "b.gguf"), "")}
+
+
+def test_gguf_files_of_the_cache_by_their_tags(listed, cache, folder, call):
+    model = Path("snapshot")
+    (model / "Q4_K_M").mkdir(parents=True)
+    for file in ("x-F16.gguf", "y-BF16.gguf", "Q4_K_M/x-Q4_K_M.gguf", "a.gguf", "z-bf16.gguf"):
+        gguf_models.write(folder, model / file, "F16")
+    put_into_cache(cache, "o/m", model, COMMIT, "main", "v1")
+    shutil.rmtree(model)
+    names = ["o/m:F16", "o/m/y-BF16.gguf", "o/m/z-bf16.gguf", "o/m:Q4_K_M", "o/m/a.gguf"]
+    assert set(listed()) == {("demo", ""), *((n, r) for n in names for r in ("main", "v1"))}
+    assert [call("graph", n, "--offline")[0] for n in names] == [0] * 5  # each is the name of that model
+
+
+def test_gguf_files_that_cannot_run_are_listed_with_the_reason(listed, folder):
+    good = gguf_models.write(folder, Path("good.gguf"), "F16").read_bytes()
+    text = gguf_files.text
+    broken = {
+        "empty": (b"", "it is empty"), "html": (b"<html>", "it is no GGUF file"),
+        "cut": (good[:-4000], "and the file has"),
+        "cut-00001-of-00002": (good, "there is no file cut-00002-of-00002.gguf"),
+        "family": (good.replace(b"qwen3", b"qwen9"), "general.architecture is 'qwen9', which is not supported"),
+        "words": (good.replace(text("gpt2"), text("gpt9")), "tokenizer.ggml.model is 'gpt9'"),
+        "pieces": (good.replace(text("gpt-2"), text("gpt-9")), "tokenizer.ggml.pre is 'gpt-9'"),
+        "nothing": (gguf_files.build(), "general.architecture is None"),
+    }  # fmt: skip
+    for name, (data, _) in broken.items():
+        Path(f"{name}.gguf").write_bytes(data)
+    os.symlink("nowhere", "link.gguf")
+    found = {name.removesuffix(".gguf"): e for (name, _), e in listed().items()}
+    assert set(found) == {"demo", "good", "link", *broken}
+    assert (found["demo"]["problem"], found["good"]["problem"]) == ("", "")
+    assert found["link"]["problem"]
+    for name, (_, problem) in broken.items():
+        assert problem in found[name]["problem"]
+        assert not found[name]["problem"].startswith((f"{name}.gguf", "/"))
+    assert (found["family"]["architecture"], found["family"]["dtype"]) == ("qwen9", "f16")
+
+
+@pytest.mark.parametrize(("name", "format"), [
+    ("gptq4", "gptq4_g32"), ("awq", "awq4_g16"), ("fp8", "fp8_24x32"), ("fp8-ct-channel", "fp8_channel"),
+    ("nvfp4-ct", "nvfp4"), ("int8", "int8_g16"), ("mlx4-g32-bfloat16", "mlx4_g32"), ("mlx-mxfp4", "mxfp4"),
+])  # fmt: skip
+def test_quantized_folders(listed, call, folder, name, format):
+    if name not in quantized_files.FILES:
+        pytest.skip("mlx is missing")
+    quantized_files.quantize_folder(folder, Path(), name)
+    shutil.rmtree("dense")
+    entry = listed()["packed", ""]
+    assert (entry["dtype"], entry["problem"]) == (format, "")
+    stored, weights = (
+        sum(t.nbytes for t in load_file(f / "model.safetensors").values()) for f in (Path("packed"), folder)
+    )
+    assert weights / 4 * entry["bits_per_weight"] / 8 == pytest.approx(stored, rel=1e-3)  # f32; scales of activations
+    out = call("graph", Path("packed").resolve())[1].splitlines()[1]
+    assert out.startswith("weights: ")
+    assert f"{format} 21 tensors" in out
+
+
 def test_entries_that_are_no_entries(listed, cache):
     cache.mkdir()
     (cache / "models--a--file").write_text("a file")
@@ -133,6 +212,7 @@ def test_entries_that_are_no_entries(listed, cache):
     (repository / "snapshots").mkdir(parents=True)
     (repository / "refs").write_text("a file, not a folder")
     (repository / "snapshots" / COMMIT).symlink_to("nowhere")
+    (cache / "models--a--refused" / "snapshots" / COMMIT).mkdir(parents=True)
     loop = cache / "models--a--loop"
     loop.symlink_to(loop)
     assert set(listed()) == {("demo", "")}
@@ -154,8 +234,8 @@ def test_the_table(capsys, cache, folder):
     assert main(["list"]) == 0
     out = capsys.readouterr().out
     lines = out.splitlines()
-    assert lines[0].split() == ["model", "weights", "architecture", "dtype", "location"]
-    assert lines[1].split() == ["demo", "7.35", "MB", "Qwen3", "bf16", "bundled"]
+    assert lines[0].split() == ["model", "weights", "architecture", "dtype", "bits", "location"]
+    assert lines[1].split() == ["demo", "7.35", "MB", "Qwen3", "bf16", "16.00", "bundled"]
     assert lines[2].endswith("Hugging Face cache, revision v1")
     assert "can't run: architecture" in lines[3]
     assert len(lines) == 4

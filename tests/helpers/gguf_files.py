@@ -51,9 +51,9 @@ def quantized(name, shape, seed=0):
         return rng.integers(0, 60, (*shape[:-1], shape[-1] // block * size), np.uint8), kind
 
 
-def write(path, tensors, metadata=(), **options):
+def write(path, tensors, metadata=(), arch="qwen3", **options):
     """A file, or a set of split files, by GGUFWriter. `tensors`: name -> array, or (bytes, type)."""
-    writer = gguf.GGUFWriter(path, "qwen3", **options)
+    writer = gguf.GGUFWriter(path, arch, **options)
     for name, add, value in metadata:
         getattr(writer, f"add_{add}")(name, value)
     for name, tensor in tensors.items():
@@ -64,3 +64,48 @@ def write(path, tensors, metadata=(), **options):
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def model_metadata(arch):
+    """Keys of a small model, with a SentencePiece tokenizer for `llama` and `gemma3`, else a byte-level one."""
+    keys = {
+        "block_count": 2, "context_length": 64, "embedding_length": 32, "feed_forward_length": 64,
+        "attention.head_count": 4, "attention.head_count_kv": 2, "attention.key_length": 8, "attention.value_length": 8,
+    }  # fmt: skip
+    floats = {"attention.layer_norm_rms_epsilon": 1e-6, "rope.freq_base": 1e4}
+    if arch == "qwen3moe":
+        keys |= {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 16}
+    elif arch == "llama":
+        keys |= {"rope.scaling.original_context_length": 32, "rope.dimension_count": 8}
+        floats |= {"rope.scaling.factor": 4.0}
+    elif arch == "gemma3":
+        keys |= {"attention.sliding_window": 16}
+    config = [(f"{arch}.{k}", "uint32", v) for k, v in keys.items()]
+    config += [(f"{arch}.{k}", "float32", v) for k, v in floats.items()]
+    config += [(f"{arch}.rope.scaling.type", "string", "yarn")] if arch == "llama" else []
+    pieces = arch in ("llama", "gemma3")
+    return config + (_sentencepiece() if pieces else _byte_level()) + [("tokenizer.chat_template", "string", "{{ 1 }}")]
+
+
+def _byte_level():
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    tokens = [*sorted(ByteLevel.alphabet()), "th", "the", "Ġthe", "<|im_end|>"]
+    types = [1] * (len(tokens) - 1) + [3]
+    return [
+        ("tokenizer.ggml.model", "string", "gpt2"), ("tokenizer.ggml.pre", "string", "qwen2"),
+        ("tokenizer.ggml.tokens", "array", tokens), ("tokenizer.ggml.token_type", "array", types),
+        ("tokenizer.ggml.merges", "array", ["t h", "th e", "Ġ the"]),
+        ("tokenizer.ggml.eos_token_id", "uint32", len(tokens) - 1), ("tokenizer.ggml.add_bos_token", "bool", False),
+    ]  # fmt: skip
+
+
+def _sentencepiece():
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", "t", "h", "e", "th", "▁th"]
+    types, scores = [2, 3, 3, *([6] * 256), *([1] * 6)], [0.0] * 259 + [-float(n) for n in range(6)]
+    return [
+        ("tokenizer.ggml.model", "string", "llama"), ("tokenizer.ggml.tokens", "array", tokens),
+        ("tokenizer.ggml.scores", "array", scores), ("tokenizer.ggml.token_type", "array", types),
+        ("tokenizer.ggml.bos_token_id", "uint32", 1), ("tokenizer.ggml.eos_token_id", "uint32", 2),
+        ("tokenizer.ggml.add_bos_token", "bool", True), ("tokenizer.ggml.add_space_prefix", "bool", True),
+    ]  # fmt: skip

@@ -13,6 +13,7 @@ from typing import Any
 
 INFO = re.compile(r"/api/models/([^/]+/[^/?]+)(?:/revision/([^?]+))?(?:\?.*)?")
 FILE = re.compile(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+RANGE = re.compile(r"bytes=(\d+)-(\d*)")
 
 
 @dataclass
@@ -110,16 +111,18 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(302, b"", {"Location": self.hub.elsewhere + self.path})
             return
         data = self.hub.replaced.get(file, self.hub.repositories[name].files[file])
-        start = int(asked.range.removeprefix("bytes=").rstrip("-")) if asked.range and self.hub.ranges else 0
+        given = RANGE.fullmatch(asked.range) if asked.range and self.hub.ranges else None
+        start, end = (int(given[1]), int(given[2] or len(data) - 1) + 1) if given else (0, len(data))
         if start > len(data):
             self.answer(416, b"")
             return
-        headers = {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"} if start else {}
+        end = min(end, len(data))
+        headers = {"Content-Range": f"bytes {start}-{end - 1}/{len(data)}"} if given else {}
         cut = self.hub.cut.get(file)
-        stop = start + cut.pop(0) if cut else len(data)
+        stop = min(start + cut.pop(0), end) if cut else end
         asked.served = len(data[start:stop])
-        self.answer(206 if start else 200, data[start:stop], headers, length=len(data) - start)
-        self.close_connection = stop < len(data)
+        self.answer(206 if given else 200, data[start:stop], headers, length=end - start)
+        self.close_connection = stop < end
 
     def answer(
         self, status: int, body: bytes, headers: dict[str, str] | None = None, length: int | None = None

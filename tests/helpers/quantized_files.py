@@ -26,7 +26,9 @@ def words(codes: np.ndarray, bits: int) -> torch.Tensor:
     return torch.from_numpy(np.frombuffer(b"".join(rows), "<i4").reshape(len(codes), size).copy())
 
 
-def grouped(w: np.ndarray, bits: int, group: int, symmetric: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def grouped(
+    w: np.ndarray, bits: int, group: int, symmetric: bool, lowest: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Codes (N, K), scales f16 (N, K / g), zeros (N, K / g), with w = (code - zero) scale."""
     rows, columns = w.shape
     parts, top = w.reshape(rows, -1, group), (1 << bits) - 1
@@ -36,7 +38,7 @@ def grouped(w: np.ndarray, bits: int, group: int, symmetric: bool) -> tuple[np.n
     else:
         low, high = np.minimum(parts.min(-1), 0), np.maximum(parts.max(-1), 0)
         scales = (high - low) / top + 1e-4
-        zeros = np.clip(np.round(-low / scales), 0, top).astype(int)
+        zeros = np.clip(np.round(-low / scales), lowest, top).astype(int)
     scales = scales.astype(np.float16)
     steps = np.round(parts / scales[:, :, None].astype(np.float32))
     codes = np.clip(steps + zeros[:, :, None], 0, top).astype(int)
@@ -63,8 +65,8 @@ def ct_packed(bits, symmetric, group=GROUP):
 
 def gptq(bits, version, group=GROUP):
     def quantize(w):
-        codes, scales, zeros = grouped(w, bits, group, symmetric=False)
-        stored = (zeros - 1) % (1 << bits) if version == 1 else zeros
+        codes, scales, zeros = grouped(w, bits, group, symmetric=False, lowest=version % 2)
+        stored = zeros - version % 2
         tensors = {
             "qweight": words(codes, bits).T.contiguous(),
             "qzeros": words(stored.T, bits),

@@ -65,9 +65,14 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
 MODELS = {"Gemma3Text": "Gemma3"}  # whose model's class has another name than its config's
 
 
-def write_checkpoint(name: str, folder: Path) -> Any:
-    """Writes a checkpoint in float32 and returns transformers' model of it."""
+def write_checkpoint(name: str, folder: Path, **more: Any) -> Any:
+    """Writes one of CHECKPOINTS in float32, with `more` fields of its config; returns transformers' model of it."""
     family_name, changes = CHECKPOINTS[name]
+    return write_model(family_name, {**changes, **more}, folder)
+
+
+def write_model(family_name: str, changes: dict[str, Any], folder: Path) -> Any:
+    """The same of any config."""
     config = getattr(transformers, f"{family_name}Config")(**{**SHAPE, **changes})
     torch.manual_seed(0)
     model = getattr(transformers, f"{MODELS.get(family_name, family_name)}ForCausalLM")(config).float().eval()

@@ -321,7 +321,7 @@ def test_params_and_config_of_another_type(quick, folder):
     ("config", "words"),
     [
         ({"max_model_len": 513}, "context of 512"),
-        ({"quant": "q4k"}, "q4k"),
+        ({"quant": "q9k"}, "did you mean"),
         ({"device": "cuda:99"}, "cuda:99"),
         ({"backend": "tpu"}, "tpu"),
         ({"model_path": "nowhere"}, "nowhere"),

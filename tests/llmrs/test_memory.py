@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from llmrs import ConfigError, Engine, EngineConfig, LoadCancelledError, MemoryLimitError
 from llmrs.cli import main
-from llmrs.memory import MemoryPlan, format_bytes, kv_bytes_per_token, plan_memory
+from llmrs.memory import MemoryPlan, WeightMemory, format_bytes, kv_bytes_per_token, plan_memory
 from llmrs.models.arch.config import parse
 from llmrs.models.arch.families import graph_of
+from llmrs.quant.tensor import Stored
 
 # Llama: embeddings 10 x 4; per layer norms 4 + 4, q and o 4 x 4 each, k and v 4 x 2 each, MLP 3 x 4 x 6; norm 4; head
 TINY = {
@@ -32,7 +33,9 @@ TOKEN = 2 * 3 * 2  # keys and values of 3 layers, one head of size 2
 
 
 def tiny(free: int, block_size: int = 4, dtype: str = "f32", context: int = 1000, **config) -> MemoryPlan:
-    return plan_memory(GRAPH, EngineConfig(dtype=dtype, **config), context, block_size, (dtype, dtype), free)
+    dense = [Stored("f32", (WEIGHTS,), 4 * WEIGHTS)]
+    weights = WeightMemory.of(dense, dtype, keeps_quantized=True)
+    return plan_memory(GRAPH, weights, EngineConfig(dtype=dtype, **config), context, block_size, (dtype, dtype), free)
 
 
 def test_numbers_by_hand():
@@ -144,7 +147,7 @@ def plans():
         MemoryPlan,
         dtype=st.sampled_from(["f32", "bf16"]),
         kv_dtype=st.sampled_from(["f32", "bf16", "f16"]),
-        weight_bytes=st.integers(1, 300).map(lambda n: 4 * n),
+        weights=st.integers(1, 300).map(lambda n: WeightMemory(4 * n, "")),
         kv_bytes_per_token=st.integers(1, 50).map(lambda n: 4 * n),
         available=st.integers(0, 10**5),
         kv_budget=st.integers(0, 10**5),

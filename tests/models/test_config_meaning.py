@@ -15,6 +15,7 @@ from model_configs import CLASSES, refused
 from llmrs.core.errors import ModelError
 from llmrs.models.arch.families import FAMILIES, graph_of, read_config
 from llmrs.models.arch.rope import frequencies
+from llmrs.models.files.quant_config import read_quantization
 from llmrs.models.files.weights import num_parameters
 
 CONFIGS = Path(__file__).resolve().parents[3] / "shared" / "data" / "configs"
@@ -314,9 +315,20 @@ def test_real_files_mean_what_they_mean_in_transformers_or_are_refused(tmp_path)
 
 
 @pytest.mark.skipif(not files(), reason=f"the real files are not in {CONFIGS}")
-def test_real_files_that_are_quantized_are_refused(tmp_path):
-    """The unchanged files, with the reason."""
+def test_real_files_that_are_quantized_are_read(tmp_path):
+    """The unchanged files; of other families and of text_config the quantization alone."""
+    layouts = Counter()
     for path in files():
         data = json.loads(path.read_text("utf-8"))
-        if data.get("quantization_config") and data["architectures"][0] in FAMILIES:
-            refused(tmp_path, data, "quantization_config")
+        if not (given := data if data.get("quantization_config") else data.get("text_config", {})).get(
+            "quantization_config"
+        ):
+            continue
+        if data["architectures"][0] in FAMILIES:
+            (tmp_path / "config.json").write_text(json.dumps(data), "utf-8")
+            assert read_config(tmp_path).architecture == data["architectures"][0]
+        q = read_quantization(path, given)
+        layouts.update({s.layout for s in (q.default, *q.named.values()) if s})
+        method = given["quantization_config"].get("quant_method", "modelopt")
+        assert q.method == ("modelopt" if "quant_algo" in given["quantization_config"] else method)
+    assert layouts == {"fp8": 22, "modelopt_nvfp4": 16, "mxfp4": 2, "ct_packed": 1, "ct_mxfp4": 1}

@@ -14,7 +14,7 @@ from llmrs.core.errors import ModelError
 from llmrs.models.files.gguf import GGUFSource, part_names
 from llmrs.models.files.gguf_header import MAX_STRINGS, read_header
 from llmrs.quant.ggml import TYPES
-from llmrs.quant.tensor import QuantTensor
+from llmrs.quant.tensor import FORMATS, QuantTensor, Stored
 
 METADATA = [
     ("a.u8", "uint8", 250), ("a.i8", "int8", -5), ("a.u16", "uint16", 65535), ("a.i16", "int16", -300),
@@ -62,8 +62,12 @@ def test_tensors_of_every_type(tmp_path, name):
     assert (info.type.name, info.type.number, info.nbytes) == (name, kind.value, read.n_bytes)
     assert info.offset == read.data_offset
     assert ours.shape == source.shape("w") == (6, 512)
+    size = ours.nbytes
     if isinstance(ours, QuantTensor):
         assert ours.arrays["blocks"].tobytes() == read.data.tobytes()
+        size = sum(plane.nbytes for plane in ours.planes().values())
+    expanded = name not in FORMATS and not isinstance(ours, QuantTensor)
+    assert source.stored("w") == Stored(name, (6, 512), size, expanded)
     np.testing.assert_array_equal(ours.float32(), gguf.quants.dequantize(read.data, kind))
 
 

@@ -1,5 +1,7 @@
 """Mutated GGUF files: each is read to its last tensor, or refused by a ModelError, in bounded work and memory.
 
+Of models, config, graph, tokenizer, template and sampling defaults are read too.
+
 `make fuzz` makes a million of them; LLMRS_FUZZ is their number, LLMRS_FUZZ_SEED another run.
 """
 
@@ -10,6 +12,7 @@ import struct
 import time
 import tracemalloc
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import gguf_files
 import numpy as np
@@ -17,13 +20,22 @@ import pytest
 from gguf_files import ARRAY, STRING, U32, build, key, place
 
 from llmrs.core.errors import ModelError
+from llmrs.models.arch.families import graph_of
+from llmrs.models.arch.gguf import config_from_metadata
 from llmrs.models.files import gguf_header
+from llmrs.models.files.generation import gguf_sampling
 from llmrs.models.files.gguf import GGUFSource, read_tensor
+from llmrs.models.hub.gguf_check import HeaderSource
+from llmrs.models.text.gguf_tokenizer import gguf_tokenizer
+from llmrs.models.text.template import ChatTemplate
+from llmrs.models.text.template_files import gguf_sources
 from llmrs.quant.ggml import TYPES
 
 MUTANTS, SEED = int(os.environ.get("LLMRS_FUZZ", "20000")), int(os.environ.get("LLMRS_FUZZ_SEED", "0"))
 MAX_MEMORY = 20 * 2**20  # bytes; files have some KB
 SIZES = {4: "<I", 8: "<Q"}
+PATH = Path("mutant.gguf")
+MODELS = ("qwen3", "qwen3moe", "llama", "gemma3")
 EDGES = [0, 1, 2, 3, 4, 5, 7, 8, 9, 10, 12, 13, 31, 32, 33, 255, 256, 257, 2**16 - 1, 2**16, 2**20]
 EDGES += [2**n + d for n in (31, 32, 40, 61, 62, 63, 64) for d in (-32, -1, 0, 1)]
 
@@ -94,6 +106,9 @@ def files(tmp_path_factory):
     by_hand = build([key("general.alignment", U32, 64)], [place("x", (4, 2))], bytes(32), version=2, alignment=64)
     whole = [written(f"t{i}", t) for i, t in enumerate(types)]
     whole += [written("words", {}, words), written("experts", experts, scalars), by_hand, build()]
+    norm = {"output_norm.weight": np.ones(32, np.float32)}
+    models = [written(arch, norm, gguf_files.model_metadata(arch), arch=arch) for arch in MODELS]
+    whole = 4 * whole + models  # which take ten times as long
     return [walk(data) for data in whole]
 
 
@@ -168,17 +183,31 @@ def steps(monkeypatch):
 
 def read(data, seen):
     """Reads everything. `seen`: tensors that were read before."""
-    for t in gguf_header.read_header("mutant.gguf", data).tensors.values():
+    header = gguf_header.read_header(PATH, data)
+    for t in header.tensors.values():
         contents = t.type, t.shape, data[t.offset : t.offset + t.nbytes]
         if contents not in seen:
             assert read_tensor(t, data).float32().size == math.prod(t.shape)
             seen.add(contents)
+    if "tokenizer.ggml.model" in header.metadata:
+        load(header)
 
 
-def refusal(data, seen):
+def load(header):
+    """What is read of a model before its weights."""
+    tokenizer, _ = gguf_tokenizer(PATH, header.metadata)
+    assert isinstance(tokenizer.encode("the <|im_end|>"), list)
+    graph_of(config_from_metadata(PATH, header.metadata, HeaderSource(header)))
+    ChatTemplate.of(gguf_sources(PATH, header.metadata), tokenizer.special_tokens)
+    gguf_sampling(PATH, header.metadata)
+
+
+def refusal(function, *args):
     try:
-        read(data, seen)
+        function(*args)
     except ModelError as error:
+        assert error.message.startswith("mutant.gguf")  # noqa: PT017
+        assert error.hint  # noqa: PT017
         return error
     return None
 
@@ -192,19 +221,43 @@ def test_every_mutant_is_read_or_refused(files, steps):
     try:
         for n in range(MUTANTS):
             data, seen = mutant(rng, files), set(known)
-            steps[0], before, began = 0, tracemalloc.get_traced_memory()[0], time.perf_counter()
+            steps[0], before, began = 0, tracemalloc.get_traced_memory()[0], time.process_time()
             tracemalloc.reset_peak()
-            error = refusal(data, seen)
-            refused += error is not None
-            assert error is None or (error.message.startswith("mutant.gguf: ") and error.hint)
+            refused += refusal(read, data, seen) is not None
             memory = tracemalloc.get_traced_memory()[1] - before
-            longest, largest = max(longest, time.perf_counter() - began), max(largest, memory)
+            longest, largest = max(longest, time.process_time() - began), max(largest, memory)
             assert memory < MAX_MEMORY, f"mutant {n} took {memory} bytes"
             assert steps[0] <= len(data), f"mutant {n} of {len(data)} bytes took {steps[0]} steps"
     finally:
         tracemalloc.stop()
-    print(f"\n{refused} of {MUTANTS} refused; the longest took {longest:.3f} s, the largest {largest / 2**20:.1f} MiB")
+    figures = f"the longest took {longest:.3f} s of CPU time, the largest {largest / 2**20:.1f} MiB"
+    print(f"\n{refused} of {MUTANTS} refused; {figures}")
     assert MUTANTS // 20 < refused < MUTANTS - MUTANTS // 20  # neither is rare
+
+
+ODD = [
+    True, 0, -1, 1, 7, 2**31, 2**64 - 1, 0.0, -0.5, 1e-30, 1e30, float("inf"), "", "x", "default", "yarn", [], ["a"],
+    ["a", "a"], np.zeros(0, np.int32), np.arange(4), np.full(300, 2**40), np.array([True, False]),
+    np.array([0.5, -np.inf]), np.full(265, 1, np.uint8),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", MODELS)
+def test_keys_of_other_types_and_values(tmp_path, arch):
+    """Each key once with each of them, and left out."""
+    norm = {"output_norm.weight": np.ones(32, np.float32)}
+    path = gguf_files.write(tmp_path / "a.gguf", norm, gguf_files.model_metadata(arch), arch=arch)
+    header, refused = gguf_header.read_header(PATH, path.read_bytes()), 0
+    load(header)
+    more = [
+        f"{arch}.{key}" for key in ("attention.sliding_window_pattern", "attention.scale", "rope.scaling.attn_factor")
+    ]
+    more += [f"general.sampling.{key}" for key in ("temp", "top_k", "top_p", "min_p")] + ["tokenizer.ggml.scores"]
+    for name in [*header.metadata, *more]:
+        without = {k: v for k, v in header.metadata.items() if k != name}
+        for metadata in [without, *({**without, name: value} for value in ODD)]:
+            refused += refusal(load, gguf_header.Header(3, metadata, header.tensors)) is not None
+    assert refused > 300
 
 
 def test_sets_of_split_files(tmp_path):

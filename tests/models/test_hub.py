@@ -33,23 +33,6 @@ def folder(checkpoints, tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A fake Hub and an empty cache."""
-    with hub_server.serving() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        monkeypatch.setattr(download, "PAUSE", 0.0)
-        yield server
-
-
 def shard(folder, target, rename=lambda name: name):
     """A copy of a model with its tensors in two files and an index."""
     texts.shutil.copytree(folder, target)
@@ -346,6 +329,22 @@ def test_a_repository_without_safetensors(hub, folder):
     with pytest.raises(ModelError, match=r"no model\.safetensors, only pytorch_model\.bin"):
         resolve_model(NAME)
     assert "pytorch_model.bin" not in hub.names()
+
+
+@pytest.mark.parametrize(
+    ("file", "settings"),
+    [
+        ("config.json", {"quantization_config": {"quant_method": "hqq"}}),
+        ("hf_quant_config.json", {"quantization": {"quant_algo": "INT2"}}),
+    ],
+)
+def test_quantization_that_is_refused_downloads_no_weights(hub, folder, file, settings):
+    files = hub.add(NAME, folder).files
+    files[file] = json.dumps({**json.loads(files.get(file, "{}")), **settings}).encode()
+    with pytest.raises(ModelError, match=r"hqq|INT2") as caught:
+        resolve_model(NAME)
+    assert caught.value.hint
+    assert set(hub.names()) == {"config.json", file}
 
 
 def test_no_network(hub, monkeypatch):

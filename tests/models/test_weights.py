@@ -108,7 +108,9 @@ def test_a_tied_model_with_another_head_uses_it_and_warns(name, changed):
     more = read_config(folder).vocab_size * read_config(folder).hidden_size
     assert num_parameters(model.graph) == num_parameters(tied) + more  # which the fit of memory counts
     backend, config = tiny.empty_backend("torch"), EngineConfig(str(folder), dtype="f32")
-    assert plan(backend, config, model, 10**9).weight_bytes == 4 * num_parameters(model.graph)
+    assert plan(backend, config, model, model.open_weights().stored(), 10**9).weight_bytes == 4 * num_parameters(
+        model.graph
+    )
 
 
 def test_an_engine_with_another_head_answers_as_one_whose_config_says_so(changed):

@@ -1,6 +1,5 @@
 """The formats of safetensors files against what made them: MLX, compressed-tensors, transformers, and packers."""
 
-import base64
 import json
 from pathlib import Path
 
@@ -13,13 +12,17 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+from vectors import decoded
 
+from llmrs.backends.torch import quant_matrix as torch_matrix
+from llmrs.core.errors import ModelError
 from llmrs.models.files.quantized import open_weights
 from llmrs.quant.arrays import NUMPY
 from llmrs.quant.form import unpack
-from llmrs.quant.tensor import QuantTensor
+from llmrs.quant.tensor import QuantTensor, Stored
 
 VECTORS = Path(__file__).with_name("compressed_tensors.json")  # by tests/tools/compressed_tensors_vectors.py
+PACKED = Path(__file__).with_name("packed_vectors.json")  # by tests/tools/packed_vectors.py
 NAME = "a.q_proj.weight"
 
 
@@ -36,6 +39,7 @@ def read(folder, parts, config) -> QuantTensor:
     assert list(source.names()) == [NAME]
     assert source.shape(NAME) == tensor.shape
     assert isinstance(tensor, QuantTensor)
+    assert source.stored(NAME) == Stored(tensor.format, tensor.shape, sum(p.nbytes for p in tensor.planes().values()))
     return tensor
 
 
@@ -56,20 +60,35 @@ def test_values_are_those_that_were_packed(name, tmp_path):
     assert tensor.nbytes < 40 * 384 * 2  # less than bf16
 
 
+@pytest.mark.parametrize("name", files.FILES)
+def test_torch_and_mlx_unpack_the_same_planes_to_the_same_values(name, tmp_path):
+    mlx_matrix = pytest.importorskip("llmrs.backends.mlx.quant_matrix")
+    quantize, config = files.FILES[name]
+    tensor = read(tmp_path, quantize(matrix(40, 384))[0], config)
+    expected = tensor.float32()
+    on_torch, on_mlx = torch_matrix.packed_rows(tensor, torch.device("cpu")), mlx_matrix.packed_rows(tensor)
+    np.testing.assert_array_equal(on_torch.unpack(torch.float32).numpy(), expected)
+    np.testing.assert_array_equal(np.array(on_mlx.unpack(mlx_matrix.DTYPES["f32"])), expected)
+    assert sum(p.nbytes for p in on_torch.planes.values()) == tensor.nbytes
+    assert sum(p.nbytes for p in on_mlx.planes.values()) == tensor.nbytes
+
+
 @pytest.mark.parametrize("name", json.loads(VECTORS.read_text()))
 def test_compressed_tensors(name, tmp_path):
     vector = json.loads(VECTORS.read_text())[name]
-
-    def decoded(t):
-        data = bytearray(base64.b64decode(t["data"]))
-        return torch.frombuffer(data, dtype=getattr(torch, t["dtype"])).reshape(t["shape"])
-
     groups = {"group_0": vector["group"]}
     config = {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": groups, "ignore": []}}
     tensor = read(tmp_path, {n: decoded(t) for n, t in vector["tensors"].items()}, config)
     expected = decoded(vector["values"]).numpy()
     # NVFP4 scales are divided by the global scale there, and multiplied by its inverse here: two roundings
     np.testing.assert_allclose(tensor.float32(), expected, rtol=2.5e-7 if name == "nvfp4" else 0)
+
+
+@pytest.mark.parametrize("name", json.loads(PACKED.read_text()))
+def test_autogptq_autoround_and_modelopt(name, tmp_path):
+    vector = json.loads(PACKED.read_text())[name]
+    tensor = read(tmp_path, {n: decoded(t) for n, t in vector["tensors"].items()}, vector["config"])
+    np.testing.assert_array_equal(tensor.float32(), decoded(vector["values"]).numpy())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, files.F8E8M0])
@@ -102,16 +121,16 @@ def test_experts_of_gpt_oss_equal_transformers(tmp_path):
     source = source_of(tmp_path, tensors, {"quantization_config": {"quant_method": "mxfp4"}})
     assert set(source.names()) == set(expected)
     for name, values in expected.items():
-        assert source.shape(name) == values.shape
+        assert source.shape(name) == source.stored(name).shape == values.shape
         np.testing.assert_array_equal(source.tensor(name).float32(), values)
 
 
 few = settings(max_examples=25, deadline=None)
-sizes = st.integers(1, 70)
+sizes, groups, seeds = st.integers(1, 70), st.integers(1, 6), st.integers(0, 2**32)
 
 
 @few
-@given(sizes, sizes, st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**32))
+@given(rows=sizes, columns=sizes, n=st.integers(1, 40), k=st.integers(1, 40), seed=seeds)
 def test_fp8_blocks_of_any_size(rows, columns, n, k, seed, tmp_path_factory):
     parts, values = files.fp8(n, k)(matrix(rows, columns, seed))
     tensor = read(tmp_path_factory.mktemp("fp8"), parts, files.fp8_config([n, k]))
@@ -123,7 +142,13 @@ def test_fp8_blocks_of_any_size(rows, columns, n, k, seed, tmp_path_factory):
 
 
 @few
-@given(st.integers(1, 30), st.integers(1, 6), st.sampled_from([2, 3, 4, 5, 6, 8]), st.booleans(), st.integers(0, 2**32))
+@given(
+    rows=st.integers(1, 30),
+    groups=groups,
+    bits=st.sampled_from([2, 3, 4, 5, 6, 8]),
+    symmetric=st.booleans(),
+    seed=seeds,
+)
 def test_packed_integers_of_any_shape(rows, groups, bits, symmetric, seed, tmp_path_factory):
     """Rows of any number, and rows whose last word is not full."""
     for group in (8, 24, 0):
@@ -134,25 +159,26 @@ def test_packed_integers_of_any_shape(rows, groups, bits, symmetric, seed, tmp_p
 
 
 @few
-@given(st.integers(1, 5), st.integers(1, 6), st.sampled_from(["awq", "gptq-v2", "gptq3"]), st.integers(0, 2**32))
+@given(eights=st.integers(1, 5), groups=groups, name=st.sampled_from(["awq", "gptq-v2", "gptq3"]), seed=seeds)
 def test_gptq_and_awq_of_any_shape(eights, groups, name, seed, tmp_path_factory):
     quantize, config = files.FILES[name]
     parts, values = quantize(matrix(8 * eights, 32 * groups, seed))
     np.testing.assert_array_equal(read(tmp_path_factory.mktemp("g"), parts, config).float32(), values)
 
 
-def test_gptq_stores_a_zero_of_0_as_the_largest_code(tmp_path):
-    """Version 1 stores zero - 1, which wraps around."""
-    quantize, config = files.FILES["gptq4"]
-    parts, values = quantize(np.abs(matrix(8, 64)))
-    assert parts["qzeros"].unique().tolist() == [-1]
-    np.testing.assert_array_equal(read(tmp_path, parts, config).float32(), values)
+def test_a_zero_of_256_is_refused(tmp_path):
+    """Version 1 of GPTQ stores zero - 1; AutoGPTQ reads the largest code as 2^bits, which 8 bits can't hold here."""
+    quantize, config = files.FILES["gptq8"]
+    parts, _ = quantize(matrix(8, 64))
+    parts["qzeros"][0, 1] = -1
+    with pytest.raises(ModelError, match=r"a.q_proj.qzeros holds a zero point of 256"):
+        read(tmp_path, parts, config)
 
 
 def test_a_global_scale_of_mlx(tmp_path):
-    """An option of MLX's nvfp4; of files it is in those of Ollama."""
+    """An option of MLX's nvfp4: the largest weight of the matrix."""
     mx = pytest.importorskip("mlx.core")
-    w, factor = mx.array(matrix(8, 64)), mx.array(37.0)
+    w, factor = mx.array(matrix(8, 64)), mx.array(3.7)
     weight, scales = mx.quantize(w, mode="nvfp4", global_scale=factor)
     values = mx.dequantize(weight, scales, mode="nvfp4", global_scale=factor, dtype=mx.float32)
     parts = {"weight": torch.from_numpy(np.array(weight)), "scales": torch.from_numpy(np.array(scales))}

@@ -4,8 +4,8 @@ pip install --target DIR --no-deps compressed-tensors==0.20.1 loguru psutil
 PYTHONPATH=DIR python tests/tools/compressed_tensors_vectors.py
 """
 
-import base64
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,10 @@ from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.lifecycle.forward import dequantize
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
+from vectors import encoded
+
 OUT = Path(__file__).resolve().parents[1] / "quant" / "compressed_tensors.json"
-
-
-def encoded(t: torch.Tensor) -> dict[str, Any]:
-    data = t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    return {
-        "dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape), "data": base64.b64encode(data).decode(),
-    }  # fmt: skip
 
 
 def vector(style: str, w: torch.Tensor, given: dict[str, torch.Tensor], **weights: Any) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+../../llmrs/evaluation.py
