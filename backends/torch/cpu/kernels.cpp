@@ -1,4 +1,4 @@
-// GEMV and unpacking of quantized and 16-bit weights on a CPU, in float32: y = x w^T.
+// GEMV and unpacking of quantized weights on a CPU, in float32: y = x w^T.
 //
 // Compiled once per instruction set (setup.py), called through ctypes (native.py, which lays out the planes). A row of a
 // weight is read 64 columns at a time, as four vectors of 16 codes; the codes of a group are multiplied with x first, and
@@ -20,11 +20,12 @@
 namespace {
 
 enum Dtype : int32_t { F32, F16, BF16, U8, I8, U4, E8M0, HALF_E8M0, E4M3, HIGH_U4 };
-// Codes: unsigned integers, indices of a table of 16 values, 8-bit floats, and values themselves.
-enum Code : int32_t { CODE_U2, CODE_U3, CODE_U4, CODE_U5, CODE_U6, CODE_U8, CODE_TABLE, CODE_E4M3, CODE_F16, CODE_BF16 };
+// Codes: unsigned integers, indices of a table of 16 values, 8-bit floats.
+enum Code : int32_t { CODE_U2, CODE_U3, CODE_U4, CODE_U5, CODE_U6, CODE_U8, CODE_TABLE, CODE_E4M3 };
 
 constexpr int CHUNK = 64;  // columns
 constexpr int LANES = 16;
+#define INLINE __attribute__((always_inline)) inline
 #if defined(__AVX2__)
 constexpr bool HAS_INTEGERS = true;  // products of int16
 #else
@@ -62,6 +63,7 @@ struct V { __m512 a; };
 struct Codes { __m512i a; };
 inline V load(const float* p) { return {_mm512_loadu_ps(p)}; }
 inline V set(float x) { return {_mm512_set1_ps(x)}; }
+inline V add(V x, V y) { return {_mm512_add_ps(x.a, y.a)}; }
 inline V mul(V x, V y) { return {_mm512_mul_ps(x.a, y.a)}; }
 inline V negated(V x) { return {_mm512_sub_ps(_mm512_setzero_ps(), x.a)}; }
 inline V fma(V x, V y, V z) { return {_mm512_fmadd_ps(x.a, y.a, z.a)}; }
@@ -147,6 +149,7 @@ struct V { __m256 a, b; };
 struct Codes { __m256i a, b; };
 inline V load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 inline V set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+inline V add(V x, V y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
 inline V mul(V x, V y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
 inline V negated(V x) { return {_mm256_sub_ps(_mm256_setzero_ps(), x.a), _mm256_sub_ps(_mm256_setzero_ps(), x.b)}; }
 inline V fma(V x, V y, V z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
@@ -285,6 +288,7 @@ inline void to_integers(float*, int64_t, float, float, int16_t*) {}
 #define EACH for (int i = 0; i < LANES; i++)
 inline V load(const float* p) { V r; EACH r.a[i] = p[i]; return r; }
 inline V set(float x) { V r; EACH r.a[i] = x; return r; }
+inline V add(V x, V y) { EACH x.a[i] += y.a[i]; return x; }
 inline V mul(V x, V y) { EACH x.a[i] *= y.a[i]; return x; }
 inline V negated(V x) { EACH x.a[i] = -x.a[i]; return x; }
 inline V fma(V x, V y, V z) { EACH z.a[i] += x.a[i] * y.a[i]; return z; }
@@ -334,9 +338,7 @@ inline void store_bf16(uint16_t* p, V x) {
 // ---- 64 columns of codes; chunk c of a row
 
 template <int C> inline void codes(const Rows& w, const uint8_t* row, const uint8_t* high, int64_t c, V (&q)[4]) {
-    if constexpr (C == CODE_F16 || C == CODE_BF16) {
-        for (int i = 0; i < 4; i++) q[i] = (C == CODE_F16 ? f16 : bf16)(row + 128 * c + 32 * i);
-    } else if constexpr (C == CODE_U8 || C == CODE_E4M3) {
+    if constexpr (C == CODE_U8 || C == CODE_E4M3) {
         for (int i = 0; i < 4; i++) q[i] = (C == CODE_U8 ? number : e4m3)(bytes(row + 64 * c + 16 * i));
     } else if constexpr (C == CODE_U2 || C == CODE_U3) {  // byte i: columns i, 16 + i, 32 + i, 48 + i
         Codes b = bytes(row + 16 * c), f[4] = {field<0, 3>(b), field<2, 3>(b), field<4, 3>(b), field<6, 3>(b)};
@@ -388,7 +390,7 @@ inline float power_of_two(int exponent, int bias) {  // of an e8m0 byte; 2^-127 
 
 inline int64_t size_of(Dtype dtype) { return dtype == F32 ? 4 : dtype == F16 || dtype == BF16 ? 2 : 1; }
 
-inline V numbers(Dtype dtype, const uint8_t* p) {  // 16 of them
+INLINE V numbers(Dtype dtype, const uint8_t* p) {  // 16 of them
     switch (dtype) {
         case F32: return load((const float*)p);
         case F16: return f16(p);
@@ -414,7 +416,7 @@ template <int G> inline V supers(const Rows& w, const uint8_t* plane, int64_t n,
 
 // Scales and biases of these groups: w = scale * code + bias. Those past the row's end are of the next row. Returns
 // whether there are biases.
-template <int G> inline bool scales_of(const Rows& w, int64_t n, int64_t g, V& scale, V& bias) {
+template <int G> INLINE bool scales_of(const Rows& w, int64_t n, int64_t g, V& scale, V& bias) {
     const int64_t at = n * w.groups + g;
     const uint8_t* p = w.scales + at * size_of(w.scale);
     scale = numbers(w.scale, p);
@@ -425,7 +427,7 @@ template <int G> inline bool scales_of(const Rows& w, int64_t n, int64_t g, V& s
     else if (w.zero != 0) bias = mul(scale, set(-w.zero)), biased = true;
     if (w.biases) {
         const V more = numbers(w.scale, w.biases + at * size_of(w.scale));
-        bias = biased ? fma(more, set(1), bias) : more, biased = true;
+        bias = biased ? add(more, bias) : more, biased = true;
     }
     if constexpr (G < 4) if (w.super_mins) {
         const V mins = w.scale == U4 ? numbers(HIGH_U4, p) : numbers(U8, w.mins + at);
@@ -481,7 +483,7 @@ void prepare(const Rows& w, const void* x, Dtype dtype, int64_t m, int64_t colum
                 in.steps[r * in.groups + g] = step * w.factor;
                 to_integers(p, end, step > 0 ? 1 / step : 0, step, in.integers.data() + r * w.columns + g * w.group);
             }
-            for (int64_t j = 0; j < end; j += LANES) total = fma(load(p + j), set(1), total);
+            for (int64_t j = 0; j < end; j += LANES) total = add(load(p + j), total);
             in.sums[r * in.groups + g] = sum(total);
         }
     }
@@ -489,7 +491,7 @@ void prepare(const Rows& w, const void* x, Dtype dtype, int64_t m, int64_t colum
 
 // Adds the products of a chunk; `i`: the first of its scales.
 template <int C, int G, int M> inline void float_chunk(
-    const Rows& w, const uint8_t* row, const uint8_t* high, int64_t c, const Input& in, int64_t m0, const float (&scales)[M][LANES], int64_t i, V (&acc)[M]) {
+    const Rows& w, const uint8_t* row, const uint8_t* high, int64_t c, const Input& in, int64_t m0, const float (&scales)[M][LANES], int64_t i, V (&acc)[M][2]) {
     V q[4];
     codes<C>(w, row, high, c, q);
     for (int v = 0; v < 4; v += G) {
@@ -497,14 +499,15 @@ template <int C, int G, int M> inline void float_chunk(
             const float* p = in.x.data() + (m0 + m) * in.columns + c * CHUNK + v * LANES;
             V product = mul(q[v], load(p));
             for (int j = 1; j < G; j++) product = fma(q[v + j], load(p + j * LANES), product);
-            acc[m] = fma(product, set(scales[m][i + v / G]), acc[m]);
+            V& sum = acc[m][v / G % 2];
+            sum = fma(product, set(scales[m][i + v / G]), sum);
         }
     }
 }
 
 #if defined(__AVX2__)
 template <int C, int G, int M> inline void integer_chunk(
-    const Rows& w, const uint8_t* row, const uint8_t* high, int64_t c, const Input& in, int64_t m0, const float (&scales)[M][LANES], int64_t i, V (&acc)[M]) {
+    const Rows& w, const uint8_t* row, const uint8_t* high, int64_t c, const Input& in, int64_t m0, const float (&scales)[M][LANES], int64_t i, V (&acc)[M][2]) {
     I a, b;
     integer_codes<C>(w, row, high, c, a, b);
     for (int m = 0; m < M; m++) {
@@ -512,10 +515,10 @@ template <int C, int G, int M> inline void integer_chunk(
         const float* s = scales[m] + i;
         const I u = words(p), v = words(p + 32);
         if constexpr (G == 4) {
-            acc[m] = fma(dot(a, u, b, v), set(s[0]), acc[m]);
+            acc[m][0] = fma(dot(a, u, b, v), set(s[0]), acc[m][0]);
         } else {
-            acc[m] = fma(dot(a, u), G == 2 ? set(s[0]) : halves(s[0], s[1]), acc[m]);
-            acc[m] = fma(dot(b, v), G == 2 ? set(s[1]) : halves(s[2], s[3]), acc[m]);
+            acc[m][0] = fma(dot(a, u), G == 2 ? set(s[0]) : halves(s[0], s[1]), acc[m][0]);
+            acc[m][1] = fma(dot(b, v), G == 2 ? set(s[1]) : halves(s[2], s[3]), acc[m][1]);
         }
     }
 }
@@ -527,12 +530,12 @@ template <int C, int G, int M, class... Args> inline void integer_chunk(Args&&..
 template <int C, int G, int M, bool INTEGERS> inline void products(const Rows& w, int64_t n, const Input& in, int64_t m0, float* y) {
     const uint8_t *row = w.codes + n * w.codes_stride, *high = w.high + n * w.high_stride;
     const int64_t chunks = in.columns / CHUNK, per = G == 4 ? w.group / CHUNK : 1, block = LANES * G / 4 * per;
-    V acc[M], biases[M];
-    for (int m = 0; m < M; m++) acc[m] = biases[m] = set(0);
+    V acc[M][2], biases[M];  // two sums, as one would wait for its last addition
+    for (int m = 0; m < M; m++) acc[m][0] = acc[m][1] = biases[m] = set(0);
     for (int64_t begin = 0, g = 0; begin < chunks; begin += block, g += LANES) {
         float scales[M][LANES];
-        V scale = set(1), bias;
-        const bool biased = C < CODE_F16 && scales_of<G>(w, n, g, scale, bias);
+        V scale, bias;
+        const bool biased = scales_of<G>(w, n, g, scale, bias);
         for (int m = 0; m < M; m++) {
             store(scales[m], INTEGERS ? mul(scale, load(in.steps.data() + (m0 + m) * in.groups + g)) : scale);
             if (biased) biases[m] = fma(bias, load(in.sums.data() + (m0 + m) * in.groups + g), biases[m]);
@@ -544,20 +547,30 @@ template <int C, int G, int M, bool INTEGERS> inline void products(const Rows& w
             else float_chunk<C, G, M>(w, row, high, c, in, m0, scales, i, acc);
         }
     }
-    for (int m = 0; m < M; m++) y[m] = sum(fma(acc[m], set(1), biases[m]));
+    for (int m = 0; m < M; m++) y[m] = sum(add(add(acc[m][0], acc[m][1]), biases[m]));
 }
 
 template <int C, int G, bool INTEGERS> void rows_of(const Rows& w, int64_t begin, int64_t end, const Input& in, Dtype dtype, void* y, int64_t stride) {
     for (int64_t n = begin; n < end; n++) {
         for (int64_t m = 0; m < in.rows;) {
             float found[4];
-            const int64_t left = in.rows - m, count = left >= 4 ? 4 : left >= 2 ? 2 : 1;
-            if (count == 4) products<C, G, 4, INTEGERS>(w, n, in, m, found);
-            else if (count == 2) products<C, G, 2, INTEGERS>(w, n, in, m, found);
-            else products<C, G, 1, INTEGERS>(w, n, in, m, found);
+            // float32 of integer codes is for checks: one row at a time, for less code
+            constexpr bool MANY = INTEGERS || C >= CODE_E4M3 || !HAS_INTEGERS;
+            const int64_t left = in.rows - m, count = MANY && left >= 4 ? 4 : MANY && left >= 2 ? 2 : 1;
+            if constexpr (MANY) {
+                if (count == 4) products<C, G, 4, INTEGERS>(w, n, in, m, found);
+                if (count == 2) products<C, G, 2, INTEGERS>(w, n, in, m, found);
+            }
+            if (count == 1) products<C, G, 1, INTEGERS>(w, n, in, m, found);
             for (int i = 0; i < count; i++, m++) store_one(dtype, y, m * stride + n, found[i]);
         }
     }
+}
+
+template <int G> __attribute__((noinline)) void stored_scales(const Rows& w, int64_t n, int64_t g, float* scales, float* biases) {
+    V scale, bias;
+    if (!scales_of<G>(w, n, g, scale, bias)) bias = set(0);
+    store(scales, scale), store(biases, bias);
 }
 
 template <int C, int G> void unpack_rows(const Rows& w, const int64_t* index, int64_t begin, int64_t end, int64_t columns, Dtype dtype, void* out) {
@@ -567,11 +580,7 @@ template <int C, int G> void unpack_rows(const Rows& w, const int64_t* index, in
         const uint8_t *row = w.codes + n * w.codes_stride, *high = w.high + n * w.high_stride;
         float scales[LANES], biases[LANES];
         for (int64_t c = 0; c * CHUNK < columns; c++) {
-            if (c % block == 0) {
-                V scale = set(1), bias = set(0);
-                if (!(C < CODE_F16 && scales_of<G>(w, n, c / block * LANES, scale, bias))) bias = set(0);
-                store(scales, scale), store(biases, bias);
-            }
+            if (c % block == 0) stored_scales<G>(w, n, c / block * LANES, scales, biases);
             V q[4];
             codes<C>(w, row, high, c, q);
             for (int i = 0; i < 4; i++) {
@@ -600,8 +609,7 @@ template <int C> constexpr Unpack unpack_of[] = {unpack_rows<C, 1>, unpack_rows<
 #define OF_CODE(table, w) \
     ((w).code == CODE_U2 ? table<CODE_U2> : (w).code == CODE_U3 ? table<CODE_U3> : (w).code == CODE_U4 ? table<CODE_U4> : \
      (w).code == CODE_U5 ? table<CODE_U5> : (w).code == CODE_U6 ? table<CODE_U6> : (w).code == CODE_U8 ? table<CODE_U8> : \
-     (w).code == CODE_TABLE ? table<CODE_TABLE> : (w).code == CODE_E4M3 ? table<CODE_E4M3> : \
-     (w).code == CODE_F16 ? table<CODE_F16> : table<CODE_BF16>)[(w).group == 16 ? 0 : (w).group == 32 ? 1 : 2]
+     (w).code == CODE_TABLE ? table<CODE_TABLE> : table<CODE_E4M3>)[(w).group == 16 ? 0 : (w).group == 32 ? 1 : 2]
 
 // Tasks are a few per thread, so that a thread whose core is busy takes fewer.
 template <class F> void parallel(int64_t count, int threads, F run) {

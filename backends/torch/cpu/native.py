@@ -32,7 +32,7 @@ ROUNDS = 7  # per measurement; the fastest counts
 SLACK = 64  # bytes
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 SCALES = ("f32", "f16", "bf16", "u8", "i8", "u4", "e8m0", "half_e8m0", "e4m3")  # by their numbers
-CODES = {name: n for n, name in enumerate(("u2", "u3", "u4", "u5", "u6", "u8", "table", "e4m3", "f16", "bf16"))}
+CODES = {name: n for n, name in enumerate(("u2", "u3", "u4", "u5", "u6", "u8", "table", "e4m3"))}
 SPLIT = {2: (2, 0), 3: (2, 1), 4: (4, 0), 5: (4, 1), 6: (4, 2), 8: (8, 0)}  # bits -> those of codes, and of high
 PLANES = ("scales", "biases", "zeros", "mins", "super_scales", "super_mins", "row_scales")
 
