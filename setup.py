@@ -38,7 +38,7 @@ def extensions() -> list[Extension]:
         Extension(
             KERNELS + name,
             ["backends/torch/cpu/kernels.cpp"],
-            extra_compile_args=["-std=c++17", "-O3", "-fopenmp", "-w", *flags],
+            extra_compile_args=["-std=c++17", "-O2", "-fopenmp", "-w", *flags],
             optional=True,
         )
         for name, flags in sets.items()

@@ -25,6 +25,7 @@ enum Code : int32_t { CODE_U2, CODE_U3, CODE_U4, CODE_U5, CODE_U6, CODE_U8, CODE
 
 constexpr int CHUNK = 64;  // columns
 constexpr int LANES = 16;
+#define UNROLL _Pragma("GCC unroll 16")
 #define INLINE __attribute__((always_inline)) inline
 #if defined(__AVX2__)
 constexpr bool HAS_INTEGERS = true;  // products of int16
@@ -339,15 +340,15 @@ inline void store_bf16(uint16_t* p, V x) {
 
 template <int C> inline void codes(const Rows& w, const uint8_t* row, const uint8_t* high, int64_t c, V (&q)[4]) {
     if constexpr (C == CODE_U8 || C == CODE_E4M3) {
-        for (int i = 0; i < 4; i++) q[i] = (C == CODE_U8 ? number : e4m3)(bytes(row + 64 * c + 16 * i));
+        UNROLL for (int i = 0; i < 4; i++) q[i] = (C == CODE_U8 ? number : e4m3)(bytes(row + 64 * c + 16 * i));
     } else if constexpr (C == CODE_U2 || C == CODE_U3) {  // byte i: columns i, 16 + i, 32 + i, 48 + i
         Codes b = bytes(row + 16 * c), f[4] = {field<0, 3>(b), field<2, 3>(b), field<4, 3>(b), field<6, 3>(b)};
-        for (int i = 0; i < 4; i++) q[i] = number(C == CODE_U2 ? f[i] : join_bits<2>(f[i], high + 8 * c + 2 * i));
+        UNROLL for (int i = 0; i < 4; i++) q[i] = number(C == CODE_U2 ? f[i] : join_bits<2>(f[i], high + 8 * c + 2 * i));
     } else {  // byte i: columns i, 32 + i
         Codes f[4], b = bytes(row + 32 * c), d = bytes(row + 32 * c + 16);
         f[0] = field<0, 15>(b), f[1] = field<0, 15>(d), f[2] = field<4, 15>(b), f[3] = field<4, 15>(d);
         if constexpr (C == CODE_TABLE) {
-            for (int i = 0; i < 4; i++) q[i] = entry(f[i], w.table);
+            UNROLL for (int i = 0; i < 4; i++) q[i] = entry(f[i], w.table);
             return;
         }
         if constexpr (C == CODE_U6) {
@@ -355,7 +356,7 @@ template <int C> inline void codes(const Rows& w, const uint8_t* row, const uint
             f[0] = join<4>(f[0], field<0, 3>(h)), f[1] = join<4>(f[1], field<2, 3>(h));
             f[2] = join<4>(f[2], field<4, 3>(h)), f[3] = join<4>(f[3], field<6, 3>(h));
         }
-        for (int i = 0; i < 4; i++) q[i] = number(C == CODE_U5 ? join_bits<4>(f[i], high + 8 * c + 2 * i) : f[i]);
+        UNROLL for (int i = 0; i < 4; i++) q[i] = number(C == CODE_U5 ? join_bits<4>(f[i], high + 8 * c + 2 * i) : f[i]);
     }
 }
 
@@ -403,7 +404,7 @@ INLINE V numbers(Dtype dtype, const uint8_t* p) {  // 16 of them
         default: break;
     }
     float found[LANES];
-    for (int i = 0; i < LANES; i++) found[i] = power_of_two(p[i], dtype == E8M0 ? 127 : 128);
+    UNROLL for (int i = 0; i < LANES; i++) found[i] = power_of_two(p[i], dtype == E8M0 ? 127 : 128);
     return load(found);
 }
 
@@ -494,11 +495,11 @@ template <int C, int G, int M> inline void float_chunk(
     const Rows& w, const uint8_t* row, const uint8_t* high, int64_t c, const Input& in, int64_t m0, const float (&scales)[M][LANES], int64_t i, V (&acc)[M][2]) {
     V q[4];
     codes<C>(w, row, high, c, q);
-    for (int v = 0; v < 4; v += G) {
-        for (int m = 0; m < M; m++) {
+    UNROLL for (int v = 0; v < 4; v += G) {
+        UNROLL for (int m = 0; m < M; m++) {
             const float* p = in.x.data() + (m0 + m) * in.columns + c * CHUNK + v * LANES;
             V product = mul(q[v], load(p));
-            for (int j = 1; j < G; j++) product = fma(q[v + j], load(p + j * LANES), product);
+            UNROLL for (int j = 1; j < G; j++) product = fma(q[v + j], load(p + j * LANES), product);
             V& sum = acc[m][v / G % 2];
             sum = fma(product, set(scales[m][i + v / G]), sum);
         }
@@ -510,7 +511,7 @@ template <int C, int G, int M> inline void integer_chunk(
     const Rows& w, const uint8_t* row, const uint8_t* high, int64_t c, const Input& in, int64_t m0, const float (&scales)[M][LANES], int64_t i, V (&acc)[M][2]) {
     I a, b;
     integer_codes<C>(w, row, high, c, a, b);
-    for (int m = 0; m < M; m++) {
+    UNROLL for (int m = 0; m < M; m++) {
         const int16_t* p = in.integers.data() + (m0 + m) * in.columns + c * CHUNK;
         const float* s = scales[m] + i;
         const I u = words(p), v = words(p + 32);
@@ -531,12 +532,12 @@ template <int C, int G, int M, bool INTEGERS> inline void products(const Rows& w
     const uint8_t *row = w.codes + n * w.codes_stride, *high = w.high + n * w.high_stride;
     const int64_t chunks = in.columns / CHUNK, per = G == 4 ? w.group / CHUNK : 1, block = LANES * G / 4 * per;
     V acc[M][2], biases[M];  // two sums, as one would wait for its last addition
-    for (int m = 0; m < M; m++) acc[m][0] = acc[m][1] = biases[m] = set(0);
+    UNROLL for (int m = 0; m < M; m++) acc[m][0] = acc[m][1] = biases[m] = set(0);
     for (int64_t begin = 0, g = 0; begin < chunks; begin += block, g += LANES) {
         float scales[M][LANES];
         V scale, bias;
         const bool biased = scales_of<G>(w, n, g, scale, bias);
-        for (int m = 0; m < M; m++) {
+        UNROLL for (int m = 0; m < M; m++) {
             store(scales[m], INTEGERS ? mul(scale, load(in.steps.data() + (m0 + m) * in.groups + g)) : scale);
             if (biased) biases[m] = fma(bias, load(in.sums.data() + (m0 + m) * in.groups + g), biases[m]);
         }
@@ -547,7 +548,7 @@ template <int C, int G, int M, bool INTEGERS> inline void products(const Rows& w
             else float_chunk<C, G, M>(w, row, high, c, in, m0, scales, i, acc);
         }
     }
-    for (int m = 0; m < M; m++) y[m] = sum(add(add(acc[m][0], acc[m][1]), biases[m]));
+    UNROLL for (int m = 0; m < M; m++) y[m] = sum(add(add(acc[m][0], acc[m][1]), biases[m]));
 }
 
 template <int C, int G, bool INTEGERS> void rows_of(const Rows& w, int64_t begin, int64_t end, const Input& in, Dtype dtype, void* y, int64_t stride) {
@@ -583,7 +584,7 @@ template <int C, int G> void unpack_rows(const Rows& w, const int64_t* index, in
             if (c % block == 0) stored_scales<G>(w, n, c / block * LANES, scales, biases);
             V q[4];
             codes<C>(w, row, high, c, q);
-            for (int i = 0; i < 4; i++) {
+            UNROLL for (int i = 0; i < 4; i++) {
                 const int64_t at = c * CHUNK + i * LANES, g = G == 4 ? c % block / per : (c % block * 4 + i) / G;
                 const V value = fma(q[i], set(scales[g]), set(biases[g]));
                 if (at + LANES <= columns) store_as(dtype, out, r * columns + at, value);
