@@ -1,8 +1,11 @@
 """Quantizing a model to a file: memory, quantized sources, and importance."""
 
+import dataclasses
+import shutil
 import tracemalloc
 import warnings
 
+import gguf
 import numpy as np
 import pytest
 import texts
@@ -13,6 +16,7 @@ from llmrs.conversion import quantize_model
 from llmrs.core.errors import ModelError
 from llmrs.evaluation import read_samples
 from llmrs.loading import read_folder, read_gguf, read_model
+from llmrs.models import demo
 from llmrs.models.arch.gguf_export import gguf_name
 from llmrs.quant.schemes import find_scheme
 
@@ -67,6 +71,37 @@ def test_what_a_file_holds_is_what_the_summary_says(name, model, tmp_path):
         assert m.error == pytest.approx(np.linalg.norm(x - y) / np.linalg.norm(x), rel=1e-4)
 
 
+def test_a_file_keeps_what_the_folder_says(tmp_path):
+    """Also one that is made of another file."""
+    folder = shutil.copytree(demo.FILES, tmp_path / "model")
+    changed = {
+        "do_sample": True,
+        "temperature": 0.5,
+        "top_k": 20,
+        "top_p": 0.75,
+        "min_p": 0.125,
+        "repetition_penalty": 1.5,
+    }
+    texts.change(folder / "generation_config.json", **changed)
+    (folder / "chat_template.jinja").write_text(texts.CHATML)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text(texts.CHATML + "tools")
+    model = read_folder(folder)
+    quantize_model(model, find_scheme("bf16"), tmp_path / "bf16.gguf")
+    quantize_model(read_gguf(tmp_path / "bf16.gguf"), find_scheme("q8_0"), tmp_path / "q8_0.gguf")
+    for name in ("bf16", "q8_0"):
+        made = read_gguf(tmp_path / f"{name}.gguf")
+        assert made.sampling == model.sampling
+        assert made.eos_ids == model.eos_ids
+        assert made.config.norm_eps == np.float32(1e-6)
+        assert dataclasses.replace(made.config, norm_eps=1e-6) == model.config
+        r = gguf.GGUFReader(tmp_path / f"{name}.gguf")
+        assert r.get_field("tokenizer.chat_template").contents() == texts.CHATML
+        assert r.get_field("tokenizer.chat_template.tool_use").contents() == texts.CHATML + "tools"
+        assert r.get_field("general.sampling.top_k").types == [gguf.GGUFValueType.INT32]
+        assert r.get_field("general.name").contents() == "model"
+
+
 def test_quantized_folders_are_sources(model, tmp_path):
     """MLX's eight bits have more than Q4_K's; its four bits have as many."""
     for bits in (4, 8):
@@ -81,8 +116,6 @@ def test_quantized_folders_are_sources(model, tmp_path):
 
 def test_codebook_types_are_quantized_already(model, tmp_path):
     """They are expanded at load, and have few bits nevertheless."""
-    import gguf
-
     quantize_model(model, find_scheme("f32"), tmp_path / "f32.gguf")
     r = gguf.GGUFReader(tmp_path / "f32.gguf")
     w = gguf.GGUFWriter(tmp_path / "iq.gguf", "qwen3")
