@@ -37,7 +37,8 @@ if TYPE_CHECKING:  # loading imports this module
     from llmrs.loading import Model
 
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
-DENSE_NAME = re.compile(r"[-.](f32|f16|bf16|q8_0)$", re.IGNORECASE)  # at the end of a file's name
+PART_NAME = re.compile(r"-\d{5}-of-\d{5}$")  # at the end of a file's name
+DENSE_NAME = re.compile(r"[-.](f32|f16|bf16|q8_0)$", re.IGNORECASE)
 SAMPLING = "general.sampling."
 OF_ONE_FILE = ("split.", "general.alignment", "general.file_type", "quantize.imatrix.")  # keys that are not copied
 DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}  # in safetensors
@@ -97,7 +98,7 @@ def model_name(path: Path) -> str:
     if path == demo.FILES:
         return "demo"
     if path.is_file():
-        return DENSE_NAME.sub("", path.stem)
+        return DENSE_NAME.sub("", PART_NAME.sub("", path.stem))
     path = path.resolve()
     return path.parents[1].name.rpartition("--")[2] if path.parent.name == "snapshots" else path.name
 
