@@ -7,7 +7,6 @@ from typing import Any
 
 from llmrs.core.errors import ModelError
 from llmrs.models.files.json_reader import MAX_INT, ConfigReader, short_repr
-from llmrs.models.files.quant_config import read_quantization
 
 MAX_LAYERS, MAX_EXPERTS = 1000, 4096
 MAX_EXPERT_WEIGHTS = 2**17  # experts of all layers; today's largest models have a fifth
@@ -134,7 +133,6 @@ def parse(path: Path, data: Mapping[str, Any], defaults: Mapping[str, Any]) -> M
     """
     r = ConfigReader(path, _with_defaults(data, {**DEFAULTS, **defaults}))
     _check_supported(r)
-    read_quantization(path, data)  # refuses what is not supported
     hidden, heads, layers = r.integer("hidden_size"), r.integer("num_attention_heads"), r.integer("num_hidden_layers")
     if layers > MAX_LAYERS:
         raise r.error("num_hidden_layers", f"a whole number from 1 to {MAX_LAYERS}")

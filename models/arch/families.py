@@ -11,6 +11,7 @@ from llmrs.models.arch import gemma3, llama, qwen3
 from llmrs.models.arch.config import Fixed, ModelConfig, architecture, parse
 from llmrs.models.arch.layers import HF_NAMES
 from llmrs.models.files.json_reader import read_json, short_repr
+from llmrs.models.files.quant_config import read_quantization
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,9 @@ def read_config(folder: Path) -> ModelConfig:
     if model_type not in (None, f.model_type):
         problem = f"{path}: model_type is {short_repr(model_type)}, and architectures names {name}"
         raise ModelError(problem, f"the model_type of {name} is {f.model_type}")
-    return parse(path, data, f.defaults)
+    config = parse(path, data, f.defaults)
+    read_quantization(path, data)  # refuses what is not supported
+    return config
 
 
 def graph_of(config: ModelConfig) -> Graph:

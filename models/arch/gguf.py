@@ -5,6 +5,7 @@ and src/models.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -65,7 +66,8 @@ EXPERTS = {
 # Keys of features that are not implemented -> values at which they have no effect.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,), "use_parallel_residual": (False,), "expert_group_count": (0, 1),
-    "expert_gating_func": (0, 1), "rope.scaling.yarn_ext_factor": (-1, 1),  # 1: softmax; -1: by the scaling type
+    "expert_group_used_count": (0, 1), "expert_gating_func": (0, 1), "rope.scaling.yarn_ext_factor": (-1, 1),
+    # expert_gating_func 1: softmax; yarn_ext_factor -1: by the scaling type
     **dict.fromkeys(("expert_weights_scale", "logit_scale", "residual_scale", "embedding_scale"), (0, 1)),
     **dict.fromkeys((
         "pooling_type", "nextn_predict_layers", "leading_dense_block_count", "expert_shared_count",
@@ -80,13 +82,14 @@ IGNORED = {
     "attention.layer_norm_epsilon",
     "attention.temperature_length",
 }
+MIN_ATTENTION_SCALE = 1e-4
 GEMMA3_LOCAL_BASE, GEMMA3_PERIOD, GEMMA3_27B_LAYERS = 10000.0, 6, 62
 
 
 def gguf_family(path: Path, metadata: Mapping[str, Any]) -> tuple[str, GgufFamily]:
     """llama.cpp's name of the architecture, and its family. Raises ModelError for unsupported ones."""
     kind, name = metadata.get("general.type", "model"), metadata.get("general.architecture")
-    if kind != "model":
+    if not isinstance(kind, str) or kind != "model":
         raise ModelError(f"{path}: general.type is {short_repr(kind)}: it holds no model", "use the model's own file")
     if not isinstance(name, str) or name not in GGUF_FAMILIES:
         problem = f"{path}: general.architecture is {short_repr(name)}, which is not supported"
@@ -109,20 +112,22 @@ def config_from_metadata(path: Path, metadata: Mapping[str, Any], source: Weight
     """
     arch, gguf = gguf_family(path, metadata)
     r = _Keys(path, metadata, arch)
-    data, names = _data(r, gguf, set(source.names())), family(gguf.architecture)
+    data, names = _data(r, gguf, source), family(gguf.architecture)
     if arch in ("llama", "mistral3") and data.get("sliding_window"):
         names = family("MistralForCausalLM")
     r.check_unread()
     # biases are known by their tensors: defaults that a family fixes must be overridden
     given = {name: data.pop(name) for name in ("attention_bias", "attention_output_bias", "mlp_bias")}
     config = parse(path, {**data, "architectures": [gguf.architecture]}, {**names.defaults, **given})
-    factors = _rope_factors(path, source, config) if gguf.interleaved_rope else ()
-    return dataclasses.replace(config, rope=dataclasses.replace(config.rope, factors=factors)) if factors else config
+    if not gguf.interleaved_rope:
+        return config
+    rope = dataclasses.replace(config.rope, factors=_rope_factors(path, source, config))
+    return dataclasses.replace(config, rope=rope, local_rope=rope)
 
 
-def _data(r: "_Keys", gguf: GgufFamily, names: set[str]) -> dict[str, Any]:
+def _data(r: "_Keys", gguf: GgufFamily, source: WeightSource) -> dict[str, Any]:
     """The fields of config.json."""
-    layers = r.layers
+    layers, names = r.layers, set(source.names())
     data: dict[str, Any] = {field: r.integer(key) for field, key in INTEGERS.items()}
     heads, derived = data["num_attention_heads"], max(data["hidden_size"] // data["num_attention_heads"], 1)
     head_dim = r.integer("attention.key_length", derived)
@@ -131,23 +136,21 @@ def _data(r: "_Keys", gguf: GgufFamily, names: set[str]) -> dict[str, Any]:
     data |= {
         "num_hidden_layers": layers, "num_key_value_heads": r.integer("attention.head_count_kv", heads),
         "head_dim": head_dim, "rms_norm_eps": r.number("attention.layer_norm_rms_epsilon"),
-        "vocab_size": _vocab_size(r), "tie_word_embeddings": "output.weight" not in names,
+        "vocab_size": _vocab_size(r, source), "tie_word_embeddings": "output.weight" not in names,
         "attention_bias": "blk.0.attn_q.bias" in names, "attention_output_bias": "blk.0.attn_output.bias" in names,
         "mlp_bias": "blk.0.ffn_gate.bias" in names,
     }  # fmt: skip
     theta, scaling = r.number("rope.freq_base", 10000.0), _rope_scaling(r)
     if gguf.architecture == "Gemma3ForCausalLM":
         return data | _gemma3(r, data, theta, scaling)
-    if not np.isclose(r.number("attention.scale", head_dim**-0.5), head_dim**-0.5, rtol=1e-5):
+    if not math.isclose(r.number("attention.scale", head_dim**-0.5), head_dim**-0.5, rel_tol=1e-5):
         raise r.error("attention.scale", f"{head_dim**-0.5:g}: others are not implemented")
     if gguf.architecture == "Qwen3MoeForCausalLM":
         data |= {field: r.integer(key) for field, key in EXPERTS.items()}
         data["norm_topk_prob"] = r.boolean("expert_weights_norm", True)
         data["mlp_only_layers"] = [i for i in range(layers) if f"blk.{i}.ffn_gate_inp.weight" not in names]
-    elif gguf.interleaved_rope and r.optional("attention.sliding_window") is not None:
-        data["sliding_window"] = r.integer("attention.sliding_window")
-    else:
-        data["sliding_window"] = None
+    window = gguf.interleaved_rope and r.has("attention.sliding_window")  # llama.cpp ignores it
+    data["sliding_window"] = r.integer("attention.sliding_window") if window else None
     return {**data, "rope_parameters": {**scaling, "rope_theta": theta}}
 
 
@@ -155,9 +158,12 @@ def _gemma3(r: "_Keys", data: Mapping[str, Any], theta: float, scaling: Mapping[
     """Windows, attention scale and both ropes."""
     layers, heads = r.layers, data["num_attention_heads"]
     scalar = data["hidden_size"] / heads if layers == GEMMA3_27B_LAYERS else data["head_dim"]
-    if r.optional("attention.scale") is not None:
-        scalar = r.number("attention.scale") ** -2
-    window = r.integer("attention.sliding_window") if r.optional("attention.sliding_window") is not None else None
+    if r.has("attention.scale"):
+        scale = r.number("attention.scale")
+        if scale < MIN_ATTENTION_SCALE:
+            raise r.error("attention.scale", f"at least {MIN_ATTENTION_SCALE:g}")
+        scalar = scale**-2
+    window = r.integer("attention.sliding_window") if r.has("attention.sliding_window") else None
     return {
         "query_pre_attn_scalar": scalar, "sliding_window": window,
         "layer_types": [LAYER_TYPES[window is not None and local] for local in _local_layers(r)],
@@ -169,45 +175,52 @@ def _gemma3(r: "_Keys", data: Mapping[str, Any], theta: float, scaling: Mapping[
 def _local_layers(r: "_Keys") -> list[bool]:
     """Whether each layer has a sliding window: by a list, or all but every n-th."""
     key = "attention.sliding_window_pattern"
-    pattern = r.optional(key)
-    if isinstance(pattern, list):
-        if len(pattern) != r.layers or not all(type(local) is bool for local in pattern):
-            raise r.error(key, f"a whole number, or {r.layers} of true or false")
-        return pattern
-    period = r.integer(key, GEMMA3_PERIOD)
-    return [bool((i + 1) % period) for i in range(r.layers)]
+    given = r.metadata.get(r.prefix + key)
+    if not isinstance(given, np.ndarray):
+        period = r.integer(key, GEMMA3_PERIOD)
+        return [bool((i + 1) % period) for i in range(r.layers)]
+    r.read.add(key)
+    if given.shape != (r.layers,) or not np.isin(given, (0, 1)).all():
+        raise r.error(key, f"a whole number, or {r.layers} of true or false")
+    return [bool(local) for local in given]
 
 
 def _rope_scaling(r: "_Keys") -> dict[str, Any]:
-    """rope_parameters without the base. A factor of 0 is none; without a type it is linear."""
+    """rope_parameters without the base. A factor of 0 is none; without a type it is linear.
+
+    llama.cpp ignores the betas and yarn_attn_factor in these architectures. They are from config.json, and mean here
+    what they mean there. The last is its attention_factor; 1 is llama.cpp's default, which changes nothing.
+    """
     kind = r.optional("rope.scaling.type", "linear")
     if kind not in ("none", "linear", "yarn"):
         raise r.error("rope.scaling.type", "none, linear or yarn: others are not implemented")
-    factor = r.optional("rope.scaling.factor", r.optional("rope.scale_linear", 0.0))
-    yarn = {"beta_fast": "rope.scaling.yarn_beta_fast", "beta_slow": "rope.scaling.yarn_beta_slow"}
-    given: dict[str, Any] = {name: r.number(key) for name, key in yarn.items() if r.optional(key) is not None}
-    temperature = [r.number(f"rope.scaling.{key}", 1.0) for key in ("attn_factor", "yarn_attn_factor")]
-    original = r.optional("rope.scaling.original_context_length")
-    if original is not None:
-        given[ORIGINAL_CONTEXT] = r.integer("rope.scaling.original_context_length")
-    scaled = kind != "none" and factor != 0
-    if scaled:
-        key = "rope.scaling.factor" if r.optional("rope.scaling.factor") is not None else "rope.scale_linear"
-        factor = r.number(key)
-    if kind == "yarn" and scaled:
-        return {"rope_type": "yarn", "factor": factor, "attn_factor": temperature[0] * temperature[1], **given}
-    for key, value in zip(("attn_factor", "yarn_attn_factor"), temperature, strict=True):
-        if value != 1:
-            raise r.error(f"rope.scaling.{key}", "1, unless rope.scaling.type is yarn")
-    return {"rope_type": "linear", "factor": factor} if scaled else {"rope_type": "default"}
+    keys = {
+        "beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow", ORIGINAL_CONTEXT: "original_context_length",
+        "attn_factor": "attn_factor", "attention_factor": "yarn_attn_factor",
+    }  # fmt: skip
+    yarn = {name: r.number(f"rope.scaling.{key}") for name, key in keys.items() if r.has(f"rope.scaling.{key}")}
+    if yarn.get("attention_factor") == 1:
+        del yarn["attention_factor"]
+    key = "rope.scaling.factor" if r.has("rope.scaling.factor") else "rope.scale_linear"
+    scaled = kind != "none" and r.optional(key, 0) != 0
+    if scaled and kind == "yarn":
+        return {"rope_type": "yarn", "factor": r.number(key), **yarn}
+    for name in ("attn_factor", "attention_factor"):
+        if yarn.get(name, 1) != 1:
+            raise r.error(f"rope.scaling.{keys[name]}", "1, unless rope.scaling.type is yarn")
+    return {"rope_type": "linear", "factor": r.number(key)} if scaled else {"rope_type": "default"}
 
 
-def _vocab_size(r: "_Keys") -> int:
-    tokens = r.metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, list):
-        return r.integer("vocab_size")
-    r.must_equal("vocab_size", len(tokens), "the number of tokenizer.ggml.tokens")
-    return len(tokens)
+def _vocab_size(r: "_Keys", source: WeightSource) -> int:
+    """The rows of the embeddings; those after the last token are padding."""
+    tokens, embed = r.metadata.get("tokenizer.ggml.tokens"), GGUF_NAMES["embed"]
+    count = len(tokens) if isinstance(tokens, list) else 0
+    rows = source.shape(embed)[0] if embed in source.names() else count
+    if count > rows:
+        problem = f"{r.path}: {embed} has {rows} rows for {count} tokenizer.ggml.tokens"
+        raise ModelError(problem, "convert the model again")
+    r.must_equal("vocab_size", rows, f"the rows of {embed}")
+    return rows
 
 
 def _rope_factors(path: Path, source: WeightSource, config: ModelConfig) -> tuple[float, ...]:
@@ -240,7 +253,11 @@ class _Keys(ConfigReader):
         problem = f"{self.path}: {self.prefix}{name} is {short_repr(self.data.get(name))}; it must be {allowed}"
         return ModelError(problem, "is the file complete, and of a model that llmrs supports?")
 
-    def optional(self, name: str, default: Any = None) -> Any:
+    def has(self, name: str) -> bool:
+        self.read.add(name)
+        return name in self.data
+
+    def optional(self, name: str, default: Any) -> Any:
         self.read.add(name)
         return self.data.get(name, default)
 

@@ -43,15 +43,15 @@ def read_generation(folder: Path, vocab_size: int, tokenizer_eos: tuple[int, ...
         raise ModelError(f"{source}: eos_token_id is {shown}; ids are 0 to {vocab_size - 1}", COMPLETE)
     if not ids:
         raise ModelError(f"{folder} names no end-of-sequence token", "set eos_token_id in generation_config.json")
-    sampling = {n: _value(path, data, n) for n in BOUNDS if data.get(n) is not None}
+    sampling = {n: _value(path, data, n, n) for n in BOUNDS if data.get(n) is not None}
     greedy = data.get("do_sample") is not None and not ConfigReader(path, data).boolean("do_sample")
     return Generation({**sampling, "temperature": 0.0} if greedy else sampling, ids)
 
 
 def gguf_sampling(path: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Recommended sampling values of a GGUF file, under SamplingParams' names. Raises ModelError for invalid ones."""
-    given = {name: metadata.get(f"general.sampling.{key}") for name, key in GGUF_NAMES.items()}
-    return {name: _value(path, given, name) for name, value in given.items() if value is not None}
+    keys = {name: f"general.sampling.{key}" for name, key in GGUF_NAMES.items()}
+    return {name: _value(path, metadata, name, key) for name, key in keys.items() if key in metadata}
 
 
 def _eos_ids(path: Path, data: dict[str, Any]) -> tuple[int, ...]:
@@ -63,14 +63,14 @@ def _eos_ids(path: Path, data: dict[str, Any]) -> tuple[int, ...]:
     return tuple(map(int, ids))
 
 
-def _value(path: Path, data: dict[str, Any], name: str) -> int | float:
-    value, (low, high) = data[name], BOUNDS[name]
+def _value(path: Path, data: Mapping[str, Any], name: str, key: str) -> int | float:
+    value, (low, high) = data[key], BOUNDS[name]
     if name == "top_k" and type(value) in (int, float) and value == -1:  # disabled, as 0
         return 0
     number = type(value) in (int, float) and low <= value <= high
     if not number or (type(low) is int and not _is_integer(value)):
         kind = "a whole number" if type(low) is int else "a number"
-        raise ConfigReader(path, data).error(name, f"{kind} from {low} to {high}")
+        raise ConfigReader(path, data).error(key, f"{kind} from {low} to {high}")
     return type(low)(value)
 
 

@@ -2,6 +2,10 @@
 
 The regular expressions are those of the models' tokenizer.json; names: src/llama-vocab.cpp of
 github.com/ggml-org/llama.cpp. Each expression splits the pieces that the one before has left.
+
+llama.cpp writes some of them otherwise, and its ids differ there: for tekken and gpt-4o it takes letters beyond ASCII
+as both upper and lower case, and combining marks as symbols; for deepseek-llm and deepseek-coder it leaves the
+Unicode spaces out of the range that is meant for Chinese.
 """
 
 from typing import Any
@@ -12,9 +16,18 @@ _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _SYMBOLS = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _ANY_CASE = [rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+", rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"]
-_CASED = (  # letters of alphabets with two cases, as DeepSeek LLM lists them
-    "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼ"
-    "ℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃"
+_CASED = "".join(  # letters of alphabets with two cases, as DeepSeek LLM lists them
+    "-".join(rf"\x{{{end}}}" for end in part.split("-"))
+    for part in (
+        "41-5A 61-7A B5 C0-D6 D8-F6 F8-1BA 1BC-1BF 1C4-293 295-2AF 370-373 376 377 37B-37D 37F 386 388-38A "
+        "38C 38E-3A1 3A3-3F5 3F7-481 48A-52F 531-556 10A0-10C5 13A0-13F5 13F8-13FD 1C90-1CBA 1CBD-1CBF "
+        "1D00-1D2B 1D6B-1D77 1D79-1D9A 1E00-1F15 1F18-1F1D 1F20-1F45 1F48-1F4D 1F50-1F57 1F59 1F5B 1F5D "
+        "1F5F-1F7D 1F80-1FB4 1FB6-1FBC 1FBE 1FC2-1FC4 1FC6-1FCC 1FD0-1FD3 1FD6-1FDB 1FE0-1FEC 1FF2-1FF4 "
+        "1FF6-1FFC 2102 2107 210A-2113 2115 2119-211D 2124 2126 2128 212A-212D 212F-2134 2139 213C-213F "
+        "2145-2149 214E 2183 2184 2C00-2C7B 2C7E-2CE4 2CEB-2CEE 2CF2 2CF3 A640-A66D A680-A69B A722-A76F "
+        "A771-A787 A78B-A78E AB70-ABBF FB00-FB06 FB13-FB17 FF21-FF3A FF41-FF5A 10400-1044F 104B0-104D3 "
+        "104D8-104FB 10C80-10CB2 10CC0-10CF2 118A0-118DF 1E900-1E943"
+    ).split()
 )
 _CJK = r"[一-龥ࠀ-一가-퟿]+"
 
@@ -45,6 +58,7 @@ SPLITS = {
     "gpt-4o": [GPT4O],
     "deepseek-llm": ["[\r\n]", rf"\s?[{_CASED}]+", r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", _CJK, r"\p{N}+"],
     "deepseek-coder": ["[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, r"\p{N}"],
+    "minicpm5": [r"\p{N}{1,3}", "|".join([_CONTRACTION, _WORDS, r"\p{N}+", _SYMBOLS, _SPACES])],
     "deepseek-v3": [r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", DEEPSEEK3],
     "bloom": [NO_PUNCTUATION],
     "viking": [NO_PUNCTUATION, r"\p{N}"],
@@ -62,17 +76,17 @@ NAMES = {
                     "digits"),
     **dict.fromkeys(("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "dbrx", "smaug-bpe",
                      "glm4", "chatglm-bpe"), "llama-bpe"),
-    **dict.fromkeys(("deepseek-r1-qwen", "kormo", "megrez", "stablelm2", "hunyuan", "solar-open", "grok-2"), "qwen2"),
-    **dict.fromkeys(("llama4", "kanana2", "minimax-m2"), "gpt-4o"),
+    **dict.fromkeys(("deepseek-r1-qwen", "kormo", "f2llmv2", "megrez", "stablelm2", "hunyuan", "solar-open", "grok-2"),
+                    "qwen2"),
+    **dict.fromkeys(("llama4", "kanana2", "minimax-m2", "talkie"), "gpt-4o"),
     **dict.fromkeys(("hunyuan-dense", "joyai-llm"), "deepseek-v3"),
     **dict.fromkeys(("poro-chat", "gpt3-finnish"), "bloom"),
     **dict.fromkeys(("bailingmoe2", "llada-moe"), "bailingmoe"),
 }  # fmt: skip
-# Words of the vocabulary are taken whole, without merging.
-IGNORE_MERGES = {
+ADD_BOS = {  # where the file does not say
     "llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken",
 }  # fmt: skip
-ADD_BOS = IGNORE_MERGES  # where the file does not say
+IGNORE_MERGES = ADD_BOS | {"minicpm5"}  # words of the vocabulary are taken whole
 
 
 def pre_tokenizer(name: str) -> dict[str, Any]:
