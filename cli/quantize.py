@@ -125,13 +125,14 @@ def read(config: "EngineConfig") -> "Model":
 
 def output_path(output: str | None, model: "Model", end: str, config: "EngineConfig", force: bool) -> Path:
     """The path to write, by default named like the model and in the current folder. Raises ConfigError."""
+    from llmrs.models.files.gguf import part_names
     from llmrs.models.files.output import check_output
     from llmrs.saving import model_name
 
     path = Path(output or model_name(model.path) + end)
     check_output(path, force=force)
-    if path.is_file():
-        check_outputs({"output": str(path)}, {}, str(model.path))
+    for file in part_names(model.path.name) if path.is_file() else ():
+        check_outputs({"output": str(path)}, {}, str(model.path.with_name(file)))
     if path.is_dir() and model.path.resolve().is_relative_to(path.resolve()):
         raise ConfigError(f"output: {path} holds the model, which would be overwritten", "give another path")
     return path

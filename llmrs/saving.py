@@ -18,6 +18,7 @@ from llmrs.models import demo
 from llmrs.models.arch.config import ModelConfig
 from llmrs.models.arch.families import family
 from llmrs.models.arch.gguf_export import ExportTensor, export_tensors, exported, metadata_of, window_period
+from llmrs.models.files.generation import GGUF_NAMES
 from llmrs.models.files.gguf import GGUFSource
 from llmrs.models.files.gguf_writer import GgufFile, GgufTensor, open_gguf
 from llmrs.models.files.json_reader import read_json
@@ -36,7 +37,9 @@ if TYPE_CHECKING:  # loading imports this module
     from llmrs.loading import Model
 
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
-DENSE_NAME = re.compile(r"[-.](f32|f16|bf16|q8_0)$", re.IGNORECASE)  # at the end of a file's name
+PART_NAME = re.compile(r"-\d{5}-of-\d{5}$")  # at the end of a file's name
+DENSE_NAME = re.compile(r"[-.](f32|f16|bf16|q8_0)$", re.IGNORECASE)
+SAMPLING = "general.sampling."
 OF_ONE_FILE = ("split.", "general.alignment", "general.file_type", "quantize.imatrix.")  # keys that are not copied
 DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}  # in safetensors
 FILE_TYPES = {  # llama_ftype of llama.cpp's llama.h; of recipes the nearest
@@ -95,7 +98,7 @@ def model_name(path: Path) -> str:
     if path == demo.FILES:
         return "demo"
     if path.is_file():
-        return DENSE_NAME.sub("", path.stem)
+        return DENSE_NAME.sub("", PART_NAME.sub("", path.stem))
     path = path.resolve()
     return path.parents[1].name.rpartition("--")[2] if path.parent.name == "snapshots" else path.name
 
@@ -104,10 +107,17 @@ def gguf_metadata(model: "Model") -> dict[str, Any]:
     """Every key but general.file_type. Raises ModelError for what GGUF files can't express."""
     if model.path.is_file():
         with closing(GGUFSource(model.path)) as source:
-            return {key: v for key, v in source.metadata.items() if not key.startswith(OF_ONE_FILE)}
+            copied = {key: v for key, v in source.metadata.items() if not key.startswith((*OF_ONE_FILE, SAMPLING))}
+        return {**copied, **_sampling(model)}
     general = {"general.type": "model", "general.name": model_name(model.path), "general.quantization_version": 2}
     words = vocabulary(model.path, model.tokenizer, model.config.vocab_size, model.eos_ids)
-    return {**metadata_of(model.config), **general, **words}
+    return {**metadata_of(model.config), **general, **_sampling(model), **words}
+
+
+def _sampling(model: "Model") -> dict[str, Any]:
+    """The author's sampling values; whole numbers are i32 there."""
+    given = {key: getattr(model.sampling, name) for name, key in GGUF_NAMES.items()}
+    return {SAMPLING + key: np.int32(v) if isinstance(v, int) else v for key, v in given.items() if v is not None}
 
 
 def quantization(scheme: Scheme, model: "Model", types: Mapping[str, str | None]) -> dict[str, Any]:

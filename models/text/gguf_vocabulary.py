@@ -16,7 +16,7 @@ from llmrs.models.files.json_reader import parse_json, short_repr
 from llmrs.models.files.untrusted import read_text
 from llmrs.models.text.gguf_tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, gguf_tokenizer
 from llmrs.models.text.pre_tokenizers import GPT2, IGNORE_MERGES, NAMES, SPLITS
-from llmrs.models.text.template_files import DEFAULT, sources
+from llmrs.models.text.template_files import DEFAULT, GGUF_KEY, sources
 from llmrs.models.text.tokenizer import MAX_FILE_BYTES, SPACE, Tokenizer
 
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
@@ -45,17 +45,16 @@ def vocabulary(folder: Path, tokenizer: Tokenizer, vocab_size: int, eos_ids: Seq
         spaced = tokenizer.inner.encode("x", add_special_tokens=False).tokens[0].startswith(SPACE)
         values |= {"model": "llama", "scores": scores, "add_space_prefix": spaced}
     else:
-        values |= {
-            "model": "gpt2",
-            "pre": pre_name(path, data),
-            "merges": [" ".join(_pair(m)) for m in model["merges"]],
-        }
+        merges = [" ".join(_pair(m)) for m in model["merges"]]
+        values |= {"model": "gpt2", "pre": pre_name(path, data), "merges": merges}
     values |= _special(tokenizer, eos_ids)
     found = {f"tokenizer.ggml.{key}": value for key, value in values.items()}
     verify(path, found, tokenizer)
     templates = {name: text for name, (text, _) in sources(folder).items() if isinstance(text, str)}
-    template = {"tokenizer.chat_template": templates[DEFAULT]} if DEFAULT in templates else {}
-    return {**found, **template}
+    return {
+        **found,
+        **{GGUF_KEY if name == DEFAULT else f"{GGUF_KEY}.{name}": text for name, text in templates.items()},
+    }
 
 
 def _pair(merge: Any) -> tuple[str, str]:
