@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from llmrs.config import EngineConfig
     from llmrs.conversion import Converted, Summary
     from llmrs.evaluation import Evaluation, Sample
-    from llmrs.loading import Model
+    from llmrs.model import Model
 
 ModelName = Annotated[
     str | None, typer.Argument(help="bundled name, model folder, .gguf file or Hugging Face id "
@@ -110,7 +110,7 @@ def engine_config(model: str | None, revision: str | None, offline: bool) -> "En
 
 def read(config: "EngineConfig") -> "Model":
     """Downloads and reads the model, with progress."""
-    from llmrs.loading import read_model
+    from llmrs.model import read_model
 
     line = StatusLine()
 
@@ -163,7 +163,7 @@ def compare(original: "Model", path: Path, samples: "list[Sample]", config: "Eng
     from dataclasses import replace
 
     from llmrs.evaluation import evaluate
-    from llmrs.loading import read_folder, read_gguf
+    from llmrs.model import read_folder, read_gguf
 
     line = StatusLine()
     line.show(lambda: "evaluating")

@@ -7,7 +7,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llmrs.loading import Model
+from llmrs.model import Model
 from llmrs.models.arch.gguf_export import gguf_name
 from llmrs.quant.schemes import Scheme
 from llmrs.quant.tensor import AnyTensor

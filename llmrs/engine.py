@@ -21,7 +21,8 @@ from llmrs.core.options import SamplingParams
 from llmrs.core.request import Request
 from llmrs.incoming import check_save_quantized
 from llmrs.inputs import InputProcessor, Prompt
-from llmrs.loading import OnMemoryPlan, Progress, no_callback, read_model, require_template
+from llmrs.loading import OnMemoryPlan
+from llmrs.model import Progress, no_callback, read_model, require_template
 from llmrs.models.text.detokenize import Detokenizer
 from llmrs.models.text.message import Message
 from llmrs.models.text.template import ChatPrompt, encode_chat

@@ -13,7 +13,8 @@ import numpy as np
 from llmrs.backends.base import Backend
 from llmrs.config import EngineConfig
 from llmrs.core.errors import ModelError
-from llmrs.loading import Model, make_backend, plan, require_template
+from llmrs.loading import make_backend, plan
+from llmrs.model import Model, require_template
 from llmrs.models.files.untrusted import read_text
 from llmrs.models.text.message import Message
 from llmrs.models.text.template import encode_chat

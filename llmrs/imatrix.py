@@ -11,7 +11,7 @@ from llmrs.backends.reference.ops import Context, silu_and_mul
 from llmrs.core.errors import ModelError
 from llmrs.core.ir import Equation, Graph, Value, Weight, at_layer
 from llmrs.evaluation import CHUNK, MAX_BYTES, logits
-from llmrs.loading import Model
+from llmrs.model import Model
 from llmrs.models.arch.gguf_export import EXPERT, gguf_name
 from llmrs.models.files.imatrix import HINT, Sums, read_imatrix
 from llmrs.models.files.untrusted import read_text

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from llmrs.backends.base import DTYPE_BYTES
 from llmrs.config import EngineConfig
 from llmrs.core.errors import ConfigError
 from llmrs.memory import format_bytes
+from llmrs.model import Model
 from llmrs.models.files.weights import Weights
 from llmrs.quant.ggml import TYPES
 from llmrs.quant.schemes import Scheme, find_scheme
@@ -19,15 +19,12 @@ from llmrs.quant.tensor import AnyTensor, Stored
 from llmrs.quantizing import QuantizedWeights, plan_types, quantized
 from llmrs.saving import save
 
-if TYPE_CHECKING:  # loading imports this module
-    from llmrs.loading import Model
-
 
 @dataclass(frozen=True)
 class IncomingWeights:
     """A model's weights, as a backend gets them. `file.source.close()` drops the files."""
 
-    model: "Model"
+    model: Model
     file: Weights
     before: Mapping[str, Stored]  # in the file
     after: Mapping[str, Stored]  # as they come: quantized in situ, where there is a scheme
@@ -35,7 +32,7 @@ class IncomingWeights:
     types: Mapping[str, str | None]  # of `plan_types`
 
     @staticmethod
-    def of(model: "Model", quant: str | None) -> "IncomingWeights":
+    def of(model: Model, quant: str | None) -> "IncomingWeights":
         """Reads headers only. Raises ModelError, also for weights that are quantized already; ConfigError for `quant`.
 
         Warns of weights that can't be quantized so.

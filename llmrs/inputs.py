@@ -11,7 +11,7 @@ from llmrs.core.errors import ContextLengthError, LlmrsError, RequestError
 from llmrs.core.options import BUILT_IN, SamplingParams
 from llmrs.core.request import Request
 from llmrs.core.sampling import hash32, seed_key
-from llmrs.loading import Model
+from llmrs.model import Model
 from llmrs.models.text.template import ChatPrompt
 
 Prompt = str | Sequence[int]  # a ChatPrompt is a str that carries its token ids

@@ -9,15 +9,17 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from llmrs.core.errors import ModelError
+from llmrs.model import Model
 from llmrs.models import demo
 from llmrs.models.arch.config import ModelConfig
 from llmrs.models.arch.families import family
 from llmrs.models.arch.gguf_export import ExportTensor, export_tensors, exported, metadata_of, window_period
+from llmrs.models.files.formats import FILE_TYPES as GGUF_FILE_TYPES
 from llmrs.models.files.generation import GGUF_NAMES
 from llmrs.models.files.gguf import GGUFSource
 from llmrs.models.files.gguf_writer import GgufFile, GgufTensor, open_gguf
@@ -33,20 +35,15 @@ from llmrs.quant.schemes import FP8_BLOCK, MLX_GROUPS, Scheme
 from llmrs.quant.tensor import AnyTensor, QuantTensor, Stored, Tensor
 from llmrs.quantizing import convert
 
-if TYPE_CHECKING:  # loading imports this module
-    from llmrs.loading import Model
-
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
 PART_NAME = re.compile(r"-\d{5}-of-\d{5}$")  # at the end of a file's name
 DENSE_NAME = re.compile(r"[-.](f32|f16|bf16|q8_0)$", re.IGNORECASE)
 SAMPLING = "general.sampling."
 OF_ONE_FILE = ("split.", "general.alignment", "general.file_type", "quantize.imatrix.")  # keys that are not copied
 DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}  # in safetensors
-FILE_TYPES = {  # llama_ftype of llama.cpp's llama.h; of recipes the nearest
-    "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q2_k": 10, "q3_k_s": 11, "q3_k_m": 12,
-    "q3_k_l": 13, "q4_k_s": 14, "q4_k_m": 15, "q5_k_s": 16, "q5_k_m": 17, "q6_k": 18, "bf16": 32,
-    "q2k": 10, "q3k": 11, "q4k": 14, "q5k": 16, "q6k": 18,
-}  # fmt: skip
+FILE_TYPES = {name.lower(): number for number, name in GGUF_FILE_TYPES.items()}
+FILE_TYPES |= {f"q{bits}k": FILE_TYPES[mix] for bits, mix in  # of recipes the nearest
+               ((2, "q2_k"), (3, "q3_k_s"), (4, "q4_k_s"), (5, "q5_k_s"), (6, "q6_k"))}  # fmt: skip
 
 
 class Saver(Protocol):
@@ -60,7 +57,7 @@ class Saver(Protocol):
 
 @contextmanager
 def save(
-    path: Path, scheme: Scheme, model: "Model", stored: Mapping[str, Stored], types: Mapping[str, str | None],
+    path: Path, scheme: Scheme, model: Model, stored: Mapping[str, Stored], types: Mapping[str, str | None],
     *, force: bool = False,
 ) -> Iterator[Saver]:  # fmt: skip
     """A file or folder that appears at the end of the block, when every weight was put.
@@ -103,7 +100,7 @@ def model_name(path: Path) -> str:
     return path.parents[1].name.rpartition("--")[2] if path.parent.name == "snapshots" else path.name
 
 
-def gguf_metadata(model: "Model") -> dict[str, Any]:
+def gguf_metadata(model: Model) -> dict[str, Any]:
     """Every key but general.file_type. Raises ModelError for what GGUF files can't express."""
     if model.path.is_file():
         with closing(GGUFSource(model.path)) as source:
@@ -114,13 +111,13 @@ def gguf_metadata(model: "Model") -> dict[str, Any]:
     return {**metadata_of(model.config), **general, **_sampling(model), **words}
 
 
-def _sampling(model: "Model") -> dict[str, Any]:
+def _sampling(model: Model) -> dict[str, Any]:
     """The author's sampling values; whole numbers are i32 there."""
     given = {key: getattr(model.sampling, name) for name, key in GGUF_NAMES.items()}
     return {SAMPLING + key: np.int32(v) if isinstance(v, int) else v for key, v in given.items() if v is not None}
 
 
-def quantization(scheme: Scheme, model: "Model", types: Mapping[str, str | None]) -> dict[str, Any]:
+def quantization(scheme: Scheme, model: Model, types: Mapping[str, str | None]) -> dict[str, Any]:
     """The fields of config.json that say how the weights are quantized."""
     names = family(model.config.architecture).names
     modules = {
@@ -153,7 +150,7 @@ def _older_fields(c: ModelConfig) -> dict[str, Any]:
     return fields
 
 
-def _infos(model: "Model", stored: Mapping[str, Stored], kinds: Mapping[str, str]) -> Infos:
+def _infos(model: Model, stored: Mapping[str, Stored], kinds: Mapping[str, str]) -> Infos:
     """Names, dtypes and shapes of the file's tensors."""
     names, infos = family(model.config.architecture).names, dict[str, tuple[str, tuple[int, ...]]]()
     shapes = {s.tensor: (s.rows, *w.columns) for w in model.graph.weights() for s in w.segments}
@@ -193,7 +190,7 @@ def _dense_type(s: Stored) -> str:
     return s.format if s.is_dense else "bf16"
 
 
-def _stored_type(name: str, s: Stored, model: "Model") -> str:
+def _stored_type(name: str, s: Stored, model: Model) -> str:
     """The type in a GGUF file of a weight that is not quantized anew."""
     if len(s.shape) == 1 or name.endswith("router"):
         return "f32"
@@ -205,7 +202,7 @@ class GgufSaver:
     """Each weight goes to its place in the file, stacked experts one after the other."""
 
     def __init__(
-        self, model: "Model", tensors: Mapping[str, ExportTensor], kinds: Mapping[str, str], file: GgufFile
+        self, model: Model, tensors: Mapping[str, ExportTensor], kinds: Mapping[str, str], file: GgufFile
     ) -> None:
         self.model, self.kinds, self.file, self.nbytes = model, kinds, file, file.size
         self.places = {s: (t.name, n) for t in tensors.values() for n, s in enumerate(t.sources)}
@@ -230,7 +227,7 @@ def _bytes(tensor: AnyTensor) -> np.ndarray:
 class FolderSaver:
     """Tensors by their Hugging Face names; MLX's stacks of experts as mlx-lm names them."""
 
-    def __init__(self, model: "Model", kinds: Mapping[str, str], file: SafetensorsFile, nbytes: int) -> None:
+    def __init__(self, model: Model, kinds: Mapping[str, str], file: SafetensorsFile, nbytes: int) -> None:
         self.names, self.kinds, self.file, self.nbytes = family(model.config.architecture).names, kinds, file, nbytes
         self.left = set(kinds)
 

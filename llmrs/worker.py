@@ -18,8 +18,9 @@ from llmrs.config import EngineConfig
 from llmrs.core.engine import EngineCore
 from llmrs.core.errors import BackendError, EngineClosedError, LlmrsError, LoadCancelledError
 from llmrs.core.request import Request
-from llmrs.loading import Model, OnMemoryPlan, Progress, load, make_backend
+from llmrs.loading import OnMemoryPlan, load, make_backend
 from llmrs.memory import MemoryPlan
+from llmrs.model import Model, Progress
 from llmrs.process import current_process
 
 Command = Callable[[EngineCore], None]

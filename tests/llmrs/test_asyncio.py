@@ -9,7 +9,7 @@ import pytest
 from gate import GREEDY, GUARD, LONG, Gate, Stop, engine_threads, settled
 
 from llmrs import Engine, EngineClosedError, EngineConfig, LoadCancelledError, MemoryLimitError, RequestError
-from llmrs.loading import read_model
+from llmrs.model import read_model
 
 
 def run(main):

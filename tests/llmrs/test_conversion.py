@@ -17,7 +17,7 @@ from llmrs.cli import main
 from llmrs.conversion import quantize_model
 from llmrs.core.errors import ModelError
 from llmrs.evaluation import read_samples
-from llmrs.loading import read_folder, read_gguf, read_model
+from llmrs.model import read_folder, read_gguf, read_model
 from llmrs.models import demo
 from llmrs.models.arch.gguf_export import gguf_name
 from llmrs.quant.schemes import find_scheme

@@ -15,9 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from llmrs import Engine, EngineConfig, Message, SamplingParams, loading
+from llmrs import Engine, EngineConfig, Message, SamplingParams
+from llmrs import model as models
 from llmrs.core.errors import ModelError, RequestError
-from llmrs.loading import read_folder, read_gguf
+from llmrs.model import read_folder, read_gguf
 from llmrs.models import demo
 from llmrs.models.files.gguf import GGUFSource
 
@@ -253,9 +254,9 @@ def test_any_change_of_the_metadata_loads_or_is_refused(data, folder, tmp_path, 
     keys = st.sampled_from([*source.metadata, "tokenizer.chat_template.tool_use", "general.type"])
     changes = data.draw(st.dictionaries(keys, VALUES, min_size=1, max_size=2))
     source.metadata |= changes
-    monkeypatch.setattr(loading, "GGUFSource", lambda _: source)
+    monkeypatch.setattr(models, "GGUFSource", lambda _: source)
     try:
-        model = loading.read_gguf(path)
+        model = read_gguf(path)
         weights = model.open_weights()
     except ModelError as error:
         refusal = error

@@ -11,7 +11,7 @@ import pytest
 
 from llmrs import Engine, EngineConfig, Message, SamplingParams
 from llmrs.conversion import quantize_model
-from llmrs.loading import read_model
+from llmrs.model import read_model
 from llmrs.quant.schemes import SCHEMES, find_scheme
 
 COUNT = 64

@@ -8,7 +8,7 @@ import tiny
 
 from llmrs import Engine, EngineConfig, SamplingParams
 from llmrs.conversion import quantize_model
-from llmrs.loading import read_gguf, read_model
+from llmrs.model import read_gguf, read_model
 from llmrs.models.files.gguf import GGUFSource
 from llmrs.quant.schemes import find_scheme
 

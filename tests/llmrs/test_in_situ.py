@@ -27,7 +27,8 @@ from llmrs import (
 )
 from llmrs.backends.base import load_backend
 from llmrs.incoming import IncomingWeights
-from llmrs.loading import plan, read_folder, read_gguf
+from llmrs.loading import plan
+from llmrs.model import read_folder, read_gguf
 from llmrs.models import demo
 from llmrs.models.files.gguf import GGUFSource
 from llmrs.models.files.safetensors import SafetensorsSource

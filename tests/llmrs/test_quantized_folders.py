@@ -10,7 +10,7 @@ import transformers
 
 from llmrs import Engine, EngineConfig, SamplingParams
 from llmrs.conversion import quantize_model
-from llmrs.loading import read_model
+from llmrs.model import read_model
 from llmrs.quant.schemes import find_scheme
 
 PROMPT = "<|im_start|>user\nList the days of the week and the months.<|im_end|>\n<|im_start|>assistant\n"

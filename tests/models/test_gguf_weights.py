@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from llmrs.core.errors import ModelError
-from llmrs.loading import read_gguf
+from llmrs.model import read_gguf
 from llmrs.models.arch.families import family, graph_of, read_config
 from llmrs.models.files.gguf import GGUFSource
 from llmrs.models.files.gguf_weights import UnconvertedSource, half_rows

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from model_configs import QWEN3
 
 from llmrs.core.errors import LlmrsError, ModelError
-from llmrs.loading import read_folder
+from llmrs.model import read_folder
 from llmrs.models.arch.config import MAX_EXPERT_WEIGHTS, MAX_HEAD_DIM, SCALING_KEYS
 from llmrs.models.arch.families import FAMILIES, graph_of, read_config
 from llmrs.models.files.generation import read_generation

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from llmrs import EngineConfig
 from llmrs.core.errors import ModelError
 from llmrs.imatrix import measure, read_importance
-from llmrs.loading import read_model
+from llmrs.model import read_model
 from llmrs.models.files.imatrix import Sums, read_imatrix, write_imatrix
 
 NAMES = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",

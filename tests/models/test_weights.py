@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from llmrs import Engine, EngineConfig, SamplingParams
 from llmrs.core.errors import ModelError
-from llmrs.loading import plan, read_folder
+from llmrs.loading import plan
+from llmrs.model import read_folder
 from llmrs.models.arch.families import family, graph_of, read_config
 from llmrs.models.files.safetensors import SafetensorsSource
 from llmrs.models.files.weights import Weights, num_parameters, untie_stored_head

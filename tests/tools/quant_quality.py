@@ -20,7 +20,7 @@ from llmrs import EngineConfig
 from llmrs.conversion import Summary, quantize_model
 from llmrs.evaluation import LONGEST, Evaluation, Sample, evaluate
 from llmrs.imatrix import measure, read_importance
-from llmrs.loading import Model, read_folder, read_gguf, read_model
+from llmrs.model import Model, read_folder, read_gguf, read_model
 from llmrs.models.files.imatrix import write_imatrix
 from llmrs.quant.schemes import SCHEMES, find_scheme
 

@@ -1,0 +1,1 @@
+../../llmrs/model.py
