@@ -103,7 +103,7 @@ Batch = _struct(
 )  # fmt: skip
 
 
-class _Llama:
+class Llama:
     """In its own process."""
 
     def __init__(self, folder: Path) -> None:
@@ -144,20 +144,24 @@ class _Llama:
         assert self.model, "not loaded"
         self.vocab = lib.llama_model_get_vocab(self.model)
 
-    def start(self, tokens: int) -> None:
+    def start(self, tokens: int, threads: int = 1, *, exact: bool = True) -> None:
+        """`exact`: a KV cache in float32; else its defaults."""
         params = self.lib.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = -(-tokens // 256) * 256, 2048, 512, 1
-        params.n_outputs_seq, params.n_threads, params.n_threads_batch = 0, 1, 1
-        params.flash, params.type_k, params.type_v = 0, 0, 0
+        params.n_outputs_seq, params.n_threads, params.n_threads_batch = 0, threads, threads
+        if exact:
+            params.flash, params.type_k, params.type_v = 0, 0, 0
         self.context = self.lib.llama_init_from_model(self.model, params)
         assert self.context, "no context"
         self.batch = self.lib.llama_batch_init(2048, 0, 1)
         self.size = self.lib.llama_vocab_n_tokens(self.vocab)
 
-    def step(self, tokens: Sequence[int], position: int) -> None:
+    def step(self, tokens: Sequence[int], position: int, *, last: bool = False) -> None:
+        """Logits of every token, or of the last one only."""
         self.batch.n = len(tokens)
         for n, token in enumerate(tokens):
-            self.batch.token[n], self.batch.pos[n], self.batch.logits[n] = token, position + n, 1
+            wanted = not last or n == len(tokens) - 1
+            self.batch.token[n], self.batch.pos[n], self.batch.logits[n] = token, position + n, wanted
             self.batch.n_seq[n], self.batch.seq[n][0] = 1, 0
         assert not self.lib.llama_decode(self.context, self.batch)
 
@@ -198,4 +202,4 @@ class _Llama:
 
 if __name__ == "__main__":
     name, *arguments = json.load(sys.stdin)
-    print(json.dumps(getattr(_Llama(Path(sys.argv[1])), name)(*arguments)))
+    print(json.dumps(getattr(Llama(Path(sys.argv[1])), name)(*arguments)))

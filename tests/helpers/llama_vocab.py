@@ -39,7 +39,7 @@ def _run(*arguments: object) -> object:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-class _Vocab(llama_cpp._Llama):
+class _Vocab(llama_cpp.Llama):
     """In its own process."""
 
     def load(self, path: str) -> bool:

@@ -26,6 +26,7 @@ from llmrs import (
     quantizing,
 )
 from llmrs.backends.base import load_backend
+from llmrs.backends.torch.cpu import native
 from llmrs.incoming import IncomingWeights
 from llmrs.loading import plan
 from llmrs.model import read_folder, read_gguf
@@ -239,10 +240,18 @@ def test_a_file_takes_its_size_on_mlx(larger, tmp_path):
 
 
 def test_the_plan_of_a_backend_that_unpacks():
-    with Engine(EngineConfig(backend="torch", device="cpu", quant="q4k", max_model_len=64)) as engine:
+    """A CPU without kernels of ours."""
+    config = EngineConfig(backend="torch", device="cpu", kernels="plain", quant="q4k", max_model_len=64)
+    with Engine(config) as engine:
         title, text = engine.memory_plan.table()[0]
     assert title == "weights"
     assert "q4_k, bf16, q8_0 (quantized at load); unpacked to bf16: 7.35 MB" in text
+
+
+@pytest.mark.skipif(not native.libraries(), reason="no C++ compiler built the CPU kernels")
+def test_the_plan_of_a_cpu_with_kernels():
+    with Engine(EngineConfig(backend="torch", device="cpu", quant="q4k", max_model_len=64)) as engine:
+        assert engine.memory_plan.table()[0] == ("weights", "2.94 MB in q4_k, bf16, q8_0 (quantized at load)")
 
 
 @pytest.fixture
