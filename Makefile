@@ -5,7 +5,7 @@ JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-NEEDS := pyproject.toml setup.py constraints.txt backends/torch/cpu/kernels.cpp
+NEEDS := pyproject.toml setup.py constraints.txt $(wildcard backends/torch/cpu/*.cpp backends/torch/cpu/*.h)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 
 .PHONY: help venv demo test check lint test-slow stress fuzz quality compile sanitize format wheel clean

@@ -38,7 +38,8 @@ def extensions() -> list[Extension]:
         Extension(
             KERNELS + name,
             ["backends/torch/cpu/kernels.cpp"],
-            extra_compile_args=["-std=c++17", "-O2", "-fopenmp", "-w", *flags],
+            extra_compile_args=["-std=c++17", "-O2", "-g0", "-fopenmp", "-w", *flags],
+            depends=[str(p) for p in Path("backends/torch/cpu").glob("*.h")],
             optional=True,
         )
         for name, flags in sets.items()

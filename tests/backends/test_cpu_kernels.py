@@ -78,6 +78,20 @@ def test_large_groups_and_odd_rows(kernels: Kernels, group: int, columns: int) -
         assert relative_error(rows.multiply(x.bfloat16()), x.bfloat16(), w) < 3e-3
 
 
+@pytest.mark.parametrize(
+    ("code", "group", "columns"), [("iq4", 32, 96), ("u4", 32, 160), ("u6", 16, 80), ("u3", 16, 48)]
+)
+def test_rows_that_end_within_a_chunk(kernels: Kernels, code: str, group: int, columns: int) -> None:
+    """Padding counts for nothing, whatever is left there of the call before."""
+    form = Form("fp4" if code == "iq4" else "affine", code, group, "f16")
+    tensor, rows = made(kernels, form, (), 9, columns)
+    rows.multiply(torch.full((3, columns), 1e4).half())
+    x, w = torch.randn(3, columns), tensor.float32()
+    assert relative_error(rows.multiply(x), x, w) < 1e-6
+    assert relative_error(rows.multiply(x.half(), torch.float32), x.half(), w) < 6e-5
+    assert np.abs(rows.unpack(torch.float32).numpy() - w).max() <= 3e-7 * np.abs(w).max()
+
+
 def test_forms_that_are_left_out() -> None:
     assert not supports(Form("affine", "u4", 24, "f16"), 48)
     assert not supports(Form("affine", "u4", 96, "f16"), 192)
