@@ -167,6 +167,7 @@ class TorchBackend(Backend):
             torch.cuda.empty_cache()  # of temporaries: the KV cache takes what is free
         if self.torch_device.type == "cpu" and lowering.size > HUGE_PAGES_MIN_BYTES:
             use_huge_pages()
+            trim_host_memory()  # again: they fill the holes between planes of quantized weights
 
     def allocate(
         self, num_blocks: int, block_size: int, max_num_seqs: int, max_model_len: int, max_num_batched_tokens: int = 0
