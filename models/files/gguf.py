@@ -20,7 +20,27 @@ PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.ASCII | re.DOTALL)
 MAX_PARTS = 2000
 
 
-class GGUFSource:
+class TensorTable:
+    """Names, shapes and formats of a file's tensors, without their data."""
+
+    def __init__(self, tensors: dict[str, TensorInfo]) -> None:
+        self.tensors = tensors
+
+    def names(self) -> Iterable[str]:
+        return self.tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Rows first; (E, N, K) for the joined matrices of E experts."""
+        return self.tensors[name].shape
+
+    def stored(self, name: str) -> Stored:
+        return ggml.stored(self.tensors[name].type, self.tensors[name].shape)
+
+    def close(self) -> None:
+        self.tensors.clear()
+
+
+class GGUFSource(TensorTable):
     """The tensors of a GGUF model. Data is read from disk on first use, through the page cache.
 
     `metadata` is that of the (first) file; its values are described at `Header`.
@@ -31,7 +51,7 @@ class GGUFSource:
         names = part_names(path.name)
         self.files = [path.parent / name for name in names]
         self._data: dict[Path, Buffer] = {}
-        self.tensors: dict[str, TensorInfo] = {}
+        super().__init__({})
         headers = [self._open(file) for file in self.files]
         self.metadata: dict[str, Any] = headers[0].metadata
         for number, (file, header) in enumerate(zip(self.files, headers, strict=True)):
@@ -54,16 +74,6 @@ class GGUFSource:
             raise ModelError(problem, "is this the file of a model?")
         return name
 
-    def names(self) -> Iterable[str]:
-        return self.tensors
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Rows first; (E, N, K) for the joined matrices of E experts."""
-        return self.tensors[name].shape
-
-    def stored(self, name: str) -> Stored:
-        return ggml.stored(self.tensors[name].type, self.tensors[name].shape)
-
     def tensor(self, name: str) -> AnyTensor:
         """A view of the file. Rows of quantized tensors are joined: experts (E, N, K) are a matrix (E * N, K)."""
         t = self.tensors[name]
@@ -79,7 +89,7 @@ class GGUFSource:
 
     def close(self) -> None:
         """Drops the files. A file stays mapped while a view of it is in use."""
-        self.tensors.clear()
+        super().close()
         self._data.clear()
 
     def _open(self, path: Path) -> Header:

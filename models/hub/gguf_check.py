@@ -1,40 +1,28 @@
 """Refuses a GGUF model by the beginning of its file, before the rest is downloaded."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 from llmrs.core.errors import ModelError
 from llmrs.models.arch.gguf import ROPE_FACTORS, config_from_metadata, gguf_family
+from llmrs.models.files.gguf import TensorTable
 from llmrs.models.files.gguf_header import MAGIC, MAX_HEADER, Header, read_header
 from llmrs.models.files.untrusted import MIB
 from llmrs.models.hub.download import PART_SUFFIX
 from llmrs.models.text.gguf_tokenizer import check_tokenizer
-from llmrs.quant import ggml
-from llmrs.quant.tensor import AnyTensor, Stored
+from llmrs.quant.tensor import AnyTensor
 
 FIRST_BYTES = MIB  # then four times as many, until the header is there
 
 
-class HeaderSource:
-    """Names and shapes of a file's tensors, without their data."""
+class HeaderSource(TensorTable):
+    """The tensors of a header."""
 
     def __init__(self, header: Header) -> None:
-        self.tensors = {n: t for n, t in header.tensors.items() if n != ROPE_FACTORS}  # whose data the config needs
-
-    def names(self) -> Iterable[str]:
-        return self.tensors
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.tensors[name].shape
-
-    def stored(self, name: str) -> Stored:
-        return ggml.stored(self.tensors[name].type, self.tensors[name].shape)
+        super().__init__({n: t for n, t in header.tensors.items() if n != ROPE_FACTORS})  # whose data the config needs
 
     def tensor(self, name: str) -> AnyTensor:
         raise AssertionError(name)
-
-    def close(self) -> None:
-        self.tensors.clear()
 
 
 def check_beginning(path: Path, size: int, fetch: Callable[[int], Path], *, whole: bool) -> None:
