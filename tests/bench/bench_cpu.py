@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -83,9 +84,9 @@ class Ours:
         return self.run(tokens, count + 1)[1]
 
 
-def serve(kind: str, folder: Path, connection: Any) -> None:
+def serve(make: Callable[[Path], Any], path: Path, connection: Any) -> None:
     """Serves one engine in its own process: allocator and threads are not shared."""
-    engine = {"llmrs": Ours, "transformers": Theirs}[kind](folder)
+    engine = make(path)
     connection.send("ready")
     while True:
         try:
@@ -95,10 +96,11 @@ def serve(kind: str, folder: Path, connection: Any) -> None:
         connection.send((engine.decode(ids(PROMPT, seed), NEW), engine.prefill(ids(PREFILL, seed))))
 
 
-def start(kind: str, folder: Path) -> Any:
+def start(make: Callable[[Path], Any], path: Path) -> Any:
+    """A connection that answers each seed with the seconds of NEW decode steps and of a prefill of PREFILL tokens."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    context.Process(target=serve, args=(kind, folder, theirs), daemon=True).start()
+    context.Process(target=serve, args=(make, path, theirs), daemon=True).start()
     assert ours.recv() == "ready"
     return ours
 
@@ -107,7 +109,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(sys.argv[1]) if len(sys.argv) > 1 else random_checkpoint.write("qwen3-0.6b", Path(temporary))
         print(f"torch {torch.__version__}, transformers {version('transformers')}, {os.cpu_count()} cores")
-        engines = {kind: start(kind, folder) for kind in ("llmrs", "transformers")}
+        engines = {kind: start(make, folder) for kind, make in (("llmrs", Ours), ("transformers", Theirs))}
         times: dict[str, list[tuple[float, float]]] = {kind: [] for kind in engines}
         for seed in range(ROUNDS):
             for kind, connection in engines.items():

@@ -5,7 +5,6 @@ its own; they alternate, and the best of each counts. llama.cpp runs the files t
 it is left out where NODE_LLAMA_MODULES does not lead to it (tests/helpers/llama_cpp.py).
 """
 
-import multiprocessing
 import os
 import sys
 import tempfile
@@ -19,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import llama_cpp
 import random_checkpoint
 import torch
-from bench_cpu import NEW, PREFILL, PROMPT, Ours, ids
+from bench_cpu import NEW, PREFILL, Ours, start
 
 ROUNDS = 6
 TYPES = ("q4_k_m", "q8_0", "q6_k", "q4_0", "bf16")
@@ -57,25 +56,6 @@ class LlamaCpp:
         return time.perf_counter() - begin
 
 
-def serve(kind: str, path: Path, connection: Any) -> None:
-    engine = {"llmrs": Ours, "llama.cpp": LlamaCpp}[kind](path)
-    connection.send("ready")
-    while True:
-        try:
-            seed = connection.recv()
-        except EOFError:  # the parent is done
-            return
-        connection.send((NEW / engine.decode(ids(PROMPT, seed), NEW), PREFILL / engine.prefill(ids(PREFILL, seed))))
-
-
-def start(kind: str, path: Path) -> Any:
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    context.Process(target=serve, args=(kind, path, theirs), daemon=True).start()
-    assert ours.recv() == "ready"
-    return ours
-
-
 def quantized(folder: Path, name: str, target: Path) -> Path:
     from llmrs import EngineConfig
     from llmrs.conversion import quantize_model
@@ -87,17 +67,17 @@ def quantized(folder: Path, name: str, target: Path) -> Path:
     return path
 
 
-def compare(name: str, path: Path, kinds: list[str]) -> None:
-    engines = {kind: start(kind, path) for kind in kinds}
-    rates: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}
+def compare(name: str, path: Path, kinds: dict[str, Any]) -> None:
+    engines = {kind: start(make, path) for kind, make in kinds.items()}
+    times: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}
     for seed in range(ROUNDS):
         for kind, connection in engines.items():
             connection.send(seed)
-            rates[kind].append(connection.recv())
+            times[kind].append(connection.recv())
     for connection in engines.values():
         connection.close()
-    for n, what in enumerate(("decode", "prefill")):
-        best = {kind: max(r[n] for r in rates[kind]) for kind in kinds}
+    for n, (what, count) in enumerate((("decode", NEW), ("prefill", PREFILL))):
+        best = {kind: count / min(t[n] for t in times[kind]) for kind in kinds}
         shown = ", ".join(f"{kind} {rate:.1f}" for kind, rate in best.items())
         print(f"{name:8} {path.stat().st_size / 1e9:.2f} GB  {what}: {shown} tokens/s", flush=True)
 
@@ -106,7 +86,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         target = Path(temporary)
         folder = Path(sys.argv[1]) if len(sys.argv) > 1 else random_checkpoint.write("qwen3-0.6b", target / "model")
-        kinds = ["llmrs", *(["llama.cpp"] if llama_cpp.LIBRARIES.is_dir() else [])]
+        kinds = {"llmrs": Ours, **({"llama.cpp": LlamaCpp} if llama_cpp.LIBRARIES.is_dir() else {})}
         print(f"torch {torch.__version__}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}")
         for name in TYPES:
             compare(name, quantized(folder, name, target), kinds)
