@@ -12,16 +12,19 @@ if TYPE_CHECKING:
     from llmrs.memory import MemoryPlan
 
 
+def show_progress(line: StatusLine, action: str, name: str) -> Callable[[int, int], None]:
+    """A callback of bytes done and in total."""
+
+    def show(done: int, total: int) -> None:
+        line.show(lambda: f"{action} {name}: {100 * done // max(total, 1)} % of {total / 1e6:.1f} MB")
+
+    return show
+
+
 def load_engine(settings: Settings) -> "Engine":
     """Loads the model; the caller closes the engine. Raises LlmrsError."""
     line, name = StatusLine(), settings.engine.model_path
     line.show(lambda: f"loading {name}")
-
-    def progress(action: str) -> Callable[[int, int], None]:
-        def show(done: int, total: int) -> None:
-            line.show(lambda: f"{action} {name}: {100 * done // max(total, 1)} % of {total / 1e6:.1f} MB")
-
-        return show
 
     def table(plan: "MemoryPlan") -> None:
         line.clear()
@@ -32,7 +35,7 @@ def load_engine(settings: Settings) -> "Engine":
     try:
         from llmrs.engine import Engine  # imported here to keep `llmrs --help` fast
 
-        downloading = progress("downloading")
-        return Engine(settings.engine, progress=progress("loading"), on_download=downloading, on_memory_plan=table)
+        loading, downloading = (show_progress(line, action, name) for action in ("loading", "downloading"))
+        return Engine(settings.engine, progress=loading, on_download=downloading, on_memory_plan=table)
     finally:
         line.clear()

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llmrs.cli.loading import show_progress
 from llmrs.cli.outputs import check_outputs
 from llmrs.cli.settings import load_settings
 from llmrs.cli.terminal import StatusLine, one_line
@@ -113,12 +114,8 @@ def read(config: "EngineConfig") -> "Model":
     from llmrs.model import read_model
 
     line = StatusLine()
-
-    def show(done: int, total: int) -> None:
-        line.show(lambda: f"downloading {config.model_path}: {100 * done // max(total, 1)} % of {total / 1e6:.1f} MB")
-
     try:
-        return read_model(config, show)
+        return read_model(config, show_progress(line, "downloading", config.model_path))
     finally:
         line.clear()
 
