@@ -28,7 +28,7 @@ SAMPLE = 2**21  # weights of a matrix whose error is measured
 
 
 class QuantizedWeights(Mapping[str, AnyTensor]):
-    """The weights of a model in the types of a scheme. Each access quantizes; only the last tensor is kept."""
+    """The weights of a model in the types of a scheme. Each access quantizes; nothing is kept."""
 
     def __init__(
         self, weights: Mapping[str, AnyTensor], types: Mapping[str, str | None], importance: Importance | None = None,
@@ -37,16 +37,12 @@ class QuantizedWeights(Mapping[str, AnyTensor]):
         """`types`: of `plan_types`."""
         self.weights, self.types, self.importance = weights, types, importance or {}
         self.on_tensor = on_tensor
-        self.last: tuple[str, AnyTensor] | None = None
 
     def __getitem__(self, name: str) -> AnyTensor:
-        if self.last is None or self.last[0] != name:
-            self.last = None  # frees it first
-            before, kind = self.weights[name], self.types[name]
-            after = before if kind is None else convert(before, kind, self.importance.get(name))
-            self.last = name, after
-            self.on_tensor(name, before, after)
-        return self.last[1]
+        before, kind = self.weights[name], self.types[name]
+        after = before if kind is None else convert(before, kind, self.importance.get(name))
+        self.on_tensor(name, before, after)
+        return after
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.weights)
