@@ -183,7 +183,10 @@ def packer() -> Pack | None:
         return None
 
     def pack(rows: PackedRows, dtype: torch.dtype) -> PackedRows | torch.Tensor:
-        return native_rows(rows, chosen) if supports(rows.form, rows.columns) else rows.unpack(dtype)
+        if not supports(rows.form, rows.columns):
+            return rows.unpack(dtype)
+        max_gemv_m(chosen, dtype, torch.get_num_threads())  # measured at load, not in the first step
+        return native_rows(rows, chosen)
 
     return pack
 
