@@ -1,4 +1,4 @@
-"""Weights on their way to a backend: as their file has them, or quantized while they stream in, and kept in a file."""
+"""Weights for a backend: as their file has them, or quantized while they stream in, and kept in a file."""
 
 import math
 import warnings

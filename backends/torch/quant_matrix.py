@@ -112,7 +112,7 @@ class QuantMatrix:
         return torch.cat([_dense(s, self.dtype) for s in self.segments])
 
     def split(self, rows: int) -> list["QuantMatrix"]:
-        """Matrices of so many rows each; segments hold whole ones."""
+        """Matrices of `rows` rows each; segments hold whole ones."""
         parts = [s[n : n + rows] for s in self.segments for n in range(0, len(s), rows)]
         return [QuantMatrix((part,), self.dtype) for part in parts]
 

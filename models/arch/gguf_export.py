@@ -67,7 +67,7 @@ def _window(c: ModelConfig) -> int:
 
 
 def window_period(c: ModelConfig) -> int:
-    """Every so many layers one has full attention."""
+    """The distance between layers of full attention."""
     full = [i for i, kind in enumerate(c.layer_kinds) if not kind.window]
     return full[0] + 1 if full else len(c.layer_kinds) + 1
 

@@ -36,7 +36,7 @@ NUMBERS = {
     for number, name in enumerate(("u1", "i1", "<u2", "<i2", "<u4", "<i4", "<f4", "u1", "", "", "<u8", "<i8", "<f8"))
     if name
 }  # by value type
-OTHER_TYPES = {  # that are no weights, or of which no model's weights are
+OTHER_TYPES = {  # not of weights, or of no model's
     4: "q4_2", 5: "q4_3", 9: "q8_1", 15: "q8_k", 24: "i8", 25: "i16", 26: "i32", 27: "i64", 28: "f64", 31: "q4_0_4_4",
     32: "q4_0_4_8", 33: "q4_0_8_8", 36: "iq4_nl_4_4", 37: "iq4_nl_4_8", 38: "iq4_nl_8_8", 41: "q1_0",
 }  # fmt: skip

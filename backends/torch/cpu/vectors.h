@@ -1,9 +1,8 @@
 // Vectors of an instruction set, all with the same operations.
 //
-//     V       16 floats            load, store, set, add, mul, fma (x y + z), negated, sum; halves, pair (8 of x, 8 of
-//     y) Codes   16 unsigned codes    bytes, field (bits of each), join (upper bits), number, entry (of a table), e4m3
-//     I       32 int16             words, field, join_bits, crumbs (2 bits each), join_crumbs, entries; dot (pairs of
-//     products as a V)
+//     V       16 floats: load, store, set, add, mul, fma (x y + z), negated, sum; halves and pair (8 of x, 8 of y)
+//     Codes   16 unsigned codes: bytes, field (bits of each), join and join_bits (upper bits), number, entry, e4m3
+//     I       32 int16: words, field, join_bits, crumbs (2 bits each), join_crumbs, entries; dot (sums of pairs, a V)
 //
 // f16 and bf16 load 16 values, store_f16 and store_bf16 round to nearest, ties to even.
 
