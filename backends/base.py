@@ -112,6 +112,11 @@ class Backend(ABC):
         """Whether quantized weights stay so in memory; else `load` unpacks them to `dtype`."""
         return False
 
+    @classmethod
+    def quantizer_device(cls, device: str) -> str | None:
+        """Where weights for this device are quantized: a device of Torch; None: by NumPy."""
+        return None
+
     @abstractmethod
     def free_memory(self) -> int:
         """Free device memory in bytes."""

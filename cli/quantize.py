@@ -10,7 +10,7 @@ from llmrs.cli.loading import show_progress
 from llmrs.cli.outputs import check_outputs
 from llmrs.cli.settings import load_settings
 from llmrs.cli.terminal import StatusLine, one_line
-from llmrs.core.errors import ConfigError
+from llmrs.core.errors import BackendError, ConfigError
 
 if TYPE_CHECKING:
     from llmrs.config import EngineConfig
@@ -36,6 +36,7 @@ def quantize(
     imatrix: Annotated[str | None, typer.Option(help="importance matrix, of `llmrs imatrix` or llama.cpp")] = None,
     evaluate: Annotated[str | None, typer.Option("--eval", help=f"then print {EVALUATED} on a text, or on prompts and "
                                                  "answers (.jsonl)")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, gpu, or one GPU such as cuda:0")] = None,
     revision: Revision = None,
     offline: Offline = False,
 ) -> int:  # fmt: skip
@@ -45,7 +46,7 @@ def quantize(
     from llmrs.imatrix import read_importance
     from llmrs.quant.schemes import find_scheme
 
-    config = engine_config(model, revision, offline)
+    config = engine_config(model, revision, offline, device)
     if (name := quant or config.quant) is None:
         raise ConfigError("quant: no type is given", "add --quant q4k, for example")
     scheme = find_scheme(name)
@@ -59,7 +60,10 @@ def quantize(
                           f"add .gguf: {path}.gguf" if scheme.is_gguf else "leave out .gguf")  # fmt: skip
     samples = None if evaluate is None else samples_of(Path(evaluate), source)
     importance = None if imatrix is None else read_importance(Path(imatrix), source.graph)
-    summary = quantize_model(source, scheme, path, importance=importance, force=force, on_matrix=print_matrix)
+    where = quantizer_device(config) if scheme.is_gguf else None
+    summary = quantize_model(
+        source, scheme, path, importance=importance, force=force, on_matrix=print_matrix, device=where
+    )
     for line in summary_lines(path, summary):
         print(line, flush=True)
     if samples is not None:
@@ -99,14 +103,29 @@ def measure_imatrix(
     return 0
 
 
-def engine_config(model: str | None, revision: str | None, offline: bool) -> "EngineConfig":
+def engine_config(model: str | None, revision: str | None, offline: bool, device: str | None = None) -> "EngineConfig":
     """That of ./config.yaml, with another model if one is given. Raises ConfigError."""
     flags: dict[str, object] = {"offline": True} if offline else {}
     if model is not None:
         flags |= {"model_path": model, "revision": None}
     if revision is not None:
         flags["revision"] = revision
+    if device is not None:
+        flags["device"] = device
     return load_settings(None, flags).engine
+
+
+def quantizer_device(config: "EngineConfig") -> str | None:
+    """Of `convert`: a GPU, where the backend has one for it. Without any backend NumPy quantizes."""
+    from llmrs.backends.base import load_backend, pick_device, resolve
+
+    try:
+        kind = load_backend(resolve(config.backend))
+    except BackendError:
+        if (config.backend, config.device) != ("auto", "auto"):
+            raise
+        return None
+    return kind.quantizer_device(pick_device(kind, config.device))
 
 
 def read(config: "EngineConfig") -> "Model":

@@ -46,15 +46,15 @@ class Summary:
 
 def quantize_model(
     model: Model, scheme: Scheme, path: Path, *, importance: Importance | None = None, force: bool = False,
-    on_matrix: Callable[[Converted], object] = lambda matrix: None,
+    on_matrix: Callable[[Converted], object] = lambda matrix: None, device: str | None = None,
 ) -> Summary:  # fmt: skip
-    """Writes `path`, which appears when it is complete. Raises ConfigError, ModelError."""
+    """Writes `path`, which appears when it is complete. `device`: of `convert`. Raises ConfigError, ModelError."""
     weights, summary = model.open_weights(), Summary()
     with closing(weights.source):
         stored = weights.stored()
         types = plan_types(scheme, model.config, stored)
         report = _Report(model, summary, on_matrix)
-        quantized = QuantizedWeights(weights, types, importance, report.add)
+        quantized = QuantizedWeights(weights, types, importance, report.add, device)
         with save(path, scheme, model, stored, types, force=force) as saver:
             for name in quantized:
                 saver.put(name, quantized[name])

@@ -46,15 +46,20 @@ class IncomingWeights:
         return IncomingWeights(model, file, before, quantized(before, types), scheme, types)
 
     @contextmanager
-    def opened(self, keep: str | None = None) -> Iterator[Mapping[str, AnyTensor]]:
-        """The tensors, each of which is to be read once. `keep`: of save_quantized. Raises as `save`."""
+    def opened(self, keep: str | None = None, device: str | None = None) -> Iterator[Mapping[str, AnyTensor]]:
+        """The tensors, each of which is to be read once. `keep`: of save_quantized; `device`: of `convert`.
+
+        Raises as `save`.
+        """
         if self.scheme is None:
             yield self.file
         elif keep is None:
-            yield QuantizedWeights(self.file, self.types)
+            yield QuantizedWeights(self.file, self.types, device=device)
         else:
             with save(Path(keep), self.scheme, self.model, self.before, self.types) as saver:
-                yield QuantizedWeights(self.file, self.types, on_tensor=lambda name, _, after: saver.put(name, after))
+                yield QuantizedWeights(
+                    self.file, self.types, on_tensor=lambda name, _, after: saver.put(name, after), device=device
+                )
 
     def warn_of_expanded(self, dtype: str) -> None:
         """A warning of weights in formats that have no form, with the memory that they take."""

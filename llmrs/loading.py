@@ -88,7 +88,7 @@ def _load_weights(backend: base.Backend, weights: IncomingWeights, keep: str | N
         done = min(done + count, total)
         progress(done, total)
 
-    with weights.opened(keep) as tensors:
+    with weights.opened(keep, backend.quantizer_device(backend.device)) as tensors:
         backend.load(weights.model.graph, tensors, advance)
     if done < total:  # planes are larger than the file's blocks, and not every backend reports what it leaves there
         progress(total, total)

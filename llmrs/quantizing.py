@@ -22,6 +22,7 @@ from llmrs.quant.tensor import FORMATS, AnyTensor, QuantTensor, Stored, Tensor
 Importance = Mapping[str, np.ndarray]  # canonical name -> mean squares of a matrix's inputs, float32 (K,)
 OnTensor = Callable[[str, AnyTensor, AnyTensor], None]  # name, before, after
 CHUNK = 2**22  # weights that the quantizer of GGUF types gets at once; it has threads of its own
+GPU_CHUNK, GPU_THREADS = 2**21, 4  # one thread packs blocks while the GPU fits another's
 PER_THREAD = 2**19  # weights that a thread converts to other types at once
 ADVISED = ("q8_0", "q6k", "q5k", "q4k", "q3k", "q2k")  # where a model does not fit, the most bits first
 SAMPLE = 2**21  # weights of a matrix whose error is measured
@@ -32,15 +33,15 @@ class QuantizedWeights(Mapping[str, AnyTensor]):
 
     def __init__(
         self, weights: Mapping[str, AnyTensor], types: Mapping[str, str | None], importance: Importance | None = None,
-        on_tensor: OnTensor = lambda name, before, after: None,
+        on_tensor: OnTensor = lambda name, before, after: None, device: str | None = None,
     ) -> None:  # fmt: skip
-        """`types`: of `plan_types`."""
+        """`types`: of `plan_types`. `device`: of `convert`."""
         self.weights, self.types, self.importance = weights, types, importance or {}
-        self.on_tensor = on_tensor
+        self.on_tensor, self.device = on_tensor, device
 
     def __getitem__(self, name: str) -> AnyTensor:
         before, kind = self.weights[name], self.types[name]
-        after = before if kind is None else convert(before, kind, self.importance.get(name))
+        after = before if kind is None else convert(before, kind, self.importance.get(name), self.device)
         self.on_tensor(name, before, after)
         return after
 
@@ -100,7 +101,7 @@ def _result(s: Stored, kind: str) -> Stored:
 
 @cache
 def _row_bytes(kind: str, scales: str, columns: int) -> int:
-    return _converted(np.zeros((1, columns), np.float32), kind, scales, None).nbytes
+    return _converted(np.zeros((1, columns), np.float32), kind, scales).nbytes
 
 
 def bits_per_weight(s: Stored) -> float:
@@ -115,22 +116,29 @@ def model_shape(c: ModelConfig) -> ModelShape:
     return ModelShape(len(c.layer_kinds), c.num_heads, c.num_kv_heads, experts, c.tie_word_embeddings, is_70b)
 
 
-def convert(tensor: AnyTensor, kind: str, importance: np.ndarray | None = None) -> AnyTensor:
-    """The tensor in another type: a name of quant/ggml.py, mlx<bits>_g<group>, or fp8."""
+def convert(tensor: AnyTensor, kind: str, importance: np.ndarray | None = None, device: str | None = None) -> AnyTensor:
+    """The tensor in another type: a name of quant/ggml.py, mlx<bits>_g<group>, or fp8.
+
+    `device`: a GPU of Torch for the types of `quantize`; a few bytes in 10,000 are others than without it.
+    """
     if tensor.format == kind:
         return tensor
     scales = tensor.format if isinstance(tensor, Tensor) else "bf16"
-    threads, size = (1, CHUNK) if kind in RECIPES else (os.cpu_count() or 1, PER_THREAD)
+    threads, size = os.cpu_count() or 1, PER_THREAD
+    if kind in RECIPES:
+        threads, size = (GPU_THREADS, GPU_CHUNK) if device else (1, CHUNK)
     step = max(size // tensor.shape[-1] // FP8_BLOCK, 1) * FP8_BLOCK  # rows: whole blocks
 
     def part(begin: int) -> AnyTensor:
-        return _converted(tensor.rows(slice(begin, begin + step)).float32(), kind, scales, importance)
+        return _converted(tensor.rows(slice(begin, begin + step)).float32(), kind, scales, importance, device)
 
     with ThreadPoolExecutor(threads) as pool:
         return _joined(list(pool.map(part, range(0, tensor.shape[0], step))))
 
 
-def _converted(x: np.ndarray, kind: str, scales: str, importance: np.ndarray | None) -> AnyTensor:
+def _converted(
+    x: np.ndarray, kind: str, scales: str, importance: np.ndarray | None = None, device: str | None = None
+) -> AnyTensor:
     """`scales`: dtype of MLX's scales."""
     if kind in FORMATS:
         return to_format(x, kind)
@@ -138,7 +146,7 @@ def _converted(x: np.ndarray, kind: str, scales: str, importance: np.ndarray | N
         codes, factors = quantize_fp8(x, FP8_BLOCK)
         return fp8("fp8", codes, Tensor("f32", factors.shape, factors), (FP8_BLOCK, FP8_BLOCK))
     if not kind.startswith("mlx"):
-        blocks = quantize(x, kind, importance)
+        blocks = quantize(x, kind, importance, device)
         return ggml.tensor(ggml.TYPES[kind], x.shape, blocks.reshape(-1))
     bits, group = (int(n) for n in kind.removeprefix("mlx").split("_g"))
     return quantize_mlx(x, bits, group, scales)

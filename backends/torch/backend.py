@@ -137,6 +137,10 @@ class TorchBackend(Backend):
         return [f"cuda:{n}" for n in range(torch.cuda.device_count())] + ["cpu"]
 
     @classmethod
+    def quantizer_device(cls, device: str) -> str | None:
+        return None if device == "cpu" else device
+
+    @classmethod
     def ops(cls) -> frozenset[str]:
         return frozenset(OPS) | frozenset(FUSED_OPS)
 

@@ -218,6 +218,39 @@ def test_peak_memory_in_numpy(larger, quant, small_chunks):
     assert peak < size + 2 * MERGED + RESERVED  # gate and up are two here
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("quant", ["q4_k_m", "q6k", "q8_0", "mlx4", "fp8"])
+def test_memory_on_a_gpu(larger, quant):
+    """What was planned; at most a tenth more than in a file."""
+    model = read_folder(larger)
+    weights = IncomingWeights.of(model, quant)
+    backend, config = load_backend("torch")("cuda:0", "bf16", "bf16"), EngineConfig(larger, quant=quant)
+    backend.configure(config)
+    planned = plan(backend, config, model, weights.after, 10**9).weight_bytes
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    with weights.opened(device=backend.quantizer_device("cuda:0")) as tensors:
+        backend.load(model.graph, tensors, lambda done: None)
+    loaded = torch.cuda.memory_allocated() - before
+    backend.close()
+    assert 0.98 * planned < loaded < 1.05 * planned
+    assert loaded < 1.1 * sum(s.nbytes for s in weights.after.values())
+
+
+@pytest.mark.parametrize("quant", ["q4k", "q8_0"])
+def test_weights_are_quantized_on_the_device(larger, quant, tmp_path, monkeypatch):
+    """As `convert` does there."""
+    monkeypatch.setattr(load_backend("torch"), "quantizer_device", staticmethod(lambda device: device))
+    path = tmp_path / "x.gguf"
+    with Engine(EngineConfig(larger, backend="torch", device="cpu", quant=quant, save_quantized=path)):
+        pass
+    before, saved = read_folder(larger).open_weights(), read_gguf(path).open_weights()
+    for name, kind in IncomingWeights.of(read_folder(larger), quant).types.items():
+        if kind:
+            expected = quantizing.convert(before[name], kind, device="cpu")
+            assert np.array_equal(saved[name].float32(), expected.float32())
+
+
 def test_a_file_takes_its_size_on_mlx(larger, tmp_path):
     """At most a tenth more; norms are 4 bytes there and 2 here."""
     mx = pytest.importorskip("mlx.core")
