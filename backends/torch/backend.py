@@ -20,7 +20,7 @@ from llmrs.backends.linearize import hoist_logits_gather, inline, tied_weights
 from llmrs.backends.torch.async_output import CopiedOutput, OutputCopier, TorchOutput
 from llmrs.backends.torch.cpu import native
 from llmrs.backends.torch.cpu_linear import Linear, make_linear
-from llmrs.backends.torch.fusion import CanFuseNorm, program_functions
+from llmrs.backends.torch.fusion import program_functions
 from llmrs.backends.torch.kv_fp8 import E4M3, QuantizedKV, check_device
 from llmrs.backends.torch.lowering import Bind, Lowering
 from llmrs.backends.torch.ops import BIND, FUSED, KV, OPS
@@ -62,12 +62,11 @@ class TorchBackend(Backend):
         self.ops_table: Mapping[str, Callable[..., object]] = OPS
         self.make_linear: Callable[..., Linear] = make_linear
         self.bind: Mapping[str, Bind] = BIND
-        self.can_fuse_norm: CanFuseNorm = lambda matrix: False
         self.programs = NO_PROGRAMS
         self.kv: list[KV] = []
         self.slots = SlotState(0, 0, self.torch_device)
         self.runner: GPUModelRunner | None = None  # with Triton kernels
-        self.pack: Pack | None = None  # of quantized weights on a CPU
+        self.pack: Pack | None = None  # of quantized weights for kernels
         self.output_copier: OutputCopier | None = None
 
     def configure(self, options: BackendOptions) -> None:
@@ -98,7 +97,7 @@ class TorchBackend(Backend):
         if kernels == "plain" or (kernels == "auto" and self.torch_device.type != "cuda"):
             return
         try:
-            from llmrs.backends.torch import model_runner, triton_ops
+            from llmrs.backends.torch import model_runner, triton_ops, triton_rows
         except ImportError as error:
             missing = BackendError(f"Triton can't be loaded: {error}", "pip install triton, or kernels: plain")
             if kernels != "auto":
@@ -112,8 +111,7 @@ class TorchBackend(Backend):
             torch.cuda.set_device(self.torch_device)  # of this thread: Triton launches on it
         self.runner = model_runner.GPUModelRunner(self.torch_device, graphs=graphs)
         self.ops_table, self.bind, self.fused_ops = triton_ops.TRITON, triton_ops.BIND, triton_ops.FUSED
-        self.can_fuse_norm = partial(triton_ops.can_fuse_norm, dtype=self.torch_dtype)
-        self.make_linear = triton_ops.Linear
+        self.make_linear, self.pack = triton_ops.Linear, triton_rows.pack
         self.block_size = model_runner.BLOCK_SIZE
 
     def _check_bf16(self) -> None:
@@ -162,7 +160,7 @@ class TorchBackend(Backend):
             keep_quantized=self.keeps_quantized, pack=self.pack,
         )  # fmt: skip
         if self.runner:
-            functions = program_functions(hoist_logits_gather(function), self.can_fuse_norm)
+            functions = program_functions(hoist_logits_gather(function))
             self.programs = Programs(*map(lowering.program, functions))
         else:
             self.programs = Programs(*[lowering.program(function)] * 3)

@@ -11,6 +11,7 @@ from llmrs.backends.torch.kernel_configs import ConfigKey, Device, attn_config
 from llmrs.backends.torch.kernels import embedding, gemm
 from llmrs.backends.torch.kernels import rms_norm as norms
 from llmrs.backends.torch.kernels.act_and_mul import act_and_mul
+from llmrs.backends.torch.kernels.gemm import GemvConfig
 from llmrs.backends.torch.kernels.gemm_tma import TmaConfig, tma_compatible
 from llmrs.backends.torch.kernels.paged_attention import AttnConfig, paged_attention
 from llmrs.backends.torch.kernels.prefill_attention_tma import prefill_attention_tma, prefill_config
@@ -19,8 +20,10 @@ from llmrs.backends.torch.kernels.qk_norm_rope_cache import qk_norm_rope_write_k
 from llmrs.backends.torch.kv_fp8 import unpack
 from llmrs.backends.torch.lowering import Bind, Lowering, weights_of
 from llmrs.backends.torch.ops import KV, OPS, bind_moe
+from llmrs.backends.torch.quant_linear import Norm, quant_linear
 from llmrs.backends.torch.quant_matrix import Matrix, QuantMatrix
-from llmrs.core.ir import Equation, RopeFrequencies, Type
+from llmrs.backends.torch.triton_rows import TritonRows
+from llmrs.core.ir import Equation, RopeFrequencies
 
 Tensor = torch.Tensor
 
@@ -56,15 +59,14 @@ class KernelContext:
 
 @dataclass(frozen=True)
 class Linear:
-    """y = x w^T (+ bias), weight (N, K): our GEMV for M = 1, cuBLAS for more. Quantized weights are unpacked."""
+    """y = x w^T (+ bias), weight (N, K): our GEMV for M = 1, cuBLAS for more; quantized: quant_linear.py."""
 
     weight: Matrix
     bias: Tensor | None = None
 
     def __call__(self, x: Tensor, *, pdl: bool = False) -> Tensor:
         if isinstance(self.weight, QuantMatrix):
-            y = self.weight.linear(x)
-            return y if self.bias is None else y + self.bias
+            return quant_linear(x, self.weight, self.bias, pdl=pdl)
         if len(x) == 1:
             return gemm.fused_linear(x, self.weight, self.bias, pdl=pdl)
         return torch.nn.functional.linear(x, self.weight, self.bias)
@@ -72,6 +74,9 @@ class Linear:
 
 def embed(c: KernelContext, tokens: Tensor, table: Matrix) -> Tensor:
     if isinstance(table, QuantMatrix):
+        (rows,) = table.segments
+        if isinstance(rows, TritonRows):
+            return rows.gather(tokens, table.dtype, c.last_tokens, pdl=c.pdl)
         known = c.last_tokens[(-1 - tokens).clamp(min=0)]
         return table.gather(torch.where(tokens < 0, known, tokens))
     return embedding.embed(tokens, c.last_tokens, table, pdl=c.pdl)
@@ -159,18 +164,6 @@ def gather_logits_rows(c: KernelContext, x: Tensor) -> Tensor:
     return x if c.shape.is_decode_only else x.index_select(0, c.fields.logits_indices)
 
 
-def can_fuse_norm(matrix: Type, dtype: torch.dtype) -> bool:
-    """Whether the norm of one row may be part of the call of a matrix of this type."""
-    return gemm.can_fuse_norm(torch.empty(matrix.sizes, dtype=dtype, device="meta"))
-
-
-class Norm(NamedTuple):
-    """rms_norm before or after a linear map."""
-
-    weight: Tensor  # (K,)
-    params: dict[str, float]  # eps, and offset if any
-
-
 class FusedLinear(NamedTuple):
     """The weights of `fused_linear`: prologue norm, matrix and bias, epilogue norm."""
 
@@ -191,16 +184,23 @@ def fused_linear(
     *residual, (matrix, prologue, epilogue) = rest
     sizes = () if activation or len(split_sizes) < 2 else split_sizes
     weight, bias = matrix.weight, matrix.bias
+    if isinstance(weight, QuantMatrix):
+        first = residual[0] if residual and not epilogue else None
+        y = quant_linear(
+            x, weight, bias, first, prologue, activation, splittable=epilogue is not None and bool(residual), pdl=c.pdl
+        )
+        if epilogue and residual:
+            return fused_add_rms_norm(c, residual[0], y, epilogue.weight, **epilogue.params)
+        return (y, rms_norm(c, y, epilogue.weight, **epilogue.params)) if epilogue else _split(y, sizes)
     reducible = epilogue is not None and bias is None
-    config = None
-    if isinstance(weight, Tensor):
-        config = gemm.select_gemm(len(x), weight, bool(activation), reducible, c.device.smem_bytes)
+    config = gemm.select_gemm(len(x), weight, bool(activation), reducible, c.device.smem_bytes)
+    if prologue and not (isinstance(config, GemvConfig) and gemm.can_fuse_norm(weight)):
+        x, prologue = rms_norm(c, x, prologue.weight, **prologue.params), None
     if config and not isinstance(config, TmaConfig):
         norm_weight, how = (prologue.weight, prologue.params) if prologue else (None, {})
         added = residual[0] if residual else None
         y = gemm.fused_linear(x, weight, bias, added, norm_weight, act=activation, config=config, pdl=c.pdl, **how)
         return (y, rms_norm(c, y, epilogue.weight, **epilogue.params)) if epilogue else _split(y, sizes)
-    x = rms_norm(c, x, prologue.weight, **prologue.params) if prologue else x
     if config and tma_compatible(x):
         y = gemm.fused_linear(x, weight, bias, act=activation, config=config, pdl=c.pdl)
     else:

@@ -9,7 +9,7 @@ import tiny
 
 from llmrs.backends.fusion import FUSED_OPS, RULES, expand, fuse, fuse_graph
 from llmrs.backends.linearize import inline
-from llmrs.backends.torch.fusion import SMALL_BATCH_RULES, single_token_rules
+from llmrs.backends.torch.fusion import SINGLE_TOKEN_RULES, SMALL_BATCH_RULES
 from llmrs.core.errors import GraphError
 from llmrs.core.ir import Graph, S, T, Type, Weight, check
 from llmrs.models.arch.builder import Builder
@@ -153,7 +153,7 @@ def test_random_functions_keep_their_equations(seed):
         params = {"rms_norm": {"eps": 1e-6}, "linear": {"shard": "rows"}}.get(op, {})
         values.append(b(op, *operands, to="v", **params))
     function = b.done(*rng.sample(values[2:], 2))
-    for rules in (RULES.values(), [*RULES.values(), *SMALL_BATCH_RULES], single_token_rules(lambda matrix: True)):
+    for rules in (RULES.values(), [*RULES.values(), *SMALL_BATCH_RULES], SINGLE_TOKEN_RULES):
         fused = fuse(function, rules)
         check(Graph("random", {}, fused))
         assert sorted(map(str, expand(fused).equations)) == sorted(map(str, function.equations))
@@ -166,13 +166,12 @@ def test_fused_linear_takes_what_stands_around_it():
     g, u = (b("linear", n, matrix(w, 8, 8), shard="rows", to=w) for w in ("g", "u"))
     d = b("linear", b("silu_and_mul", g, u, to="h"), matrix("d", 8, 8), shard="columns", to="d")
     merged = fuse(b.done(b("add", y, d, to="s")), RULES.values())
-    one = fuse(merged, single_token_rules(lambda matrix: True))
+    one = fuse(merged, SINGLE_TOKEN_RULES)
     assert [(e.op, [b.op for b in e.body]) for e in one.equations] == [
         ("fused_linear", ["rms_norm", "linear", "linear", "silu_and_mul"]),
         ("fused_linear", ["linear", "add"]),
     ]
     assert [str(o) for o in one.equations[1].inputs] == ["h", "@d[8,8]", "y"]
-    assert fuse(merged, single_token_rules(lambda matrix: False)).equations[0].op == "rms_norm"
 
 
 def test_inlined_graphs_compute_the_same(checkpoints):

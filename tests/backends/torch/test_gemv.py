@@ -165,20 +165,22 @@ def test_what_does_not_match_stays():
     assert ops("qwen3-moe", 1) == ["norm gemm", *layer, "gemm", *layer, "lm_head"]
 
 
-def test_no_norm_before_a_large_matrix(monkeypatch: pytest.MonkeyPatch):
-    """Each of its many programs would do it again."""
-    monkeypatch.setattr(gemm, "LARGE_WEIGHT_BYTES", 0)
-    layer = [
-        "gemm",
-        "qk_norm_rope_write_kv",
-        "attend",
-        "gemm add",
-        "rms_norm",
-        "gemm silu_and_mul",
-        "gemm add",
-        "rms_norm",
-    ]
-    assert ops("qwen3", 1) == ["rms_norm", *layer, *layer, "lm_head"]
+def test_no_norm_in_the_gemv_of_a_large_matrix(monkeypatch: pytest.MonkeyPatch):
+    """Each of its many CTAs would do it again."""
+    seen = []
+
+    def watched(*args, act: str = "", **how):
+        seen.append(len(args) > 4 and args[4] is not None)
+        return fused_linear(*args, act=act, **how)
+
+    monkeypatch.setattr(gemm, "fused_linear", watched)
+    for size, fused in ((gemm.LARGE_WEIGHT_BYTES, True), (0, False)):
+        monkeypatch.setattr(gemm, "LARGE_WEIGHT_BYTES", size)
+        made = backend("qwen3")
+        made.allocate(4, BLOCK, 1, 16)
+        made.forward(prefill_batch(prompts(1)))
+        assert seen[:-1] == [fused, False, fused, False] * 2  # the last is the LM head
+        seen.clear()
 
 
 @pytest.mark.parametrize("way", ["sm_90", "sm_80", "cuBLAS"])
