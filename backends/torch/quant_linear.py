@@ -94,7 +94,7 @@ def _gemm(
 
 def _dequantized(x: torch.Tensor, weight: QuantMatrix, bias: torch.Tensor | None) -> torch.Tensor:
     out = torch.empty(len(x), weight.shape[0], dtype=x.dtype, device=x.device)
-    step = max(SLICE_WEIGHTS // x.shape[1], 1)
+    step = max(SLICE_WEIGHTS // x.shape[1] // 256, 1) * 256  # whole tiles of cuBLAS
     for rows, at in _segments(weight):
         for begin in range(0, len(rows), step) if isinstance(rows, PackedRows) else (0,):
             part = rows[begin : begin + step].unpack(x.dtype) if isinstance(rows, PackedRows) else rows

@@ -128,7 +128,11 @@ def _dense(rows: PackedRows | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def packed_rows(tensor: QuantTensor, device: torch.device) -> PackedRows:
     """A copy on the device, in the tensor's form."""
     planes = tensor.planes(TORCH, lambda array: from_numpy(array).to(device))
-    return PackedRows(tensor.form, tensor.shape[1], {name: plane.contiguous() for name, plane in planes.items()})
+    planes = {name: plane.contiguous() for name, plane in planes.items()}
+    for name, plane in planes.items():
+        if plane.dtype == torch.uint16:  # NumPy's bf16; a GPU gathers no rows of uint16
+            planes[name] = plane.view(torch.bfloat16)
+    return PackedRows(tensor.form, tensor.shape[1], planes)
 
 
 def quant_matrix(

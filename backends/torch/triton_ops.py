@@ -243,6 +243,11 @@ def bind_tensors(lowering: Lowering, e: Equation) -> Tensor | tuple[Tensor, ...]
     return tensors if len(tensors) > 1 else tensors[0]
 
 
+def bind_table(lowering: Lowering, e: Equation) -> Matrix:
+    (table,) = weights_of(e)
+    return lowering.matrix(table)
+
+
 def bind_fused_linear(lowering: Lowering, e: Equation) -> FusedLinear:
     weights, first, last = list(weights_of(e)), e.body[0], e.body[-1]
     prologue = Norm(lowering.tensor(weights.pop(0)), first.params) if first.op == "rms_norm" else None
@@ -253,6 +258,6 @@ def bind_fused_linear(lowering: Lowering, e: Equation) -> FusedLinear:
 
 
 BIND: dict[str, Bind] = {
-    **dict.fromkeys(("embed", "rms_norm", "fused_add_rms_norm", "qk_norm_rope_write_kv"), bind_tensors),
-    "moe": bind_moe, "fused_linear": bind_fused_linear,
+    **dict.fromkeys(("rms_norm", "fused_add_rms_norm", "qk_norm_rope_write_kv"), bind_tensors),
+    "embed": bind_table, "moe": bind_moe, "fused_linear": bind_fused_linear,
 }  # fmt: skip

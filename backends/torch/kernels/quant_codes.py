@@ -1,6 +1,7 @@
+# ruff: noqa: RUF005 - Triton adds tuples, and can't unpack them
 """Device functions that the kernels of quantized weights share: codes, scales, dp2a.
 
-`triton_rows.py` has the layout. Tiles are (..., U, 4): units of 32 columns, and the four quads of a half.
+`triton_rows.py` has the layout: units of 32 columns, their words, quads (o, w), and the parts of 8 columns.
 """
 
 import triton
@@ -12,36 +13,88 @@ ASM: tl.constexpr = tl.constexpr(not interpreted())  # else the same in plain Tr
 
 
 @triton.jit
-def load_quads(
-    low, high, row, unit, mask, K: tl.constexpr, LOW_BITS: tl.constexpr, HIGH_BITS: tl.constexpr, TABLE: tl.constexpr
-):
-    """Codes of the first and of the second half, int32 (..., U, 4) each: a byte a code. `row` int64 (..., 1, 1),
-    `unit` (..., U, 1), `mask` their shape; masked codes are 0."""
-    w = tl.arange(0, 4)
-    UNITS: tl.constexpr = K // 32
-    at = row * UNITS + unit
-    first = tl.zeros([1], tl.int32)
-    second = tl.zeros([1], tl.int32)
+def load_unit(low, high, row, unit, mask, K: tl.constexpr, LOW_BITS: tl.constexpr, HIGH_BITS: tl.constexpr):
+    """The words of units, for `quads`: int32 (U,) each. `row` int64, `unit`, `mask` (U,)."""
+    at = row * (K // 32) + unit
     if LOW_BITS == 8:
-        first = tl.load(low + at * 8 + w, mask=mask, other=0)
-        second = tl.load(low + at * 8 + 4 + w, mask=mask, other=0)
-    if LOW_BITS == 4:
-        word = tl.load(low + at * 4 + w, mask=mask, other=0)
-        if TABLE != "":
-            even, odd = look_up(word, TABLE), look_up(word >> 16, TABLE)  # of h = 0 and 1: bytes (i, o)
-            first, second = select(even, odd, False), select(even, odd, True)
-        else:
-            first, second = word & 0x0F0F0F0F, (word >> 4) & 0x0F0F0F0F
-    if LOW_BITS == 2:
-        word = tl.load(low + at * 2 + w // 2, mask=mask, other=0) >> (w % 2 * 4)
-        first, second = word & 0x03030303, (word >> 2) & 0x03030303
+        words = _load_words(low + at * 8, mask) + _load_words(low + at * 8 + 4, mask)
+    elif LOW_BITS == 4:
+        words = _load_words(low + at * 4, mask)
+    else:
+        words = _load_pair(low + at * 2, mask)
     if HIGH_BITS == 2:
-        word = tl.load(high + at * 2 + w // 2, mask=mask, other=0) >> (w % 2 * 4)
-        first, second = first | (word & 0x03030303) << LOW_BITS, second | ((word >> 2) & 0x03030303) << LOW_BITS
+        words = words + _load_pair(high + at * 2, mask)
     if HIGH_BITS == 1:
-        word = tl.load(high + at + w * 0, mask=mask, other=0) >> (w * 2)
-        first, second = first | (word & 0x01010101) << LOW_BITS, second | ((word >> 1) & 0x01010101) << LOW_BITS
+        words = words + (tl.load(high + at, mask=mask, other=0),)
+    return words
+
+
+@triton.jit
+def load_x(x, x_scales, m, K: tl.constexpr, BLOCK_U: tl.constexpr):
+    """A row of quantized activations: for each tile of units 16 words, scale, and both sums, (BLOCK_U,) each."""
+    tiles = ()
+    for t in tl.static_range((K // 32 + BLOCK_U - 1) // BLOCK_U):
+        unit = t * BLOCK_U + tl.arange(0, BLOCK_U)
+        mask, words = unit < K // 32, ()
+        for p in tl.static_range(4):
+            words = words + _load_words(x + m * (K // 2) + unit * 16 + 4 * p, mask)
+        scale_ptrs = x_scales + m * (3 * (K // 32)) + unit
+        for p in tl.static_range(3):
+            words = words + (tl.load(scale_ptrs + p * (K // 32), mask=mask, other=0.0),)
+        tiles = tiles + (words,)
+    return tiles
+
+
+@triton.jit
+def _load_words(ptrs, mask):
+    """Four words at each address."""
+    words = tl.load(ptrs[:, None] + tl.arange(0, 4)[None, :], mask=mask[:, None], other=0)
+    even, odd = tl.split(tl.reshape(words, [words.shape[0], 2, 2]))
+    a, c = tl.split(even)
+    b, d = tl.split(odd)
+    return a, b, c, d
+
+
+@triton.jit
+def _load_pair(ptrs, mask):
+    return tl.split(tl.load(ptrs[:, None] + tl.arange(0, 2)[None, :], mask=mask[:, None], other=0))
+
+
+@triton.jit
+def quads(words, W: tl.constexpr, LOW_BITS: tl.constexpr, HIGH_BITS: tl.constexpr, TABLE: tl.constexpr):
+    """The codes of the quads (0, W) and (1, W), a byte each; of 4-bit integers the second ones times 16."""
+    LOW: tl.constexpr = 8 if LOW_BITS == 8 else LOW_BITS  # words
+    if LOW_BITS == 8:
+        first, second = words[W], words[4 + W]
+    elif TABLE != "":
+        even, odd = look_up(words[W], TABLE), look_up(words[W] >> 16, TABLE)  # of h = 0 and 1: bytes (i, o)
+        first, second = select(even, odd, False), select(even, odd, True)
+    elif LOW_BITS == 4:
+        first, second = words[W] & 0x0F0F0F0F, words[W] & -0x0F0F0F10
+        if HIGH_BITS:
+            second = (second >> 4) & 0x0F0F0F0F
+    else:
+        word = words[W // 2] >> (W % 2 * 4)
+        first, second = word & 0x03030303, (word >> 2) & 0x03030303
+    if HIGH_BITS:
+        MASK: tl.constexpr = 0x03030303 if HIGH_BITS == 2 else 0x01010101
+        top = words[LOW + W // 2] >> (W % 2 * 4) if HIGH_BITS == 2 else words[LOW] >> (2 * W)
+        first, second = first | (top & MASK) << LOW_BITS, second | ((top >> HIGH_BITS) & MASK) << LOW_BITS
     return first, second
+
+
+@triton.jit
+def dot_unit(words, x, LOW_BITS: tl.constexpr, HIGH_BITS: tl.constexpr, TABLE: tl.constexpr, SIGNED: tl.constexpr):
+    """Sums of code times x, int32 (U,), of either half. `x`: 16 words, of `quantize_activations`."""
+    first, second = quads(words, 0, LOW_BITS, HIGH_BITS, TABLE)
+    a, b = first * 0, second * 0
+    for w in tl.static_range(4):
+        first, second = quads(words, w, LOW_BITS, HIGH_BITS, TABLE)
+        a = dp2a(x[4 + w], first, dp2a(x[w], first, a, False, SIGNED), True, SIGNED)
+        b = dp2a(x[12 + w], second, dp2a(x[8 + w], second, b, False, SIGNED), True, SIGNED)
+    if LOW_BITS == 4 and HIGH_BITS == 0 and TABLE == "":
+        b = b >> 4
+    return a, b
 
 
 @triton.jit
@@ -77,24 +130,6 @@ def select(a, b, ODD: tl.constexpr):
 
 
 @triton.jit
-def byte_of(quad, N: tl.constexpr, SIGNED: tl.constexpr):
-    """Byte N of each quad, float32."""
-    if SIGNED:
-        return ((quad << (24 - 8 * N)) >> 24).to(tl.float32)
-    return ((quad >> (8 * N)) & 255).to(tl.float32)
-
-
-@triton.jit
-def dot_halves(first, second, x_ptrs, mask, SIGNED: tl.constexpr):
-    """Sums of code times x over each quad, int32, of either half. `x_ptrs`: words of the first pair."""
-    a = dp2a(tl.load(x_ptrs, mask=mask, other=0), first, first * 0, False, SIGNED)
-    a = dp2a(tl.load(x_ptrs + 4, mask=mask, other=0), first, a, True, SIGNED)
-    b = dp2a(tl.load(x_ptrs + 8, mask=mask, other=0), second, second * 0, False, SIGNED)
-    b = dp2a(tl.load(x_ptrs + 12, mask=mask, other=0), second, b, True, SIGNED)
-    return a, b
-
-
-@triton.jit
 def dp2a(pair, quad, acc, HIGH: tl.constexpr, SIGNED: tl.constexpr):
     """acc + the two int16 of `pair` times the two low or high bytes of `quad`."""
     if ASM:
@@ -111,16 +146,40 @@ def dp2a(pair, quad, acc, HIGH: tl.constexpr, SIGNED: tl.constexpr):
 
 @triton.jit
 def load_scales(
-    scales, offsets, supers, row_scales, row, unit, HALF: tl.constexpr, mask, K: tl.constexpr, GROUP: tl.constexpr,
+    scales, offsets, supers, row_scales, row, unit, half_of, mask, K: tl.constexpr, GROUP: tl.constexpr,
     SCALE: tl.constexpr, OFFSET: tl.constexpr, SUPER: tl.constexpr, ROW_SCALE: tl.constexpr,
 ):  # fmt: skip
     """Scale, and what OFFSET names (0 else), float32 in the shape of `unit`, of a half of each unit.
 
     OFFSET: "bias" and "zero" are planes, "min" is in the scales. SUPER: columns of a super-scale.
     """
-    at = row * (K // 16) + unit * 2 + HALF if GROUP == 16 else row * (K // GROUP) + unit // (GROUP // 32)
+    bits = load_scale_bits(scales, offsets, supers, row_scales, row, unit, half_of, mask, K, GROUP, OFFSET,
+                           SUPER, ROW_SCALE)  # fmt: skip
+    return scale_of(bits, SCALE, OFFSET, SUPER, ROW_SCALE)
+
+
+@triton.jit
+def load_scale_bits(
+    scales, offsets, supers, row_scales, row, unit, half_of, mask, K: tl.constexpr, GROUP: tl.constexpr,
+    OFFSET: tl.constexpr, SUPER: tl.constexpr, ROW_SCALE: tl.constexpr,
+):  # fmt: skip
+    """What `scale_of` needs, as it is in memory."""
+    at = row * (K // 16) + unit * 2 + half_of if GROUP == 16 else row * (K // GROUP) + unit // (GROUP // 32)
     raw = tl.load(scales + at, mask=mask, other=0)
-    offset = 0.0
+    above, offset, factor = raw, raw, raw
+    if SUPER:
+        above = tl.load(supers + row * (K // SUPER) + unit // (SUPER // 32), mask=mask, other=0)
+    if OFFSET == "bias" or OFFSET == "zero":
+        offset = tl.load(offsets + at, mask=mask, other=0)
+    if ROW_SCALE:
+        factor = tl.load(row_scales + row)
+    return raw, above, offset, factor
+
+
+@triton.jit
+def scale_of(bits, SCALE: tl.constexpr, OFFSET: tl.constexpr, SUPER: tl.constexpr, ROW_SCALE: tl.constexpr):
+    """Scale and offset of `load_scales`."""
+    raw, offset = bits[0], 0.0
     if SCALE == "u8_pair":
         scale, offset = (raw & 255).to(tl.float32), ((raw >> 8) & 255).to(tl.float32)
     elif SCALE == "u4_pair":
@@ -132,14 +191,13 @@ def load_scales(
     else:
         scale = raw.to(tl.float32)
     if SUPER:
-        pair = tl.load(supers + row * (K // SUPER) + unit // (SUPER // 32), mask=mask, other=0)
-        scale = half(pair) * scale
+        scale = half(bits[1]) * scale
         if OFFSET == "min":
-            offset = half(pair >> 16) * offset
+            offset = half(bits[1] >> 16) * offset
     if ROW_SCALE:
-        scale = scale * tl.load(row_scales + row)
+        scale = scale * bits[3]
     if OFFSET == "bias" or OFFSET == "zero":
-        offset = tl.load(offsets + at, mask=mask, other=0).to(tl.float32)
+        offset = bits[2].to(tl.float32)
     return scale, offset
 
 
@@ -164,6 +222,37 @@ def e4m3(byte):
     """float32 of float8_e4m3fn in the low 8 bits of an int32."""
     bits = ((byte & 0x80) << 8) | ((byte & 0x7F) << 7)
     return tl.where((byte & 0x7F) == 0x7F, float("nan"), half(bits) * 256)
+
+
+@triton.jit
+def load_codes(
+    low, high, row, column, mask, K: tl.constexpr, LOW_BITS: tl.constexpr, HIGH_BITS: tl.constexpr,
+    TABLE: tl.constexpr, SIGNED: tl.constexpr,
+):  # fmt: skip
+    """The codes of columns, float32: of `row` int64 (N, 1), `column` (1, C)."""
+    low16, unit, part, lane = low.to(tl.pointer_type(tl.int16)), column // 32, column // 8 % 4, column % 8
+    at, w, eight, half_of = row * (K // 32) + unit, lane // 2, part % 2 * 8, part // 2
+    if LOW_BITS == 8:
+        code = tl.load(low16 + at * 16 + half_of * 8 + lane, mask=mask, other=0).to(tl.int32) >> eight
+    elif LOW_BITS == 4:
+        code = tl.load(low16 + at * 8 + lane, mask=mask, other=0).to(tl.int32) >> (eight + half_of * 4)
+    else:
+        code = tl.load(low16 + at * 4 + lane // 4 * 2 + lane % 2, mask=mask, other=0).to(tl.int32)
+        code = code >> (eight + half_of * 2 + w % 2 * 4)
+    code &= (1 << LOW_BITS) - 1
+    if HIGH_BITS:
+        high16 = high.to(tl.pointer_type(tl.int16))
+        if HIGH_BITS == 2:
+            top = tl.load(high16 + at * 4 + lane // 4 * 2 + lane % 2, mask=mask, other=0).to(tl.int32)
+            top = top >> (eight + half_of * 2 + w % 2 * 4)
+        else:
+            top = tl.load(high16 + at * 2 + lane % 2, mask=mask, other=0).to(tl.int32) >> (eight + half_of + w * 2)
+        code |= (top & ((1 << HIGH_BITS) - 1)) << LOW_BITS
+    if TABLE != "":
+        code = look_up(code, TABLE)
+    if SIGNED:
+        code = (code << 24) >> 24
+    return code.to(tl.float32)
 
 
 @triton.jit
@@ -284,11 +373,11 @@ def unpack_asm(part: int, low_bits: int, high_bits: int, signed: bool, f16: bool
 
 @triton.jit
 def load_line(
-    scales, offsets, supers, row_scales, row, unit, HALF: tl.constexpr, mask, K: tl.constexpr, GROUP: tl.constexpr,
+    scales, offsets, supers, row_scales, row, unit, half_of, mask, K: tl.constexpr, GROUP: tl.constexpr,
     SCALE: tl.constexpr, OFFSET: tl.constexpr, SUPER: tl.constexpr, ROW_SCALE: tl.constexpr, ZERO: tl.constexpr,
 ):  # fmt: skip
     """`load_scales` as w = code * scale + offset, for each of eight columns of a unit: (N, 8 U)."""
-    scale, offset = load_scales(scales, offsets, supers, row_scales, row, unit, HALF, mask, K, GROUP, SCALE, OFFSET,
+    scale, offset = load_scales(scales, offsets, supers, row_scales, row, unit, half_of, mask, K, GROUP, SCALE, OFFSET,
                                 SUPER, ROW_SCALE)  # fmt: skip
     if OFFSET == "zero":
         offset = -offset * scale
