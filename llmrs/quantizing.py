@@ -22,7 +22,7 @@ from llmrs.quant.tensor import FORMATS, AnyTensor, QuantTensor, Stored, Tensor
 Importance = Mapping[str, np.ndarray]  # canonical name -> mean squares of a matrix's inputs, float32 (K,)
 OnTensor = Callable[[str, AnyTensor, AnyTensor], None]  # name, before, after
 CHUNK = 2**22  # weights that the quantizer of GGUF types gets at once; it has threads of its own
-GPU_CHUNK, GPU_THREADS = 2**21, 4  # one thread packs blocks while the GPU fits another's
+GPU_CHUNK, GPU_THREADS = 2**22, 4  # one thread packs blocks while the GPU fits another's
 PER_THREAD = 2**19  # weights that a thread converts to other types at once
 ADVISED = ("q8_0", "q6k", "q5k", "q4k", "q3k", "q2k")  # where a model does not fit, the most bits first
 SAMPLE = 2**21  # weights of a matrix whose error is measured

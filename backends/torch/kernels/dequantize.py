@@ -28,9 +28,9 @@ def dequantize_kernel(
     ZERO: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, OFFSET: tl.constexpr, SUPER: tl.constexpr,
     ROW_SCALE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-    column = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
-    mask = (r < rows) & (column < K)
+    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None, None]
+    octet = tl.program_id(1) * (BLOCK_K // 8) + tl.arange(0, BLOCK_K // 8)[None, :, None]  # eight columns
+    mask = (r < rows) & (octet < K // 8)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -40,9 +40,9 @@ def dequantize_kernel(
         if TOKENS:  # -1 - slot stands for the slot's last token
             row = tl.where(row < 0, tl.load(last_tokens - 1 - row, mask=row < 0, other=0), row)
     row += first_row
-    values = load_codes(low, high, row, column, mask, K, LOW_BITS, HIGH_BITS, TABLE, SIGNED) * FACTOR
+    values = load_codes(low, high, row, octet, mask, K, LOW_BITS, HIGH_BITS, TABLE, SIGNED) * FACTOR
     scale, offset = load_scales(
-        scales, offsets, supers, row_scales, row, column // 32, column // 16 % 2, mask, K, GROUP, SCALE, OFFSET, SUPER,
+        scales, offsets, supers, row_scales, row, octet // 4, octet // 2 % 2, mask, K, GROUP, SCALE, OFFSET, SUPER,
         ROW_SCALE,
     )  # fmt: skip
     if ZERO:
@@ -54,7 +54,8 @@ def dequantize_kernel(
         values = values + offset
     if OFFSET == "min":
         values = values - offset
-    tl.store(out + r.to(tl.int64) * stride_om + column, values.to(out.dtype.element_ty), mask=mask)
+    columns = octet * 8 + tl.arange(0, 8)[None, None, :]
+    tl.store(out + r.to(tl.int64) * stride_om + columns, values.to(out.dtype.element_ty), mask=mask)
 
 
 def dequantize(

@@ -226,11 +226,12 @@ def e4m3(byte):
 
 @triton.jit
 def load_codes(
-    low, high, row, column, mask, K: tl.constexpr, LOW_BITS: tl.constexpr, HIGH_BITS: tl.constexpr,
+    low, high, row, octet, mask, K: tl.constexpr, LOW_BITS: tl.constexpr, HIGH_BITS: tl.constexpr,
     TABLE: tl.constexpr, SIGNED: tl.constexpr,
 ):  # fmt: skip
-    """The codes of columns, float32: of `row` int64 (N, 1), `column` (1, C)."""
-    low16, unit, part, lane = low.to(tl.pointer_type(tl.int16)), column // 32, column // 8 % 4, column % 8
+    """The codes of eight columns each, float32 (N, O, 8). `row` int64 (N, 1, 1), `octet` (1, O, 1)."""
+    low16, unit, part = low.to(tl.pointer_type(tl.int16)), octet // 4, octet % 4
+    lane = tl.arange(0, 8)[None, None, :]
     at, w, eight, half_of = row * (K // 32) + unit, lane // 2, part % 2 * 8, part // 2
     if LOW_BITS == 8:
         code = tl.load(low16 + at * 16 + half_of * 8 + lane, mask=mask, other=0).to(tl.int32) >> eight

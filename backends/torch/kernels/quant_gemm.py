@@ -66,12 +66,13 @@ def quant_gemm_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     acc_up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for k in range(start_k, tl.minimum(start_k + k_per_split, K), BLOCK_K):
-        unit = k // 32 + units
+    for block in range(start_k // BLOCK_K, tl.cdiv(tl.minimum(start_k + k_per_split, K), BLOCK_K)):
+        k, start = block * BLOCK_K, block * (BLOCK_K // 32)  # of known divisibility, so that loads are wide
+        unit = start + units
         mask = unit < K // 32
-        words = load_words(low, high, row, k // 32, K, BLOCK_K // 32, LOW_BITS, HIGH_BITS)
+        words = load_words(low, high, row, start, K, BLOCK_K // 32, LOW_BITS, HIGH_BITS)
         if ACT:
-            up_words = load_words(low, high, row + N, k // 32, K, BLOCK_K // 32, LOW_BITS, HIGH_BITS)
+            up_words = load_words(low, high, row + N, start, K, BLOCK_K // 32, LOW_BITS, HIGH_BITS)
         for part in tl.static_range(4):  # eight columns of each unit
             if part % 2 == 0 and (part == 0 or GROUP == 16):
                 scale, offset = load_line(scales, offsets, supers, row_scales, row, unit, part // 2, mask, K, GROUP,
@@ -120,12 +121,14 @@ def quant_gemm_split_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     acc = tl.zeros([WARPS, BLOCK_N, BLOCK_M], tl.float32)
     acc_up = tl.zeros([WARPS, BLOCK_N, BLOCK_M], tl.float32)
-    for k in range(start_k, tl.minimum(start_k + k_per_split, K), WARPS * BLOCK_K):
-        unit = k // 32 + units
+    STEP: tl.constexpr = WARPS * BLOCK_K
+    for block in range(start_k // STEP, tl.cdiv(tl.minimum(start_k + k_per_split, K), STEP)):
+        k, start = block * STEP, block * (STEP // 32) + first
+        unit = block * (STEP // 32) + units
         mask = unit < K // 32
-        words = load_words(low, high, row, k // 32 + first, K, BLOCK_K // 32, LOW_BITS, HIGH_BITS)
+        words = load_words(low, high, row, start, K, BLOCK_K // 32, LOW_BITS, HIGH_BITS)
         if ACT:
-            up_words = load_words(low, high, row + N, k // 32 + first, K, BLOCK_K // 32, LOW_BITS, HIGH_BITS)
+            up_words = load_words(low, high, row + N, start, K, BLOCK_K // 32, LOW_BITS, HIGH_BITS)
         for part in tl.static_range(4):
             if part % 2 == 0 and (part == 0 or GROUP == 16):
                 scale, offset = load_line(scales, offsets, supers, row_scales, row, unit, part // 2, mask, K, GROUP,
