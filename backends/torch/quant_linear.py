@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from llmrs.backends.torch.kernels.act_and_mul import act_and_mul
-from llmrs.backends.torch.kernels.quant_gemm import quant_gemm, quant_gemm_config
+from llmrs.backends.torch.kernels.quant_gemm import quant_gemm, quant_gemm_config, reduce_splits
 from llmrs.backends.torch.kernels.quant_gemv import MAX_M as GEMV_MAX_M
 from llmrs.backends.torch.kernels.quant_gemv import quant_gemv
 from llmrs.backends.torch.kernels.quantize_activations import quantize_activations
@@ -79,17 +79,18 @@ def _gemm(
     (m, k), n = x.shape, weight.shape[0]
     if not all(isinstance(s, TritonRows) for s in weight.segments):
         return _activated(_dequantized(x, weight, bias), act, pdl)
-    fused = act if len(weight.segments) == 1 else ""
-    config = quant_gemm_config(m, n // 2 if fused else n, k, bool(fused), splittable and bias is None and not act)
+    config = quant_gemm_config(m, n, k)
     splits = config.splits(k)
-    shape, dtype = ((m, n // 2 if fused else n), x.dtype) if splits == 1 else ((splits, m, n), torch.float32)
-    out = torch.empty(shape, dtype=dtype, device=x.device)
+    shape, dtype = ((m, n), x.dtype) if splits == 1 else ((splits, m, n), torch.float32)
+    y = torch.empty(shape, dtype=dtype, device=x.device)
+    early = bias if splits == 1 else None
     for rows, at in _segments(weight):
         assert isinstance(rows, TritonRows)
-        part = out if fused else out[..., at]
-        b = None if bias is None else bias[at]
-        quant_gemm(x, rows.arguments, rows.constants, part, b, fused, config=config, pdl=pdl)
-    return out if fused else _activated(out, act, pdl)
+        b = None if early is None else early[at]
+        quant_gemm(x, rows.arguments, rows.constants, y[..., at], b, config=config, pdl=pdl)
+    if splits > 1 and (act or bias is not None or not splittable):
+        y = reduce_splits(y, x.dtype, bias, pdl=pdl)
+    return _activated(y, act, pdl)
 
 
 def _dequantized(x: torch.Tensor, weight: QuantMatrix, bias: torch.Tensor | None) -> torch.Tensor:

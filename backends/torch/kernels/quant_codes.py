@@ -1,3 +1,4 @@
+# mypy: disable-error-code="assignment"
 # ruff: noqa: RUF005 - Triton adds tuples, and can't unpack them
 """Device functions that the kernels of quantized weights share: codes, scales, dp2a.
 
@@ -373,13 +374,11 @@ def unpack_asm(part: int, low_bits: int, high_bits: int, signed: bool, f16: bool
 
 
 @triton.jit
-def load_line(
-    scales, offsets, supers, row_scales, row, unit, half_of, mask, K: tl.constexpr, GROUP: tl.constexpr,
-    SCALE: tl.constexpr, OFFSET: tl.constexpr, SUPER: tl.constexpr, ROW_SCALE: tl.constexpr, ZERO: tl.constexpr,
-):  # fmt: skip
-    """`load_scales` as w = code * scale + offset, for each of eight columns of a unit: (N, 8 U)."""
-    scale, offset = load_scales(scales, offsets, supers, row_scales, row, unit, half_of, mask, K, GROUP, SCALE, OFFSET,
-                                SUPER, ROW_SCALE)  # fmt: skip
+def line_of(
+    bits, SCALE: tl.constexpr, OFFSET: tl.constexpr, SUPER: tl.constexpr, ROW_SCALE: tl.constexpr, ZERO: tl.constexpr
+):
+    """`scale_of` as w = code * scale + offset, for each of eight columns of a unit: (N, 8 U)."""
+    scale, offset = scale_of(bits, SCALE, OFFSET, SUPER, ROW_SCALE)
     if OFFSET == "zero":
         offset = -offset * scale
     if OFFSET == "min":

@@ -161,9 +161,10 @@ def quant_gemv_kernel(
 
 
 def quant_gemv_config(m: int, n: int, k: int, act: bool) -> QuantGemvConfig:
-    """Two units of a row per thread, whose x fits into registers; measured on an H200."""
-    warps = min(next_power_of_2(triton.cdiv(k, 2048)), 8)
-    return QuantGemvConfig(2 if act else 4, warps, 4 if warps < 8 else 2)
+    """At most three units of a row per thread, whose x fits into registers; as measured on an H200."""
+    warps = min(next_power_of_2(triton.cdiv(k, 32 * 96)), 8)
+    many = m == 1 and not act and warps <= 2 and n >= 4096
+    return QuantGemvConfig(8, warps, 6) if many else QuantGemvConfig(4, warps, 4)
 
 
 def quant_gemv(

@@ -15,14 +15,13 @@ import triton.language as tl
 from llmrs.backends.torch.kernels.launch import check, check_tensors, next_power_of_2
 
 NAME = "quantize_activations"
-UNITS_PER_CTA = 32  # without a norm
-MAX_CODE = 32767
+UNITS_PER_WARP = 8
 
 
 @triton.jit
 def quantize_activations_kernel(
     x, norm_weight, codes, scales, stride_xm, eps, weight_offset,
-    K: tl.constexpr, BLOCK_U: tl.constexpr, HAS_NORM: tl.constexpr, PDL: tl.constexpr,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_U: tl.constexpr, HAS_NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     unit = tl.program_id(1) * BLOCK_U + tl.arange(0, BLOCK_U)[:, None, None]
@@ -40,8 +39,9 @@ def quantize_activations_kernel(
     low = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
     high = tl.load(x_ptrs + 8, mask=mask, other=0.0).to(tl.float32)
     if HAS_NORM:
-        squares = tl.sum(tl.reshape(low * low + high * high, [BLOCK_U * 16]), 0)
-        inverse_rms = tl.rsqrt(squares / K + eps)
+        offs_k = tl.arange(0, BLOCK_K)  # each CTA reads the whole row
+        whole = tl.load(x + row * stride_xm + offs_k, mask=offs_k < K, other=0.0).to(tl.float32)
+        inverse_rms = tl.rsqrt(tl.sum(whole * whole, 0) / K + eps)
         low = (low * inverse_rms * low_weight).to(x.dtype.element_ty).to(tl.float32)
         high = (high * inverse_rms * high_weight).to(x.dtype.element_ty).to(tl.float32)
     largest = tl.max(tl.max(tl.maximum(tl.abs(low), tl.abs(high)), 2), 1)[:, None, None]
@@ -72,11 +72,11 @@ def quantize_activations(
     check(NAME, norm_weight is None or norm_weight.shape == (k,), "norm_weight does not fit x")
     codes = torch.empty(m, k // 2, dtype=torch.int32, device=x.device)
     scales = torch.empty(m, 3, k // 32, dtype=torch.float32, device=x.device)
-    units = next_power_of_2(k // 32)
-    block_u = units if norm_weight is not None else min(UNITS_PER_CTA, units)
+    warps = 1 if norm_weight is None else 4
+    block_u = min(UNITS_PER_WARP * warps, next_power_of_2(k // 32))
     quantize_activations_kernel[m, triton.cdiv(k // 32, block_u)](
         x, x if norm_weight is None else norm_weight, codes, scales, x.stride(0), float(eps), float(offset),
-        K=k, BLOCK_U=block_u, HAS_NORM=norm_weight is not None, PDL=pdl,
-        num_warps=min(max(block_u // 8, 1), 16), launch_pdl=pdl,
+        K=k, BLOCK_K=next_power_of_2(k), BLOCK_U=block_u, HAS_NORM=norm_weight is not None, PDL=pdl, num_warps=warps,
+        launch_pdl=pdl,
     )  # fmt: skip
     return codes, scales

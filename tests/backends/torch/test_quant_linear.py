@@ -92,7 +92,7 @@ def test_sizes_that_tiles_do_not_divide(n: int, k: int, name: str):
         out = torch.empty(MAX_M, n + 1, device=DEVICE)
         quant_gemv(*quantize_activations(x[:MAX_M]), rows.arguments, rows.constants, out, config=config)
         assert error(out, exact(x[:MAX_M], tensor)) < GEMV_ERROR
-    for config in (QuantGemmConfig(64, 16, 64, 3), QuantGemmConfig(64, 16, 256, 2, 8)):
+    for config in (QuantGemmConfig(64, 16, 64, 3), QuantGemmConfig(128, 32, 256, 2, 8)):
         shape = (5, n + 1) if config.splits(k) == 1 else (config.splits(k), 5, n + 1)
         out = torch.empty(shape, device=DEVICE)
         quant_gemm(x, rows.arguments, rows.constants, out, config=config)
