@@ -1,7 +1,7 @@
 """y = [residual +] act(norm(x) w^T + bias) for quantized weights on an NVIDIA GPU. Chooses the kernel of each segment.
 
     M                 weights
-    1 to 4            GEMV on 16-bit integers (kernels/quant_gemv.py); not for float32 activations
+    1 to 4            GEMV on 16-bit integers (kernels/quant_gemv.py); not for float32 activations, nor FP8
     to GEMM_MAX_M     GEMM that unpacks in registers (kernels/quant_gemm.py)
     more              slices are dequantized, which stay in L2, and multiplied by cuBLAS
 
@@ -40,7 +40,8 @@ def quant_linear(
 ) -> torch.Tensor:  # fmt: skip
     """(M, N) of x's dtype. With `splittable` it may be float32 (SPLIT_K, M, N): partial sums."""
     m = len(x)
-    if m <= GEMV_MAX_M and x.dtype != torch.float32 and all(isinstance(s, TritonRows) for s in weight.segments):
+    integers = all(isinstance(s, TritonRows) and s.integers for s in weight.segments)
+    if m <= GEMV_MAX_M and x.dtype != torch.float32 and integers:
         return _gemv(x, weight, bias, residual, norm, act, pdl)
     if norm:
         x = rms_norm(x, norm.weight, **norm.params, pdl=pdl)

@@ -30,7 +30,7 @@ PLANES = ("low", "high", "scales", "offsets", "supers", "row_scales")  # in the 
 
 def supports(form: Form, columns: int) -> bool:
     """Whether the kernels take rows of this form."""
-    return form.kind != "fp8" and columns % UNIT == 0 and (form.group == 16 or form.group % UNIT == 0)
+    return columns % UNIT == 0 and (form.group == 16 or form.group % UNIT == 0)
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,11 @@ class TritonRows(PackedRows):
 
     def __getitem__(self, index: slice | torch.Tensor) -> "TritonRows":
         return replace(self, planes={name: plane[index] for name, plane in self.planes.items()})
+
+    @property
+    def integers(self) -> bool:
+        """Whether codes stand for integers of 8 bits, which GEMV multiplies."""
+        return self.form.kind != "fp8"
 
     @property
     def arguments(self) -> list[torch.Tensor | None]:
@@ -60,7 +65,7 @@ class TritonRows(PackedRows):
             scale, offset = ("u4_pair" if form.scale == "u4" else "u8_pair"), "min"
         return {
             "LOW_BITS": low, "HIGH_BITS": high,
-            "TABLE": form.code.removeprefix("double_") if form.code in TABLES else "",
+            "TABLE": "" if form.code.startswith("u") else form.code.removeprefix("double_"),
             "SIGNED": signed or form.code in TABLES, "FACTOR": 0.5 if form.code == "e2m1" else 1.0,
             "ZERO": 0 if signed else form.zero, "GROUP": form.group, "SCALE": scale, "OFFSET": offset,
             "SUPER": SUPER_BLOCK if "supers" in planes else 0, "ROW_SCALE": "row_scales" in planes,

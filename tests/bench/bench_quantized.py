@@ -2,6 +2,8 @@
 
     python tests/bench/bench_quantized.py qwen3-8b bf16 q4k q8_0 fp8 [--workloads single,batch,prefill] [--profile]
 
+With `--workloads ''` it only loads, which compiles the kernels.
+
 Random weights of the model's shapes, in the types of `llmrs quantize`: a few rows of each are quantized, and repeated.
 The last line is JSON.
 """
@@ -123,7 +125,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(SHAPES[args.shape]), "utf-8")
         texts.write_text_files(Path(folder))
-        workloads = [WORKLOADS[name] for name in args.workloads.split(",")]
+        workloads = [WORKLOADS[name] for name in filter(None, args.workloads.split(","))]
         found = {quant: measure(Path(folder), quant, workloads, profiled=args.profile) for quant in args.types}
     first = found[args.types[0]]
     for quant, rates in found.items():

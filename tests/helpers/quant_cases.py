@@ -7,8 +7,8 @@ from llmrs.quant import ggml
 from llmrs.quant.tensor import QuantTensor, of_planes
 from llmrs.random_model import random_quantized
 
-GGUF = [t.name for t in ggml.GGML_TYPES.values() if t.format and t.format.form.kind != "fp8"]
-OTHERS = [(form, planes) for forms in FORMS for form, planes in forms if form.kind != "fp8"]
+GGUF = [t.name for t in ggml.GGML_TYPES.values() if t.format]
+OTHERS = [(form, planes) for forms in FORMS for form, planes in forms]
 
 
 def random_gguf(name: str, n: int, k: int, seed: int = 0) -> QuantTensor:

@@ -250,11 +250,15 @@ def load_codes(
         else:
             top = tl.load(high16 + at * 2 + lane % 2, mask=mask, other=0).to(tl.int32) >> (eight + half_of + w * 2)
         code |= (top & ((1 << HIGH_BITS) - 1)) << LOW_BITS
-    if TABLE != "":
-        code = look_up(code, TABLE)
-    if SIGNED:
-        code = (code << 24) >> 24
-    return code.to(tl.float32)
+    if TABLE == "e4m3":
+        values = e4m3(code)
+    else:
+        if TABLE != "":
+            code = look_up(code, TABLE)
+        if SIGNED:
+            code = (code << 24) >> 24
+        values = code.to(tl.float32)
+    return values
 
 
 @triton.jit
@@ -301,11 +305,11 @@ def unpack_part(
     HALF: tl.constexpr = PART // 2
     EIGHT: tl.constexpr = PART % 2  # of the 16 columns of a half
     w = tl.arange(0, words[0].shape[1])[None, :] // 2 % 4
-    if ASM and TABLE == "" and dtype != tl.float32:
-        base = offset if SIGNED else (1 << (LOW_BITS + HIGH_BITS - 1)) * scale + offset
+    if ASM and (TABLE == "" or TABLE == "e4m3") and dtype != tl.float32:
+        base = offset if SIGNED or TABLE == "e4m3" else (1 << (LOW_BITS + HIGH_BITS - 1)) * scale + offset
         factor = scale.to(dtype)
         return tl.inline_asm_elementwise(
-            unpack_asm(PART, LOW_BITS, HIGH_BITS, SIGNED, dtype == tl.float16), "=r,r,r,r,r,r,r,r",
+            unpack_asm(PART, LOW_BITS, HIGH_BITS, SIGNED, TABLE == "e4m3", dtype == tl.float16), "=r,r,r,r,r,r,r,r",
             [words[0], words[1], words[2], _lane_shift(w, LOW_BITS), _lane_shift(w, HIGH_BITS), factor, base.to(dtype)],
             factor.dtype, True, 2,
         )  # fmt: skip
@@ -319,9 +323,13 @@ def unpack_part(
     if HIGH_BITS:
         shift = _lane_shift(w, HIGH_BITS).to(tl.int32) + (8 * EIGHT + HIGH_BITS * HALF)
         code |= ((words[2].to(tl.int32) >> shift) & ((1 << HIGH_BITS) - 1)) << LOW_BITS
-    if TABLE != "":
-        code = (look_up(code, TABLE) << 24) >> 24
-    return (code.to(tl.float32) * (scale * FACTOR) + offset).to(dtype)
+    if TABLE == "e4m3":
+        values = e4m3(code)
+    else:
+        if TABLE != "":
+            code = (look_up(code, TABLE) << 24) >> 24
+        values = code.to(tl.float32)
+    return (values * (scale * FACTOR) + offset).to(dtype)
 
 
 @triton.jit
@@ -335,11 +343,12 @@ def _lane_shift(w, BITS: tl.constexpr):
 
 
 @triton.constexpr_function
-def unpack_asm(part: int, low_bits: int, high_bits: int, signed: bool, f16: bool) -> str:
+def unpack_asm(part: int, low_bits: int, high_bits: int, signed: bool, e4m3: bool, f16: bool) -> str:
     """PTX for two weights: words of the low bits, of the second half, of the high bits, shifts of both, scale, base.
 
     Integers become floats by their lowest bits: 128 + n is 0x4300 | n in bf16, 1024 + n is 0x6400 | n in f16. With
-    their middle subtracted codes are exact, so that a weight is rounded once, but for its scale.
+    their middle subtracted codes are exact, so that a weight is rounded once, but for its scale. The bits of e4m3 are
+    those of a float of more exponent bits, times a power of 2; NaN, which no weight is, becomes 480.
     """
     half, i, bits = part // 2, part % 2, low_bits + high_bits
     kind, magic, one = ("f16x2", 0x6400, 0x3C00) if f16 else ("bf16x2", 0x4300, 0x3F80)
@@ -356,6 +365,11 @@ def unpack_asm(part: int, low_bits: int, high_bits: int, signed: bool, f16: bool
     asm = f"{{.reg .b32 q, t, s, c; mov.b32 c, {pair(one)};"
     if low_bits == 8:
         asm += f"shr.u32 q, {'$2' if half else '$1'}, {8 * i}; and.b32 q, q, 0x00FF00FF;"
+        if e4m3:
+            shift, power = (7, 0x5C00) if f16 else (4, 0x7B80)  # 2^8, 2^120
+            asm += f"and.b32 t, q, 0x00800080; shl.b32 t, t, 8; and.b32 q, q, 0x007F007F; shl.b32 q, q, {shift};"
+            asm += f"or.b32 q, q, t; mov.b32 c, {pair(power)}; mov.b32 t, {pair(0x8000)}; fma.rn.{kind} q, q, c, t;"
+            return asm + f"fma.rn.{kind} $0, q, $6, $7;}}"
         if signed == f16:  # the middle of unsigned codes is 128; bf16 takes signed ones
             asm += "xor.b32 q, q, 0x00800080;"
         if f16:

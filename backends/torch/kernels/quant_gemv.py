@@ -163,8 +163,9 @@ def quant_gemv_kernel(
 def quant_gemv_config(m: int, n: int, k: int, act: bool) -> QuantGemvConfig:
     """At most three units of a row per thread, whose x fits into registers; as measured on an H200."""
     warps = min(next_power_of_2(triton.cdiv(k, 32 * 96)), 8)
-    many = m == 1 and not act and warps <= 2 and n >= 4096
-    return QuantGemvConfig(8, warps, 6) if many else QuantGemvConfig(4, warps, 4)
+    if m == 1 and n >= 4096:
+        return QuantGemvConfig(4, warps, 8) if act else QuantGemvConfig(8, warps, 6 if warps <= 2 else 4)
+    return QuantGemvConfig(4, warps, 4)
 
 
 def quant_gemv(

@@ -61,7 +61,7 @@ def test_activations(norm: bool, dtype: torch.dtype):
     assert int(both.abs().max()) == 32767
 
 
-@pytest.mark.parametrize("tensor", cases(), ids=lambda t: f"{t.format} {t.form}")
+@pytest.mark.parametrize("tensor", [t for t in cases() if t.form.kind != "fp8"], ids=lambda t: f"{t.format} {t.form}")
 def test_gemv(tensor: QuantTensor):
     rows = rows_of(tensor)
     for dtype in HALVES:
