@@ -29,9 +29,9 @@ from random_checkpoint import SHAPES
 
 import llmrs.model
 from llmrs import Engine, EngineConfig
-from llmrs.bench import profile, report, serving
+from llmrs.bench import profile, report
 from llmrs.bench.roofline import Device
-from llmrs.bench.workloads import Workload
+from llmrs.bench.workloads import Workload, run
 from llmrs.models.arch.config import ModelConfig
 from llmrs.models.arch.families import family, graph_of, read_config
 from llmrs.models.files.weights import stored_name
@@ -99,17 +99,18 @@ def measure(folder: Path, quant: str, workloads: list[Workload], *, profiled: bo
     with Engine(EngineConfig(folder, device="cuda:0", kv_cache_memory=40 * 10**9, **options)) as engine:
         plan = engine.memory_plan
         print(f"{quant}: {plan.weight_bytes / 1e9:.2f} GB of weights, ready in {time.perf_counter() - begin:.1f} s")
-        device = Device.of(engine)
-        results = []
+        device, rates = Device.of(engine), dict[str, float]()
         for w in workloads:
-            results += serving.measure(engine, device, [w])
-            print("\n".join(report.TABLES["workloads"](results[-1:])), flush=True)
+            specs = w.make_requests(engine.model.config.vocab_size)
+            result = [run(engine, specs) for _ in range(2)][-1]
+            tokens = sum(len(s.prompt) for s in specs) if w.is_prefill else result.tokens
+            rates[w.name] = tokens / result.seconds
+            print(f"{quant} {w.name}: {rates[w.name]:,.1f} tokens/s", flush=True)
         if profiled:
             for batch in (1, 64):
                 print(
                     "\n".join(report.TABLES["profiles"]([profile.profile_step(engine, device, batch, 512)])), flush=True
                 )
-        rates = {r.name: r.tokens / r.seconds for r in results}
     random_tensor.cache_clear()
     return rates | {"read_tb_s": device.bandwidth / 1e12}
 
