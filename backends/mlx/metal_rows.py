@@ -57,7 +57,8 @@ class MetalRows(PackedRows):
         return multiply(self.kernels, rows, self.weight).reshape(*x.shape[:-1], -1)
 
     def gather_matmul(self, x: mx.array, count: int, experts: mx.array) -> mx.array:
-        return mx.expand_dims(quant.gather_gemv(self.kernels, x[:, :, 0], self.weight, count, experts), 2)
+        multiply = quant.gather_gemv if experts.size <= quant.MAX_GEMV_M * count else quant.gather_gemm
+        return mx.expand_dims(multiply(self.kernels, x[:, :, 0], self.weight, count, experts), 2)
 
 
 def metal_rows(rows: PackedRows, kernels: Kernels) -> MetalRows:

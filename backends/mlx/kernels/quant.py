@@ -10,7 +10,7 @@ from llmrs.backends.mlx.kernels.launch import FLOATS, Kernel, Kernels, Template,
 HEADERS = ("matrices", "quant_rows")
 PLANES = ("codes", "high", "scales", "supers", "zeros", "row_scales", "table")
 GEMV = Kernel("quant_gemv", ("x", *PLANES, "experts", "rows"), ("out",), HEADERS)
-GEMM = Kernel("quant_gemm", ("x", *PLANES, "rows"), ("out",), HEADERS)
+GEMM = Kernel("quant_gemm", ("x", *PLANES, "order", "starts", "rows"), ("out",), HEADERS)
 EMBED = Kernel("quant_embed", ("index", *PLANES), ("out",), HEADERS)
 
 MAX_GEMV_M = 8  # rows of x
@@ -71,9 +71,29 @@ def gemm(kernels: Kernels, x: mx.array, w: Weight) -> mx.array:
     """x w^T (M, N), from x (M, K). Raises BackendError for other shapes and dtypes."""
     check(GEMM, "x", x, (x.shape[0], w.columns), FLOATS)
     require(GEMM, len(x) > 0, "no rows of x")
-    grid, shape = (128 * -(-len(x) // BM), -(-w.rows // BN), 1), (len(x), w.rows)
-    template: Template = {"T": x.dtype, **w.template}
-    return kernels.run(GEMM, [x, *w.inputs(), w.rows], template, grid, (128, 1, 1), [(shape, x.dtype)])[0]
+    template: Template = {"GATHER": False, "SHARE": 1, **w.template}
+    inputs: list[mx.array | float] = [x, *w.inputs(), w.planes["scales"], w.planes["scales"], w.rows]
+    return _gemm(kernels, inputs, template, -(-len(x) // BM), (len(x), w.rows), x.dtype)
+
+
+def gather_gemm(kernels: Kernels, x: mx.array, w: Weight, count: int, experts: mx.array) -> mx.array:
+    """`gather_gemv` for many rows of x per expert."""
+    tokens, chosen = experts.shape
+    check(GEMM, "x", x, (tokens, chosen if x.shape[1] > 1 else 1, w.columns), FLOATS)
+    flat = mx.flatten(experts)
+    starts = mx.sum(flat[None] < mx.arange(count + 1, dtype=flat.dtype)[:, None], axis=1)
+    template: Template = {"GATHER": True, "SHARE": chosen // x.shape[1], **w.template}
+    tiles, rows = flat.size // BM + min(count, flat.size), w.rows // count  # at most so many
+    inputs: list[mx.array | float] = [x, *w.inputs(), mx.argsort(flat), starts, rows]
+    return _gemm(kernels, inputs, template, tiles, (tokens, chosen, rows), x.dtype)
+
+
+def _gemm(
+    kernels: Kernels, inputs: Sequence[mx.array | float], template: Template, tiles: int, shape: tuple[int, ...],
+    dtype: mx.Dtype,
+) -> mx.array:  # fmt: skip
+    grid = (128 * tiles, -(-shape[-1] // BN), 1)
+    return kernels.run(GEMM, inputs, {"T": dtype, **template}, grid, (128, 1, 1), [(shape, dtype)])[0]
 
 
 def embed(kernels: Kernels, index: mx.array, w: Weight, dtype: mx.Dtype) -> mx.array:

@@ -110,16 +110,21 @@ def embed(name="q4_k", dtype=mx.float32, rows=11, columns=512, mutate=None):
         np.testing.assert_array_equal(float64(got), float64(expected))
 
 
-def experts(name="q4_k", shared=True, dtype=mx.float32, rows=9, mutate=None):
-    """Three tokens, two of four experts each."""
-    chosen = np.array([[3, 1], [0, 3], [1, 2]])
+def experts(name="q4_k", shared=True, dtype=mx.float32, rows=9, run=quant.gather_gemv, tokens=3, mutate=None):
+    """Two of four experts for each token; none for the last expert but one."""
+    chosen = np.random.default_rng(tokens).permuted(np.tile([0, 1, 3], (tokens, 1)), axis=1)[:, :2]
     w = weights(name, 4 * rows, 256, dtype)
-    x = activations(w.float32(), 3 if shared else 6, dtype).reshape(3, -1, 1, 256)
-    got = packed(w, mutate).gather_matmul(x, 4, mx.array(chosen))
-    assert got.shape == (3, 2, 1, rows)
-    stack = w.float32().astype(np.float64).reshape(4, rows, 256)[chosen.ravel()]
-    each = mx.broadcast_to(x, (3, 2, 1, 256)).reshape(6, 1, 256)
-    assert_products(got.reshape(6, 1, rows), each, stack)
+    x = activations(w.float32(), tokens * (1 if shared else 2), dtype).reshape(tokens, -1, 256)
+    ours = packed(w, mutate)
+    got = run(ours.kernels, x, ours.weight, 4, mx.array(chosen))
+    assert got.shape == (tokens, 2, rows)
+    exact = w.float32().astype(np.float64) if run is quant.gather_gemv else float64(mx.array(w.float32()).astype(dtype))
+    each = mx.broadcast_to(x, (tokens, 2, 256)).reshape(-1, 1, 256)
+    assert_products(got.reshape(-1, 1, rows), each, exact.reshape(4, rows, 256)[chosen.ravel()])
+
+
+def many(*arguments, rows=67, **options):
+    experts(*arguments, rows=rows, run=quant.gather_gemm, tokens=60, **options)
 
 
 EVERY = pytest.mark.parametrize("name", [*HALVES, *OTHERS])
@@ -145,13 +150,14 @@ def test_gemv_of_some_rows(m):
     gemv("q5_k", m, [mx.bfloat16, mx.float16, mx.float32][m % 3], rows=5, columns=768)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
 @pytest.mark.parametrize(("name", "columns"), [("q8_0", 1056), ("q6_k", 256)])
 def test_types(name, columns, dtype):
     gemv(name, dtype=DTYPES[dtype], columns=columns)
     gemm(name, dtype=DTYPES[dtype], columns=columns if columns < 1000 else 96)
     embed(name, dtype=DTYPES[dtype], columns=columns)
     experts(name, dtype=DTYPES[dtype])
+    many(name, dtype=DTYPES[dtype])
 
 
 @pytest.mark.parametrize(("m", "rows"), [(9, 1), (32, 64), (65, 130)])
@@ -159,10 +165,21 @@ def test_gemm_shapes(m, rows):
     gemm("q4_k", m, rows=rows, columns=2048 if rows == 1 else 256)
 
 
-@pytest.mark.parametrize("name", ["q4_k", "q3_k", "iq4_xs"])
+@pytest.mark.parametrize("name", ["q4_k", "iq4_xs"])
 def test_experts(name):
-    experts(name, shared=True)
-    experts(name, shared=False)
+    for run in (experts, many):
+        run(name, shared=True)
+        run(name, shared=False)
+
+
+def test_few_and_many_rows_per_expert():
+    w, shim = packed_rows(weights("q6_k", 4 * 9, 256, mx.float32)), Shim()
+    rows = metal_rows(w, Kernels(shim))
+    for tokens, kernel in ((16, "gemv"), (17, "gemm")):
+        x, chosen = mx.random.normal((tokens, 1, 1, 256)), mx.random.randint(0, 4, (tokens, 2))
+        got, expected = (r.gather_matmul(x, 4, chosen) for r in (rows, w))
+        assert mx.allclose(got, expected, atol=1e-5 * mx.abs(expected).max().item())
+        assert shim.calls[-1] == f"llmrs_quant_{kernel}"
 
 
 def test_every_number_of_rows(monkeypatch):
@@ -207,10 +224,16 @@ MUTATIONS = [
     (experts, "q4_k", "z / SHARE", "z % 2"),
     (experts, "q4_k", "size_t(experts[z]) * count", "size_t(experts[z] + 1) * count"),
     (experts, "q4_k", "size_t(experts[z]) * count", "size_t(experts[0]) * count"),
+    (many, "q4_k", "order[token]) / SHARE", "order[token])"),
+    (many, "q4_k", "+ BM - 1) / BM", ") / BM"),
+    (many, "q4_k", "if (first_token < end) break;", "if (first_token <= end) break;"),
+    (many, "q4_k", "if (expert == experts) return;", ""),
+    (many, "q4_k", "size_t(expert) * count", "size_t(0) * count"),
+    (many, "q4_k", "uint(order[m]) : m", "m : m"),
     (gemm, "q4_k", "min(first_row + tid / 2, count - 1)", "first_row + tid / 2"),
-    (gemm, "q4_k", "min(first_token + x_row, tokens - 1)", "first_token + x_row"),
+    (gemm, "q4_k", "min(first_token + x_row, end - 1)", "first_token + x_row"),
     (gemm, "q4_k", "ulong2(0, 0), true", "ulong2(0, 0), false"),
-    (gemm, "q4_k", "m < tokens &&", ""),
+    (gemm, "q4_k", "m < end", "true"),
     (gemm, "q4_k", "n + e < count", "n < count"),
     (gemm, "q4_k", "left[i / 4], right[i % 4]", "left[i % 2], right[i % 4]"),
     (gemm, "q5_k", "piece * 8", "piece * 4"),
