@@ -5,7 +5,7 @@ above; scales and their mins or biases, super-scales and super-mins become pairs
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
@@ -17,6 +17,8 @@ from llmrs.quant.form import TABLES, Form, pack_codes, unpack_codes
 
 SPLIT = {2: (2, 0), 3: (2, 1), 4: (4, 0), 5: (4, 1), 6: (4, 2), 8: (8, 0)}  # bits of a code -> LOW and HIGH
 SCALES = {"u4": 1, "e8m0": 2, "half_e8m0": 3, "e4m3": 4}  # SCALE; others are numbers
+# GGUF's MXFP4 has codes of twice the value and scales of half: MLX's mxfp4
+SAME = {Form("fp4", "double_e2m1", 32, "half_e8m0"): Form("fp4", "e2m1", 32, "e8m0")}
 MAX_GEMM_M = 256  # rows of x up to which quant_gemm runs; above, slices are unpacked for MLX's GEMM
 
 
@@ -24,6 +26,7 @@ def packer(kernels: Kernels) -> Pack:
     """Lays out rows for the kernels, except where MLX has a kernel of its own or ours don't support the shape."""
 
     def pack(rows: PackedRows, dtype: mx.Dtype) -> PackedRows:
+        rows = replace(rows, form=SAME.get(rows.form, rows.form))
         return metal_rows(rows, kernels) if rows.native(dtype) is None and supports(rows) else rows
 
     return pack
@@ -50,11 +53,12 @@ class MetalRows(PackedRows):
         return quant.embed(self.kernels, numbers, self.weight, dtype)
 
     def linear(self, x: mx.array) -> mx.array:
-        rows = mx.flatten(x, 0, -2)
+        rows = x if x.ndim == 2 else mx.flatten(x, 0, -2)
         if len(rows) > MAX_GEMM_M:
             return super().linear(x)
         multiply = quant.gemv if len(rows) <= quant.MAX_GEMV_M else quant.gemm
-        return multiply(self.kernels, rows, self.weight).reshape(*x.shape[:-1], -1)
+        y = multiply(self.kernels, rows, self.weight)
+        return y if x.ndim == 2 else y.reshape(*x.shape[:-1], -1)
 
     def gather_matmul(self, x: mx.array, count: int, experts: mx.array) -> mx.array:
         multiply = quant.gather_gemv if experts.size <= quant.MAX_GEMV_M * count else quant.gather_gemm

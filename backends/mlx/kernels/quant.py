@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import mlx.core as mx
 
@@ -31,6 +32,7 @@ class Weight:
     def rows(self) -> int:
         return self.planes["codes"].shape[0]
 
+    @cached_property
     def inputs(self) -> list[mx.array]:
         """The arrays of PLANES. Others stand in for those that the form lacks, and are not read."""
         stand_ins = {"high": self.planes["codes"]}
@@ -42,7 +44,7 @@ def gemv(kernels: Kernels, x: mx.array, w: Weight) -> mx.array:
     check(GEMV, "x", x, (x.shape[0], w.columns), FLOATS)
     require(GEMV, 0 < len(x) <= MAX_GEMV_M, f"{len(x)} rows of x")
     template: Template = {"M": len(x), "GATHER": False, "SHARE": 1, **w.template}
-    return _gemv(kernels, [x, *w.inputs(), w.planes["scales"], w.rows], template, 1, (len(x), w.rows), x.dtype)
+    return _gemv(kernels, [x, *w.inputs, w.planes["scales"], w.rows], template, 1, (len(x), w.rows), x.dtype)
 
 
 def gather_gemv(kernels: Kernels, x: mx.array, w: Weight, count: int, experts: mx.array) -> mx.array:
@@ -54,7 +56,7 @@ def gather_gemv(kernels: Kernels, x: mx.array, w: Weight, count: int, experts: m
     check(GEMV, "x", x, (tokens, chosen if x.shape[1] > 1 else 1, w.columns), FLOATS)
     rows = w.rows // count
     template: Template = {"M": 1, "GATHER": True, "SHARE": chosen // x.shape[1], **w.template}
-    return _gemv(kernels, [x, *w.inputs(), experts, rows], template, experts.size, (tokens, chosen, rows), x.dtype)
+    return _gemv(kernels, [x, *w.inputs, experts, rows], template, experts.size, (tokens, chosen, rows), x.dtype)
 
 
 def _gemv(
@@ -72,7 +74,7 @@ def gemm(kernels: Kernels, x: mx.array, w: Weight) -> mx.array:
     check(GEMM, "x", x, (x.shape[0], w.columns), FLOATS)
     require(GEMM, len(x) > 0, "no rows of x")
     template: Template = {"GATHER": False, "SHARE": 1, **w.template}
-    inputs: list[mx.array | float] = [x, *w.inputs(), w.planes["scales"], w.planes["scales"], w.rows]
+    inputs: list[mx.array | float] = [x, *w.inputs, w.planes["scales"], w.planes["scales"], w.rows]
     return _gemm(kernels, inputs, template, -(-len(x) // BM), (len(x), w.rows), x.dtype)
 
 
@@ -84,7 +86,7 @@ def gather_gemm(kernels: Kernels, x: mx.array, w: Weight, count: int, experts: m
     starts = mx.sum(flat[None] < mx.arange(count + 1, dtype=flat.dtype)[:, None], axis=1)
     template: Template = {"GATHER": True, "SHARE": chosen // x.shape[1], **w.template}
     tiles, rows = flat.size // BM + min(count, flat.size), w.rows // count  # at most so many
-    inputs: list[mx.array | float] = [x, *w.inputs(), mx.argsort(flat), starts, rows]
+    inputs: list[mx.array | float] = [x, *w.inputs, mx.argsort(flat), starts, rows]
     return _gemm(kernels, inputs, template, tiles, (tokens, chosen, rows), x.dtype)
 
 
@@ -102,4 +104,4 @@ def embed(kernels: Kernels, index: mx.array, w: Weight, dtype: mx.Dtype) -> mx.a
     pieces, shape = w.columns // 16, (index.size, w.columns)
     template: Template = {"T": dtype, **w.template}
     grid, threadgroup = (pieces, index.size, 1), (min(pieces, 256), 1, 1)
-    return kernels.run(EMBED, [index, *w.inputs()], template, grid, threadgroup, [(shape, dtype)])[0]
+    return kernels.run(EMBED, [index, *w.inputs], template, grid, threadgroup, [(shape, dtype)])[0]

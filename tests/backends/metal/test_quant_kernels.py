@@ -206,10 +206,15 @@ def test_what_the_kernels_take():
     """MLX's own kernels stay where it has some; rows of other shapes are unpacked by MLX's ops."""
     pack = packer(kernels())
     native = packed_rows(weights("affine[u4, 64, bf16]+biases", 8, 256, mx.float32))
-    assert pack(native, mx.bfloat16) is native
+    assert pack(native, mx.bfloat16) == native
     assert isinstance(pack(native, mx.float16), MetalRows)
+    for files in (blocks("mxfp4", 8, 256), weights("fp4[e2m1, 32, e8m0]", 8, 256, mx.float32)):
+        rows = pack(packed_rows(files), mx.bfloat16)
+        assert not isinstance(rows, MetalRows)
+        assert rows.native(mx.bfloat16)
+        np.testing.assert_array_equal(np.array(rows.unpack(mx.float32)), files.float32())
     few = packed_rows(blocks("q6_k", 3, 256))
-    assert pack(few, mx.float32) is few  # 3 super-scales
+    assert pack(few, mx.float32) == few  # 3 super-scales
 
 
 MUTATIONS = [
