@@ -16,6 +16,9 @@ EMBED = Kernel("quant_embed", ("index", *PLANES), ("out",), HEADERS)
 
 MAX_GEMV_M = 8  # rows of x
 SIMDS = 2  # simdgroups per threadgroup of quant_gemv
+MIN_N_FOUR = (
+    4096  # results from which a simdgroup takes four rows of w; with fewer there are too few simdgroups. A guess
+)
 BM, BN = 32, 64  # rows of x and of w per threadgroup of quant_gemm
 MIN_SIZE = 8  # of each plane: MLX passes smaller arrays in another address space
 
@@ -63,7 +66,8 @@ def _gemv(
     kernels: Kernels, inputs: Sequence[mx.array | float], template: Template, z: int, shape: tuple[int, ...],
     dtype: mx.Dtype,
 ) -> mx.array:  # fmt: skip
-    each = 4 if template["M"] == 1 else 2  # rows of w per simdgroup: a lane's registers hold 16 columns of each
+    four = template["M"] == 1 and shape[-1] * z >= MIN_N_FOUR
+    each = 4 if four else 2  # rows of w per simdgroup: a lane's registers hold 16 columns of each
     template = {"T": dtype, "ROWS": each, "SIMDS": SIMDS, **template}
     grid = (32 * SIMDS * -(-shape[-1] // (SIMDS * each)), 1, z)
     return kernels.run(GEMV, inputs, template, grid, (32 * SIMDS, 1, 1), [(shape, dtype)])[0]

@@ -150,6 +150,13 @@ def test_gemv_of_some_rows(m):
     gemv("q5_k", m, [mx.bfloat16, mx.float16, mx.float32][m % 3], rows=5, columns=768)
 
 
+@pytest.mark.parametrize("name", ["q4_k", "q3_k", "q8_0", "iq4_nl"])
+def test_gemv_of_four_rows_per_simdgroup(monkeypatch, name):
+    monkeypatch.setattr(quant, "MIN_N_FOUR", 1)
+    gemv(name)
+    experts(name)
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])
 @pytest.mark.parametrize(("name", "columns"), [("q8_0", 1056), ("q6_k", 256)])
 def test_types(name, columns, dtype):
