@@ -12,7 +12,7 @@ import numpy as np
 
 from llmrs.backends.mlx.kernels import quant
 from llmrs.backends.mlx.kernels.launch import Kernels, Template
-from llmrs.backends.mlx.quant_matrix import MLX, SLICE_WEIGHTS, Pack, PackedRows
+from llmrs.backends.mlx.quant_matrix import DTYPES, MLX, SLICE_WEIGHTS, Pack, PackedRows
 from llmrs.quant.form import TABLES, Form, pack_codes, unpack_codes
 
 SPLIT = {2: (2, 0), 3: (2, 1), 4: (4, 0), 5: (4, 1), 6: (4, 2), 8: (8, 0)}  # bits of a code -> LOW and HIGH
@@ -23,11 +23,13 @@ MAX_GEMM_M = 256  # rows of x up to which quant_gemm runs; above, slices are unp
 
 
 def packer(kernels: Kernels) -> Pack:
-    """Lays out rows for the kernels, except where MLX has a kernel of its own or ours don't support the shape."""
+    """Lays out rows for the kernels where MLX has none that reads the planes as they are and ours support the shape."""
 
     def pack(rows: PackedRows, dtype: mx.Dtype) -> PackedRows:
         rows = replace(rows, form=SAME.get(rows.form, rows.form))
-        return metal_rows(rows, kernels) if rows.native(dtype) is None and supports(rows) else rows
+        converts = rows.form.kind == "affine" and DTYPES.get(rows.form.scale) != dtype  # the scales, in each call
+        native = rows.native(dtype) is not None and not converts
+        return rows if native or not supports(rows) else metal_rows(rows, kernels)
 
     return pack
 
