@@ -31,6 +31,7 @@ inline void load_words(const device uint* from, thread uint* words) {
 }
 
 // Two e4m3, divided by 256, from bits 0-7 and 16-23. A half has one bit more of exponent, and a bias of 15.
+// NaN becomes 480 / 256.
 inline half2 e4m3_pair(uint bytes) { return as_type<half2>((bytes & 0x00800080u) << 8 | (bytes & 0x007f007fu) << 7); }
 
 template <int SCALE, typename S>

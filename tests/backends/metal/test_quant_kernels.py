@@ -127,6 +127,7 @@ def many(*arguments, rows=67, **options):
     experts(*arguments, rows=rows, run=quant.gather_gemm, tokens=60, **options)
 
 
+needs_shim = pytest.mark.skipif(mx.metal.is_available(), reason="counts calls of the shim")
 EVERY = pytest.mark.parametrize("name", [*HALVES, *OTHERS])
 
 
@@ -179,6 +180,7 @@ def test_experts(name):
         run(name, shared=False)
 
 
+@needs_shim
 def test_few_and_many_rows_per_expert():
     w, shim = packed_rows(weights("q6_k", 4 * 9, 256, mx.float32)), Shim()
     rows = metal_rows(w, Kernels(shim))
@@ -189,6 +191,7 @@ def test_few_and_many_rows_per_expert():
         assert shim.calls[-1] == f"llmrs_quant_{kernel}"
 
 
+@needs_shim
 def test_every_number_of_rows(monkeypatch):
     """1 to 8 rows by quant_gemv, up to MAX_GEMM_M by quant_gemm, more by unpacked slices."""
     monkeypatch.setattr(rows_module, "MAX_GEMM_M", 16)
