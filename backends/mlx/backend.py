@@ -20,6 +20,8 @@ from llmrs.backends.mlx.fusion import RULES
 from llmrs.backends.mlx.kernels.launch import Kernels
 from llmrs.backends.mlx.kv_fp8 import QuantizedKV, unpack
 from llmrs.backends.mlx.lowering import Lowering, Program
+from llmrs.backends.mlx.metal_rows import packer
+from llmrs.backends.mlx.quant_matrix import Pack
 from llmrs.backends.mlx.sampling import SlotState, apply_logits_processors, logprobs, sample
 from llmrs.core.batch import Batch
 from llmrs.core.errors import BackendError, MemoryLimitError
@@ -69,6 +71,7 @@ class MlxBackend(Backend):
             raise BackendError(f"device {device!r} is not available: MLX has no Metal here", "device: cpu")
         self.mx_dtype = DTYPES[dtype]
         self.ops_table, self.sampler, self.use_compile = ops.COMMON, sample, False
+        self.pack: Pack | None = None
         if device == "gpu" and mx.metal.is_available():
             self.use_metal(Kernels())
             self.use_compile = True  # on a CPU, mx.compile needs a C++ compiler
@@ -89,12 +92,13 @@ class MlxBackend(Backend):
         if options.kernels == "triton":
             raise BackendError("kernels: triton is not for the mlx backend", "auto or plain")
         if options.kernels == "plain" and self.use_compile:
-            self.ops_table, self.sampler = {**ops.COMMON, **ops.FAST}, sample
+            self.ops_table, self.sampler, self.pack = {**ops.COMMON, **ops.FAST}, sample, None
 
     def use_metal(self, kernels: Kernels) -> None:
         """Overrides mx ops with Metal kernels; call before `load`."""
         self.ops_table = {**ops.COMMON, **ops.FAST, **metal_ops.ops_table(kernels)}
         self.sampler = partial(metal_ops.sample, kernels)
+        self.pack = packer(kernels)
 
     @classmethod
     def devices(cls) -> list[str]:
@@ -115,7 +119,7 @@ class MlxBackend(Backend):
         if self.fused_ops:
             self.graph = fuse_graph(self.graph, RULES, RULES)
         function = fuse(inline(self.graph), [FUSED_ADD_RMS_NORM] if self.fused_ops else [])
-        lowering = Lowering(self.ops_table, self.mx_dtype, weights, progress, tied_weights(function))
+        lowering = Lowering(self.ops_table, self.mx_dtype, weights, progress, tied_weights(function), self.pack)
         try:
             with streams.use_stream(self.stream):
                 self.program = lowering.program(function)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from llmrs.backends.linearize import call_params
-from llmrs.backends.mlx.quant_matrix import Matrix, as_array, quant_matrix
+from llmrs.backends.mlx.quant_matrix import Matrix, Pack, as_array, quant_matrix
 from llmrs.core.ir import Equation, Function, Value, Weight
 from llmrs.quant.tensor import AnyTensor, QuantTensor
 
@@ -48,6 +48,7 @@ class Lowering:
     weights: Mapping[str, AnyTensor]
     progress: Callable[[int], None]
     tied: set[Weight]  # weights with several uses
+    pack: Pack | None = None  # of quantized weights
     loaded: dict[Weight, Matrix] = field(default_factory=dict)
 
     def program(self, function: Function) -> Program:
@@ -69,7 +70,7 @@ class Lowering:
             return self.loaded[weight]
         tensors = [self.weights[s.tensor] for s in weight.segments]
         quantized = any(isinstance(t, QuantTensor) for t in tensors)
-        matrix = quant_matrix(tensors, self.dtype) if quantized else self._dense(tensors)
+        matrix = quant_matrix(tensors, self.dtype, self.pack) if quantized else self._dense(tensors)
         mx.clear_cache()  # MLX would keep the freed parts
         self.progress(sum(t.nbytes for t in tensors))
         if weight in self.tied:

@@ -1,7 +1,7 @@
 """Quantized matrices in MLX: by mx.quantized_matmul where it is exact and takes the form's planes as they are, else
-unpacked slice by slice when they are used, which is the definition of every form."""
+by Metal kernels (metal_rows.py), or unpacked slice by slice when they are used, the definition of every form."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -56,12 +56,25 @@ class PackedRows:
     def __len__(self) -> int:
         return self.planes["codes"].shape[0]
 
-    def __getitem__(self, index: slice | mx.array) -> "PackedRows":
-        return PackedRows(self.form, self.columns, {name: plane[index] for name, plane in self.planes.items()})
-
     def unpack(self, dtype: mx.Dtype) -> mx.array:
         """(N, K) of this dtype, rounded once."""
-        return unpack(MLX, self.form, self.planes, self.columns).astype(dtype)
+        return self.gather(slice(None), dtype)
+
+    def gather(self, index: slice | mx.array, dtype: mx.Dtype) -> mx.array:
+        """Rows by their numbers, (T, K) of this dtype, rounded once."""
+        planes = {name: plane[index] for name, plane in self.planes.items()}
+        return unpack(MLX, self.form, planes, self.columns).astype(dtype)
+
+    def linear(self, x: mx.array) -> mx.array:
+        """x w^T: (..., K) -> (..., N), unpacked slice by slice."""
+        step = max(SLICE_WEIGHTS // self.columns, 1)
+        outs = [x @ self.gather(slice(n, n + step), x.dtype).T for n in range(0, len(self), step)]
+        return outs[0] if len(outs) == 1 else mx.concatenate(outs, -1)
+
+    def gather_matmul(self, x: mx.array, count: int, experts: mx.array) -> mx.array:
+        """x (T, k or 1, 1, K), experts (T, k): x w[expert]^T (T, k, 1, N / count), for experts stacked along the
+        rows."""
+        return gather_matmul(x, lambda index: self.gather(index, x.dtype), (len(self) // count, self.columns), experts)
 
     def native(self, dtype: mx.Dtype) -> "NativeMode | None":
         """The mode of mx.quantized_matmul that computes this form; None where it has none, or would convert the scales
@@ -125,12 +138,13 @@ class QuantMatrix:
 
     def linear(self, x: mx.array) -> mx.array:
         """x w^T: (..., K) -> (..., N)."""
-        outs = [y for s, n in zip(self.segments, self.native, strict=True) for y in _products(x, s, n)]
+        outs = [_product(x, s, n) for s, n in zip(self.segments, self.native, strict=True)]
         return outs[0] if len(outs) == 1 else mx.concatenate(outs, -1)
 
     def gather(self, index: mx.array) -> mx.array:
         """Rows by their numbers, int (T,): (T, K)."""
-        return _dense(self._whole()[index], self.dtype)
+        whole = self._whole()
+        return whole.gather(index, self.dtype) if isinstance(whole, PackedRows) else whole[index]
 
     def gather_matmul(self, x: mx.array, count: int, experts: mx.array) -> mx.array:
         """x (T, k or 1, 1, K), experts (T, k): x w[expert]^T (T, k, 1, N / count), for experts stacked along the
@@ -138,15 +152,9 @@ class QuantMatrix:
         if len(self.native) == 1 and self.native[0]:
             return self.native[0].gather_matmul(x, count, experts)
         stack = self._whole()
-        rows, columns = self.shape[0] // count, self.shape[1]
-        step = max(GATHERED_WEIGHTS // (rows * columns * experts.shape[1]), 1)  # tokens
-        numbers, outs = mx.arange(rows), []
-        for begin in range(0, experts.shape[0], step):
-            chosen = experts[begin : begin + step]
-            index = mx.flatten(chosen[:, :, None] * rows + numbers)
-            w = _dense(stack[index], self.dtype).reshape(*chosen.shape, rows, columns)
-            outs.append(x[begin : begin + step] @ mx.swapaxes(w, -1, -2))
-        return mx.concatenate(outs) if len(outs) > 1 else outs[0]
+        if isinstance(stack, PackedRows):
+            return stack.gather_matmul(x, count, experts)
+        return gather_matmul(x, stack.__getitem__, (self.shape[0] // count, self.shape[1]), experts)
 
     def _whole(self) -> PackedRows | mx.array:
         """The only segment; several are unpacked."""
@@ -156,21 +164,36 @@ class QuantMatrix:
 
 
 Matrix = mx.array | QuantMatrix
+Pack = Callable[[PackedRows, mx.Dtype], PackedRows]
 
 
-def _products(x: mx.array, rows: PackedRows | mx.array, native: NativeMode | None) -> list[mx.array]:
+def _product(x: mx.array, rows: PackedRows | mx.array, native: NativeMode | None) -> mx.array:
     if native:
-        return [native.matmul(x)]
-    step = max(SLICE_WEIGHTS // x.shape[-1], 1)
-    return [x @ _dense(rows[n : n + step], x.dtype).T for n in range(0, len(rows), step)]
+        return native.matmul(x)
+    return rows.linear(x) if isinstance(rows, PackedRows) else x @ rows.T
+
+
+def gather_matmul(
+    x: mx.array, gather: Callable[[mx.array], mx.array], expert: tuple[int, int], experts: mx.array
+) -> mx.array:
+    """`PackedRows.gather_matmul` with the rows that `gather` gives by their numbers; `expert`: its shape."""
+    rows, columns = expert
+    step = max(GATHERED_WEIGHTS // (rows * columns * experts.shape[1]), 1)  # tokens
+    numbers, outs = mx.arange(rows), []
+    for begin in range(0, experts.shape[0], step):
+        chosen = experts[begin : begin + step]
+        index = mx.flatten(chosen[:, :, None] * rows + numbers)
+        w = gather(index).reshape(*chosen.shape, rows, columns)
+        outs.append(x[begin : begin + step] @ mx.swapaxes(w, -1, -2))
+    return mx.concatenate(outs) if len(outs) > 1 else outs[0]
 
 
 def _dense(rows: PackedRows | mx.array, dtype: mx.Dtype) -> mx.array:
     return rows.unpack(dtype) if isinstance(rows, PackedRows) else rows
 
 
-def quant_matrix(tensors: Sequence[AnyTensor], dtype: mx.Dtype) -> QuantMatrix:
-    """Copies on the device; neighbours of one form become one segment."""
+def quant_matrix(tensors: Sequence[AnyTensor], dtype: mx.Dtype, pack: Pack | None = None) -> QuantMatrix:
+    """Copies on the device; neighbours of one form become one segment, which `pack` may lay out anew."""
     groups: list[list[PackedRows | mx.array]] = []
     for tensor in tensors:
         segment = packed_rows(tensor) if isinstance(tensor, QuantTensor) else as_array(tensor).astype(dtype)
@@ -178,7 +201,10 @@ def quant_matrix(tensors: Sequence[AnyTensor], dtype: mx.Dtype) -> QuantMatrix:
             groups[-1].append(segment)
         else:
             groups.append([segment])
-    return QuantMatrix([_joined(group) for group in groups], dtype)
+    segments = [_joined(group) for group in groups]
+    if pack:
+        segments = [pack(s, dtype) if isinstance(s, PackedRows) else s for s in segments]
+    return QuantMatrix(segments, dtype)
 
 
 def _alike(a: PackedRows | mx.array, b: PackedRows | mx.array) -> bool:

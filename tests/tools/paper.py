@@ -10,6 +10,7 @@ from llmrs.bench.roofline import Device, ModelCost
 from llmrs.core.ir import Graph
 from llmrs.models.arch.config import parse
 from llmrs.models.arch.families import family, graph_of
+from llmrs.quant.ggml import TYPES, stored
 
 # Memory bandwidth as Apple publishes it; GPU arithmetic in half precision as commonly cited, on the largest GPU.
 DEVICES = [
@@ -31,6 +32,8 @@ FORMATS = {"bf16": "bf16", "Q8_0": "q8_0", "Q4_K": "q4k"}
 BATCHES = (1, 8, 32)
 CONTEXT, PROMPT = 512, 512
 REACHED = 0.85  # of the bandwidth, by good kernels
+QUANTIZED = "q2_k q3_k iq4_xs q4_0 q4_k q5_k q6_k q8_0".split()  # of KERNELS_MODEL, one sequence
+KERNELS_MODEL, LOW = "Qwen3-8B", 0.55  # the share of the bandwidth that llama.cpp reaches in its slower types
 MATRIX = 0.7  # of the FLOP/s, by large GEMMs
 LAUNCH = 3.5e-6  # seconds between two kernels
 PER_LAYER, BESIDE = 11, 8  # kernels of a decode step: 5 of ours, 4 GEMMs, 2 scatters
@@ -74,11 +77,27 @@ def page_table(name: str) -> str:
     return "\n".join(line for line in table(name).splitlines() if not line.startswith(left_out))
 
 
+def quantized_table() -> str:
+    """Expected tokens per second in types that the Metal kernels read, at LOW and at REACHED of the bandwidth."""
+    plain = graph(KERNELS_MODEL)
+    cost, launches = ModelCost.of(plain), (len(plain.kv_types()) * PER_LAYER + BESIDE) * LAUNCH
+    devices = [device for device in DEVICES if device.name in ON_PAGE]
+    head = ("type", "bits in the file", "bits read", *(device.name for device in devices))
+    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for kind in map(TYPES.__getitem__, QUANTIZED):
+        file, read = 8 * kind.block_bytes / kind.block, 8 * stored(kind, (1, 256)).nbytes / 256
+        nbytes = cost.num_weights * read / 8 + CONTEXT * cost.kv_bytes_per_token
+        rates = [[1 / (nbytes / device.bandwidth / share + launches) for share in (LOW, REACHED)] for device in devices]
+        cells = [kind.name.upper(), f"{file:g}", f"{read:g}", *(f"{low:.0f} to {high:.0f}" for low, high in rates)]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 def renewed(text: str) -> str:
     """The page with each table after its mark replaced."""
-    for name in SHAPES:
+    for name, made in {**{n: page_table(n) for n in SHAPES}, "quantized": quantized_table()}.items():
         mark = f"<!-- paper: {name} -->"
-        text = re.sub(re.escape(mark) + r"\n(\|.*\n)*", lambda _, m=mark, n=name: f"{m}\n{page_table(n)}\n", text)
+        text = re.sub(re.escape(mark) + r"\n(\|.*\n)*", lambda _, m=mark, t=made: f"{m}\n{t}\n", text)
     return text
 
 

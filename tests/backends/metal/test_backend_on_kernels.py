@@ -6,9 +6,21 @@ import numpy as np
 import pytest
 from metal_mlx import Shim
 
+from llmrs.backends.base import load_backend
 from llmrs.backends.mlx.backend import MlxBackend
 from llmrs.backends.mlx.kernels.launch import Kernels
-from llmrs.backends.testing import BLOCK, CONTEXT, MODELS, RandomModel, core_on, prefill_batch, prompts, request, run
+from llmrs.backends.testing import (
+    BLOCK,
+    CONTEXT,
+    FORMS,
+    MODELS,
+    RandomModel,
+    core_on,
+    prefill_batch,
+    prompts,
+    request,
+    run,
+)
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="the shim needs Linux; on a Mac, TestMlx covers the GPU"
@@ -69,3 +81,32 @@ def test_half_precision(name, dtypes):
     assert "llmrs_paged_decode" in shim.calls
     for backend in (exact, plain, metal):
         backend.close()
+
+
+@pytest.mark.parametrize("forms", [FORMS[1], FORMS[3], FORMS[4]], ids=lambda f: "+".join(str(x) for x, _ in f))
+def test_quantized_weights(forms):
+    """Logits and greedy tokens of the reference: tables, merged matrices, heads in forms that MLX has no kernel for."""
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "num_hidden_layers": 1}
+    model = RandomModel.of("qwen3", **sizes, tie_word_embeddings=forms is FORMS[1]).quantized(*forms)
+    logits, tokens = [], []
+    reference, (metal, shim) = model.on(load_backend("reference")("cpu", "f32", "f32")), on_shim(model)
+    for backend in (reference, metal):
+        core = core_on(backend)
+        logits.append(backend.to_host(backend.forward(prefill_batch(prompts(1, 9, 21)))))
+        tokens.append(run(core, [request(p, max_tokens=4) for p in prompts(3, 11)]))
+    assert np.abs(logits[0] - logits[1]).max() < 1e-4 * np.abs(logits[0]).max()
+    assert tokens[0] == tokens[1]
+    assert {"llmrs_quant_gemv", "llmrs_quant_gemm", "llmrs_quant_embed"} <= set(shim.calls)
+    metal.close()
+
+
+def test_quantized_experts():
+    shapes = {"hidden_size": 256, "moe_intermediate_size": 256, "head_dim": 64, "num_hidden_layers": 1}
+    model, logits = RandomModel.of("qwen3-moe", **shapes).quantized(*FORMS[1]), []
+    reference, (metal, shim) = model.on(load_backend("reference")("cpu", "f32", "f32")), on_shim(model)
+    for backend in (reference, metal):
+        backend.allocate(100, BLOCK, 8, CONTEXT)
+        logits.append(backend.to_host(backend.forward(prefill_batch(prompts(1, 4)))))
+    assert np.abs(logits[0] - logits[1]).max() < 1e-4 * np.abs(logits[0]).max()
+    assert shim.calls.count("llmrs_quant_gemv") >= 3
+    metal.close()
