@@ -14,11 +14,12 @@ import torch
 
 from llmrs.backends.base import Backend, BackendOptions, bench
 from llmrs.backends.cores import usable_cores
-from llmrs.backends.fusion import FUSED_OPS
+from llmrs.backends.fusion import FUSED_ADD_RMS_NORM, FUSED_OPS, fuse
 from llmrs.backends.host_memory import free_host_memory, keep_freed_memory, trim_host_memory, use_huge_pages
 from llmrs.backends.linearize import hoist_logits_gather, inline, tied_weights
 from llmrs.backends.torch.async_output import CopiedOutput, OutputCopier, TorchOutput
 from llmrs.backends.torch.cpu import native
+from llmrs.backends.torch.cpu.ops import CPUOps
 from llmrs.backends.torch.cpu_linear import Linear, make_linear
 from llmrs.backends.torch.fusion import CanFuseNorm, program_functions
 from llmrs.backends.torch.kv_fp8 import E4M3, QuantizedKV, check_device
@@ -93,8 +94,8 @@ class TorchBackend(Backend):
         Raises BackendError if Triton is asked for and can't run, or can't do fp8; "auto" warns and falls back to plain
         torch ops if Triton is missing.
         """
-        if kernels == "auto" and self.torch_device.type == "cpu":
-            self.pack = native.packer()
+        if kernels == "auto" and self.torch_device.type == "cpu" and (library := native.kernels()):
+            self.pack, self.ops_table = native.packer(library), CPUOps(library).table()
         if kernels == "plain" or (kernels == "auto" and self.torch_device.type != "cuda"):
             return
         try:
@@ -161,6 +162,7 @@ class TorchBackend(Backend):
             functions = program_functions(hoist_logits_gather(function), self.can_fuse_norm)
             self.programs = Programs(*map(lowering.program, functions))
         else:
+            function = fuse(hoist_logits_gather(function), [FUSED_ADD_RMS_NORM])
             self.programs = Programs(*[lowering.program(function)] * 3)
         trim_host_memory()
         if self.torch_device.type == "cuda":

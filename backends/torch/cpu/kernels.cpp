@@ -7,18 +7,17 @@
 //     y[n] = sum over groups of scale * sum(code * x) + bias * sum(x)
 //
 // x in bf16 or f16 is rounded to int16 per group, and codes are multiplied as integers; x in float32 as floats.
-// OpenMP is the one that torch has loaded, so both share threads.
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <vector>
 
-#include "vectors.h"
+#include "common.h"
+#include "threads.h"
 
 namespace {
 
-enum Dtype : int32_t { F32, F16, BF16, U8, I8, U4, E8M0, HALF_E8M0, E4M3, HIGH_U4 };
 // Codes: unsigned integers, indices of a table of 16 values, 8-bit floats.
 enum Code : int32_t { CODE_U2, CODE_U3, CODE_U4, CODE_U5, CODE_U6, CODE_U8, CODE_TABLE, CODE_E4M3 };
 
@@ -91,31 +90,6 @@ inline void integer_codes(const Rows& w, const uint8_t* row, const uint8_t* high
 
 // ---- scales
 
-inline float power_of_two(int exponent, int bias) {  // of an e8m0 byte; 2^-127 and 2^-128 are subnormal
-    const int at = exponent - bias + 127;
-    return as_float(at > 0 ? (uint32_t)at << 23 : 1u << std::max(22 + at, 0));
-}
-
-inline int64_t size_of(Dtype dtype) { return dtype == F32 ? 4 : dtype == F16 || dtype == BF16 ? 2 : 1; }
-
-INLINE V numbers(Dtype dtype, const uint8_t* p) {  // 16 of them
-    switch (dtype) {
-        case F32: return load((const float*)p);
-        case F16: return f16(p);
-        case BF16: return bf16(p);
-        case U8: return number(bytes(p));
-        case U4: return number(field<0, 15>(bytes(p)));
-        case HIGH_U4: return number(field<4, 15>(bytes(p)));
-        case I8: return signed_number(p);
-        case E4M3: return e4m3(bytes(p));
-        default: break;
-    }
-    float found[LANES];
-    UNROLL
-    for (int i = 0; i < LANES; i++) found[i] = power_of_two(p[i], dtype == E8M0 ? 127 : 128);
-    return load(found);
-}
-
 // Super-scales of the groups g to g + 15 of row n; each counts for 256 columns.
 template <int G> inline V supers(const Rows& w, const uint8_t* plane, int64_t n, int64_t g) {
     static_assert(G < 4);
@@ -158,13 +132,6 @@ struct Input {
     std::vector<int16_t> integers;  // x in `steps`
     std::vector<float> steps;      // (rows, groups)
 };
-
-inline void store_as(Dtype dtype, void* out, int64_t at, V v) {
-    if (dtype == F32)
-        store((float*)out + at, v);
-    else
-        (dtype == F16 ? store_f16 : store_bf16)((uint16_t*)out + at, v);
-}
 
 inline void store_one(Dtype dtype, void* out, int64_t at, float value) {
     if (dtype == F32) {
@@ -334,12 +301,12 @@ unpack_rows(const Rows& w, const int64_t* index, int64_t begin, int64_t end, int
     }
 }
 
-using Linear = void (*)(const Rows&, int64_t, int64_t, const Input&, Dtype, void*, int64_t);
+using Product = void (*)(const Rows&, int64_t, int64_t, const Input&, Dtype, void*, int64_t);
 using Unpack = void (*)(const Rows&, const int64_t*, int64_t, int64_t, int64_t, Dtype, void*);
 
-template <int C> constexpr Linear linear_of[] = {rows_of<C, 1, false>, rows_of<C, 2, false>, rows_of<C, 4, false>};
+template <int C> constexpr Product linear_of[] = {rows_of<C, 1, false>, rows_of<C, 2, false>, rows_of<C, 4, false>};
 template <int C> constexpr bool IS_INTEGER = C < CODE_E4M3;
-template <int C> constexpr Linear integers_of[] = {
+template <int C> constexpr Product integers_of[] = {
     rows_of<C, 1, IS_INTEGER<C>>, rows_of<C, 2, IS_INTEGER<C>>, rows_of<C, 4, IS_INTEGER<C>>
 };
 template <int C> constexpr Unpack unpack_of[] = {unpack_rows<C, 1>, unpack_rows<C, 2>, unpack_rows<C, 4>};
@@ -356,37 +323,41 @@ template <int C> constexpr Unpack unpack_of[] = {unpack_rows<C, 1>, unpack_rows<
                                                   : (w).group == 32 ? 1                                                \
                                                                     : 2]
 
-// Tasks are a few per thread, so that a thread whose core is busy takes fewer.
-template <class F> void parallel(int64_t count, int threads, F run) {
-    const int64_t task = std::max<int64_t>((count + 8 * threads - 1) / (8 * threads), 4),
-                  tasks = (count + task - 1) / task;
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (int64_t i = 0; i < tasks; i++) run(i * task, std::min(count, (i + 1) * task));
-}
-
 }  // namespace
 
-// x (m, columns), y (m, stride), row by row. x in 16 bits is rounded to integers.
-extern "C" void llmrs_linear(
-    const Rows* w, const void* x, int32_t x_dtype, int64_t m, int64_t columns, void* y, int32_t y_dtype, int64_t stride,
-    int32_t threads
-) {
+// y (m, N) = x w^T for x (m, columns). x in 16 bits is rounded to integers.
+struct Linear {
+    const Rows* w;
+    const void* x;
+    void* y;
+    int64_t m, columns;
+    int32_t x_dtype, y_dtype;
+};
+
+extern "C" void llmrs_linear(const Linear* a, int32_t threads) {
     static thread_local Input in;
-    const bool as_integers = HAS_INTEGERS && x_dtype != F32 && w->code < CODE_E4M3;
-    prepare(*w, x, (Dtype)x_dtype, m, columns, as_integers, in);
-    const Linear run = as_integers ? OF_CODE(integers_of, *w) : OF_CODE(linear_of, *w);
+    const Rows& w = *a->w;
+    const bool as_integers = HAS_INTEGERS && a->x_dtype != F32 && w.code < CODE_E4M3;
+    prepare(w, a->x, (Dtype)a->x_dtype, a->m, a->columns, as_integers, in);
+    const Product run = as_integers ? OF_CODE(integers_of, w) : OF_CODE(linear_of, w);
     const Input& input = in;
-    parallel(w->rows, threads, [&](int64_t begin, int64_t end) {
-        run(*w, begin, end, input, (Dtype)y_dtype, y, stride);
+    parallel(w.rows, 4, threads, [&](int64_t begin, int64_t end) {
+        run(w, begin, end, input, (Dtype)a->y_dtype, a->y, w.rows);
     });
 }
 
 // Rows, all or by their numbers, to out (count, columns).
-extern "C" void llmrs_unpack(
-    const Rows* w, const int64_t* index, int64_t count, int64_t columns, int32_t dtype, void* out, int32_t threads
-) {
-    const Unpack run = OF_CODE(unpack_of, *w);
-    parallel(count, threads, [&](int64_t begin, int64_t end) {
-        run(*w, index, begin, end, columns, (Dtype)dtype, out);
+struct Unpacked {
+    const Rows* w;
+    const int64_t* index;  // null: all
+    void* out;
+    int64_t count, columns;
+    int32_t dtype;
+};
+
+extern "C" void llmrs_unpack(const Unpacked* a, int32_t threads) {
+    const Unpack run = OF_CODE(unpack_of, *a->w);
+    parallel(a->count, 4, threads, [&](int64_t begin, int64_t end) {
+        run(*a->w, a->index, begin, end, a->columns, (Dtype)a->dtype, a->out);
     });
 }

@@ -12,29 +12,38 @@ Codes (N, K) of b bits become planes of rows that are padded with zeros to a mul
 
 import ctypes
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from llmrs.backends.base import bench
+from llmrs.backends.torch.cpu.library import DTYPES, Kernels, fields, libraries
 from llmrs.backends.torch.cpu_linear import measured
 from llmrs.backends.torch.quant_matrix import TORCH, Pack, PackedRows
 from llmrs.quant.form import TABLES, Form, unpack_codes
 
-FOLDER = Path(__file__).parent
 CHUNK, MAX_GROUP = 64, 256  # columns
 SHAPE = (1024, 1024)  # of the measured weight
 ROUNDS = 7  # per measurement; the fastest counts
 SLACK = 64  # bytes
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 SCALES = ("f32", "f16", "bf16", "u8", "i8", "u4", "e8m0", "half_e8m0", "e4m3")  # by their numbers
 CODES = {name: n for n, name in enumerate(("u2", "u3", "u4", "u5", "u6", "u8", "table", "e4m3"))}
 SPLIT = {2: (2, 0), 3: (2, 1), 4: (4, 0), 5: (4, 1), 6: (4, 2), 8: (8, 0)}  # bits -> those of codes, and of high
 PLANES = ("scales", "biases", "zeros", "mins", "super_scales", "super_mins", "row_scales")
+
+
+class Linear(ctypes.Structure):
+    """`Linear` of kernels.cpp."""
+
+    _fields_ = fields("w x y", "m columns", "x_dtype y_dtype")
+
+
+class Unpacked(ctypes.Structure):
+    """`Unpacked` of kernels.cpp."""
+
+    _fields_ = fields("w index out", "count columns", "dtype")
 
 
 class CRows(ctypes.Structure):
@@ -50,31 +59,6 @@ class CRows(ctypes.Structure):
         ("table", ctypes.c_float * 16),
         ("entries", ctypes.c_int8 * 16),
     ]
-
-
-class Kernels:
-    """A library compiled for one instruction set."""
-
-    def __init__(self, path: Path) -> None:
-        """Raises OSError where it can't be loaded: torch must have loaded OpenMP."""
-        library = ctypes.CDLL(str(path))
-        self.linear, self.unpack = library.llmrs_linear, library.llmrs_unpack
-        size, pointer, integer = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32
-        self.linear.argtypes = [pointer, pointer, integer, size, size, pointer, integer, size, integer]
-        self.unpack.argtypes = [pointer, pointer, size, size, integer, pointer, integer]
-        self.linear.restype = self.unpack.restype = None
-
-
-def libraries() -> list[Kernels]:
-    """Those that run on this CPU. None were compiled where the package was built without a compiler."""
-    capability = torch.backends.cpu.get_cpu_capability()  # AVX512 stands for F, BW, DQ, VL and FMA
-    found = []
-    for name, needs in (("avx512", ("AVX512",)), ("avx2", ("AVX512", "AVX2")), ("generic", (capability,))):
-        path = FOLDER / f"kernels_{name}.so"
-        if path.exists() and capability in needs:
-            with suppress(OSError):
-                found.append(Kernels(path))
-    return found
 
 
 @cache
@@ -156,10 +140,8 @@ class NativeRows(PackedRows):
         x in bf16 or f16 is rounded to 16-bit integers, per group of columns.
         """
         x, y = x.contiguous(), torch.empty(len(x), len(self), dtype=dtype or x.dtype)
-        self.kernels.linear(
-            ctypes.byref(self.rows), x.data_ptr(), DTYPES[x.dtype], len(x), self.columns, y.data_ptr(), DTYPES[y.dtype],
-            len(self), torch.get_num_threads(),
-        )  # fmt: skip
+        pointers = ctypes.addressof(self.rows), x.data_ptr(), y.data_ptr()
+        self.kernels.run("linear", Linear(*pointers, *x.shape, DTYPES[x.dtype], DTYPES[y.dtype]))
         return y
 
     def unpack(self, dtype: torch.dtype) -> torch.Tensor:
@@ -170,17 +152,13 @@ class NativeRows(PackedRows):
 
     def _unpacked(self, dtype: torch.dtype, count: int, index: torch.Tensor | None) -> torch.Tensor:
         out = torch.empty(count, self.columns, dtype=dtype)
-        self.kernels.unpack(
-            ctypes.byref(self.rows), None if index is None else index.data_ptr(), count, self.columns, DTYPES[dtype],
-            out.data_ptr(), torch.get_num_threads(),
-        )  # fmt: skip
+        pointers = ctypes.addressof(self.rows), None if index is None else index.data_ptr(), out.data_ptr()
+        self.kernels.run("unpack", Unpacked(*pointers, count, self.columns, DTYPES[dtype]))
         return out
 
 
-def packer() -> Pack | None:
-    """Lays out rows for the kernels, where there are any. Rows of forms that they lack are unpacked."""
-    if (chosen := kernels()) is None:
-        return None
+def packer(chosen: Kernels) -> Pack:
+    """Lays out rows for the kernels. Rows of forms that they lack are unpacked."""
 
     def pack(rows: PackedRows, dtype: torch.dtype) -> PackedRows | torch.Tensor:
         if not supports(rows.form, rows.columns):

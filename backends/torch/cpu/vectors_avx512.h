@@ -10,6 +10,11 @@ inline V load(const float* p) { return {_mm512_loadu_ps(p)}; }
 inline V set(float x) { return {_mm512_set1_ps(x)}; }
 inline V add(V x, V y) { return {_mm512_add_ps(x.a, y.a)}; }
 inline V mul(V x, V y) { return {_mm512_mul_ps(x.a, y.a)}; }
+inline V div(V x, V y) { return {_mm512_div_ps(x.a, y.a)}; }
+inline V max(V x, V y) { return {_mm512_max_ps(x.a, y.a)}; }
+inline V round(V x) { return {_mm512_roundscale_ps(x.a, 0)}; }
+inline V times_power(V x, V n) { return {_mm512_scalef_ps(x.a, n.a)}; }  // x 2^n
+inline float maximum(V x) { return _mm512_reduce_max_ps(x.a); }
 inline V negated(V x) { return {_mm512_sub_ps(_mm512_setzero_ps(), x.a)}; }
 inline V fma(V x, V y, V z) { return {_mm512_fmadd_ps(x.a, y.a, z.a)}; }
 inline float sum(V x) { return _mm512_reduce_add_ps(x.a); }

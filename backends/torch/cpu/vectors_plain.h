@@ -31,6 +31,27 @@ inline V mul(V x, V y) {
     x.a[i] *= y.a[i];
     return x;
 }
+inline V div(V x, V y) {
+    EACH
+    x.a[i] /= y.a[i];
+    return x;
+}
+inline V max(V x, V y) {
+    EACH
+    x.a[i] = x.a[i] > y.a[i] ? x.a[i] : y.a[i];
+    return x;
+}
+inline V round(V x) {
+    EACH
+    x.a[i] = nearbyintf(x.a[i]);
+    return x;
+}
+inline V times_power(V x, V n) {  // x 2^n
+    EACH
+    x.a[i] = ldexpf(x.a[i], (int)n.a[i]);
+    return x;
+}
+inline float maximum(V x) { return *std::max_element(x.a, x.a + LANES); }
 inline V negated(V x) {
     EACH
     x.a[i] = -x.a[i];
