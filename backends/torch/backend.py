@@ -96,6 +96,7 @@ class TorchBackend(Backend):
         """
         if kernels == "auto" and self.torch_device.type == "cpu" and (library := native.kernels()):
             self.pack, self.ops_table = native.packer(library), CPUOps(library).table()
+            self.make_linear = partial(make_linear, kernels=library)
         if kernels == "plain" or (kernels == "auto" and self.torch_device.type != "cuda"):
             return
         try:

@@ -8,7 +8,7 @@ import torch
 
 FOLDER = Path(__file__).parent
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # of activations; `Dtype` of common.h
-FUNCTIONS = ("linear", "unpack", "rms_norm", "act_and_mul", "rope_write_kv", "attend")
+FUNCTIONS = ("linear", "unpack", "dense", "rms_norm", "act_and_mul", "rope_write_kv", "attend")
 
 
 def fields(pointers: str, sizes: str, integers: str, floats: str = "") -> list[tuple[str, type]]:

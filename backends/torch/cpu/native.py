@@ -131,7 +131,9 @@ class NativeRows(PackedRows):
 
     def gemm(self, x: torch.Tensor) -> torch.Tensor:
         """x w^T of slices that are unpacked into the caches, in float32 where that is faster."""
-        wide = x.dtype != torch.float32 and len(x) > measured(x.dtype, torch.get_num_threads()).plain_max_m
+        wide = (
+            x.dtype != torch.float32 and len(x) > measured(x.dtype, torch.get_num_threads(), self.kernels).plain_max_m
+        )
         return super().linear(x.float()).to(x.dtype) if wide else super().linear(x)
 
     def multiply(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
