@@ -6,8 +6,8 @@
 #include "threads.h"
 
 struct Attention {
-    const void *q, *keys, *values;  // q (s, H, d), keys and values (blocks, block_size, Hk, d)
-    void* out;                      // (s, H, d)
+    const void *q, *keys, *values;    // q (s, H, d), keys and values (blocks, block_size, Hk, d)
+    void* out;                        // (s, H, d)
     const int64_t *blocks, *lengths;  // (s, blocks_stride), (s,)
     int64_t sequences, heads, kv_heads, size, block_size, blocks_stride, q_stride, window, max_length;
     float scale;
@@ -50,9 +50,8 @@ INLINE void scores_of(const Attention& a, const void* key, const float* q, int64
     for (int h = 0; h < HEADS; h++) scores[h * TILE] = sum(sums[h]) * a.scale;
 }
 
-template <Dtype D, int HEADS> INLINE void add_values(
-    const Attention& a, const void** rows, int64_t count, const float* weights, float* acc, int64_t stride
-) {
+template <Dtype D, int HEADS> INLINE void
+add_values(const Attention& a, const void** rows, int64_t count, const float* weights, float* acc, int64_t stride) {
     vectors<D>(a.size, [&](int64_t i, auto part) {
         V sums[HEADS];
         UNROLL
@@ -100,7 +99,7 @@ void attend(const Split<D>& split, int64_t begin, int64_t end, const float* q, i
 }
 
 struct Work {
-    int64_t splits, stride;  // stride: d, padded to whole vectors
+    int64_t splits, stride;         // stride: d, padded to whole vectors
     std::vector<Partial> partials;  // (s, splits, H)
     std::vector<float> values;      // (s, splits, H, stride)
 };
@@ -116,8 +115,11 @@ void one_split(const Attention& a, Work& work, int64_t sequence, int64_t n, int6
     std::vector<float> q(group * work.stride);
     with_dtype(a.dtype, [&](auto d) {
         for (int64_t h = 0; h < group; h++) {
-            const auto* from = (const uint8_t*)a.q + (sequence * a.q_stride + (kv_head * group + h) * a.size) * size_of(d);
-            vectors<d>(a.size, [&](int64_t i, auto part) { store(q.data() + h * work.stride + i, part.load(from, i)); });
+            const auto* from =
+                (const uint8_t*)a.q + (sequence * a.q_stride + (kv_head * group + h) * a.size) * size_of(d);
+            vectors<d>(a.size, [&](int64_t i, auto part) {
+                store(q.data() + h * work.stride + i, part.load(from, i));
+            });
         }
     });
     with_dtype(a.kv_dtype, [&](auto d) {

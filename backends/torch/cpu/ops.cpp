@@ -11,9 +11,7 @@ constexpr int64_t PART = 4096;  // elements of a task, at least: a loop of threa
 
 inline int64_t rows_per_task(int64_t columns) { return std::max<int64_t>(PART / columns, 1); }
 
-inline void* at(const void* p, int32_t dtype, int64_t element) {
-    return (uint8_t*)p + element * size_of((Dtype)dtype);
-}
+inline void* at(const void* p, int32_t dtype, int64_t element) { return (uint8_t*)p + element * size_of((Dtype)dtype); }
 
 template <Dtype D> float mean_square(const void* x, int64_t n) {
     V total[2] = {set(0), set(0)};

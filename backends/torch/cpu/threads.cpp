@@ -66,7 +66,7 @@ class Pool {
         }
     }
 
-  public:
+public:
     void share(int64_t count, int threads, void (*function)(const void*, int64_t), const void* argument) {
         std::unique_lock<std::mutex> mine(busy, std::try_to_lock);
         if (!mine) {  // another thread's loop is under way
