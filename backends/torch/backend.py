@@ -19,7 +19,9 @@ from llmrs.backends.host_memory import free_host_memory, keep_freed_memory, trim
 from llmrs.backends.linearize import hoist_logits_gather, inline, tied_weights
 from llmrs.backends.torch.async_output import CopiedOutput, OutputCopier, TorchOutput
 from llmrs.backends.torch.cpu import native
+from llmrs.backends.torch.cpu.library import Kernels
 from llmrs.backends.torch.cpu.ops import CPUOps
+from llmrs.backends.torch.cpu.recording import Recorder
 from llmrs.backends.torch.cpu_linear import Linear, make_linear
 from llmrs.backends.torch.fusion import CanFuseNorm, program_functions
 from llmrs.backends.torch.kv_fp8 import E4M3, QuantizedKV, check_device
@@ -68,7 +70,9 @@ class TorchBackend(Backend):
         self.kv: list[KV] = []
         self.slots = SlotState(0, 0, self.torch_device)
         self.runner: GPUModelRunner | None = None  # with Triton kernels
-        self.pack: Pack | None = None  # of quantized weights on a CPU
+        self.kernels: Kernels | None = None  # on a CPU
+        self.pack: Pack | None = None  # of quantized weights for them
+        self.recorder: Recorder | None = None  # of steps made of them
         self.output_copier: OutputCopier | None = None
 
     def configure(self, options: BackendOptions) -> None:
@@ -95,8 +99,8 @@ class TorchBackend(Backend):
         torch ops if Triton is missing.
         """
         if kernels == "auto" and self.torch_device.type == "cpu" and (library := native.kernels()):
-            self.pack, self.ops_table = native.packer(library), CPUOps(library).table()
-            self.make_linear = partial(make_linear, kernels=library)
+            self.pack, self.ops_table, self.kernels = native.packer(library), CPUOps(library).table(), library
+            self.make_linear = partial(native.make_linear, kernels=library)
         if kernels == "plain" or (kernels == "auto" and self.torch_device.type != "cuda"):
             return
         try:
@@ -181,6 +185,9 @@ class TorchBackend(Backend):
         except RuntimeError as error:  # torch.OutOfMemoryError, or the CPU allocator's own
             raise MemoryLimitError(f"no memory for {num_blocks} KV blocks: {error}", "lower max_model_len") from error
         self.slots = SlotState(max_num_seqs, max_model_len, self.torch_device)
+        if self.kernels:
+            max_blocks = -(-max_model_len // block_size)
+            self.recorder = Recorder(self.kernels, self.programs.full, self.kv, block_size, max_blocks)
         if self.runner:
             dtype, size = self.torch_dtype, max_num_batched_tokens
             self.runner.begin(self.graph, self.programs, self.kv, self.slots, dtype, size)
@@ -206,7 +213,10 @@ class TorchBackend(Backend):
     def forward(self, batch: Batch) -> Logits:
         if self.runner:
             return self.runner.forward(batch)
-        inputs = [self._input_ids(batch), on_device(batch.positions, self.torch_device), *self.kv]
+        tokens = self._input_ids(batch)
+        if self.recorder and (logits := self.recorder.run(batch, tokens)) is not None:
+            return Logits(logits)
+        inputs = [tokens, on_device(batch.positions, self.torch_device), *self.kv]
         return Logits(self.programs.full.run(attn_metadata(batch, self.block_size, self.torch_device), inputs)[0])
 
     @torch.inference_mode()
@@ -249,7 +259,7 @@ class TorchBackend(Backend):
         return TorchProfiler(self.torch_device)
 
     def close(self) -> None:
-        self.programs, self.kv = NO_PROGRAMS, []
+        self.programs, self.kv, self.recorder = NO_PROGRAMS, [], None
         self.slots, self.output_copier = SlotState(0, 0, self.torch_device), None
         if self.runner:
             self.runner.end()

@@ -43,7 +43,7 @@ class Forms(NamedTuple):
 class CDense(ctypes.Structure):
     """`Dense` of cpu/dense.cpp."""
 
-    _fields_ = fields("x w y", "m rows columns", "dtype y_dtype")
+    _fields_ = fields("x w bias y", "m rows columns", "dtype")
 
 
 def make_linear(weight: Matrix, bias: torch.Tensor | None = None, kernels: Kernels | None = None) -> Linear:
@@ -71,11 +71,10 @@ def unpacked(weight: torch.Tensor, bias: torch.Tensor | None, forms: Forms, kern
 
 def gemv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, kernels: Kernels) -> torch.Tensor:
     """Few rows. Products and sums are in float32."""
-    x, dtype = x.contiguous(), x.dtype if bias is None else torch.float32
-    y = torch.empty(len(x), len(weight), dtype=dtype)
-    pointers = x.data_ptr(), weight.data_ptr(), y.data_ptr()
-    kernels.run("dense", CDense(*pointers, len(x), *weight.shape, DTYPES[x.dtype], DTYPES[dtype]))
-    return y if bias is None else (y + bias).to(x.dtype)
+    x, y = x.contiguous(), torch.empty(len(x), len(weight), dtype=x.dtype)
+    pointers = x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr()
+    kernels.run("dense", CDense(*pointers, len(x), *weight.shape, DTYPES[x.dtype]), x, y)
+    return y
 
 
 def upcast(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -106,11 +106,15 @@ def _joined(q: Tensor, k: Tensor) -> Tensor:
 
 def cos_sin(c: AttnMetadata, positions: Tensor, frequencies: RopeFrequencies) -> tuple[Tensor, Tensor]:
     """cos and sin, float32 (T, 1, d/2); once for all layers of a step."""
-    if id(frequencies) not in c.cos_sin:
-        angles = positions[:, None].float() * _on_device(frequencies, positions.device)
-        cos, sin = (f(angles)[:, None, :] * frequencies.scale for f in (torch.cos, torch.sin))
-        c.cos_sin[id(frequencies)] = cos, sin
-    return c.cos_sin[id(frequencies)]
+    if frequencies not in c.cos_sin:
+        c.cos_sin[frequencies] = cos_sin_of(positions, frequencies)
+    return c.cos_sin[frequencies]
+
+
+def cos_sin_of(positions: Tensor, frequencies: RopeFrequencies) -> tuple[Tensor, Tensor]:
+    angles = positions[:, None].float() * _on_device(frequencies, positions.device)
+    cos, sin = (f(angles)[:, None, :] * frequencies.scale for f in (torch.cos, torch.sin))
+    return cos, sin
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

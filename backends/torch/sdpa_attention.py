@@ -13,6 +13,7 @@ import torch
 
 from llmrs.backends.torch.kv_fp8 import QuantizedKV
 from llmrs.core.batch import Batch
+from llmrs.core.ir import RopeFrequencies
 
 Pool = torch.Tensor | QuantizedKV  # (blocks, block_size, Hk, d)
 
@@ -53,7 +54,8 @@ class AttnMetadata:
     slot_mapping: torch.Tensor  # int64 (T,): where each token's KV goes, block * block_size + offset
     groups: list[AttnGroup]
     logits_indices: torch.Tensor  # int64 (R,)
-    cos_sin: dict[int, tuple[torch.Tensor, torch.Tensor]]  # of RoPE, made on demand
+    cos_sin: dict[RopeFrequencies, tuple[torch.Tensor, torch.Tensor]]  # made on demand
+    all_rows: bool = False  # logits_indices are all tokens, in order
 
 
 def attn_metadata(batch: Batch, block_size: int, device: torch.device) -> AttnMetadata:
@@ -67,6 +69,7 @@ def attn_metadata(batch: Batch, block_size: int, device: torch.device) -> AttnMe
         [_group(batch, group, block_size, device) for group in groups],
         on_device(batch.logits_indices.astype(np.int64), device),
         {},
+        all_rows=np.array_equal(batch.logits_indices, np.arange(len(batch.positions))),
     )
 
 

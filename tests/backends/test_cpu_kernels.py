@@ -14,7 +14,7 @@ from llmrs.backends.torch.cpu import native
 from llmrs.backends.torch.cpu.library import Kernels, libraries
 from llmrs.backends.torch.cpu.native import NativeRows, native_rows, supports
 from llmrs.backends.torch.cpu_linear import Forms
-from llmrs.backends.torch.quant_matrix import PackedRows, packed_rows
+from llmrs.backends.torch.quant_matrix import PackedRows, QuantMatrix, packed_rows
 from llmrs.quant.form import Form
 from llmrs.quant.tensor import QuantTensor
 from llmrs.random_model import random_quantized
@@ -113,6 +113,21 @@ def test_some_rows(kernels: Kernels) -> None:
         assert torch.equal(rows[begin:end].multiply(x), rows.multiply(x)[:, begin:end])
     index = torch.tensor([49, 0, 7, 49])
     assert torch.equal(rows.gather(index, torch.bfloat16), whole[index])
+
+
+def test_segments_and_bias(kernels: Kernels) -> None:
+    """One result of rows in several forms, with a bias; its segments end within blocks of rows."""
+    pairs = [made(kernels, *case, rows, 256) for case, rows in zip(FORMS[1], (37, 20), strict=True)]
+    w, bias = np.concatenate([tensor.float32() for tensor, _ in pairs]), torch.randn(57)
+    for dtype in (torch.float32, torch.float16):
+        for m in (1, 3, 40):
+            x = torch.randn(m, 256).to(dtype)
+            y = native.make_linear(
+                QuantMatrix(tuple(rows for _, rows in pairs), dtype), bias.to(dtype), kernels=kernels
+            )(x)
+            expected = x.double() @ torch.from_numpy(w).double().t() + bias.to(dtype).double()
+            assert y.dtype == dtype
+            assert (y - expected).norm() / expected.norm() < (1e-6 if dtype == torch.float32 else 1e-3)
 
 
 def test_many_rows_of_x_take_a_gemm(kernels: Kernels) -> None:

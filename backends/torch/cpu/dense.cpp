@@ -5,12 +5,12 @@
 #include "common.h"
 #include "threads.h"
 
-// x (m, columns) and y (m, rows) of `dtype`, w (rows, columns) of the same; y may be F32.
+// x (m, columns), w (rows, columns), bias (rows,) or null, and y (m, rows), all of `dtype`.
 struct Dense {
-    const void *x, *w;
+    const void *x, *w, *bias;
     void* y;
     int64_t m, rows, columns;
-    int32_t dtype, y_dtype;
+    int32_t dtype;
 };
 
 namespace {
@@ -72,12 +72,14 @@ constexpr int MOST = 4, PAIR = 1;
 // All rows of x and `count` rows of w from n on.
 template <Dtype D, int R> void rows_of(const Dense& a, const float* x, int64_t stride, int64_t n) {
     const void* w = (const uint8_t*)a.w + n * a.columns * size_of(D);
+    V bias[R];
+    for (int r = 0; r < R; r++) bias[r] = a.bias ? load_some(D, a.bias, n + r, 1) : set(0);
     int64_t m = 0;
     auto run = [&](auto rows, auto sums) {
         float y[R][rows];
         products<D, R, rows, sums>(w, x + m * stride, stride, a.columns, y);
         for (int i = 0; i < rows; i++)
-            for (int r = 0; r < R; r++) store_some((Dtype)a.y_dtype, a.y, (m + i) * a.rows + n + r, 1, set(y[r][i]));
+            for (int r = 0; r < R; r++) store_some(D, a.y, (m + i) * a.rows + n + r, 1, add(set(y[r][i]), bias[r]));
         m += rows;
     };
     while (m + MOST <= a.m) run(std::integral_constant<int, MOST>(), std::integral_constant<int, 1>());

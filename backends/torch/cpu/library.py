@@ -1,7 +1,8 @@
 """The libraries of C++ kernels, one per instruction set, and their functions."""
 
 import ctypes
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -17,6 +18,15 @@ def fields(pointers: str, sizes: str, integers: str, floats: str = "") -> list[t
     return [(name, kind) for names, kind in kinds for name in names.split()]
 
 
+class CCall(ctypes.Structure):
+    """`Call` of replay.cpp."""
+
+    _fields_ = fields("function arguments", "", "")
+
+
+Tape = list[tuple[str, ctypes.Structure, tuple[torch.Tensor, ...]]]
+
+
 class Kernels:
     """A library compiled for one instruction set."""
 
@@ -26,10 +36,33 @@ class Kernels:
         self.functions = {name: getattr(library, f"llmrs_{name}") for name in FUNCTIONS}
         for function in self.functions.values():
             function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_int32], None
+        self._replay = library.llmrs_replay
+        self._replay.argtypes, self._replay.restype = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32], None
+        self.tape: Tape | None = None
 
-    def run(self, name: str, arguments: ctypes.Structure) -> None:
-        """Calls a function with torch's number of threads."""
+    def run(self, name: str, arguments: ctypes.Structure, *tensors: torch.Tensor) -> None:
+        """Calls a function with torch's number of threads. The arguments point to the tensors."""
         self.functions[name](ctypes.byref(arguments), torch.get_num_threads())
+        if self.tape is not None:
+            self.tape.append((name, arguments, tensors))
+
+    @contextmanager
+    def recorded(self) -> Iterator[Tape]:
+        """Calls go to a list, too."""
+        tape: Tape = []
+        self.tape = tape
+        try:
+            yield tape
+        finally:
+            self.tape = None
+
+    def calls(self, tape: Tape) -> "ctypes.Array[CCall]":
+        """For `replay`, as long as the tape lives."""
+        pointers = {name: ctypes.cast(function, ctypes.c_void_p).value for name, function in self.functions.items()}
+        return (CCall * len(tape))(*(CCall(pointers[name], ctypes.addressof(a)) for name, a, _ in tape))
+
+    def replay(self, calls: "ctypes.Array[CCall]") -> None:
+        self._replay(calls, len(calls), torch.get_num_threads())
 
 
 def libraries() -> list[Kernels]:

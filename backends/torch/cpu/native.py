@@ -8,13 +8,16 @@ of a row holds two int16, and those 16 / b codes each: bits [b i, b i + b) of ha
 import ctypes
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
+from itertools import accumulate
 
 import torch
 
 from llmrs.backends.base import bench
+from llmrs.backends.torch import cpu_linear
 from llmrs.backends.torch.cpu.library import DTYPES, Kernels, fields, libraries
+from llmrs.backends.torch.cpu_linear import Linear as LinearMap
 from llmrs.backends.torch.cpu_linear import measured
-from llmrs.backends.torch.quant_matrix import TORCH, Pack, PackedRows
+from llmrs.backends.torch.quant_matrix import TORCH, Matrix, Pack, PackedRows, QuantMatrix
 from llmrs.quant.form import TABLES, Form, unpack_codes
 
 BLOCK = 16  # rows
@@ -30,7 +33,7 @@ PLANES = ("scales", "biases", "zeros", "mins", "super_scales", "super_mins", "ro
 class Linear(ctypes.Structure):
     """`Linear` of quantized.cpp."""
 
-    _fields_ = fields("w x y", "m columns", "x_dtype y_dtype")
+    _fields_ = fields("w x bias y", "m columns stride", "x_dtype y_dtype")
 
 
 class Unpacked(ctypes.Structure):
@@ -124,8 +127,11 @@ class NativeRows(PackedRows):
         return replace(self, first=self.first + begin, count=end - begin)
 
     def linear(self, x: torch.Tensor) -> torch.Tensor:
-        few = max_gemv_m(self.kernels, x.dtype, torch.get_num_threads())
-        return self.multiply(x) if len(x) <= few else self.gemm(x)
+        return self.multiply(x) if self.few(x) else self.gemm(x)
+
+    def few(self, x: torch.Tensor) -> bool:
+        """Whether multiplying the codes is faster than unpacking them."""
+        return len(x) <= max_gemv_m(self.kernels, x.dtype, torch.get_num_threads())
 
     def gemm(self, x: torch.Tensor) -> torch.Tensor:
         """x w^T of slices that are unpacked into the caches, in float32 where that is faster."""
@@ -140,9 +146,15 @@ class NativeRows(PackedRows):
         x in bf16 or f16 is rounded to 16-bit integers, per group of columns.
         """
         x, y = x.contiguous(), torch.empty(len(x), len(self), dtype=dtype or x.dtype)
-        pointers = ctypes.addressof(self.rows), x.data_ptr(), y.data_ptr()
-        self.kernels.run("linear", Linear(*pointers, *x.shape, DTYPES[x.dtype], DTYPES[y.dtype]))
+        self.multiply_to(x, y, 0)
         return y
+
+    def multiply_to(self, x: torch.Tensor, y: torch.Tensor, at: int, bias: torch.Tensor | None = None) -> None:
+        """The same plus bias (N,) of x's dtype, to columns of y (M, ...), from `at` on."""
+        bias_at = None if bias is None else bias.data_ptr()
+        pointers = ctypes.addressof(self.rows), x.data_ptr(), bias_at, y.data_ptr() + at * y.element_size()
+        linear = Linear(*pointers, *x.shape, y.shape[1], DTYPES[x.dtype], DTYPES[y.dtype])
+        self.kernels.run("linear", linear, x, y)
 
     def unpack(self, dtype: torch.dtype) -> torch.Tensor:
         return self._unpacked(dtype, len(self), None)
@@ -155,6 +167,28 @@ class NativeRows(PackedRows):
         pointers = ctypes.addressof(self.rows), None if index is None else index.data_ptr(), out.data_ptr()
         self.kernels.run("unpack", Unpacked(*pointers, count, self.columns, DTYPES[dtype]))
         return out
+
+
+def make_linear(weight: Matrix, bias: torch.Tensor | None = None, *, kernels: Kernels) -> LinearMap:
+    """As `cpu_linear.make_linear`, with these kernels."""
+    other = cpu_linear.make_linear(weight, bias, kernels)
+    if not isinstance(weight, QuantMatrix):
+        return other
+    parts = [s for s in weight.segments if isinstance(s, NativeRows)]
+    if len(parts) < len(weight.segments):
+        return other
+    ends = list(accumulate(map(len, parts)))
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        if not parts[0].few(x):
+            return other(x)
+        x, y = x.contiguous(), torch.empty(len(x), ends[-1], dtype=x.dtype)
+        for part, end in zip(parts, ends, strict=True):
+            begin = end - len(part)
+            part.multiply_to(x, y, begin, None if bias is None else bias[begin:end])
+        return y
+
+    return run
 
 
 def packer(chosen: Kernels) -> Pack:

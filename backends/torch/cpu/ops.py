@@ -58,7 +58,7 @@ class CPUOps:
     def table(self) -> dict[str, Callable[..., Any]]:
         mine = (
             self.rms_norm, self.fused_add_rms_norm, self.silu_and_mul, self.gelu_and_mul, self.qk_norm_rope_write_kv,
-            self.rope_write_kv, self.attend,
+            self.rope_write_kv, self.attend, self.gather_logits_rows,
         )  # fmt: skip
         return {**ops.OPS, **{f.__name__: f for f in mine}}
 
@@ -67,7 +67,7 @@ class CPUOps:
             return ops.rms_norm(c, x, norm, eps=eps, offset=offset)
         out = torch.empty(x.shape, dtype=x.dtype)
         pointers = x.data_ptr(), None, norm.weight.data_ptr(), None, out.data_ptr()
-        self.kernels.run("rms_norm", CNorm(*pointers, *x.shape, x.stride(0), 0, eps, offset, DTYPES[x.dtype]))
+        self.kernels.run("rms_norm", CNorm(*pointers, *x.shape, x.stride(0), 0, eps, offset, DTYPES[x.dtype]), x, out)
         return out
 
     def fused_add_rms_norm(
@@ -78,7 +78,7 @@ class CPUOps:
         total, out = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape, dtype=x.dtype)
         pointers = x.data_ptr(), y.data_ptr(), norm.weight.data_ptr(), total.data_ptr(), out.data_ptr()
         sizes = *x.shape, x.stride(0), y.stride(0)
-        self.kernels.run("rms_norm", CNorm(*pointers, *sizes, eps, offset, DTYPES[x.dtype]))
+        self.kernels.run("rms_norm", CNorm(*pointers, *sizes, eps, offset, DTYPES[x.dtype]), x, y, total, out)
         return total, out
 
     def silu_and_mul(self, c: AttnMetadata, gate: Tensor, up: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ class CPUOps:
     def _act_and_mul(self, gate: Tensor, up: Tensor, gelu: int) -> Tensor:
         out = torch.empty(gate.shape, dtype=gate.dtype)
         pointers, sizes = (gate.data_ptr(), up.data_ptr(), out.data_ptr()), (*gate.shape, gate.stride(0), up.stride(0))
-        self.kernels.run("act_and_mul", CGate(*pointers, *sizes, DTYPES[gate.dtype], gelu))
+        self.kernels.run("act_and_mul", CGate(*pointers, *sizes, DTYPES[gate.dtype], gelu), gate, up, out)
         return out
 
     def qk_norm_rope_write_kv(
@@ -127,8 +127,11 @@ class CPUOps:
             len(q), q.shape[2], q.shape[1], k.shape[1], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], eps,
             DTYPES[q.dtype], 0 if norms is None else DTYPES[norms.dtype], DTYPES[keys.dtype],
         )  # fmt: skip
-        self.kernels.run("rope_write_kv", rope)
+        self.kernels.run("rope_write_kv", rope, q, k, v, cos, sin, out)
         return out, kv
+
+    def gather_logits_rows(self, c: AttnMetadata, x: Tensor) -> Tensor:
+        return x if c.all_rows else ops.gather_logits_rows(c, x)
 
     def attend(self, c: AttnMetadata, q: Tensor, kv: KV, *, scale: float, window: int = 0) -> Tensor:
         """Sequences with one new token by the kernel, prefill chunks by torch."""
@@ -147,7 +150,7 @@ class CPUOps:
             g.seq_lens.data_ptr(), s, heads, keys.shape[2], size, keys.shape[1], g.block_tables.shape[1],
             heads * size, window, g.max_seq_len, scale, DTYPES[q.dtype], DTYPES[keys.dtype],
         )  # fmt: skip
-        self.kernels.run("attend", attention)
+        self.kernels.run("attend", attention, q, out)
         return out
 
 

@@ -10,6 +10,15 @@
 #include "quantized.h"
 #include "threads.h"
 
+// y (m, stride) = x w^T + bias for x (m, columns). x in 16 bits is rounded to integers.
+struct Linear {
+    const Rows* w;
+    const void *x, *bias;  // bias (N,), of x's dtype; or null
+    void* y;
+    int64_t m, columns, stride;
+    int32_t x_dtype, y_dtype;
+};
+
 namespace {
 
 // ---- x
@@ -165,25 +174,30 @@ void products(const Block& b, const Input& in, int64_t m0, float (&y)[M][LANES])
     for (int m = 0; m < M; m++) store(y[m], total[m]);
 }
 
-// Of y, those that `w` has in this block.
-void store_rows(const Block& b, const float* y, Dtype dtype, void* out) {
+// Row m of y: those columns that `w` has in this block.
+void store_rows(const Linear& a, const Block& b, const float* y, int64_t m) {
+    const Dtype dtype = (Dtype)a.y_dtype, x_dtype = (Dtype)a.x_dtype;
+    void* row = (uint8_t*)a.y + m * a.stride * size_of(dtype);
     const int64_t at = b.n * LANES - b.w.first, skipped = std::max<int64_t>(-at, 0),
                   count = std::min<int64_t>(LANES, b.w.rows - at) - skipped;
-    if (count == LANES) return store_as(dtype, out, at, load(y));
-    for (int64_t i = skipped; i < skipped + count; i++) store_some(dtype, out, at + i, 1, set(y[i]));
+    if (count == LANES) return store_as(dtype, row, at, a.bias ? add(load(y), load_as(x_dtype, a.bias, at)) : load(y));
+    for (int64_t i = skipped; i < skipped + count; i++) {
+        const V bias = a.bias ? load_some(x_dtype, a.bias, at + i, 1) : set(0);
+        store_some(dtype, row, at + i, 1, add(set(y[i]), bias));
+    }
 }
 
 template <int C, bool HALF, bool INTEGERS>
-void blocks_of(const Rows& w, int64_t begin, int64_t end, const Input& in, Dtype dtype, void* y) {
+void blocks_of(const Linear& a, int64_t begin, int64_t end, const Input& in) {
     // float32 of integer codes is for checks: one row of x at a time, for less code
     constexpr int MOST = INTEGERS || C == CODE_E4M3 ? 4 : 1;
     for (int64_t n = begin; n < end; n++) {
+        const Block block{*a.w, n};
         int64_t m = 0;
         auto run = [&](auto rows) {
             float found[rows][LANES];
-            products<C, HALF, rows, INTEGERS>(Block{w, n}, in, m, found);
-            for (int i = 0; i < rows; i++, m++)
-                store_rows(Block{w, n}, found[i], dtype, (uint8_t*)y + m * w.rows * size_of(dtype));
+            products<C, HALF, rows, INTEGERS>(block, in, m, found);
+            for (int i = 0; i < rows; i++, m++) store_rows(a, block, found[i], m);
         };
         while (m + MOST <= in.rows) run(std::integral_constant<int, MOST>());
         if (MOST > 2 && m + 2 <= in.rows) run(std::integral_constant<int, MOST == 1 ? 1 : 2>());
@@ -191,7 +205,7 @@ void blocks_of(const Rows& w, int64_t begin, int64_t end, const Input& in, Dtype
     }
 }
 
-using Product = void (*)(const Rows&, int64_t, int64_t, const Input&, Dtype, void*);
+using Product = void (*)(const Linear&, int64_t, int64_t, const Input&);
 
 template <int C> constexpr bool IS_INTEGER = C < CODE_E4M3;
 template <int C> constexpr Product floats_of[] = {blocks_of<C, false, false>, blocks_of<C, true, false>};
@@ -199,15 +213,6 @@ template <int C>
 constexpr Product integers_of[] = {blocks_of<C, false, IS_INTEGER<C>>, blocks_of<C, true, IS_INTEGER<C>>};
 
 }  // namespace
-
-// y (m, N) = x w^T for x (m, columns). x in 16 bits is rounded to integers.
-struct Linear {
-    const Rows* w;
-    const void* x;
-    void* y;
-    int64_t m, columns;
-    int32_t x_dtype, y_dtype;
-};
 
 extern "C" void llmrs_linear(const Linear* a, int32_t threads) {
     static thread_local Input made;
@@ -217,7 +222,5 @@ extern "C" void llmrs_linear(const Linear* a, int32_t threads) {
     const Product run = as_integers ? OF_CODE(integers_of, w) : OF_CODE(floats_of, w);
     const Input& in = made;
     const int64_t first = w.first / LANES, blocks = (w.first + w.rows + LANES - 1) / LANES - first;
-    parallel(blocks, 2, threads, [&](int64_t begin, int64_t end) {
-        run(w, first + begin, first + end, in, (Dtype)a->y_dtype, a->y);
-    });
+    parallel(blocks, 2, threads, [&](int64_t begin, int64_t end) { run(*a, first + begin, first + end, in); });
 }
