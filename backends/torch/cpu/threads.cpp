@@ -1,5 +1,7 @@
-// Threads that wait for the next loop awake, for a while: a decode step is a few hundred loops of some microseconds
-// each, with as little between them, and waking a thread takes as long. While they wait they yield.
+// Threads that wait for the next loop awake: a decode step is a few hundred loops of some microseconds each, with as
+// little between them, and waking a thread takes as long; a core that was idle between steps takes milliseconds to come
+// back. At first they spin, then they yield, so that others may have the core, then they sleep. A loop's own thread
+// sleeps if others are late: their core may have been taken, and the scheduler moves them to one that is idle.
 
 #include "threads.h"
 
@@ -21,25 +23,26 @@
 
 namespace {
 
-constexpr auto AWAKE = std::chrono::microseconds(200);
+constexpr auto HOT = std::chrono::microseconds(50), AWAKE = std::chrono::microseconds(5000);
 
 template <class F> inline bool spin(F done, std::chrono::microseconds limit) {
-    const auto end = std::chrono::steady_clock::now() + limit;
-    do {
+    const auto begin = std::chrono::steady_clock::now();
+    for (auto spent = begin - begin; spent < limit; spent = std::chrono::steady_clock::now() - begin) {
         for (int i = 0; i < 64; i++) {
             if (done()) return true;
             PAUSE;
         }
-        sched_yield();
-    } while (std::chrono::steady_clock::now() < end);
+        if (spent > HOT) sched_yield();
+    }
     return done();
 }
 
 class Pool {
     std::mutex busy, sleep;  // busy: one loop at a time
-    std::condition_variable wake;
+    std::condition_variable wake, empty;
     std::atomic<uint64_t> loops{0};
     std::atomic<int64_t> next{0};
+    std::atomic<bool> waiting{false};
     std::atomic<int> open{0}, inside{0}, sleeping{0};  // open: how many more threads may join
     int started = 0;
     // Of the loop; read by threads that are inside, written while none is.
@@ -62,7 +65,10 @@ class Pool {
             seen = loops.load();
             inside++;  // before `open` is read: the loop's thread closes it first, then waits for those inside
             if (number < open.load()) work();
-            inside--;
+            if (--inside == 0 && waiting.load()) {
+                std::lock_guard<std::mutex> lock(sleep);
+                empty.notify_all();
+            }
         }
     }
 
@@ -83,7 +89,11 @@ public:
         }
         work();
         open = 0;
-        while (!spin([&] { return inside.load() == 0; }, AWAKE)) {}
+        if (spin([&] { return inside.load() == 0; }, HOT)) return;
+        std::unique_lock<std::mutex> lock(sleep);
+        waiting = true;
+        empty.wait(lock, [&] { return inside.load() == 0; });
+        waiting = false;
     }
 };
 
