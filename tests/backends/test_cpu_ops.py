@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -190,6 +191,23 @@ def test_rope_and_cache(
         assert_close(y, expected.double(), dtype)
         assert_close(found.keys, expected_kv.keys.double(), kv_dtype)
         assert torch.equal(found.values, expected_kv.values.to(kv_dtype))
+
+
+@pytest.mark.parametrize("library", range(len(LIBRARIES)))
+def test_loops_of_several_callers(library: int) -> None:
+    """More threads than cores, and two callers at once, of which one finds the threads busy."""
+    op, x, threads = CPUOps(LIBRARIES[library]), torch.randn(32, 4096), torch.get_num_threads()
+    expected = op.silu_and_mul(None, x, x).numpy().tobytes()
+
+    def many(_: int) -> bool:
+        return all(op.silu_and_mul(None, x, x).numpy().tobytes() == expected for _ in range(200))
+
+    try:
+        torch.set_num_threads(5)
+        with ThreadPoolExecutor(2) as callers:
+            assert all(callers.map(many, range(2)))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_threads_after_a_fork() -> None:

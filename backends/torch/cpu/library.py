@@ -1,9 +1,11 @@
 """The libraries of C++ kernels, one per instruction set, and their functions."""
 
 import ctypes
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,23 +40,23 @@ class Kernels:
             function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_int32], None
         self._replay = library.llmrs_replay
         self._replay.argtypes, self._replay.restype = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32], None
-        self.tape: Tape | None = None
+        self.local = threading.local()  # engines share a library, each in a thread of its own
 
     def run(self, name: str, arguments: ctypes.Structure, *tensors: torch.Tensor) -> None:
         """Calls a function with torch's number of threads. The arguments point to the tensors."""
         self.functions[name](ctypes.byref(arguments), torch.get_num_threads())
-        if self.tape is not None:
-            self.tape.append((name, arguments, tensors))
+        tape: Tape | None = getattr(self.local, "tape", None)
+        if tape is not None:
+            tape.append((name, arguments, tensors))
 
     @contextmanager
     def recorded(self) -> Iterator[Tape]:
-        """Calls go to a list, too."""
-        tape: Tape = []
-        self.tape = tape
+        """This thread's calls go to a list, too."""
+        self.local.tape = list[Any]()
         try:
-            yield tape
+            yield self.local.tape
         finally:
-            self.tape = None
+            self.local.tape = None
 
     def calls(self, tape: Tape) -> "ctypes.Array[CCall]":
         """For `replay`, as long as the tape lives."""

@@ -31,13 +31,11 @@ template <Dtype D> void normalize(const void* x, const void* w, void* out, int64
     });
 }
 
-INLINE V tanh(V x) {  // 1 - 2 / (e^2x + 1)
-    return fma(set(-2), div(set(1), add(exp(add(x, x)), set(1))), set(1));
-}
+INLINE V times_sigmoid(V x, V y) { return div(x, add(set(1), exp(negated(y)))); }  // x / (1 + e^-y)
 
-INLINE V gelu(V x) {  // 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))
-    const V inner = mul(mul(set(0.797884561f), x), fma(mul(x, x), set(0.044715f), set(1)));
-    return mul(mul(set(0.5f), x), add(set(1), tanh(inner)));
+// 0.5 x (1 + tanh(u)) = x / (1 + e^(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3)
+INLINE V gelu(V x) {
+    return times_sigmoid(x, mul(mul(set(2 * 0.797884561f), x), fma(mul(x, x), set(0.044715f), set(1))));
 }
 
 }  // namespace
@@ -88,7 +86,7 @@ extern "C" void llmrs_act_and_mul(const Gate* gate, int32_t threads) {
                 void* out = at(a.out, d, r * a.n);
                 vectors<d>(a.n, [&](int64_t i, auto part) {
                     const V x = part.load(g, i);
-                    const V gated = a.is_gelu ? gelu(x) : div(x, add(set(1), exp(negated(x))));
+                    const V gated = a.is_gelu ? gelu(x) : times_sigmoid(x, x);
                     part.store(out, i, mul(gated, part.load(u, i)));
                 });
             }
