@@ -109,7 +109,7 @@ def packed(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
 
 @cache
 def measured(dtype: torch.dtype, threads: int, kernels: Kernels | None = None) -> Forms:
-    """The fastest forms on this CPU with this number of threads. Takes 0.3 s on an idle machine."""
+    """The fastest forms on this CPU with this number of threads. Takes 0.2 s on an idle machine."""
     sizes = {"decode": candidates(DECODE_SHAPE, dtype, kernels), "prefill": candidates(SHAPE, dtype, kernels)}
 
     def seconds(form: str, rows: int) -> float | None:
