@@ -10,6 +10,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 FOLDERS = ("core", "backends", "models", "quant", "cli")
+SOURCES = Path("backends/torch/cpu")
 KERNELS = "llmrs.backends.torch.cpu.kernels_"  # and the instruction set
 X86 = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
@@ -30,16 +31,15 @@ class Wheel(bdist_wheel):
 
 
 def extensions() -> list[Extension]:
-    """OpenMP is not linked: the library that torch has loaded is used, so that both share threads."""
-    if sys.platform != "linux":  # elsewhere torch loads OpenMP in other ways: not tried
+    if sys.platform != "linux":  # elsewhere: not tried
         return []
     sets = X86 if platform.machine() == "x86_64" else {"generic": []}
     return [
         Extension(
             KERNELS + name,
-            ["backends/torch/cpu/kernels.cpp"],
-            extra_compile_args=["-std=c++17", "-O2", "-g0", "-fopenmp", "-w", *flags],
-            depends=[str(p) for p in Path("backends/torch/cpu").glob("*.h")],
+            sorted(str(p) for p in SOURCES.glob("*.cpp")),
+            extra_compile_args=["-std=c++17", "-O2", "-g0", "-pthread", "-w", *flags],
+            depends=[str(p) for p in SOURCES.glob("*.h")],
             optional=True,
         )
         for name, flags in sets.items()

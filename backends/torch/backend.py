@@ -14,11 +14,14 @@ import torch
 
 from llmrs.backends.base import Backend, BackendOptions, bench
 from llmrs.backends.cores import usable_cores
-from llmrs.backends.fusion import FUSED_OPS
+from llmrs.backends.fusion import FUSED_ADD_RMS_NORM, FUSED_OPS, fuse
 from llmrs.backends.host_memory import free_host_memory, keep_freed_memory, trim_host_memory, use_huge_pages
 from llmrs.backends.linearize import hoist_logits_gather, inline, tied_weights
 from llmrs.backends.torch.async_output import CopiedOutput, OutputCopier, TorchOutput
 from llmrs.backends.torch.cpu import native
+from llmrs.backends.torch.cpu.library import Kernels
+from llmrs.backends.torch.cpu.ops import CPUOps
+from llmrs.backends.torch.cpu.recording import Recorder
 from llmrs.backends.torch.cpu_linear import Linear, make_linear
 from llmrs.backends.torch.fusion import program_functions
 from llmrs.backends.torch.kv_fp8 import E4M3, QuantizedKV, check_device
@@ -66,7 +69,9 @@ class TorchBackend(Backend):
         self.kv: list[KV] = []
         self.slots = SlotState(0, 0, self.torch_device)
         self.runner: GPUModelRunner | None = None  # with Triton kernels
+        self.kernels: Kernels | None = None  # on a CPU
         self.pack: Pack | None = None  # of quantized weights for kernels
+        self.recorder: Recorder | None = None  # of steps made of them
         self.output_copier: OutputCopier | None = None
 
     def configure(self, options: BackendOptions) -> None:
@@ -92,8 +97,9 @@ class TorchBackend(Backend):
         Raises BackendError if Triton is asked for and can't run, or can't do fp8; "auto" warns and falls back to plain
         torch ops if Triton is missing.
         """
-        if kernels == "auto" and self.torch_device.type == "cpu":
-            self.pack = native.packer()
+        if kernels == "auto" and self.torch_device.type == "cpu" and (library := native.kernels()):
+            self.pack, self.ops_table, self.kernels = native.packer(library), CPUOps(library).table(), library
+            self.make_linear = partial(native.make_linear, kernels=library)
         if kernels == "plain" or (kernels == "auto" and self.torch_device.type != "cuda"):
             return
         try:
@@ -163,6 +169,7 @@ class TorchBackend(Backend):
             functions = program_functions(hoist_logits_gather(function))
             self.programs = Programs(*map(lowering.program, functions))
         else:
+            function = fuse(hoist_logits_gather(function), [FUSED_ADD_RMS_NORM])
             self.programs = Programs(*[lowering.program(function)] * 3)
         trim_host_memory()
         if self.torch_device.type == "cuda":
@@ -180,6 +187,9 @@ class TorchBackend(Backend):
         except RuntimeError as error:  # torch.OutOfMemoryError, or the CPU allocator's own
             raise MemoryLimitError(f"no memory for {num_blocks} KV blocks: {error}", "lower max_model_len") from error
         self.slots = SlotState(max_num_seqs, max_model_len, self.torch_device)
+        if self.kernels:
+            max_blocks = -(-max_model_len // block_size)
+            self.recorder = Recorder(self.kernels, self.programs.full, self.kv, block_size, max_blocks)
         if self.runner:
             dtype, size = self.torch_dtype, max_num_batched_tokens
             self.runner.begin(self.graph, self.programs, self.kv, self.slots, dtype, size)
@@ -205,7 +215,10 @@ class TorchBackend(Backend):
     def forward(self, batch: Batch) -> Logits:
         if self.runner:
             return self.runner.forward(batch)
-        inputs = [self._input_ids(batch), on_device(batch.positions, self.torch_device), *self.kv]
+        tokens = self._input_ids(batch)
+        if self.recorder and (logits := self.recorder.run(batch, tokens)) is not None:
+            return Logits(logits)
+        inputs = [tokens, on_device(batch.positions, self.torch_device), *self.kv]
         return Logits(self.programs.full.run(attn_metadata(batch, self.block_size, self.torch_device), inputs)[0])
 
     @torch.inference_mode()
@@ -248,7 +261,7 @@ class TorchBackend(Backend):
         return TorchProfiler(self.torch_device)
 
     def close(self) -> None:
-        self.programs, self.kv = NO_PROGRAMS, []
+        self.programs, self.kv, self.recorder = NO_PROGRAMS, [], None
         self.slots, self.output_copier = SlotState(0, 0, self.torch_device), None
         if self.runner:
             self.runner.end()

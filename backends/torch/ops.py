@@ -62,12 +62,19 @@ def rms_norm(_: AttnMetadata, x: Tensor, norm: Norm, *, eps: float, offset: floa
     return torch.nn.functional.rms_norm(x, w.shape, w, eps)
 
 
+def fused_add_rms_norm(
+    c: AttnMetadata, x: Tensor, y: Tensor, norm: Norm, *, eps: float, offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    total = x + y
+    return total, rms_norm(c, total, norm, eps=eps, offset=offset)
+
+
 def heads(_: AttnMetadata, x: Tensor, *, size: int) -> Tensor:  # (T, H * d) -> (T, H, d)
-    return x.unflatten(-1, (-1, size))
+    return x.view(*x.shape[:-1], -1, size)
 
 
 def rope(c: AttnMetadata, x: Tensor, positions: Tensor, *, frequencies: RopeFrequencies) -> Tensor:  # (T, H, d), (T,)
-    return _rotated(x, *_cos_sin(c, positions, frequencies)).to(x.dtype)
+    return _rotated(x, *cos_sin(c, positions, frequencies)).to(x.dtype)
 
 
 def qk_norm_rope_write_kv(
@@ -77,8 +84,15 @@ def qk_norm_rope_write_kv(
     """All heads of q and k at once; `norms` (H + Hk, d) hold the offset already."""
     x = _joined(q, k)  # (T, H + Hk, d)
     normal = torch.nn.functional.rms_norm(x.float() if offset else x, x.shape[-1:], None, eps) * norms
-    x = _rotated(normal, *_cos_sin(c, positions, frequencies)).to(q.dtype)
+    x = _rotated(normal, *cos_sin(c, positions, frequencies)).to(q.dtype)
     return x[:, : q.shape[1]], write_kv(c, x[:, q.shape[1] :], v, kv)
+
+
+def rope_write_kv(
+    c: AttnMetadata, q: Tensor, positions: Tensor, k: Tensor, v: Tensor, kv: KV, *, frequencies: RopeFrequencies
+) -> tuple[Tensor, KV]:
+    q, k = (rope(c, x, positions, frequencies=frequencies) for x in (q, k))
+    return q, write_kv(c, k, v, kv)
 
 
 def _joined(q: Tensor, k: Tensor) -> Tensor:
@@ -90,13 +104,17 @@ def _joined(q: Tensor, k: Tensor) -> Tensor:
     return torch.cat([q, k], dim=1)
 
 
-def _cos_sin(c: AttnMetadata, positions: Tensor, frequencies: RopeFrequencies) -> tuple[Tensor, Tensor]:
+def cos_sin(c: AttnMetadata, positions: Tensor, frequencies: RopeFrequencies) -> tuple[Tensor, Tensor]:
     """cos and sin, float32 (T, 1, d/2); once for all layers of a step."""
-    if id(frequencies) not in c.cos_sin:
-        angles = positions[:, None].float() * _on_device(frequencies, positions.device)
-        cos, sin = (f(angles)[:, None, :] * frequencies.scale for f in (torch.cos, torch.sin))
-        c.cos_sin[id(frequencies)] = cos, sin
-    return c.cos_sin[id(frequencies)]
+    if frequencies not in c.cos_sin:
+        c.cos_sin[frequencies] = cos_sin_of(positions, frequencies)
+    return c.cos_sin[frequencies]
+
+
+def cos_sin_of(positions: Tensor, frequencies: RopeFrequencies) -> tuple[Tensor, Tensor]:
+    angles = positions[:, None].float() * _on_device(frequencies, positions.device)
+    cos, sin = (f(angles)[:, None, :] * frequencies.scale for f in (torch.cos, torch.sin))
+    return cos, sin
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -168,11 +186,11 @@ def lm_head(_: AttnMetadata, x: Tensor, matrix: Linear) -> Tensor:
 
 OPS: dict[str, Callable[..., Any]] = {
     f.__name__: f for f in (
-        embed, mul_scalar, linear, merged_linear, rms_norm, heads, rope, qk_norm_rope_write_kv, write_kv, attend,
-        silu_and_mul, gelu_and_mul, moe, add, gather_logits_rows, lm_head,
+        embed, mul_scalar, linear, merged_linear, rms_norm, fused_add_rms_norm, heads, rope, qk_norm_rope_write_kv,
+        rope_write_kv, write_kv, attend, silu_and_mul, gelu_and_mul, moe, add, gather_logits_rows, lm_head,
     )
 }  # fmt: skip
-FUSED = frozenset({"merged_linear", "qk_norm_rope_write_kv"})
+FUSED = frozenset({"merged_linear", "qk_norm_rope_write_kv", "rope_write_kv"})
 
 
 # How weights are bound: what an op takes after its values, for ops that do not take a linear map.
@@ -219,5 +237,6 @@ def bind_moe(lowering: Lowering, e: Equation) -> Experts:
 
 
 BIND: dict[str, Bind] = {
-    "embed": bind_embed, "rms_norm": bind_rms_norm, "qk_norm_rope_write_kv": bind_qk_norm, "moe": bind_moe,
+    "embed": bind_embed, **dict.fromkeys(("rms_norm", "fused_add_rms_norm"), bind_rms_norm),
+    "qk_norm_rope_write_kv": bind_qk_norm, "moe": bind_moe,
 }  # fmt: skip

@@ -4,13 +4,16 @@ Sequences with one token are padded to the longest and run as one group; each pr
 Letters: n tokens of a sequence, Hk KV heads, G query heads per KV head, d head_dim, L keys.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 
 from llmrs.backends.torch.kv_fp8 import QuantizedKV
 from llmrs.core.batch import Batch
+from llmrs.core.ir import RopeFrequencies
 
 Pool = torch.Tensor | QuantizedKV  # (blocks, block_size, Hk, d)
 
@@ -21,9 +24,17 @@ class AttnGroup:
 
     token_rows: torch.Tensor  # int64 (s * n,): their tokens in the batch
     block_tables: torch.Tensor  # int64 (s, b)
-    relative_pos: torch.Tensor  # int32 (s, 1, n, L): query position - key position
+    seq_lens: torch.Tensor  # int64 (s,)
+    max_seq_len: int
+    positions: torch.Tensor  # int32 (s, 1, n, 1)
+    num_keys: int  # L
     masks: dict[int, torch.Tensor]  # by window, made on demand
     kv_slice: slice | None  # KV slots of one sequence whose blocks are contiguous
+
+    @cached_property
+    def relative_pos(self) -> torch.Tensor:
+        """Query position - key position: int32 (s, 1, n, L)."""
+        return self.positions - torch.arange(self.num_keys, device=self.positions.device, dtype=torch.int32)
 
     def mask(self, window: int) -> torch.Tensor:
         """bool (s, 1, n, L): causal, and with a window only the last `window` keys."""
@@ -33,6 +44,9 @@ class AttnGroup:
         return self.masks[window]
 
 
+AttendGroup = Callable[[AttnGroup, torch.Tensor, Pool, Pool, float, int], torch.Tensor]
+
+
 @dataclass(frozen=True)
 class AttnMetadata:
     """What the ops need of a step, on the device, made once for all layers."""
@@ -40,7 +54,8 @@ class AttnMetadata:
     slot_mapping: torch.Tensor  # int64 (T,): where each token's KV goes, block * block_size + offset
     groups: list[AttnGroup]
     logits_indices: torch.Tensor  # int64 (R,)
-    cos_sin: dict[int, tuple[torch.Tensor, torch.Tensor]]  # of RoPE, made on demand
+    cos_sin: dict[RopeFrequencies, tuple[torch.Tensor, torch.Tensor]]  # made on demand
+    all_rows: bool = False  # logits_indices are all tokens, in order
 
 
 def attn_metadata(batch: Batch, block_size: int, device: torch.device) -> AttnMetadata:
@@ -54,6 +69,7 @@ def attn_metadata(batch: Batch, block_size: int, device: torch.device) -> AttnMe
         [_group(batch, group, block_size, device) for group in groups],
         on_device(batch.logits_indices.astype(np.int64), device),
         {},
+        all_rows=np.array_equal(batch.logits_indices, np.arange(len(batch.positions))),
     )
 
 
@@ -67,8 +83,10 @@ def _group(batch: Batch, seqs: np.ndarray, block_size: int, device: torch.device
         first, num_keys = int(blocks[0, 0]) * block_size, max_seq_len
         kv_slice = slice(first, first + max_seq_len)
     positions = on_device(batch.positions[rows].reshape(len(seqs), 1, -1, 1), device)
-    relative_pos = positions - torch.arange(num_keys, device=device, dtype=torch.int32)
-    return AttnGroup(on_device(rows, device), on_device(blocks, device), relative_pos, {}, kv_slice)
+    seq_lens = on_device(batch.seq_lens[seqs].astype(np.int64), device)
+    return AttnGroup(
+        on_device(rows, device), on_device(blocks, device), seq_lens, max_seq_len, positions, num_keys, {}, kv_slice
+    )
 
 
 def on_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -77,18 +95,27 @@ def on_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def attend(c: AttnMetadata, q: torch.Tensor, keys: Pool, values: Pool, scale: float, window: int) -> torch.Tensor:
-    """q (T, H, d), keys and values (blocks, block_size, Hk, d) -> (T, H * d)."""
+def attend(
+    c: AttnMetadata, q: torch.Tensor, keys: Pool, values: Pool, scale: float, window: int,
+    decode: AttendGroup | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """q (T, H, d), keys and values (blocks, block_size, Hk, d) -> (T, H * d). `decode` takes sequences with one token,
+    if given."""
+
+    def run(g: AttnGroup, q: torch.Tensor) -> torch.Tensor:
+        kernel = decode if decode and g.positions.shape[2] == 1 else attend_group
+        return kernel(g, q, keys, values, scale, window)
+
     if len(c.groups) == 1:
-        return _attend_group(c.groups[0], q, keys, values, scale, window)
+        return run(c.groups[0], q)
     y = torch.empty(len(q), q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
     for group in c.groups:
-        y[group.token_rows] = _attend_group(group, q[group.token_rows], keys, values, scale, window)
+        y[group.token_rows] = run(group, q[group.token_rows])
     return y
 
 
-def _attend_group(g: AttnGroup, q: torch.Tensor, keys: Pool, values: Pool, scale: float, window: int) -> torch.Tensor:
-    s, n, num_kv_heads, head_dim = len(g.block_tables), g.relative_pos.shape[2], keys.shape[2], keys.shape[3]
+def attend_group(g: AttnGroup, q: torch.Tensor, keys: Pool, values: Pool, scale: float, window: int) -> torch.Tensor:
+    s, n, num_kv_heads, head_dim = len(g.block_tables), g.positions.shape[2], keys.shape[2], keys.shape[3]
     k, v = (_gather_kv(g, x).transpose(1, 2).to(q.dtype) for x in (keys, values))  # (s, Hk, L, d)
     q = q.view(s, n, num_kv_heads, -1, head_dim).permute(0, 2, 3, 1, 4)  # (s, Hk, G, n, d)
     group_size = q.shape[2]  # query heads of one KV head become rows of one attention

@@ -3,11 +3,9 @@
 struct V {
     float a[LANES];
 };
-struct Codes {
+struct I {
     int32_t a[LANES];
 };
-inline float largest(const float*, int64_t) { return 0; }
-inline void to_integers(float*, int64_t, float, float, int16_t*) {}
 #define EACH for (int i = 0; i < LANES; i++)
 inline V load(const float* p) {
     V r;
@@ -31,6 +29,27 @@ inline V mul(V x, V y) {
     x.a[i] *= y.a[i];
     return x;
 }
+inline V div(V x, V y) {
+    EACH
+    x.a[i] /= y.a[i];
+    return x;
+}
+inline V max(V x, V y) {
+    EACH
+    x.a[i] = x.a[i] > y.a[i] ? x.a[i] : y.a[i];
+    return x;
+}
+inline V round(V x) {
+    EACH
+    x.a[i] = nearbyintf(x.a[i]);
+    return x;
+}
+inline V times_power(V x, V n) {  // x 2^n
+    EACH
+    x.a[i] = ldexpf(x.a[i], (int)n.a[i]);
+    return x;
+}
+inline float maximum(V x) { return *std::max_element(x.a, x.a + LANES); }
 inline V negated(V x) {
     EACH
     x.a[i] = -x.a[i];
@@ -50,28 +69,71 @@ inline void store(float* p, V x) {
     EACH
     p[i] = x.a[i];
 }
-inline Codes bytes(const uint8_t* p) {
-    Codes r;
+inline I bytes(const uint8_t* p) {
+    I r;
     EACH
     r.a[i] = p[i];
     return r;
 }
-template <int SHIFT, int MASK> inline Codes field(Codes c) {
-    EACH
-    c.a[i] = c.a[i] >> SHIFT & MASK;
-    return c;
+inline I words(const void* p) {
+    I r;
+    memcpy(&r, p, sizeof r);
+    return r;
 }
-template <int SHIFT> inline Codes join(Codes low, Codes high) {
-    EACH
-    low.a[i] |= high.a[i] << SHIFT;
-    return low;
+// f of each int16.
+template <class F> inline I each_word(I x, F f) {
+    int16_t w[2 * LANES];
+    memcpy(w, &x, sizeof w);
+    for (int i = 0; i < 2 * LANES; i++) w[i] = f(w[i]);
+    return words(w);
 }
-template <int BIT> inline Codes join_bits(Codes low, const uint8_t* p) {
-    EACH
-    low.a[i] |= (p[i / 8] >> i % 8 & 1) << BIT;
-    return low;
+template <int SHIFT, int MASK> inline I field(I x) {  // SHIFT: right, or left if negative
+    return each_word(x, [](uint16_t w) { return (SHIFT > 0 ? w >> (SHIFT & 15) : w << (-SHIFT & 15)) & MASK; });
 }
-inline V number(Codes c) {
+inline I join(I x, I y) {
+    EACH
+    x.a[i] |= y.a[i];
+    return x;
+}
+inline I set_int(int32_t x) {
+    I r;
+    EACH
+    r.a[i] = x;
+    return r;
+}
+inline I set_pair(const int16_t* p) {
+    int32_t both;
+    memcpy(&both, p, 4);
+    return set_int(both);
+}
+inline I low(I x) {
+    EACH
+    x.a[i] = (int16_t)x.a[i];
+    return x;
+}
+inline I high(I x) {
+    EACH
+    x.a[i] >>= 16;
+    return x;
+}
+inline I dot(I sum, I x, I y) {
+    EACH
+    sum.a[i] += (int16_t)x.a[i] * (int16_t)y.a[i] + (x.a[i] >> 16) * (y.a[i] >> 16);
+    return sum;
+}
+inline I entries(I x, const int8_t* table) {  // bytes below 16
+    uint8_t b[4 * LANES];
+    memcpy(b, &x, sizeof b);
+    for (uint8_t& byte : b) byte = table[byte & 15];
+    return words(b);
+}
+inline I lower_byte(I x) {
+    return each_word(x, [](int16_t w) { return (int8_t)w; });
+}  // signed
+inline I upper_byte(I x) {
+    return each_word(x, [](int16_t w) { return w >> 8; });
+}
+inline V number(I c) {
     V r;
     EACH
     r.a[i] = (float)c.a[i];
@@ -83,13 +145,7 @@ inline V signed_number(const uint8_t* p) {
     r.a[i] = (int8_t)p[i];
     return r;
 }
-inline V entry(Codes c, const float* table) {
-    V r;
-    EACH
-    r.a[i] = table[c.a[i] & 15];
-    return r;
-}
-inline V e4m3(Codes c) {
+inline V e4m3(I c) {
     V r;
     EACH
     {
@@ -110,12 +166,6 @@ inline float one_f16(const uint8_t* p) {
     const uint32_t h = p[0] | p[1] << 8, size = (h & 0x7FFF) << 13;
     const float x = (h & 0x7C00) == 0x7C00 ? as_float(size | 0x7F800000) : as_float(size) * 0x1p112f;
     return h & 0x8000 ? -x : x;
-}
-inline V halves(float x, float y) {
-    V r;
-    EACH
-    r.a[i] = i < LANES / 2 ? x : y;
-    return r;
 }
 inline V f16(const uint8_t* p) {
     V r;
@@ -153,4 +203,35 @@ inline void store_bf16(uint16_t* p, V x) {
         memcpy(&b, &x.a[i], 4);
         p[i] = (uint16_t)((b + 0x7FFF + (b >> 16 & 1)) >> 16);
     }
+}
+inline float largest(const float* p, int64_t count) {
+    float m = 0;
+    for (int64_t i = 0; i < count; i++) m = std::max(m, std::fabs(p[i]));
+    return m;
+}
+inline void to_integers(float* p, int64_t count, float inverse, float step, int16_t* out) {
+    for (int64_t i = 0; i < count; i++) {
+        const float q = nearbyintf(p[i] * inverse);
+        out[i] = std::isfinite(q) ? (int16_t)q : 0, p[i] = q * step;
+    }
+}
+inline void transpose(const Words& x, Words& y) {
+    for (int r = 0; r < LANES; r++) EACH
+    y[r][i] = x[i][r];
+}
+inline V joined(const uint16_t* low, const uint16_t* high) {
+    V r;
+    EACH
+    r.a[i] = as_float(low[i] | (uint32_t)high[i] << 16);
+    return r;
+}
+inline V pair_f16(V x, V y) {
+    uint16_t a[LANES], b[LANES];
+    store_f16(a, x), store_f16(b, y);
+    return joined(a, b);
+}
+inline V pair_bf16(V x, V y) {
+    uint16_t a[LANES], b[LANES];
+    store_bf16(a, x), store_bf16(b, y);
+    return joined(a, b);
 }
