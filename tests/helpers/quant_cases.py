@@ -29,5 +29,5 @@ def random_gguf(name: str, n: int, k: int, seed: int = 0) -> QuantTensor:
 
 def cases() -> list[QuantTensor]:
     rng = np.random.default_rng(0)
-    made = [random_gguf(name, 37, 512) for name in GGUF]
-    return [*made, *(random_quantized(rng, form, more, (37, 512)) for form, more in OTHERS)]
+    made = [random_gguf(name, 11, 256) for name in GGUF]
+    return [*made, *(random_quantized(rng, form, more, (11, 256)) for form, more in OTHERS)]

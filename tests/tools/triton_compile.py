@@ -30,16 +30,23 @@ from llmrs.backends.torch.kernels.gumbel import reduce_argmax_kernel
 from llmrs.backends.torch.kernels.launch import dot_precision, next_power_of_2
 from llmrs.backends.torch.kernels.paged_attention import AttnConfig, combine_splits_kernel, paged_attention_kernel
 from llmrs.backends.torch.kernels.prefill_attention_tma import prefill_attention_tma_kernel, prefill_config
+from llmrs.backends.torch.kernels.dequantize import dequantize_kernel
 from llmrs.backends.torch.kernels.qk_norm_rope_cache import qk_norm_rope_write_kv_kernel
+from llmrs.backends.torch.kernels.quant_gemm import quant_gemm_config, quant_gemm_kernel, reduce_splits_kernel
+from llmrs.backends.torch.kernels.quant_gemv import quant_gemv_config, quant_gemv_kernel
+from llmrs.backends.torch.kernels.quantize_activations import UNITS_PER_WARP, quantize_activations_kernel
 from llmrs.backends.torch.kernels.rms_norm import fused_add_rms_norm_kernel
 from llmrs.backends.torch.kv_fp8 import E4M3, MIN_CAPABILITY
+from llmrs.backends.torch.triton_rows import PLANES, TritonRows
+from llmrs.quant import ggml
+from llmrs.quant.form import Form
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 # arguments that a kernel may read before gdc_wait: weights, and input arrays that a copy fills
-EARLY = {"w", "weight", "norm_weight", "tiles", "positions"}
+EARLY = {"w", "weight", "norm_weight", "tiles", "positions", *PLANES}
 DIVISIBLE = ("V", "span", "k_per_split")  # by 16, as strides are
 FLOATS = ("scale", "eps", "weight_offset")
-TARGETS = {f"sm_{a}{b}": Device(f"sm_{a}{b}", (a, b)) for a, b in ((8, 0), (8, 9), (9, 0), (10, 0))}
+TARGETS = {f"sm_{a}{b}": Device(f"sm_{a}{b}", (a, b)) for a, b in ((8, 0), (8, 9), (9, 0), (10, 0), (12, 0))}
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -235,6 +242,52 @@ def gemm_tma(config: TmaConfig, dtype: torch.dtype, n: int, k: int, act: int) ->
         check_tensor_cores(compiled(gemm_tma_kernel, tensors, constants | {"HAS_BIAS": bias}, *how), str(config))
 
 
+def quantized(dtype: torch.dtype, name: str, k: int, act: bool, ms: tuple[int, ...]) -> None:
+    """The kernels of a form of weights, by M as quant_linear.py chooses them; nothing may be spilled."""
+    form = FORMS[name]
+    planes = [p for p in ("low", "high", "scales", "offsets", "supers") if p in USED[name]]
+    rows = TritonRows(form, k, {p: torch.empty(0, dtype=USED[name][p], device="meta") for p in planes})
+    constants = rows.constants | dict.fromkeys(set(PLANES) - set(planes))
+    t = NAMES[dtype]
+    tensors = {p: POINTERS[USED[name][p]] for p in planes} | {"bias": t, "residual": t, "out": t}
+    for m in ms:
+        if m <= 4 and rows.integers:
+            config = quant_gemv_config(m, 8192, k, act)
+            sizes = {
+                "K": k, "BLOCK_U": min(32 * config.num_warps, next_power_of_2(k // 32)), "ROWS": config.rows,
+                "PREFETCH": config.prefetch, "BLOCK_M": next_power_of_2(m), "ACT": int(act),
+            }  # fmt: skip
+            around = {"HAS_BIAS": False, "HAS_RESIDUAL": not act}
+            given = tensors | {"x": "i32", "x_scales": "fp32"}
+            found = compiled(quant_gemv_kernel, given, constants | sizes | around, config.num_warps)
+        else:
+            config = quant_gemm_config(m, 8192, k)
+            sizes = {"K": k, "BLOCK_K": config.block_k, "BLOCK_N": config.block_n, "BLOCK_M": config.block_m}
+            given = {p: kind for p, kind in tensors.items() if p != "residual"} | {"x": t}
+            how = {"HAS_BIAS": False, "PRECISION": dot_precision(dtype)}
+            found = compiled(quant_gemm_kernel, given, constants | sizes | how, config.num_warps, config.num_stages)
+        registers, spilled = resources(found)
+        print(
+            f"    {name}, M = {m}: registers {registers}, {'LOCAL MEMORY' if spilled > 16 else 'spilled'} {spilled} bytes"
+        )
+    sizes = {"K": k, "BLOCK_R": 1, "BLOCK_K": min(4096, next_power_of_2(k)), "HAS_INDEX": True, "TOKENS": True}
+    given = {p: kind for p, kind in tensors.items() if p in USED[name]} | {
+        "index": "i32",
+        "last_tokens": "i64",
+        "out": t,
+    }
+    compiled(dequantize_kernel, given, constants | sizes)
+
+
+def around_quantized(dtype: torch.dtype, k: int) -> None:
+    tensors = {"x": NAMES[dtype], "norm_weight": NAMES[dtype], "codes": "i32", "scales": "fp32"}
+    for norm, warps in ((False, 1), (True, 4)):
+        sizes = {"K": k, "BLOCK_K": next_power_of_2(k), "BLOCK_U": UNITS_PER_WARP * warps, "HAS_NORM": norm}
+        compiled(quantize_activations_kernel, tensors, sizes, warps)
+    tensors = {"partial": "fp32", "bias": NAMES[dtype], "out": NAMES[dtype]}
+    compiled(reduce_splits_kernel, tensors, {"SPLIT_K": 4, "BLOCK_N": 1024, "HAS_BIAS": True})
+
+
 def qk_norm_rope(dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, norm: bool, *, fp8: bool) -> None:
     cache, absent = caches(dtype, fp8=fp8)
     tensors = dict.fromkeys(("q", "k", "v", "q_norm", "k_norm", "q_out"), NAMES[dtype]) | cache
@@ -261,6 +314,21 @@ def sampling(dtype: torch.dtype) -> None:
         compiled(reduce_argmax_kernel, tensors, {"BLOCK": block}, 1)
 
 
+FORMS = {
+    name: ggml.TYPES[name].format.form for name in ("q4_k", "q5_k", "q6_k", "q3_k", "q2_k", "q8_0", "q5_0", "iq4_xs")
+}
+FORMS |= {"mlx4": Form("affine", "u4", 64, "bf16"), "fp8": Form("fp8", "e4m3", 128, "f32"),
+          "nvfp4": Form("fp4", "e2m1", 16, "e4m3")}  # fmt: skip
+I8, U8, I16, I32, F16 = torch.int8, torch.uint8, torch.int16, torch.int32, torch.float16
+POINTERS = {I8: "i8", U8: "u8", I16: "i16", I32: "i32", F16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+USED: dict[str, dict[str, torch.dtype]] = {  # planes and their types
+    "q4_k": {"low": I32, "scales": I16, "supers": I32}, "q5_k": {"low": I32, "high": I32, "scales": I16, "supers": I32},
+    "q6_k": {"low": I32, "high": I32, "scales": I8, "supers": I16}, "q2_k": {"low": I32, "scales": U8, "supers": I32},
+    "q3_k": {"low": I32, "high": I32, "scales": I8, "supers": I16}, "q8_0": {"low": I32, "scales": F16},
+    "q5_0": {"low": I32, "high": I32, "scales": F16}, "iq4_xs": {"low": I32, "scales": I8, "supers": I16},
+    "mlx4": {"low": I32, "scales": torch.bfloat16, "offsets": torch.bfloat16}, "nvfp4": {"low": I32, "scales": U8},
+    "fp8": {"low": I32, "scales": torch.float32},
+}  # fmt: skip
 # N, K, activation, norm (for M = 1), residual; Qwen3-0.6B's layer and LM head, then Llama-3.2-1B's, Qwen3-8B's, awkward
 GEMMS = [
     (4096, 1024, "", True, False), (1024, 2048, "", False, True), (3072, 1024, "silu_and_mul", True, False),
@@ -300,6 +368,12 @@ def main(few: bool, device: Device) -> None:
                 for fp8 in fp8_caches:
                     qk_norm_rope(dtype, *heads, norm, fp8=fp8)
         sampling(dtype)
+        if dtype != torch.float32:
+            around_quantized(dtype, 4096)
+        for name in ("q4_k",) if few else FORMS:
+            for k, act in ((4096, True),) if few else ((1024, False), (4096, True), (12288, False)):
+                ms = (16,) if dtype == torch.float32 else (1, 64) if few else (1, 2, 4, 16, 64, 128, 256)
+                quantized(dtype, name, k, act, ms)
     measured = {key for key in SM90_CONFIGS if True in fp8_caches or key.kv_dtype != E4M3}
     assert measured <= Run.done, measured - Run.done
 
