@@ -41,8 +41,8 @@ fuzz: $(VENV)/dev.stamp ## a million mutated GGUF files
 quality: $(VENV)/dev.stamp ## measure what each quantization costs, and update the table in the docs
 	PYTHONPATH=examples $(BIN)/python tests/tools/quant_quality.py 60 docs/quantization.md
 
-compile: $(VENV)/dev.stamp ## compile every Triton kernel for four kinds of GPU, without one
-	$(BIN)/python tests/tools/triton_compile.py all sm_80 sm_89 sm_90 sm_100
+compile: $(VENV)/dev.stamp ## compile every Triton kernel for five kinds of GPU, without one
+	$(BIN)/python tests/tools/triton_compile.py all sm_80 sm_89 sm_90 sm_100 sm_120
 
 sanitize: $(VENV)/dev.stamp ## on an NVIDIA GPU: the kernel tests under compute-sanitizer
 	for tool in memcheck racecheck initcheck; do \

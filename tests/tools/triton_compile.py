@@ -1,6 +1,6 @@
 """Compiles every kernel in every configuration that a GPU would run, without one. Prints a line for each.
 
-    python tests/tools/triton_compile.py [few | all] [sm_80 sm_89 sm_90 sm_100]    (all, sm_90)
+    python tests/tools/triton_compile.py [few | all] [sm_80 sm_89 sm_90 sm_100 sm_120]    (all, sm_90)
 
 `few`: the shapes of two models; `all`: awkward ones too. Each must fit into the target's shared memory. Run by
 test_triton_compile.py and `make compile` in a process of its own, where Triton's interpreter is off.
@@ -22,6 +22,7 @@ from triton.compiler import ASTSource
 from llmrs.backends.torch.kernel_configs import SM90_CONFIGS, ConfigKey, Device, attn_config, smem_bytes
 from llmrs.backends.torch.kernels import gemm, gumbel_argmax, top_k_top_p
 from llmrs.backends.torch.kernels.act_and_mul import act_and_mul_kernel
+from llmrs.backends.torch.kernels.dequantize import dequantize_kernel
 from llmrs.backends.torch.kernels.embedding import embed_kernel
 from llmrs.backends.torch.kernels.gemm_small_m import gemm_small_m_kernel
 from llmrs.backends.torch.kernels.gemm_tma import PREFETCH_LINES, TmaConfig, gemm_tma_kernel
@@ -30,7 +31,6 @@ from llmrs.backends.torch.kernels.gumbel import reduce_argmax_kernel
 from llmrs.backends.torch.kernels.launch import dot_precision, next_power_of_2
 from llmrs.backends.torch.kernels.paged_attention import AttnConfig, combine_splits_kernel, paged_attention_kernel
 from llmrs.backends.torch.kernels.prefill_attention_tma import prefill_attention_tma_kernel, prefill_config
-from llmrs.backends.torch.kernels.dequantize import dequantize_kernel
 from llmrs.backends.torch.kernels.qk_norm_rope_cache import qk_norm_rope_write_kv_kernel
 from llmrs.backends.torch.kernels.quant_gemm import quant_gemm_config, quant_gemm_kernel, reduce_splits_kernel
 from llmrs.backends.torch.kernels.quant_gemv import quant_gemv_config, quant_gemv_kernel
@@ -267,9 +267,8 @@ def quantized(dtype: torch.dtype, name: str, k: int, act: bool, ms: tuple[int, .
             how = {"HAS_BIAS": False, "PRECISION": dot_precision(dtype)}
             found = compiled(quant_gemm_kernel, given, constants | sizes | how, config.num_warps, config.num_stages)
         registers, spilled = resources(found)
-        print(
-            f"    {name}, M = {m}: registers {registers}, {'LOCAL MEMORY' if spilled > 16 else 'spilled'} {spilled} bytes"
-        )
+        where = "LOCAL MEMORY" if spilled > 16 else "spilled"
+        print(f"    {name}, M = {m}: registers {registers}, {where} {spilled} bytes")
     sizes = {"K": k, "BLOCK_R": 1, "BLOCK_K": min(4096, next_power_of_2(k)), "HAS_INDEX": True, "TOKENS": True}
     given = {p: kind for p, kind in tensors.items() if p in USED[name]} | {
         "index": "i32",

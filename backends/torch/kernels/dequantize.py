@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 
 from llmrs.backends.torch.kernels.launch import FLOATS, check, next_power_of_2
-from llmrs.backends.torch.kernels.quant_codes import load_codes, load_scales
+from llmrs.backends.torch.kernels.quant_codes import load_codes
+from llmrs.backends.torch.kernels.quant_scales import load_scales
 
 NAME = "dequantize"
 COLUMNS_PER_CTA = 4096

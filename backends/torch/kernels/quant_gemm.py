@@ -18,7 +18,8 @@ import triton.language as tl
 
 from llmrs.backends.torch.kernels.epilogue import epilogue
 from llmrs.backends.torch.kernels.launch import check, check_tensors, dot_precision, next_power_of_2
-from llmrs.backends.torch.kernels.quant_codes import line_of, load_scale_bits, load_words, unpack_part
+from llmrs.backends.torch.kernels.quant_codes import load_words, unpack_part
+from llmrs.backends.torch.kernels.quant_scales import line_of, load_scale_bits
 
 NAME = "quant_gemm"
 NUM_SMS = 132  # of an H100

@@ -19,7 +19,8 @@ import triton.language as tl
 
 from llmrs.backends.torch.kernels.epilogue import epilogue
 from llmrs.backends.torch.kernels.launch import check, next_power_of_2
-from llmrs.backends.torch.kernels.quant_codes import dot_unit, load_scale_bits, load_unit, load_x, scale_of
+from llmrs.backends.torch.kernels.quant_codes import dot_unit, load_unit, load_x
+from llmrs.backends.torch.kernels.quant_scales import load_scale_bits, scale_of
 
 NAME = "quant_gemv"
 MAX_M = 4
