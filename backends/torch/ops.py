@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from llmrs.backends.torch import sdpa_attention
-from llmrs.backends.torch.cpu_linear import Linear, make_linear
+from llmrs.backends.torch.cpu_linear import Linear
 from llmrs.backends.torch.kv_fp8 import QuantizedKV
 from llmrs.backends.torch.lowering import Bind, Lowering, weights_of
 from llmrs.backends.torch.quant_matrix import QuantMatrix, packed_rows, torch_view
@@ -232,7 +232,8 @@ def bind_moe(lowering: Lowering, e: Equation) -> Experts:
         [m for s in w.segments for m in lowering.matrix(Weight((s,), w.columns)).split(w.type.sizes[0] // count)]
         for w in stacks
     ]
-    experts = [(make_linear(g), make_linear(u), make_linear(d)) for g, u, d in zip(*split, strict=True)]
+    make = lowering.make_linear
+    experts = [(make(g), make(u), make(d)) for g, u, d in zip(*split, strict=True)]
     return Experts(lowering.tensor(router), experts)
 
 
