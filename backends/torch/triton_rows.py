@@ -72,12 +72,8 @@ class TritonRows(PackedRows):
         }  # fmt: skip
 
     def unpack(self, dtype: torch.dtype) -> torch.Tensor:
-        return self.rows(0, len(self), dtype)
-
-    def rows(self, begin: int, end: int, dtype: torch.dtype) -> torch.Tensor:
-        """Dequantized rows, (end - begin, K)."""
-        out = torch.empty(end - begin, self.columns, dtype=dtype, device=self.planes["low"].device)
-        return dequantize(self.arguments, self.constants, self.columns, out, first_row=begin)
+        out = torch.empty(len(self), self.columns, dtype=dtype, device=self.planes["low"].device)
+        return dequantize(self.arguments, self.constants, self.columns, out)
 
     def gather(self, index: torch.Tensor, dtype: torch.dtype, last_tokens: torch.Tensor | None = None, *,
                pdl: bool = False) -> torch.Tensor:  # fmt: skip

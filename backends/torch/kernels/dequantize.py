@@ -23,7 +23,7 @@ COLUMNS_PER_CTA = 4096
 
 @triton.jit
 def dequantize_kernel(
-    low, high, scales, offsets, supers, row_scales, index, last_tokens, out, rows, first_row, stride_om,
+    low, high, scales, offsets, supers, row_scales, index, last_tokens, out, rows, stride_om,
     K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, HAS_INDEX: tl.constexpr, TOKENS: tl.constexpr,
     LOW_BITS: tl.constexpr, HIGH_BITS: tl.constexpr, TABLE: tl.constexpr, SIGNED: tl.constexpr, FACTOR: tl.constexpr,
     ZERO: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, OFFSET: tl.constexpr, SUPER: tl.constexpr,
@@ -40,7 +40,6 @@ def dequantize_kernel(
         row = tl.load(index + row, mask=r < rows, other=0).to(tl.int64)
         if TOKENS:  # -1 - slot stands for the slot's last token
             row = tl.where(row < 0, tl.load(last_tokens - 1 - row, mask=row < 0, other=0), row)
-    row += first_row
     values = load_codes(low, high, row, octet, mask, K, LOW_BITS, HIGH_BITS, TABLE, SIGNED) * FACTOR
     scale, offset = load_scales(
         scales, offsets, supers, row_scales, row, octet // 4, octet // 2 % 2, mask, K, GROUP, SCALE, OFFSET, SUPER,
@@ -61,9 +60,9 @@ def dequantize_kernel(
 
 def dequantize(
     planes: list[torch.Tensor | None], constants: dict[str, Any], columns: int, out: torch.Tensor, *,
-    first_row: int = 0, index: torch.Tensor | None = None, last_tokens: torch.Tensor | None = None, pdl: bool = False,
+    index: torch.Tensor | None = None, last_tokens: torch.Tensor | None = None, pdl: bool = False,
 ) -> torch.Tensor:  # fmt: skip
-    """Into `out` (R, K): rows from `first_row` on, or those of `index`; with `last_tokens` that is of `embed`.
+    """Into `out` (R, K): the first rows, or those of `index`; with `last_tokens` that is of `embed`.
 
     `planes`, `constants`: of TritonRows. Raises BackendError for a dtype of `out` that kernels lack.
     """
@@ -71,7 +70,7 @@ def dequantize(
     block_k = min(next_power_of_2(columns), COLUMNS_PER_CTA)
     block_r = COLUMNS_PER_CTA // block_k
     dequantize_kernel[triton.cdiv(len(out), block_r), triton.cdiv(columns, block_k)](
-        *planes, index, last_tokens, out, len(out), first_row, out.stride(0),
+        *planes, index, last_tokens, out, len(out), out.stride(0),
         K=columns, BLOCK_R=block_r, BLOCK_K=block_k, HAS_INDEX=index is not None, TOKENS=last_tokens is not None,
         **constants, PDL=pdl, num_warps=4, launch_pdl=pdl, enable_fp_fusion=False,
     )  # fmt: skip
