@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from llmrs.backends.torch.kernels.act_and_mul import act_and_mul
+from llmrs.backends.torch.kernels.launch import has_async_mma
 from llmrs.backends.torch.kernels.quant_gemm import quant_gemm, quant_gemm_config, reduce_splits
 from llmrs.backends.torch.kernels.quant_gemv import MAX_M as GEMV_MAX_M
 from llmrs.backends.torch.kernels.quant_gemv import quant_gemv
@@ -80,7 +81,7 @@ def _gemm(
     (m, k), n = x.shape, weight.shape[0]
     if not all(isinstance(s, TritonRows) for s in weight.segments):
         return _activated(_dequantized(x, weight, bias), act, pdl)
-    config = quant_gemm_config(m, n, k)
+    config = quant_gemm_config(m, n, k, async_mma=has_async_mma(x.device))
     splits = config.splits(k)
     shape, dtype = ((m, n), x.dtype) if splits == 1 else ((splits, m, n), torch.float32)
     y = torch.empty(shape, dtype=dtype, device=x.device)

@@ -261,7 +261,7 @@ def quantized(dtype: torch.dtype, name: str, k: int, act: bool, ms: tuple[int, .
             given = tensors | {"x": "i32", "x_scales": "fp32"}
             found = compiled(quant_gemv_kernel, given, constants | sizes | around, config.num_warps)
         else:
-            config = quant_gemm_config(m, 8192, k)
+            config = quant_gemm_config(m, 8192, k, async_mma=9 <= Run.device.capability[0] < 12)
             sizes = {"K": k, "BLOCK_K": config.block_k, "BLOCK_N": config.block_n, "BLOCK_M": config.block_m}
             given = {p: kind for p, kind in tensors.items() if p != "residual"} | {"x": t}
             how = {"HAS_BIAS": False, "PRECISION": dot_precision(dtype)}

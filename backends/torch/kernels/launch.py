@@ -80,6 +80,11 @@ def has_tma(device: torch.device) -> bool:
     return device.type != "cuda" or _capability(device) >= (9, 0)
 
 
+def has_async_mma(device: torch.device) -> bool:
+    """Whether a warp group multiplies from shared memory (wgmma, tcgen05), with room for large tiles."""
+    return device.type != "cuda" or 9 <= _capability(device)[0] < 12
+
+
 def supports_pdl(device: torch.device) -> bool:
     return device.type == "cuda" and not interpreted() and _capability(device) >= (9, 0)
 

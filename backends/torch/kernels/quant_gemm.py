@@ -149,9 +149,9 @@ def reduce_splits(
     return out
 
 
-def quant_gemm_config(m: int, n: int, k: int) -> QuantGemmConfig:
-    """As measured on an H200; split-K up to four CTAs for each SM."""
-    block_m = min(next_power_of_2(m, 16), 256)
+def quant_gemm_config(m: int, n: int, k: int, *, async_mma: bool = True) -> QuantGemmConfig:
+    """As measured on an H200; split-K up to four CTAs for each SM. Without `async_mma` tiles of x are smaller."""
+    block_m = min(next_power_of_2(m, 16), 256 if async_mma else 128)
     block_k = min(128 if block_m < 256 else 64, next_power_of_2(k))
     wide = block_m == 64 and n <= 4096  # few rows: larger tiles read x less often
     block_n, warps = (128, 8) if wide else (64, 4)
