@@ -128,7 +128,8 @@ def _dense(rows: PackedRows | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def packed_rows(tensor: QuantTensor, device: torch.device) -> PackedRows:
     """A copy on the device, in the tensor's form."""
     planes = tensor.planes(TORCH, lambda array: from_numpy(array).to(device))
-    planes = {name: plane.contiguous() for name, plane in planes.items()}
+    # flat in between: torch takes any stride of a dimension of size 1 for contiguous
+    planes = {name: plane.contiguous().flatten().view(plane.shape) for name, plane in planes.items()}
     for name, plane in planes.items():
         if plane.dtype == torch.uint16:  # NumPy's bf16; a GPU gathers no rows of uint16
             planes[name] = plane.view(torch.bfloat16)
