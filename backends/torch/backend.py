@@ -72,6 +72,7 @@ class TorchBackend(Backend):
         self.kernels: Kernels | None = None  # on a CPU
         self.pack: Pack | None = None  # of quantized weights for kernels
         self.recorder: Recorder | None = None  # of steps made of them
+        self.profiled = False
         self.output_copier: OutputCopier | None = None
 
     def configure(self, options: BackendOptions) -> None:
@@ -216,7 +217,7 @@ class TorchBackend(Backend):
         if self.runner:
             return self.runner.forward(batch)
         tokens = self._input_ids(batch)
-        if self.recorder and (logits := self.recorder.run(batch, tokens)) is not None:
+        if self.recorder and not self.profiled and (logits := self.recorder.run(batch, tokens)) is not None:
             return Logits(logits)
         inputs = [tokens, on_device(batch.positions, self.torch_device), *self.kv]
         return Logits(self.programs.full.run(attn_metadata(batch, self.block_size, self.torch_device), inputs)[0])
@@ -258,7 +259,12 @@ class TorchBackend(Backend):
         return data.nbytes / reading, 2 * side**3 / product
 
     def profiler(self) -> TorchProfiler:
-        return TorchProfiler(self.torch_device)
+        return TorchProfiler(self.torch_device, self._watch)
+
+    def _watch(self, on: bool) -> None:
+        self.profiled = on
+        if self.kernels:
+            self.kernels.profiled = on
 
     def close(self) -> None:
         self.programs, self.kv, self.recorder = NO_PROGRAMS, [], None

@@ -1,6 +1,6 @@
 """Kernels and copies of a GPU, or ops of a CPU, with their times, from torch's profiler."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,9 @@ from llmrs.backends.base import KernelEvent
 class TorchProfiler:
     """On a CPU an op includes the ops that it calls."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, watch: Callable[[bool], None] = lambda on: None) -> None:
+        """`watch`: called with whether it runs, so that a backend runs op by op meanwhile."""
+        self.watch = watch
         self.device, self.asynchronous = device, device.type == "cuda"
         activity = torch.profiler.ProfilerActivity
         self.activity = activity.CUDA if self.asynchronous else activity.CPU
@@ -19,12 +21,14 @@ class TorchProfiler:
 
     def start(self) -> None:
         self._wait()
+        self.watch(True)
         self.running = torch.profiler.profile(activities=[self.activity])
         self.running.start()
 
     def stop(self) -> list[KernelEvent]:
         self._wait()
         self.running.stop()
+        self.watch(False)
         # raw events: torch's own tables take seconds for a workload
         events = self.running.profiler.kineto_results.events()
         kind = "CUDA" if self.asynchronous else "CPU"

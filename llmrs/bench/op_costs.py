@@ -22,7 +22,11 @@ NORM = ("rms_norm", "fused_add_rms_norm")
 VENDOR_KERNELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"splitk.*reduce|reduce.*splitk|memcpy|memset", ()),
     (r"gemm|gemv|nvjet|cutlass|_linear_pointwise|aten::(linear|addmm|mm|matmul)$", LINEAR),
-    (r"scaled_dot_product|flash", ("attend",)),
+    (r"scaled_dot_product|flash|llmrs_attend", ("attend",)),
+    (r"llmrs_(linear|dense)", LINEAR),
+    (r"llmrs_rms_norm", NORM),
+    (r"llmrs_act_and_mul", ("silu_and_mul", "gelu_and_mul")),
+    (r"llmrs_rope_write_kv", ("qk_norm_rope_write_kv", "rope_write_kv")),
 )
 
 

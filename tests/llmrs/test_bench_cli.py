@@ -7,6 +7,9 @@ from functools import partial
 import pytest
 
 from llmrs import Engine, EngineConfig
+from llmrs.backends.torch import cpu_linear
+from llmrs.backends.torch.cpu.library import libraries
+from llmrs.backends.torch.cpu_linear import Forms
 from llmrs.bench import startup
 from llmrs.bench.roofline import Device
 from llmrs.bench.serving import device_idle
@@ -41,7 +44,14 @@ def test_everything_in_one_command(call, tmp_path):
     assert (tmp_path / "a.svg").exists()
 
 
-def test_profile_as_json(call):
+@pytest.mark.parametrize(
+    "forms", [Forms(packed=False, plain_max_m=8), Forms(packed=False, plain_max_m=8, gemv_max_m=8)]
+)
+def test_profile_as_json(forms, call, monkeypatch):
+    """With torch's ops, and with kernels of our own, whose steps are recorded otherwise."""
+    if forms.gemv_max_m and not libraries():
+        pytest.skip("no CPU kernels were compiled")
+    monkeypatch.setattr(cpu_linear, "measured", lambda *how: forms)
     (found,) = json.loads(call("--profile", "--batches", "2", "--contexts", "16", "--json")[1])["profiles"]
     head = next(k for k in found["kernels"] if k["what"].startswith("lm_head"))
     assert head["count"] == 1

@@ -3,7 +3,7 @@
 import ctypes
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,12 @@ class Kernels:
         self._replay = library.llmrs_replay
         self._replay.argtypes, self._replay.restype = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32], None
         self.local = threading.local()  # engines share a library, each in a thread of its own
+        self.profiled = False  # calls are named for torch's profiler
 
     def run(self, name: str, arguments: ctypes.Structure, *tensors: torch.Tensor) -> None:
         """Calls a function with torch's number of threads. The arguments point to the tensors."""
-        self.functions[name](ctypes.byref(arguments), torch.get_num_threads())
+        with torch.profiler.record_function(f"llmrs_{name}") if self.profiled else nullcontext():
+            self.functions[name](ctypes.byref(arguments), torch.get_num_threads())
         tape: Tape | None = getattr(self.local, "tape", None)
         if tape is not None:
             tape.append((name, arguments, tensors))
