@@ -50,7 +50,8 @@ def random(seed: int, dtype: torch.dtype, *shape: int, stride: int = 0) -> torch
 def assert_close(y: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
     assert y.dtype == dtype
     assert y.shape == expected.shape
-    scale = expected.abs().clamp(min=expected.abs().mean())
+    smallest = torch.finfo(dtype).tiny  # below it numbers of this type have fewer digits
+    scale = expected.abs().clamp(min=max(float(expected.abs().mean()), smallest))
     assert ((y.double() - expected).abs() / scale).max() < EPSILON[dtype]
 
 
